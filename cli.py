@@ -1,0 +1,3 @@
+from moec.cli import main
+
+main()

@@ -1,0 +1,304 @@
+"""The `standard` dialect: plain ONNX operators of opset 24, for any runtime that has them.
+
+One function per op of the vocabulary, and the table that joins them. Experts are in `experts`.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from moec.exporters.onnx.experts import lower_moe
+from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
+from moec.graph_builder import ops
+from moec.graph_builder.ops.rope import inverse_frequencies
+from moec.graph_builder.types import TensorType
+
+OPSET = 24
+_INT64, _BOOL, _FLOAT = torch.int64, torch.bool, torch.float32
+
+
+def _result(node: fx.Node) -> TensorType:
+    kind: TensorType = node.meta["type"]
+    return kind
+
+
+def _embedding(e: Emitter, node: fx.Node, ids: ir.Value, table: ir.Value, _: str) -> ir.Value:
+    out = _result(node)
+    flat = TensorType(out.shape[:1], _INT64)
+    packed = e.op("Reshape", [ids, e.constant([-1])], flat, label="ids")
+    if type_of(table).dtype == out.dtype:
+        return e.op("Gather", [table, packed], out, axis=0)
+    # Look up first: only the rows that are used get cast.
+    stored = TensorType(out.shape, type_of(table).dtype)
+    rows = e.op("Gather", [table, packed], stored, label="stored", axis=0)
+    return e.op("Cast", [rows], out, to=DTYPES[out.dtype].value)
+
+
+def _column(e: Emitter, x: ir.Value, label: str) -> ir.Value:
+    """x [B] -> [B, 1]."""
+    kind = type_of(x)
+    return e.op("Unsqueeze", [x, e.constant([1])], kind.like(*kind.shape, 1), label=label)
+
+
+def _range(e: Emitter, x: ir.Value, axis: int, label: str) -> ir.Value:
+    """0, 1, ..., as many as x has along `axis`: int64 [N]."""
+    size = e.op(
+        "Shape", [x], TensorType((1,), _INT64), label=f"{label}.size", start=axis, end=axis + 1
+    )
+    scalar = e.op("Squeeze", [size], TensorType((), _INT64), label=f"{label}.count")
+    count = TensorType((type_of(x).shape[axis],), _INT64)
+    return e.op("Range", [e.constant(0), scalar, e.constant(1)], count, label=label)
+
+
+def _positions(e: Emitter, node: fx.Node, ids: ir.Value, past: ir.Value) -> ir.Value:
+    steps = _range(e, ids, 1, "steps")
+    return e.op("Add", [_column(e, past, "past"), steps], _result(node))
+
+
+def _unpack(e: Emitter, node: fx.Node, x: ir.Value, like: ir.Value) -> ir.Value:
+    width = type_of(x).shape[1]
+    rows = e.op("Shape", [like], TensorType((2,), _INT64), label="rows")
+    shape = e.op(
+        "Concat", [rows, e.constant([width])], TensorType((3,), _INT64), label="shape", axis=0
+    )
+    return e.op("Reshape", [x, shape], _result(node))
+
+
+def _pack(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
+    return e.op("Reshape", [x, e.constant([-1, type_of(x).shape[2]])], _result(node))
+
+
+def _gather_rows(e: Emitter, x: ir.Value, index: ir.Value, out: TensorType, label: str) -> ir.Value:
+    """x [B, N, W], index [B, M] into N -> [B, M, W], whole rows at a time."""
+    kind = type_of(index)
+    deep = e.op(
+        "Unsqueeze", [index, e.constant([2])], kind.like(*kind.shape, 1), label="index"
+    )
+    return e.op("GatherND", [x, deep], out, label=label, batch_dims=1)
+
+
+def _select(e: Emitter, node: fx.Node, x: ir.Value, index: ir.Value) -> ir.Value:
+    kind = type_of(x)
+    rows = _gather_rows(
+        e, x, index, kind.like(*type_of(index).shape, kind.shape[2]), "rows"
+    )
+    return e.op("Reshape", [rows, e.constant([-1, kind.shape[2]])], _result(node))
+
+
+def _held(e: Emitter, cache: ir.Value, last: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The position in each slot whose row's newest is `last` [B, 1]: [B, N]; and the slots [N]."""
+    shape = type_of(cache).shape[:2]
+    slots = _range(e, cache, 1, "slots")
+    count = e.op("Shape", [cache], TensorType((1,), _INT64), label="count", start=1, end=2)
+    # ONNX Runtime refuses a modulo by zero even of no elements.
+    some = e.op("Max", [count, e.constant([1])], TensorType((1,), _INT64), label="some")
+    back = e.op("Sub", [last, slots], TensorType(shape, _INT64), label="back")
+    age = e.op("Mod", [back, some], TensorType(shape, _INT64), label="age")
+    return e.op("Sub", [last, age], TensorType(shape, _INT64), label="held"), slots
+
+
+def _key_positions(
+    e: Emitter, node: fx.Node, cache: ir.Value, past: ir.Value, positions: ir.Value
+) -> ir.Value:
+    column = _column(e, past, "past")
+    last = e.op("Sub", [column, e.constant(1)], type_of(column), label="last")
+    held, _ = _held(e, cache, last)
+    # Max with -1 keeps "no token" apart from position 0 when integer division truncates.
+    known = e.op("Max", [held, e.constant(-1)], type_of(held), label="known")
+    return e.op("Concat", [known, positions], _result(node), axis=1)
+
+
+def _cache_index(
+    e: Emitter, node: fx.Node, cache: ir.Value, past: ir.Value, new: ir.Value
+) -> ir.Value:
+    kind = type_of(past)
+    column = kind.like(kind.shape[0], 1)
+    total = e.op("Add", [past, new], kind, label="total")
+    newest = e.op("Sub", [total, e.constant(1)], kind, label="newest")
+    held, slots = _held(e, cache, _column(e, newest, "last"))
+    out = _result(node)
+    before = e.op("Unsqueeze", [past, e.constant([1])], column, label="past")
+    token = e.op("Sub", [held, before], out, label="token")
+    fresh = e.op(
+        "GreaterOrEqual", [token, e.constant(0)], TensorType(out.shape, _BOOL), label="fresh"
+    )
+    count = e.op("Shape", [cache], TensorType((1,), _INT64), label="offset", start=1, end=2)
+    moved = e.op("Add", [token, count], out, label="moved")
+    return e.op("Where", [fresh, moved, slots], out)
+
+
+def _cache_append(e: Emitter, node: fx.Node, cache: ir.Value, new: ir.Value) -> ir.Value:
+    return e.op("Concat", [cache, new], _result(node), axis=1)
+
+
+def _cache_write(e: Emitter, node: fx.Node, seen: ir.Value, index: ir.Value) -> ir.Value:
+    return _gather_rows(e, seen, index, _result(node), "")
+
+
+def _attention_mask(
+    e: Emitter, node: fx.Node, queries: ir.Value, keys: ir.Value, chunk: int | None
+) -> ir.Value:
+    out = _result(node)
+    batch, _, rows, columns = out.shape
+    q_kind, k_kind = TensorType((batch, 1, rows, 1), _INT64), TensorType((batch, 1, 1, columns), _INT64)
+    q = e.op("Unsqueeze", [queries, e.constant([1, 3])], q_kind, label="queries")
+    k = e.op("Unsqueeze", [keys, e.constant([1, 2])], k_kind, label="keys")
+    is_token = e.op(
+        "GreaterOrEqual", [k, e.constant(0)], TensorType(k_kind.shape, _BOOL), label="is_token"
+    )
+    causal = e.op("LessOrEqual", [k, q], out, label="causal")
+    if chunk is None:
+        return e.op("And", [causal, is_token], out)
+    seen = e.op("And", [causal, is_token], out, label="seen")
+    size = e.constant(chunk)
+    q_chunk = e.op("Div", [q, size], q_kind, label="query_chunk")
+    k_chunk = e.op("Div", [k, size], k_kind, label="key_chunk")
+    same = e.op("Equal", [q_chunk, k_chunk], out, label="same_chunk")
+    return e.op("And", [seen, same], out)
+
+
+def _attention(
+    e: Emitter, node: fx.Node, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value, *heads: int
+) -> ir.Value:
+    return e.op(
+        "Attention", [q, k, v, mask], _result(node), q_num_heads=heads[0], kv_num_heads=heads[1]
+    )
+
+
+def _head_norm(e: Emitter, node: fx.Node, x: ir.Value, heads: int, eps: float) -> ir.Value:
+    kind = type_of(x)
+    size = kind.shape[2] // heads
+    split = kind.like(*kind.shape[:2], heads, size)
+    x = e.op("Reshape", [x, e.constant([0, 0, heads, size])], split, label="heads")
+    ones = e.cast(e.constant(np.ones(size, np.float32)), kind.dtype, "ones")
+    x = e.op("RMSNormalization", [x, ones], split, label="normed", axis=-1, epsilon=eps)
+    return e.op("Reshape", [x, e.constant([0, 0, heads * size])], _result(node))
+
+
+def _temperature(
+    e: Emitter, node: fx.Node, positions: ir.Value, floor: int, scale: float
+) -> ir.Value:
+    flat = TensorType(type_of(positions).shape, _FLOAT)
+
+    def number(x: float) -> ir.Value:
+        return e.constant(np.float32(x))
+
+    x = e.op("Add", [e.cast(positions, _FLOAT, "p"), number(1)], flat, label="count")
+    x = e.op("Floor", [e.op("Div", [x, number(floor)], flat, label="ratio")], flat, label="steps")
+    x = e.op("Log", [e.op("Add", [x, number(1)], flat, label="steps_1")], flat, label="log")
+    x = e.op("Add", [e.op("Mul", [x, number(scale)], flat, label="gain"), number(1)], flat, label="factor")
+    return e.op("Unsqueeze", [x, e.constant([2])], _result(node))
+
+
+def _scale_queries(e: Emitter, node: fx.Node, x: ir.Value, factor: ir.Value) -> ir.Value:
+    return _in_float32(e, node, x, lambda wide, kind, label: e.op("Mul", [wide, factor], kind, label=label))
+
+
+def _rope_table(
+    e: Emitter, node: fx.Node, positions: ir.Value, dim: int, theta: float, scaling: list[float]
+) -> Values:
+    kind = node.meta["type"][0]
+    rates = e.constant(inverse_frequencies(dim, theta, scaling).numpy())
+    wide = e.op(
+        "Unsqueeze",
+        [e.cast(positions, _FLOAT, "p"), e.constant([2])],
+        TensorType((*kind.shape[:2], 1), _FLOAT),
+        label="columns",
+    )
+    angles = e.op("Mul", [wide, rates], kind, label="angles")
+    return (
+        e.op("Cos", [angles], kind, label="cos"),
+        e.op("Sin", [angles], kind, label="sin"),
+    )
+
+
+def _rope(
+    e: Emitter, node: fx.Node, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int
+) -> ir.Value:
+    def rotate(wide: ir.Value, kind: TensorType, label: str) -> ir.Value:
+        return e.op(
+            "RotaryEmbedding", [wide, cos, sin], kind, label=label, interleaved=1, num_heads=heads
+        )
+
+    return _in_float32(e, node, x, rotate)
+
+
+def _in_float32(e: Emitter, node: fx.Node, x: ir.Value, compute: Any) -> ir.Value:
+    """`compute` on x in float32, cast back to the node's dtype where that is another."""
+    out = _result(node)
+    kind = TensorType(out.shape, _FLOAT)
+    result: ir.Value = compute(
+        e.cast(x, _FLOAT, "wide"), kind, "" if out.dtype == _FLOAT else "float32"
+    )
+    if out.dtype == _FLOAT:
+        return result
+    return e.op("Cast", [result], out, to=DTYPES[out.dtype].value)
+
+
+def _linear(
+    e: Emitter, node: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None
+) -> ir.Value:
+    out = _result(node)
+    weight = e.cast(weight, out.dtype, "weight")
+    inputs = [x, weight] if bias is None else [x, weight, e.cast(bias, out.dtype, "bias")]
+    return e.op("Gemm", inputs, out, transB=1)
+
+
+def _rms_norm(e: Emitter, node: fx.Node, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+    out = _result(node)
+    weight = e.cast(weight, out.dtype, "weight")
+    return e.op("RMSNormalization", [x, weight], out, axis=-1, epsilon=eps)
+
+
+def _add(e: Emitter, node: fx.Node, left: ir.Value, right: ir.Value) -> ir.Value:
+    return e.op("Add", [left, right], _result(node))
+
+
+def _swiglu(e: Emitter, node: fx.Node, gate: ir.Value, up: ir.Value) -> ir.Value:
+    out = _result(node)
+    gain = e.op("Sigmoid", [gate], out, label="sigmoid")
+    act = e.op("Mul", [gate, gain], out, label="silu")
+    return e.op("Mul", [act, up], out)
+
+
+def _route(e: Emitter, node: fx.Node, logits: ir.Value, top_k: int) -> Values:
+    scores, experts = node.meta["type"]
+    best, chosen = e.op("TopK", [logits, e.constant([top_k])], scores, experts, label="top", axis=-1)
+    wide = e.cast(best, _FLOAT, "wide")
+    gain = e.op("Sigmoid", [wide], TensorType(scores.shape, _FLOAT), label="sigmoid")
+    return e.cast(gain, scores.dtype, "scores"), chosen
+
+
+def _to_float32(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
+    return e.op("Cast", [x], _result(node), to=DTYPES[_FLOAT].value)
+
+
+STANDARD = (
+    #    op                     written by
+    Rule(ops.embedding, _embedding),
+    Rule(ops.positions, _positions),
+    Rule(ops.unpack, _unpack),
+    Rule(ops.pack, _pack),
+    Rule(ops.select, _select),
+    Rule(ops.key_positions, _key_positions),
+    Rule(ops.cache_index, _cache_index),
+    Rule(ops.cache_append, _cache_append),
+    Rule(ops.cache_write, _cache_write),
+    Rule(ops.attention_mask, _attention_mask),
+    Rule(ops.attention, _attention),
+    Rule(ops.head_norm, _head_norm),
+    Rule(ops.temperature, _temperature),
+    Rule(ops.scale_queries, _scale_queries),
+    Rule(ops.rope_table, _rope_table),
+    Rule(ops.rope, _rope),
+    Rule(ops.linear, _linear),
+    Rule(ops.rms_norm, _rms_norm),
+    Rule(ops.add, _add),
+    Rule(ops.swiglu, _swiglu),
+    Rule(ops.route, _route),
+    Rule(ops.moe, lower_moe),
+    Rule(ops.to_float32, _to_float32),
+)

@@ -1,0 +1,73 @@
+"""Emit ops into a torch.fx graph whose weights are on the meta device."""
+
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moec.graph_builder.ops import Op
+from moec.graph_builder.types import TensorType
+
+
+class Builder:
+    """An fx graph under construction. Each node carries its `name` and `type` in `node.meta`.
+
+    fx node names cannot hold dots, so `meta["name"]` is the name that users see: in the ONNX graph,
+    in reports, in errors.
+    """
+
+    def __init__(self, parameters: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self._shapes, self._dtype = parameters, dtype
+        self._root, self._graph = nn.Module(), fx.Graph()
+        self._known: dict[str, fx.Node] = {}
+
+    def input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+        """A graph input, named `name` with dots replaced in the module's signature."""
+        node = self._graph.placeholder(name.replace(".", "_"))
+        return self._tag(node, name, TensorType(shape, dtype))
+
+    def parameter(self, name: str) -> fx.Node:
+        """Parameter `name`; a second call gives the same node."""
+        if name not in self._known:
+            shape = self._shapes[name]
+            owner, _, leaf = name.rpartition(".")
+            weight = nn.Parameter(
+                torch.empty(shape, dtype=self._dtype, device="meta"), requires_grad=False
+            )
+            _submodule(self._root, owner).register_parameter(leaf, weight)
+            node = self._graph.get_attr(name)
+            self._known[name] = self._tag(node, name, TensorType(shape, self._dtype))
+        return self._known[name]
+
+    def emit(self, op: Op, *args: Any, name: str) -> Any:
+        """Call `op`; one node, or one per output where it has several (`name.0`, `name.1`)."""
+        types = op.rule(*(arg.meta["type"] if isinstance(arg, fx.Node) else arg for arg in args))
+        node = self._graph.call_function(op.target, args)
+        if isinstance(types, TensorType):
+            return self._tag(node, name, types)
+        self._tag(node, name, types)
+        return tuple(
+            self._tag(self._graph.call_function(getitem, (node, i)), f"{name}.{i}", each)
+            for i, each in enumerate(types)
+        )
+
+    def output(self, outputs: dict[str, fx.Node]) -> fx.GraphModule:
+        """Close the graph; its result is the tuple of `outputs`, named by `meta["outputs"]`."""
+        node = self._graph.output(tuple(outputs.values()))
+        node.meta["outputs"] = tuple(outputs)
+        return fx.GraphModule(self._root, self._graph, "MoecGraph")
+
+    @staticmethod
+    def _tag(node: fx.Node, name: str, kind: Any) -> fx.Node:
+        node.meta["name"], node.meta["type"] = name, kind
+        return node
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    module = root
+    for part in filter(None, path.split(".")):
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    return module

@@ -1,0 +1,43 @@
+"""The op vocabulary: every op that a graph can hold, one family a file."""
+
+from moec.graph_builder.ops.attention import (
+    attention,
+    attention_mask,
+    head_norm,
+    scale_queries,
+    temperature,
+)
+from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
+from moec.graph_builder.ops.linear import add, linear, rms_norm, swiglu, to_float32
+from moec.graph_builder.ops.moe import moe, route
+from moec.graph_builder.ops.registry import OPS, Op
+from moec.graph_builder.ops.rope import rope, rope_table
+from moec.graph_builder.ops.tokens import embedding, pack, positions, select, unpack
+
+__all__ = [
+    "OPS",
+    "Op",
+    "add",
+    "attention",
+    "attention_mask",
+    "cache_append",
+    "cache_index",
+    "cache_write",
+    "embedding",
+    "head_norm",
+    "key_positions",
+    "linear",
+    "moe",
+    "pack",
+    "positions",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "route",
+    "scale_queries",
+    "select",
+    "swiglu",
+    "temperature",
+    "to_float32",
+    "unpack",
+]

@@ -1,0 +1,63 @@
+"""How an op is declared: its schema, its eager meaning, its shape rule with refusals. Once each.
+
+The eager function is the reference that every lowering is checked against. The rule works on sizes
+that are ints, symbols or SymInts; it gives the builder its shapes, refuses bad operands in eager
+runs, and serves torch as the op's fake kernel.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moec.graph_builder.types import TensorType
+from moec.spec.errors import MoecError
+
+_LIBRARY = torch.library.Library("moec", "DEF")
+OPS: dict[str, "Op"] = {}
+
+Types = TensorType | tuple[TensorType, ...]
+Rule = Callable[..., Types]
+
+
+class Op:
+    """One op of the vocabulary; `target` is what fx nodes call."""
+
+    def __init__(self, schema: str, eager: Callable[..., Any], rule: Rule) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.eager, self.rule = eager, rule
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"moec::{self.name}", self._fake, lib=_LIBRARY)
+        self.target = getattr(torch.ops.moec, self.name).default
+        OPS[self.name] = self
+
+    def _run(self, *args: Any) -> Any:
+        self.rule(*map(_type_of, args))
+        return self.eager(*args)
+
+    def _fake(self, *args: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        types = self.rule(*map(_type_of, args))
+
+        def empty(of: TensorType) -> torch.Tensor:
+            return torch.empty(of.shape, dtype=of.dtype, device=device)
+
+        return empty(types) if isinstance(types, TensorType) else tuple(map(empty, types))
+
+
+def op(schema: str, rule: Rule) -> Callable[[Callable[..., Any]], Op]:
+    """Declare the decorated eager function as op `moec::<schema>` with the given shape rule."""
+    return lambda eager: Op(schema, eager, rule)
+
+
+def need(holds: bool, op_name: str, operand: str, found: object, expected: object) -> None:
+    """Refuse an operand: raise a `MoecError` that names op and operand unless `holds`."""
+    if not holds:
+        raise MoecError(
+            f"op moec::{op_name}, operand {operand}", found, expected, "correct the graph's builder"
+        )
+
+
+def _type_of(arg: Any) -> Any:
+    return TensorType(tuple(arg.shape), arg.dtype) if isinstance(arg, torch.Tensor) else arg

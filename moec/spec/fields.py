@@ -1,0 +1,77 @@
+"""Read a JSON object field by field, so that each field is used, known to be inert, or an error."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moec.spec.errors import MoecError
+
+REQUIRED: Any = object()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; a missing file, broken JSON or another type is a `MoecError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoecError(
+            path, error.strerror or error, "a readable JSON file", f"check that {path} exists"
+        ) from None
+    except ValueError as error:
+        raise MoecError(
+            path, f"broken JSON: {error}", "one JSON object", "fetch the file again"
+        ) from None
+    if not isinstance(value, dict):
+        raise MoecError(path, type(value).__name__, "one JSON object", "fetch the file again")
+    return value
+
+
+class Fields:
+    """The fields of one JSON object. `take` uses one up; `finish` refuses what nobody took."""
+
+    def __init__(self, where: str, values: dict[str, Any]) -> None:
+        self.where = where
+        self.left = dict(values)
+        self.taken: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return self.left.get(key) is not None
+
+    def take(self, key: str, *kinds: type, default: Any = REQUIRED) -> Any:
+        """Field `key`, which must be one of `kinds`; null counts as absent."""
+        value = self.left.pop(key, None)
+        self.taken.add(key)
+        names = " or ".join(kind.__name__ for kind in kinds)
+        if value is None:
+            if default is REQUIRED:
+                raise self.error(key, "no such field", names)
+            return default
+        exact = type(value) in kinds or (float in kinds and type(value) is int)
+        if not exact:
+            raise self.error(key, f"{value!r}", names)
+        return value
+
+    def require(self, key: str, expected: Any, default: Any = REQUIRED) -> None:
+        """Field `key` must be `expected`: other values change the arithmetic and have no graph."""
+        found = self.take(key, type(expected), default=default)
+        if found != expected:
+            raise self.error(key, repr(found), f"{expected!r}, the only value supported")
+
+    def finish(self, inert: Iterable[str]) -> None:
+        """Refuse fields that were neither taken nor are `inert` (no effect on inference)."""
+        unknown = sorted(set(self.left) - set(inert))
+        if unknown:
+            raise self.error(
+                unknown[0],
+                f"unknown field, value {self.left[unknown[0]]!r}",
+                f"fields of a Llama 4 config such as {', '.join(sorted(self.taken)[:6])}, ...",
+            )
+
+    def error(self, key: str, found: str, expected: str) -> MoecError:
+        return MoecError(
+            f"{self.where}.{key}" if ":" in self.where else f"{self.where}: {key}",
+            found,
+            expected,
+            "correct the field, or describe the model in a spec file (python cli.py spec schema)",
+        )

@@ -1,0 +1,78 @@
+"""Find a spec by preset name, spec file or checkpoint folder; write and compare specs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from moec.spec.config_json import read_config
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+
+
+def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
+    """A spec from a preset name, a spec file (.yaml, .yml, .json) or a checkpoint folder."""
+    if isinstance(source, ModelSpec):
+        return source
+    if str(source) in PRESETS:
+        return PRESETS[str(source)]
+    path = Path(source)
+    if path.is_dir():
+        return read_config(path / "config.json")
+    if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+        return _read_file(path)
+    raise MoecError(
+        source,
+        "neither a preset, nor a spec file, nor a checkpoint folder",
+        f"one of {', '.join(PRESETS)}, a .yaml or .json file, or a folder with config.json",
+        "python cli.py spec list",
+    )
+
+
+def _read_file(path: Path) -> ModelSpec:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        summary = " ".join(str(error).split())
+        raise MoecError(path, summary, "a readable JSON or YAML file", "correct it") from None
+    try:
+        return ModelSpec.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise MoecError(
+            f"{path}: {field}",
+            f"{first['msg']} (value {str(first['input'])[:80]})",
+            "a spec by the schema",
+            "python cli.py spec schema",
+        ) from None
+
+
+def dump_yaml(spec: ModelSpec) -> str:
+    """`spec` as YAML that `load_spec` reads back to an equal spec."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
+
+
+def diff(left: ModelSpec, right: ModelSpec) -> list[tuple[str, Any, Any]]:
+    """Fields that differ, as (path, left value, right value); names and notes are left out."""
+    rows = [_flat(spec.model_dump(mode="json", exclude={"name", "notes"})) for spec in (left, right)]
+    paths = dict.fromkeys([*rows[0], *rows[1]])
+    return [
+        (path, rows[0].get(path), rows[1].get(path))
+        for path in paths
+        if rows[0].get(path) != rows[1].get(path)
+    ]
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in _flat(inner, f"{path}.{name}" if path else name).items()
+    }

@@ -1,0 +1,234 @@
+"""What a model is, as frozen data. What follows from other fields is a property, never a field.
+
+A layer pattern is a short string tiled over the layers, one character a layer. RoPE, mask, QK-norm,
+temperature and MoE each have their own pattern because they vary independently: "iRoPE" (three
+chunked RoPE layers, then one global layer without positions) has nothing to do with the
+interleaving of dense and MoE layers, although the two are often confused.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DType = Literal["fp32", "fp16", "bf16"]
+
+#: pattern field -> the characters it may hold, with their meaning
+ALPHABETS = {
+    "attention": {"L": "local: chunked causal mask", "G": "global: full causal mask"},
+    "rope": {"R": "rotary positions", "N": "no positions (NoPE)"},
+    "qk_norm": {"Q": "RMS norm of q and k per head, after RoPE", "-": "none"},
+    "temperature": {"T": "queries scaled by position", "-": "none"},
+    "ffn": {"M": "mixture of experts and a shared expert", "D": "dense SwiGLU"},
+}
+
+
+class Frozen(BaseModel):
+    """Base of every spec: immutable, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RopeScaling(Frozen):
+    """Llama 3 frequency scaling; see `moec.graph_builder.ops.rope.inverse_frequencies`."""
+
+    factor: float = Field(gt=0)
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+    original_positions: int = Field(gt=0)
+
+
+class Experts(Frozen):
+    """One MoE layer: `top_k` of `count` routed SwiGLU experts, and one that is always on."""
+
+    count: int = Field(gt=0)
+    top_k: int = Field(gt=0)
+    hidden: int = Field(gt=0, description="width of each routed expert")
+    shared_hidden: int = Field(gt=0, description="width of the shared expert")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.count:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.count} experts")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer, read off the patterns. `chunk` is None on layers with a full mask."""
+
+    index: int
+    rope: bool
+    chunk: int | None
+    qk_norm: bool
+    temperature: bool
+    moe: bool
+
+
+class TextSpec(Frozen):
+    """The decoder. Sizes are in elements, positions in tokens."""
+
+    layers: int = Field(gt=0)
+    dim: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    vocab: int = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    norm_eps: float = Field(gt=0)
+    attention_bias: bool = False
+    tie_embeddings: bool = False
+
+    attention: str = "LLLG"
+    rope: str = "RRRN"
+    qk_norm: str = "QQQ-"
+    temperature: str = "---T"
+    ffn: str = "M"
+
+    chunk: int | None = Field(gt=0, description="tokens that a local layer sees at most")
+    rope_theta: float = Field(gt=0)
+    rope_scaling: RopeScaling | None
+    temperature_floor: int = Field(gt=0, description="tokens per step of the temperature")
+    temperature_scale: float
+    dense_hidden: int = Field(gt=0, description="width of a dense layer's SwiGLU")
+    experts: Experts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shortest_patterns(cls, values: object) -> object:
+        """Store each pattern as its shortest tile, so that equal models are equal specs."""
+        if not isinstance(values, dict) or not isinstance(values.get("layers"), int):
+            return values
+        tiled = {
+            name: shortest_tile(values[name], values["layers"])
+            for name in ALPHABETS
+            if isinstance(values.get(name), str)
+        }
+        return {**values, **tiled}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, letters in ALPHABETS.items():
+            pattern = getattr(self, name)
+            if not 0 < len(pattern) <= self.layers or set(pattern) - set(letters):
+                raise ValueError(
+                    f"{name} pattern {pattern!r}: 1 to {self.layers} characters from "
+                    f"{''.join(letters)!r} are expected"
+                )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
+        if "L" in self.attention and self.chunk is None:
+            raise ValueError("local layers need a chunk size")
+        return self
+
+    def layer(self, index: int) -> LayerSpec:
+        """Layer `index`, counted from 0."""
+
+        def at(pattern: str) -> str:
+            return pattern[index % len(pattern)]
+
+        return LayerSpec(
+            index=index,
+            rope=at(self.rope) == "R",
+            chunk=self.chunk if at(self.attention) == "L" else None,
+            qk_norm=at(self.qk_norm) == "Q",
+            temperature=at(self.temperature) == "T",
+            moe=at(self.ffn) == "M",
+        )
+
+    @property
+    def all_layers(self) -> tuple[LayerSpec, ...]:
+        return tuple(self.layer(i) for i in range(self.layers))
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+class VisionSpec(Frozen):
+    """The vision tower, its adapter and the projector into the decoder's width."""
+
+    layers: int = Field(gt=0)
+    dim: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    hidden: int = Field(gt=0, description="width of each layer's GELU MLP")
+    image: int = Field(gt=0, description="pixels along one side of a tile")
+    patch: int = Field(gt=0, description="pixels along one side of a patch")
+    channels: int = Field(gt=0)
+    shuffle: int = Field(gt=0, description="pixel shuffle joins shuffle x shuffle patches")
+    adapter_hidden: int = Field(gt=0)
+    adapter_out: int = Field(gt=0)
+    rope_theta: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image % self.patch or self.side % self.shuffle:
+            raise ValueError(
+                f"image {self.image}, patch {self.patch} and shuffle {self.shuffle} do not divide"
+            )
+        if self.dim % self.heads or self.head_dim % 4:
+            raise ValueError(f"dim {self.dim} over {self.heads} heads gives no 2D RoPE pairs")
+        return self
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens per tile, after the pixel shuffle."""
+        return (self.side // self.shuffle) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def patch_width(self) -> int:
+        return self.channels * self.patch**2
+
+    @property
+    def shuffled_dim(self) -> int:
+        return self.dim * self.shuffle**2
+
+
+class Tokens(Frozen):
+    """Special token ids; None where a checkpoint names none."""
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+    image: int | None = None
+    image_start: int | None = None
+    image_end: int | None = None
+
+
+class ModelSpec(Frozen):
+    """A whole model. `provenance` says how far to trust it: `estimated` is our guess."""
+
+    name: str = Field(min_length=1)
+    provenance: Literal["released", "estimated", "custom"]
+    notes: tuple[str, ...] = ()
+    dtype: DType = Field(description="of the weights on disk")
+    text: TextSpec
+    vision: VisionSpec | None = None
+    tokens: Tokens = Tokens()
+
+
+def shortest_tile(pattern: str, layers: int) -> str:
+    """The shortest string that, tiled over `layers`, gives the same layers as `pattern`."""
+    if not pattern or len(pattern) > layers:
+        return pattern
+    full = (pattern * math.ceil(layers / len(pattern)))[:layers]
+    for size in range(1, len(pattern)):
+        if (full[:size] * math.ceil(layers / size))[:layers] == full:
+            return full[:size]
+    return pattern

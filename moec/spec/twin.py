@@ -1,0 +1,47 @@
+"""The twin of a model: the same layers, patterns and switches, small enough to run anywhere."""
+
+from moec.spec.model import ModelSpec, VisionSpec
+
+CHUNK = 8
+
+
+def twin(spec: ModelSpec) -> ModelSpec:
+    """`spec` shrunk in width; depth, patterns, expert count, head ratio and switches are kept.
+
+    The chunk shrinks to 8 tokens and everything counted in positions with it, so that a proof of a
+    few dozen tokens crosses several chunk borders and temperature steps.
+    """
+    text = spec.text
+    scaling = text.rope_scaling
+    small = text.model_copy(
+        update={
+            "dim": 32,
+            "heads": text.heads // text.kv_heads * 2,
+            "kv_heads": 2,
+            "head_dim": 8,
+            "vocab": 256,
+            "max_positions": 32 * CHUNK,
+            "chunk": text.chunk and CHUNK,
+            "temperature_floor": CHUNK,
+            "rope_scaling": scaling and scaling.model_copy(update={"original_positions": CHUNK}),
+            "dense_hidden": 32,
+            "experts": text.experts.model_copy(update={"hidden": 16, "shared_hidden": 16}),
+        }
+    )
+    vision = spec.vision and VisionSpec(
+        layers=2, dim=32, heads=2, hidden=64, image=56, patch=14, channels=spec.vision.channels,
+        shuffle=spec.vision.shuffle, adapter_hidden=32, adapter_out=32,
+        rope_theta=spec.vision.rope_theta,
+    )  # fmt: skip
+    return spec.model_copy(
+        update={
+            "name": f"{spec.name}-twin",
+            "provenance": "custom",
+            "notes": (f"Random weights; {spec.name} shrunk in width for a proof of its lowering.",),
+            "text": small,
+            "vision": vision,
+            "tokens": spec.tokens.model_copy(
+                update={"bos": 0, "eos": (1,), "pad": 2, "image": 3, "image_start": 4, "image_end": 5}
+            ),
+        }
+    )

@@ -1,0 +1,114 @@
+"""Where each tensor of a safetensors file lies, read from its header alone."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from moec.spec.errors import MoecError
+
+#: safetensors dtype -> (our name, bytes per element)
+DTYPES = {
+    "F32": ("fp32", 4),
+    "F16": ("fp16", 2),
+    "BF16": ("bf16", 2),
+    "F8_E4M3": ("fp8", 1),
+    "F64": ("fp64", 8),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+_FETCH = "fetch the shard again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor's bytes: `nbytes` at `offset` of `file`, row-major [shape] of `dtype`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    def __getitem__(self, index: int) -> Self:
+        """The slice at `index` of the leading axis, such as one expert; still no bytes are read."""
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"{self.name}: index {index} of {self.shape[0]}")
+        size = self.nbytes // self.shape[0]
+        return replace(
+            self,
+            name=f"{self.name}[{index}]",
+            shape=self.shape[1:],
+            offset=self.offset + index * size,
+            nbytes=size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its tensors, its size, and a hash of its header."""
+
+    path: Path
+    size: int
+    header_sha256: str
+    tensors: dict[str, TensorEntry]
+
+
+def read_shard(path: Path) -> Shard:
+    """Read the header of `path` and check it against the file's size.
+
+    Raises:
+        MoecError: the file is missing, cut short, or its header contradicts itself.
+    """
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            size = path.stat().st_size
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise MoecError(
+                    path, f"{size} bytes, header of {length}", "a complete safetensors file", _FETCH
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise MoecError(path, error.strerror, "a readable shard", _FETCH) from None
+    try:
+        rows = json.loads(header)
+        tensors = {
+            name: _entry(path, name, row, 8 + length)
+            for name, row in rows.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MoecError(path, f"broken header: {error!r}", "a safetensors header", _FETCH) from None
+    for entry in tensors.values():
+        if entry.offset + entry.nbytes > size:
+            raise MoecError(
+                f"{path}: {entry.name}",
+                f"the file ends at byte {size}",
+                f"{entry.offset + entry.nbytes} bytes; the shard is cut short",
+                _FETCH,
+            )
+    return Shard(path, size, hashlib.sha256(prefix + header).hexdigest(), tensors)
+
+
+def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry:
+    start, end = row["data_offsets"]
+    shape = tuple(row["shape"])
+    dtype, itemsize = DTYPES.get(row["dtype"], (row["dtype"], 0))
+    nbytes = math.prod(shape) * itemsize
+    if start < 0 or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"{name}: offset {start}, shape {shape}")
+    if itemsize and end - start != nbytes:
+        raise MoecError(
+            f"{path}: {name}", f"{end - start} bytes", f"{nbytes} for {dtype} {shape}", _FETCH
+        )
+    return TensorEntry(name, dtype, shape, path, data + start, end - start)

@@ -1,0 +1,20 @@
+"""A torch tensor over a checkpoint's bytes, mapped from the file: nothing is read until it is used."""
+
+import numpy as np
+import torch
+
+from moec.weights.shard import TensorEntry
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def view(entry: TensorEntry) -> torch.Tensor:
+    """`entry` as a tensor of its own dtype and shape; a copy only where it lies misaligned."""
+    dtype = TORCH_DTYPES[entry.dtype]
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=dtype)
+    # Mode "c" maps privately: torch wants writable memory, and the file must stay as it is.
+    raw = np.memmap(entry.file, np.uint8, "c", entry.offset, (entry.nbytes,))
+    if raw.ctypes.data % dtype.itemsize:
+        raw = raw.copy()
+    return torch.from_numpy(raw).view(dtype).reshape(entry.shape)

@@ -38,7 +38,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         )
     shards, tensors = [], {}
     for name, listed in files.items():
-        shard = read_shard(_resolve(folder, name))
+        shard = read_shard(_resolve(folder, name), name)
         found = set(shard.tensors)
         if listed is not None and found != listed:
             odd = sorted(found ^ listed)[0]

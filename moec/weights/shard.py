@@ -54,16 +54,20 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its tensors, its size, and a hash of its header."""
+    """One safetensors file: its tensors, its size, and a hash of its header.
 
+    `name` is what the index calls it, `path` the real file, which may be a link's target.
+    """
+
+    name: str
     path: Path
     size: int
     header_sha256: str
     tensors: dict[str, TensorEntry]
 
 
-def read_shard(path: Path) -> Shard:
-    """Read the header of `path` and check it against the file's size.
+def read_shard(path: Path, name: str = "") -> Shard:
+    """Read the header of `path`, called `name`, and check it against the file's size.
 
     Raises:
         MoecError: the file is missing, cut short, or its header contradicts itself.
@@ -97,7 +101,7 @@ def read_shard(path: Path) -> Shard:
                 f"{entry.offset + entry.nbytes} bytes; the shard is cut short",
                 _FETCH,
             )
-    return Shard(path, size, hashlib.sha256(prefix + header).hexdigest(), tensors)
+    return Shard(name or path.name, path, size, hashlib.sha256(prefix + header).hexdigest(), tensors)
 
 
 def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry:

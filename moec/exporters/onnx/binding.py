@@ -15,22 +15,26 @@ _DTYPES = {
 
 
 def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> None:
-    """Turn the weight inputs of `model` into initializers that point into files below `root`.
+    """Point the weights of `model` into files below `root`.
 
-    `entries` holds the bytes of every weight input by name; more entries do no harm.
+    Weight inputs become initializers; weights that were bound before are bound anew. `entries`
+    holds the bytes of every weight by name; entries that the model does not use do no harm.
     """
     graph = model.graph
-    for weight in [each for each in graph.inputs if each.name in entries]:
-        assert weight.name is not None
-        entry = entries[weight.name]
+    unbound = {each.name: each for each in graph.inputs}
+    for name, entry in entries.items():
+        weight = unbound.get(name) or graph.initializers.get(name)
+        if weight is None:
+            continue
         weight.const_value = ir.ExternalTensor(
             entry.file.relative_to(root).as_posix(),
             entry.offset,
             entry.nbytes,
             _DTYPES[entry.dtype],
             shape=ir.Shape(entry.shape),
-            name=weight.name,
+            name=name,
             base_dir=root,
         )
-        graph.inputs.remove(weight)
-        graph.register_initializer(weight)
+        if name in unbound:
+            graph.inputs.remove(weight)
+            graph.register_initializer(weight)

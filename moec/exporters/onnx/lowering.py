@@ -77,7 +77,8 @@ class Emitter:
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.constants:
-            name = f"constants.{len(self.constants)}"
+            shown = "_".join(map(str, array.flat)) if array.size <= 4 else f"n{len(self.constants)}"
+            name = f"constants.{array.dtype}_{array.ndim}d_{shown}"
             tensor = ir.tensor(array, name=name)
             self.constants[key] = ir.Value(
                 name=name,

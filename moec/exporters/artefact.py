@@ -1,0 +1,99 @@
+"""An artefact on disk: read it back, find its weights, notice when they changed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moec.exporters.manifest import NAME, Manifest
+from moec.spec.errors import MoecError
+from moec.spec.fields import read_json
+from moec.spec.parameters import parameters
+from moec.weights.shard import TensorEntry, read_shard
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """A folder that `export` wrote."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file."""
+        return self.path / "model.onnx"
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where the model's external data locations start from."""
+        return Path(self.manifest.weights.folder or self.path)
+
+    def entries(self) -> dict[str, TensorEntry]:
+        """The bytes of every parameter, checked against the shards as they are now.
+
+        Raises:
+            MoecError: the artefact has no weights yet, or a shard is gone or changed.
+        """
+        weights, spec = self.manifest.weights, self.manifest.spec
+        if weights.mode == "unbound":
+            raise MoecError(
+                self.path,
+                "an artefact without weights",
+                "bound weights",
+                f"python cli.py bind {self.path} --checkpoint DIR",
+            )
+        for name, expected in weights.shards.items():
+            path = self.weights_folder / name
+            found = read_shard(path) if path.is_file() else None
+            if not found or (found.size, found.header_sha256) != (
+                expected.size,
+                expected.header_sha256,
+            ):
+                raise MoecError(
+                    path,
+                    "no such file" if found is None else "another size or header",
+                    "the shard that this artefact was bound to",
+                    f"python cli.py bind {self.path} --checkpoint DIR",
+                )
+        shapes = parameters(spec)
+        return {
+            name: TensorEntry(
+                name, spec.dtype, shapes[name], self.weights_folder / ref.file, ref.offset, ref.length
+            )
+            for name, ref in weights.tensors.items()
+        }
+
+    def companion(self, name: str) -> Path | None:
+        """File `name` (a tokenizer, a chat template): here, or in the checkpoint; None if neither."""
+        folders = [self.path] + [Path(p) for p in (self.manifest.checkpoint,) if p]
+        return next((f / name for f in folders if (f / name).is_file()), None)
+
+
+def open_artefact(path: str | Path) -> Artefact:
+    """Read `path`/manifest.json.
+
+    Raises:
+        MoecError: not an artefact, of another version, or its model file is gone or changed size.
+    """
+    path = Path(path)
+    if not (path / NAME).is_file():
+        raise MoecError(path, f"no {NAME}", "a folder that build wrote", "python cli.py build --help")
+    try:
+        manifest = Manifest.model_validate(read_json(path / NAME))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise MoecError(
+            f"{path / NAME}: {'.'.join(map(str, first['loc']))}",
+            first["msg"],
+            "a manifest of this version of moec",
+            "build the artefact again",
+        ) from None
+    for name, expected in manifest.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected.size:
+            raise MoecError(
+                file, f"{size} bytes", f"{expected.size} bytes", "build the artefact again"
+            )
+    return Artefact(path, manifest)

@@ -1,0 +1,324 @@
+"""`export` and `bind`: from a description of a model, with or without weights, to an artefact."""
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from moec.exporters.artefact import Artefact, open_artefact
+from moec.exporters.folder import refuse_foreign, writing
+from moec.exporters.manifest import (
+    NAME,
+    Build,
+    File,
+    Manifest,
+    ShardRef,
+    TensorRef,
+    WeightMode,
+    Weights,
+)
+from moec.exporters.onnx.write import DIALECTS, lower_model, ports, save_bound, save_checked
+from moec.graph_builder.decoder import build_decoder
+from moec.spec.errors import MoecError
+from moec.spec.files import diff, load_spec
+from moec.spec.model import ModelSpec
+from moec.weights.checkpoint import Checkpoint, read_checkpoint
+from moec.weights.name_map import match
+from moec.weights.shard import TensorEntry
+
+#: target -> dialect; the other targets of the design are not built yet
+TARGETS = {"onnx": "standard"}
+PLANNED = ("ort", "tensorrt", "tensorrt-rtx", "torch")
+PRECISIONS = ("fp32", "fp16", "bf16")
+#: files beside the weights that a runtime may want
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+#: (stage, done, total) in whatever unit the stage has; called often, must be cheap
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(slots=True)
+class _Stages:
+    """Times each stage of a build and tells the caller."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self.progress(name, 0, 1)
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.progress(name, 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """Weights as the artefact will see them: entries below `root`, and what was copied for it."""
+
+    entries: dict[str, TensorEntry]
+    root: Path
+    weights: Weights
+    copied: int
+
+
+def export(
+    source: str | Path | ModelSpec,
+    target: str = "onnx",
+    precision: str = "fp32",
+    out: str | Path | None = None,
+    weights: str = "in-place",
+    progress: Progress = lambda stage, done, total: None,
+) -> Artefact:
+    """Build an artefact of `source`: a checkpoint folder, or a preset, spec file or spec (unbound).
+
+    Args:
+        target: "onnx".
+        precision: what the graph computes in; weights stay in the dtype that they are stored in.
+        out: the artefact's folder; default build/NAME-TARGET-PRECISION.
+        weights: "in-place" (the checkpoint's own bytes, not copied), "link" (hard links beside the
+            model) or "copy". Without a checkpoint there is nothing to place.
+        progress: called with (stage, done, total).
+
+    Raises:
+        MoecError: anything wrong with source, weights or out; nothing is left behind.
+    """
+    dialect = _dialect(target, precision)
+    stages = _Stages(progress)
+    with stages("read"):
+        spec = load_spec(source)
+        path = Path(out or f"build/{spec.name}-{target}-{precision}")
+        refuse_foreign(path)
+        checkpoint = None
+        if not isinstance(source, ModelSpec) and Path(source).is_dir():
+            checkpoint = read_checkpoint(source)
+            _refuse_inside(path, checkpoint.folder)
+        entries = match(spec, checkpoint) if checkpoint else {}
+    with stages("graph"):
+        graph = build_decoder(spec, precision)
+    with stages("lower"):
+        model = lower_model(graph, dialect, spec.name)
+    manifest = Manifest(
+        spec=spec,
+        target=target,
+        dialect=dialect,
+        opset=DIALECTS[dialect][1],
+        precision=precision,
+        checkpoint=None,
+        weights=Weights(mode="unbound"),
+        files={},
+        inputs=(),
+        outputs=ports(list(model.graph.outputs)),
+        versions=_versions(),
+        build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
+    )
+    return _write(path, model, manifest, checkpoint, entries, weights, stages)
+
+
+def bind(
+    artefact: str | Path,
+    checkpoint: str | Path,
+    out: str | Path | None = None,
+    weights: str = "in-place",
+    progress: Progress = lambda stage, done, total: None,
+) -> Artefact:
+    """Attach `checkpoint` to an artefact that was built without one, or bind it anew.
+
+    The result goes to `out`, or replaces the artefact. The graph stays as it was built.
+
+    Raises:
+        MoecError: the checkpoint is not of the artefact's model, or is broken.
+    """
+    stages = _Stages(progress)
+    with stages("read"):
+        built = open_artefact(artefact)
+        path = Path(out or artefact)
+        refuse_foreign(path)
+        read = read_checkpoint(checkpoint)
+        _refuse_inside(path, read.folder)
+        spec = load_spec(checkpoint)
+        odd = [row for row in diff(spec, built.manifest.spec) if row[0] != "provenance"]
+        if odd:
+            field_path, found, expected = odd[0]
+            raise MoecError(
+                f"{checkpoint}: {field_path}",
+                found,
+                f"{expected}, as {artefact} was built ({len(odd)} fields differ)",
+                f"python cli.py build --checkpoint {checkpoint}",
+            )
+        entries = match(spec, read)
+        model = ir.load(built.model)
+    return _write(path, model, built.manifest, read, entries, weights, stages)
+
+
+def _write(
+    path: Path,
+    model: ir.Model,
+    manifest: Manifest,
+    checkpoint: Checkpoint | None,
+    entries: dict[str, TensorEntry],
+    mode: str,
+    stages: _Stages,
+) -> Artefact:
+    with writing(path) as folder:
+        target = folder / "model.onnx"
+        if manifest.weights.mode == "unbound":
+            with stages("check"):
+                save_checked(model, target)
+        bound = None
+        if checkpoint:
+            with stages("weights"):
+                bound = _place(checkpoint, entries, mode, folder, stages.progress)
+            with stages("write"):
+                save_bound(model, target, bound.entries, bound.root)
+        written = {
+            each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
+        }
+        shards = set(bound.weights.shards) if bound else set()
+        files = {name: _file(folder / name) for name in sorted(written - shards)}
+        done = manifest.model_copy(
+            update={
+                "checkpoint": str(checkpoint.folder.resolve()) if checkpoint else None,
+                "weights": bound.weights if bound else manifest.weights,
+                "files": files,
+                "inputs": ports(list(model.graph.inputs)),
+                "parity": None,
+                "build": Build(
+                    seconds={k: round(v, 3) for k, v in stages.seconds.items()},
+                    peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    bytes_written=sum(f.size for f in files.values())
+                    + (bound.copied if bound else 0),
+                    bytes_copied=bound.copied if bound else 0,
+                ),
+            }
+        )
+        write_manifest(folder, done)
+    return Artefact(path, done)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder`/manifest.json so that a reader sees the old one or the new one."""
+    draft = folder / f".{NAME}.{os.getpid()}"
+    draft.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    draft.replace(folder / NAME)
+
+
+def _place(
+    checkpoint: Checkpoint,
+    entries: dict[str, TensorEntry],
+    mode: str,
+    folder: Path,
+    progress: Progress,
+) -> _Bound:
+    """Leave, link or copy the shards; say where each parameter lies for the finished artefact."""
+    if mode not in ("in-place", "link", "copy"):
+        raise MoecError(f"--weights {mode}", mode, "in-place, link or copy", "choose one of them")
+    copied = 0
+    if mode == "in-place":
+        root = Path(os.path.commonpath([shard.path.parent for shard in checkpoint.shards]))
+        names = {
+            shard.path: shard.path.relative_to(root).as_posix() for shard in checkpoint.shards
+        }
+        shown = str(root)
+    else:
+        root, shown = folder, None
+        names = {shard.path: shard.name for shard in checkpoint.shards}
+        for shard in checkpoint.shards:
+            (folder / shard.name).parent.mkdir(parents=True, exist_ok=True)
+            if mode == "link":
+                _link(shard.path, folder / shard.name)
+            else:
+                copied += _copy(shard.path, folder / shard.name, progress)
+        for name in COMPANIONS:
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, folder / name)
+    at_root = {
+        name: replace(entry, file=root / names[entry.file]) for name, entry in entries.items()
+    }
+    refs = {
+        name: TensorRef(file=names[entry.file], offset=entry.offset, length=entry.nbytes)
+        for name, entry in entries.items()
+    }
+    shards = {
+        names[shard.path]: ShardRef(size=shard.size, header_sha256=shard.header_sha256)
+        for shard in checkpoint.shards
+    }
+    placed: WeightMode = mode
+    return _Bound(
+        at_root, root, Weights(mode=placed, folder=shown, shards=shards, tensors=refs), copied
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise MoecError(
+            f"--weights link: {source}",
+            error.strerror or error,
+            "weights on the same file system as --out",
+            "use --weights copy, or an --out beside the checkpoint",
+        ) from None
+
+
+def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) -> int:
+    size, done = source.stat().st_size, 0
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while data := reader.read(block):
+            writer.write(data)
+            done += len(data)
+            progress(f"copy {source.name}", done, size)
+    return size
+
+
+def _dialect(target: str, precision: str) -> str:
+    if target not in TARGETS:
+        found = "planned, not in this version" if target in PLANNED else "no such target"
+        raise MoecError(f"--target {target}", found, " or ".join(TARGETS), "use --target onnx")
+    if precision not in PRECISIONS:
+        found = "planned, not in this version" if precision == "fp8" else "no such precision"
+        raise MoecError(
+            f"--precision {precision}", found, " or ".join(PRECISIONS), "use --precision fp32"
+        )
+    return TARGETS[target]
+
+
+def _refuse_inside(out: Path, checkpoint: Path) -> None:
+    if out.resolve() == checkpoint.resolve():
+        raise MoecError(
+            f"--out {out}", "the checkpoint itself", "another folder", "choose another --out"
+        )
+
+
+def _file(path: Path) -> File:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return File(size=path.stat().st_size, sha256=digest)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("moec", "torch", "onnx", "onnx-ir", "onnxruntime")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except ImportError:  # a checkout that is not installed, or an optional runtime
+            continue
+    return found

@@ -1,0 +1,74 @@
+"""Write a folder so that it appears whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moec.exporters.manifest import NAME
+from moec.spec.errors import MoecError
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well.
+
+    On any error, Ctrl-C included, it is removed. A killed process leaves it under a hidden name
+    that the next build of the same `out` removes. An artefact that `out` holds is replaced.
+
+    Raises:
+        MoecError: `out` holds something that is no artefact, or cannot be written, or the disk
+            is full.
+    """
+    refuse_foreign(out)
+    partial, replaced = (out.parent / f".{out.name}.{kind}-{os.getpid()}" for kind in _KINDS)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        partial.mkdir()
+        yield partial
+        refuse_foreign(out)
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+    except OSError as error:
+        raise MoecError(
+            error.filename or out,
+            error.strerror or error,
+            "a folder that can be written, with room on the disk",
+            "choose another --out, or make room",
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        elif replaced.exists():
+            replaced.rename(out)
+
+
+_KINDS = ("moec-partial", "moec-replaced")
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse an `out` that is neither absent, nor empty, nor an artefact."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        found = "a link" if out.is_symlink() else "a file"
+    elif out.is_dir() and any(out.iterdir()) and not (out / NAME).is_file():
+        found = f"a folder that holds something else ({min(p.name for p in out.iterdir())}, ...)"
+    else:
+        return
+    raise MoecError(
+        f"--out {out}", found, "a new or empty folder, or an artefact to replace", "choose another"
+    )
+
+
+def _remove_stale(out: Path) -> None:
+    for kind in _KINDS:
+        for path in out.parent.glob(f".{out.name}.{kind}-*"):
+            pid = path.name.rpartition("-")[2]
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                if kind == "moec-replaced" and not out.exists():
+                    path.rename(out)  # killed between two renames: the old artefact is whole
+                else:
+                    shutil.rmtree(path, ignore_errors=True)

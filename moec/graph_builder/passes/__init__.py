@@ -1,0 +1,1 @@
+"""Rewrites of a built graph, one a file."""

@@ -1,0 +1,49 @@
+"""The reference engine: the fx graph itself, on torch, over weights mapped from their shards."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.passes.tap import tap
+from moec.spec.model import ModelSpec
+from moec.weights.shard import TensorEntry
+from moec.weights.view import view
+
+#: One call of a decoder graph: inputs by name to outputs by name.
+Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def eager_engine(
+    spec: ModelSpec,
+    entries: Mapping[str, TensorEntry],
+    precision: str = "fp32",
+    taps: Sequence[str] = (),
+) -> Run:
+    """Run `spec` in `precision` on the CPU; `taps` names inner values to return as well.
+
+    Weights stay in their files and dtype; each op casts what it uses, so that memory holds one
+    weight at a time.
+    """
+    graph = build_decoder(spec, precision)
+    fill(graph, entries)
+    if taps:
+        tap(graph, taps)
+    nodes = list(graph.graph.nodes)
+    inputs = [node.meta["name"] for node in nodes if node.op == "placeholder"]
+    outputs = nodes[-1].meta["outputs"]
+
+    @torch.inference_mode()
+    def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(outputs, graph(*(feeds[name] for name in inputs)), strict=True))
+
+    return run
+
+
+def fill(graph: fx.GraphModule, entries: Mapping[str, TensorEntry]) -> None:
+    """Replace the meta weights of `graph` by views of their bytes."""
+    for name in dict(graph.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        weight = nn.Parameter(view(entries[name]), requires_grad=False)
+        setattr(graph.get_submodule(owner), leaf, weight)

@@ -1,5 +1,6 @@
 """An artefact on disk: read it back, find its weights, notice when they changed."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,3 +98,21 @@ def open_artefact(path: str | Path) -> Artefact:
                 file, f"{size} bytes", f"{expected.size} bytes", "build the artefact again"
             )
     return Artefact(path, manifest)
+
+
+def verify_files(artefact: Artefact) -> None:
+    """Hash every file that the build wrote, and check the weights that it left in place.
+
+    Raises:
+        MoecError: the first file that is not as it was written (exit code 1).
+    """
+    for name, expected in artefact.manifest.files.items():
+        with (artefact.path / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected.sha256:
+            raise MoecError(
+                artefact.path / name, f"sha256 {found}", expected.sha256,
+                "build the artefact again", exit_code=1,
+            )  # fmt: skip
+    if artefact.manifest.weights.mode != "unbound":
+        artefact.entries()

@@ -1,0 +1,323 @@
+"""The command line: parses, calls the API, prints. Exit codes: 0 done, 1 a check failed, 2 bad
+input, 3 a needed package or device is missing."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from moec.spec.errors import MoecError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compile Llama 4 checkpoints to artefacts, and prove that they compute the same thing.",
+)
+specs = typer.Typer(no_args_is_help=True, help="List, show, compare and describe model specs.")
+app.add_typer(specs, name="spec")
+console = Console()
+
+#: weights above this many bytes are proven on the twin unless somebody asks for more
+PROVE_ON_WEIGHTS = 4 * 10**9
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Placement = Annotated[
+    str, typer.Option(help="in-place (no copy), link (hard links beside the model) or copy.")
+]
+
+
+@app.command()
+def build(
+    variant: Annotated[str | None, typer.Option(help="A preset: see `spec list`.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="A spec file, .yaml or .json.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder.")] = None,
+    target: Annotated[str, typer.Option(help="onnx; others are planned.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    out: Annotated[Path | None, typer.Option(help="The artefact's folder.")] = None,
+    weights: Placement = "in-place",
+    check: Annotated[
+        bool, typer.Option("--validate/--no-validate", help="Prove the numbers after the build.")
+    ] = True,
+) -> None:
+    """Build an artefact from exactly one of --variant, --spec and --checkpoint, and prove it."""
+    given = [source for source in (variant, spec, checkpoint) if source is not None]
+    if len(given) != 1:
+        raise MoecError(
+            "build", f"{len(given)} sources", "exactly one of --variant, --spec, --checkpoint",
+            "python cli.py build --variant scout",
+        )  # fmt: skip
+    _expect(variant, spec, checkpoint)
+    import moec
+    from moec.show import artefact_tables, bar
+
+    with bar(console) as progress:
+        art = moec.export(given[0], target, precision, out, weights, progress)
+    artefact_tables(console, art)
+    if check:
+        size = sum(shard.size for shard in art.manifest.weights.shards.values())
+        _prove(art.path, None, None, on_twin=size > PROVE_ON_WEIGHTS)
+
+
+@app.command()
+def bind(
+    artefact: Path,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder of the same model.")],
+    out: Annotated[Path | None, typer.Option(help="Default: replace the artefact.")] = None,
+    weights: Placement = "in-place",
+) -> None:
+    """Attach a checkpoint to an artefact that was built without one."""
+    import moec
+    from moec.show import artefact_tables, bar
+
+    with bar(console) as progress:
+        art = moec.bind(artefact, checkpoint, out, weights, progress)
+    artefact_tables(console, art)
+
+
+@app.command()
+def validate(
+    artefact: Path,
+    tokens: Annotated[int | None, typer.Option(help="Length of the longest row.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the token draw; default fresh.")] = None,
+    twin: Annotated[bool, typer.Option("--twin", help="Prove the twin, not the weights.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare an artefact with the eager reference, layer by layer; exit code 1 if it differs."""
+    _prove(artefact, tokens, seed, twin, html, as_json)
+
+
+@app.command()
+def generate(
+    artefact: Path,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids instead: 1,2,3.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as a user turn.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    engine: Annotated[str, typer.Option(help="onnxruntime or eager.")] = "onnxruntime",
+    preset: Annotated[str, typer.Option(help="lean or fast.")] = "lean",
+) -> None:
+    """Continue a prompt, streaming to the terminal."""
+    if (prompt is None) == (ids is None):
+        raise MoecError(
+            "generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT"
+        )
+    import moec
+    from moec.exporters.artefact import open_artefact
+    from moec.runtime.text import open_text
+
+    text = open_text(open_artefact(artefact)) if prompt is not None else None
+    if text and prompt is not None:
+        row = text.chat(prompt) if chat else text.encode(prompt)
+    else:
+        row = _numbers(ids or "")
+    stream: Any = text.stream() if text else None
+    if stream:
+        next(stream)
+        sys.stdout.write("" if chat else prompt or "")
+
+    def show(step: list[int | None]) -> None:
+        token = step[0]
+        if token is not None:
+            sys.stdout.write(stream.send(token) if stream else f"{token} ")
+            sys.stdout.flush()
+
+    session = moec.open_session(artefact, engine=engine, preset=preset)
+    session.generate(
+        [row], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        stream=show,
+    )  # fmt: skip
+    sys.stdout.write("\n")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A preset, spec file or checkpoint folder.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or fp8.")] = "bf16",
+    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 8192,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    device: Annotated[str | None, typer.Option(help="For the roofline: h200.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model costs before anyone builds it."""
+    import moec
+    from moec.show import plan_table
+
+    result = moec.plan(model, precision, context, batch, device)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        plan_table(console, result)
+
+
+@app.command()
+def inspect(
+    artefact: Path,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash the files again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show an artefact's manifest; with --verify, check every byte that the build wrote."""
+    from moec.exporters.artefact import open_artefact, verify_files
+    from moec.show import artefact_tables, report_table
+
+    art = open_artefact(artefact)
+    if as_json:
+        _print_json(art.manifest.model_dump(mode="json"))
+    else:
+        artefact_tables(console, art)
+        if art.manifest.parity:
+            report_table(console, art.manifest.parity)
+    if verify:
+        verify_files(art)
+        console.print("verified: every file is as it was written")
+
+
+@app.command()
+def bench(
+    artefact: Path,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Time opening, first token and decode: both presets of ONNX Runtime, and the eager reference."""
+    from moec.runtime.bench import bench as measure
+    from moec.show import bench_table
+
+    ways = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "-"))
+    rows = [measure(artefact, *way, batch, prompt_tokens, new_tokens) for way in ways]
+    if as_json:
+        _print_json([row.to_dict() for row in rows])
+    else:
+        bench_table(console, rows)
+
+
+@specs.command("list")
+def spec_list() -> None:
+    """The presets, side by side."""
+    from moec.show import spec_table
+    from moec.spec.presets import PRESETS
+
+    spec_table(console, PRESETS.values())
+
+
+@specs.command("show")
+def spec_show(
+    model: str,
+    form: Annotated[str, typer.Option("--format", help="yaml, json or config.")] = "yaml",
+) -> None:
+    """Print a preset, spec file or checkpoint as YAML, JSON or a Hugging Face config.json."""
+    from moec.spec.config_json import write_config
+    from moec.spec.files import dump_yaml, load_spec
+
+    spec = load_spec(model)
+    if form == "yaml":
+        typer.echo(dump_yaml(spec), nl=False)
+    elif form in ("json", "config"):
+        _print_json(spec.model_dump(mode="json") if form == "json" else write_config(spec))
+    else:
+        raise MoecError(f"--format {form}", form, "yaml, json or config", "choose one of them")
+
+
+@specs.command("schema")
+def spec_schema() -> None:
+    """Print the JSON schema of spec files."""
+    from moec.spec.model import ModelSpec
+
+    _print_json(ModelSpec.model_json_schema())
+
+
+@specs.command("diff")
+def spec_diff(left: str, right: str) -> None:
+    """Print the fields in which two specs differ; exit code 1 if there are any."""
+    from moec.show import diff_table
+    from moec.spec.files import diff, load_spec
+
+    rows = diff(load_spec(left), load_spec(right))
+    if rows:
+        diff_table(console, left, right, rows)
+        raise typer.Exit(1)
+    console.print("no difference")
+
+
+def _prove(
+    artefact: Path,
+    tokens: int | None,
+    seed: int | None,
+    on_twin: bool = False,
+    html: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    import moec
+    from moec.runtime.validate import record
+    from moec.show import bar, report_table
+
+    with bar(console, quiet=as_json) as progress:
+        report = moec.validate(artefact, tokens, seed, on_twin, progress)
+    record(artefact, report)
+    if html:
+        report.to_html(html)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        report_table(console, report.to_dict())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _expect(variant: str | None, spec: Path | None, checkpoint: Path | None) -> None:
+    """Each source is of its own kind, so that a typo is not taken for another kind."""
+    from moec.spec.presets import PRESETS
+
+    if variant is not None and variant not in PRESETS:
+        raise MoecError(
+            f"--variant {variant}", "no such preset", ", ".join(PRESETS), "python cli.py spec list"
+        )
+    if spec is not None and not spec.is_file():
+        raise MoecError(f"--spec {spec}", "no such file", "a spec file", "python cli.py spec schema")
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise MoecError(
+            f"--checkpoint {checkpoint}", "no such folder", "a folder with config.json",
+            "check the path, or build without weights: python cli.py build --variant scout",
+        )  # fmt: skip
+
+
+def _numbers(ids: str) -> list[int]:
+    try:
+        return [int(part) for part in ids.split(",")]
+    except ValueError:
+        raise MoecError(f"--ids {ids}", "not integers", "1,2,3", "correct --ids") from None
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line and exit; a user's mistake is a message, never a stack trace."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except MoecError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _stopped()
+
+
+def _stopped() -> NoReturn:
+    Console(stderr=True).print("stopped: nothing half-written is left behind", style="yellow")
+    sys.exit(2)

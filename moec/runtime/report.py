@@ -1,0 +1,90 @@
+"""A proof as data: checks with their figures and limits, and one verdict."""
+
+import html
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison. `found` must not pass `limit`: above it for errors, below it for agreement."""
+
+    name: str
+    kind: str  # "error" or "agreement"
+    found: float
+    limit: float
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN either way."""
+        return self.found <= self.limit if self.kind == "error" else self.found >= self.limit
+
+
+@dataclass(slots=True)
+class Report:
+    """What was compared with what, on which tokens, and how it went."""
+
+    subject: str
+    engine: str
+    reference: str
+    precision: str
+    seed: int
+    tokens: list[int]
+    twin: bool = False
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """True if there were checks and all of them passed."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def first_divergence(self) -> str | None:
+        """The earliest value of the graph that is off, or None."""
+        return next((check.name for check in self.checks if not check.passed), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON and for the manifest."""
+        return {
+            **asdict(self),
+            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
+            "passed": self.passed,
+            "first_divergence": self.first_divergence,
+        }
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a self-contained page with every check to `path`."""
+        rows = "".join(
+            f"<tr class={'ok' if c.passed else 'bad'}><td>{html.escape(c.name)}</td><td>{c.kind}</td>"
+            f"<td>{figure(c)}</td><td>{limit(c)}</td><td>{html.escape(c.detail)}</td></tr>"
+            for c in self.checks
+        )
+        verdict = "PASSED" if self.passed else f"FAILED, first at {self.first_divergence}"
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        Path(path).write_text(
+            "<!doctype html><meta charset=utf-8><title>moec validate</title><style>"
+            "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}"
+            ".bad{background:#fdd}</style>"
+            f"<h1>{html.escape(self.subject)}: {html.escape(verdict)}</h1>"
+            f"<p>{self.engine} against {self.reference}, {self.precision}, rows of {self.tokens} "
+            f"tokens, seed {self.seed}</p>{notes}<table><tr><th>check<th>kind<th>found<th>limit"
+            f"<th>detail</tr>{rows}</table>",
+            encoding="utf-8",
+        )
+
+
+def figure(check: Check) -> str:
+    """The figure as people read it."""
+    return f"{check.found:.2e}" if check.kind == "error" else f"{100 * check.found:.2f} %"
+
+
+def limit(check: Check) -> str:
+    """The limit as people read it."""
+    sign, shown = ("<=", f"{check.limit:.0e}") if check.kind == "error" else (
+        ">=", f"{100 * check.limit:g} %"
+    )  # fmt: skip
+    return f"{sign} {shown}"

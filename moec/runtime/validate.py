@@ -1,0 +1,265 @@
+"""Prove an artefact against the eager reference, layer by layer, on fresh random tokens.
+
+What each check means and where the limits come from: docs/numerics.md.
+"""
+
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moec.exporters.artefact import Artefact, open_artefact
+from moec.exporters.export import export, write_manifest
+from moec.runtime.cache import new_cache
+from moec.runtime.eager import Run, eager_engine
+from moec.runtime.ort import ort_engine
+from moec.runtime.report import Check, Report
+from moec.runtime.session import Session, open_session
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+from moec.spec.twin import twin
+from moec.weights.random import write_random_checkpoint
+
+#: tokens of the longest row where nobody says otherwise; three chunk borders if the chunk allows
+MOST_TOKENS = 512
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Limits for one precision. Errors are |a - b| over |b| in the norm of order `order`.
+
+    float32 is held to its largest element. In float16 a router that flips on a near tie changes its
+    token altogether, so that the limit is on the Euclidean norm and on the share that agrees.
+    """
+
+    error: float
+    agreement: float
+    order: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(error=1e-4, agreement=1.0, order=torch.inf),
+    "fp16": Tolerance(error=3e-2, agreement=0.98, order=2),
+}
+
+
+def validate(
+    path: str | Path,
+    tokens: int | None = None,
+    seed: int | None = None,
+    on_twin: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Compare the artefact's ONNX model with the float32 eager reference on the same weights.
+
+    An artefact without weights is proven on its twin: the same spec shrunk in width, random
+    weights, lowered by the same tables.
+
+    Args:
+        tokens: length of the longest row; default three chunks and a bit, at most 512.
+        seed: of the token draw; default fresh, and in the report.
+        on_twin: prove the twin although there are weights, because they are too many to run here.
+        progress: called with (stage, done, total).
+
+    Raises:
+        MoecError: not an artefact, weights gone or changed, or a package is missing.
+    """
+    artefact = open_artefact(path)
+    seed = secrets.randbits(31) if seed is None else seed
+    unbound = artefact.manifest.weights.mode == "unbound"
+    if not unbound and not on_twin:
+        return _validate(artefact, tokens, seed, progress)
+    if artefact.manifest.precision not in TOLERANCES:
+        raise _not_executable(artefact)
+    with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
+        small = twin(artefact.manifest.spec)
+        progress("twin", 0, 1)
+        write_random_checkpoint(small, Path(folder, "weights"), seed)
+        built = export(
+            Path(folder, "weights"),
+            target=artefact.manifest.target,
+            precision=artefact.manifest.precision,
+            out=Path(folder, "twin"),
+        )
+        report = _validate(built, tokens, seed, progress)
+        report.twin, report.subject = True, f"{artefact.path} (its twin)"
+        report.notes.append(
+            f"The artefact's {'weights are not bound' if unbound else 'own weights were not run'}: "
+            f"proven on its twin, {small.text.layers} layers of width "
+            f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}."
+        )
+    return report
+
+
+def record(path: str | Path, report: Report) -> None:
+    """Store `report` in the artefact's manifest."""
+    artefact = open_artefact(path)
+    write_manifest(
+        artefact.path, artefact.manifest.model_copy(update={"parity": report.to_dict()})
+    )
+
+
+def _validate(artefact: Artefact, tokens: int | None, seed: int, progress: Progress) -> Report:
+    manifest = artefact.manifest
+    if manifest.precision not in TOLERANCES:
+        raise _not_executable(artefact)
+    tolerance = TOLERANCES[manifest.precision]
+    chunk = manifest.spec.text.chunk
+    longest = tokens or min(MOST_TOKENS, 3 * (chunk or 16) + 5)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([longest, max(1, longest * 5 // 8)])
+    ids = torch.randint(0, manifest.spec.text.vocab, (2, longest), generator=generator)
+    report = Report(
+        str(artefact.path), "onnxruntime", "eager fp32", manifest.precision, seed, lengths.tolist(),
+        versions=dict(manifest.versions),
+    )  # fmt: skip
+    if chunk and longest <= chunk:
+        report.notes.append(
+            f"No chunk border was crossed: chunk {chunk}, {longest} tokens; use --tokens for more."
+        )
+    stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        ("layer by layer", lambda: _ladder(artefact, ids, lengths, tolerance)),
+        ("cached decode", lambda: _cached(artefact, ids, lengths, tolerance)),
+        ("generation", lambda: _greedy(artefact, ids, tolerance)),
+    ]
+    for done, (name, checks) in enumerate(stages):
+        progress(name, done, len(stages))
+        report.checks += checks()
+    progress("proof", len(stages), len(stages))
+    return report
+
+
+def _ladder(
+    artefact: Artefact, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+) -> Iterator[Check]:
+    """Every layer's output and routing, then the logits, of one call without a cache."""
+    spec = artefact.manifest.spec
+    layers = spec.text.all_layers
+    routers = {i: f"layers.{i}.moe.router" for i in (la.index for la in layers if la.moe)}
+    hidden = ["embed", *(f"layers.{layer.index}.out" for layer in layers)]
+    chosen = {i: f"layers.{i}.moe.route.1" for i in routers}
+    taps = [*hidden, *routers.values(), *chosen.values()]
+    feeds, own = _feeds(spec, ids, lengths)
+    runs: list[tuple[Run, str]] = [
+        (ort_engine(artefact, taps=taps), artefact.manifest.precision),
+        (eager_engine(spec, artefact.entries(), "fp32", taps), "fp32"),
+    ]
+    found, expected = (
+        run({**feeds, **new_cache(spec, precision, len(ids), 0).tensors}) for run, precision in runs
+    )
+    yield _error("embed", found["embed"][own], expected["embed"][own], tolerance)
+    for layer in layers:
+        if layer.moe:
+            logits = expected[routers[layer.index]][own]
+            k = spec.text.experts.top_k
+            margin = -logits.topk(min(k + 1, logits.shape[1])).values.diff()[:, -1:]
+            same = (found[chosen[layer.index]] == expected[chosen[layer.index]]).all(-1)[own]
+            clear = margin[:, 0] > tolerance.error * logits.abs().max() if k < logits.shape[1] else same
+            yield _agreement(f"layers.{layer.index} router", same, clear, tolerance)
+        name = f"layers.{layer.index}.out"
+        yield _error(f"layers.{layer.index}", found[name][own], expected[name][own], tolerance)
+    a, b = (out["logits"].flatten(0, 1)[own] for out in (found, expected))
+    yield _error("logits, all positions", a, b, tolerance)
+    ends = lengths.cumsum(0) - 1
+    yield _error("logits, last token", a[ends], b[ends], tolerance)
+    best = b.topk(2).values
+    clear = best[:, 0] - best[:, 1] > tolerance.error * b.abs().max()
+    yield _agreement("argmax", a.argmax(-1) == b.argmax(-1), clear, tolerance)
+    chunk = spec.text.chunk
+    if chunk and int(lengths.max()) > chunk:
+        at = torch.arange(ids.shape[1]).expand_as(ids).flatten()[own]
+        border = (at >= chunk) & ((at % chunk == 0) | (at % chunk == chunk - 1)) | (at == chunk - 1)
+        detail = f"{int(border.sum())} positions beside {int((lengths.max() - 1) // chunk)} borders"
+        yield _error("logits, chunk borders", a[border], b[border], tolerance, detail)
+
+
+def _cached(
+    artefact: Artefact, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+) -> Iterator[Check]:
+    """Prefill in uneven pieces and decode around each chunk border, rows of different length."""
+    session = open_session(artefact.path)
+    chunk = session.spec.text.chunk or 16
+    whole = session.logits(ids, lengths)
+    cuts = sorted(
+        cut
+        for border in range(chunk, ids.shape[1], chunk)
+        for cut in (border - 2, border - 1, border, border + 1)
+        if 0 < cut < ids.shape[1]
+    )
+    cuts = cuts or [max(1, ids.shape[1] - 2), max(1, ids.shape[1] - 1)]
+    edges = [0, *dict.fromkeys(cuts), ids.shape[1]]
+    cache = new_cache(session.spec, session.precision, len(ids), 1)  # grows on the way
+    pairs = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        own = (lengths - start).clamp(0, end - start)
+        got = session.extend(ids[:, start:end], own, cache)
+        pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
+    detail = f"{len(edges) - 1} calls, rows of {lengths.tolist()} tokens"
+    found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))
+    yield _error("prefill against decode", found, expected, tolerance, detail)
+    short = int(lengths[1])
+    alone = session.logits(ids[1:, :short])
+    yield _error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
+
+
+def _greedy(artefact: Artefact, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+    """Greedy tokens through the caches, and the reference's opinion of each."""
+    session = open_session(artefact.path)
+    reference = Session(
+        session.spec, "fp32", "eager", eager_engine(session.spec, artefact.entries(), "fp32")
+    )
+    prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
+    tokens = session.generate(prompt, max_new_tokens=8, stop=())
+    logits = reference.logits(tokens)[0, prompt.shape[1] - 1 : -1]
+    best = logits.max(-1).values
+    given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]
+    near = best - given <= tolerance.error * logits.abs().max()
+    yield _agreement("greedy tokens", near, torch.ones_like(near), tolerance)
+
+
+def _feeds(spec: ModelSpec, ids: Tensor, lengths: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of one call that wants all logits, and which packed tokens are the rows' own."""
+    steps = torch.arange(ids.shape[1]).expand_as(ids)
+    feeds = {
+        "input_ids": ids,
+        "past_lengths": torch.zeros_like(lengths),
+        "lengths": lengths,
+        "logit_index": steps.contiguous(),
+    }
+    return feeds, (steps < lengths[:, None]).flatten()
+
+
+def _error(
+    name: str, found: Tensor, expected: Tensor, tolerance: Tolerance, detail: str = ""
+) -> Check:
+    found, expected = found.double().flatten(), expected.double().flatten()
+    norm = torch.linalg.vector_norm
+    ratio = norm(found - expected, tolerance.order) / norm(expected, tolerance.order).clamp(min=1e-30)
+    if not bool(found.isfinite().all()) or not bool(expected.isfinite().all()):
+        where = "model" if expected.isfinite().all() else "reference too: look at the weights"
+        return Check(name, "error", float("nan"), tolerance.error, f"not finite in the {where}")
+    return Check(name, "error", float(ratio), tolerance.error, detail)
+
+
+def _agreement(name: str, same: Tensor, clear: Tensor, tolerance: Tolerance) -> Check:
+    """The share that agrees; near ties within the error limit are not held against either side."""
+    ties = int((~same & ~clear).sum())
+    share = float((same | ~clear).double().mean())
+    detail = f"{len(same)} tokens" + (f", {ties} near ties left out" if ties else "")
+    return Check(name, "agreement", share, tolerance.agreement, detail)
+
+
+def _not_executable(artefact: Artefact) -> MoecError:
+    return MoecError(
+        artefact.path,
+        f"precision {artefact.manifest.precision}: built, not executable on this machine",
+        f"one of {', '.join(TOLERANCES)}",
+        "build the same model with --precision fp32 and validate that",
+        exit_code=3,
+    )

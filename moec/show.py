@@ -1,0 +1,160 @@
+"""What the command line prints: tables and progress bars."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moec.spec.model import ModelSpec
+from moec.spec.parameters import counts
+from moec.spec.plan import Plan
+
+if TYPE_CHECKING:
+    from moec.exporters.artefact import Artefact
+    from moec.runtime.bench import Timing
+
+
+@contextmanager
+def bar(console: Console, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback: one bar, relabelled by stage; nothing where nobody watches."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task("start", total=1)
+        yield lambda stage, done, total: progress.update(
+            task, description=stage, completed=done, total=total
+        )
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def artefact_tables(console: Console, art: "Artefact") -> None:
+    """Files and costs of a build."""
+    manifest = art.manifest
+    for note in manifest.spec.notes:
+        console.print(f"note: {note}", highlight=False)
+    table = Table(title=f"{art.path}: {manifest.spec.name}, {manifest.target}, {manifest.precision}")
+    for column in ("file", "size", "origin"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for name, file in manifest.files.items():
+        table.add_row(name, size(file.size), "written")
+    origin = {"in-place": f"left in {manifest.weights.folder}", "link": "hard link", "copy": "copied"}
+    for name, shard in manifest.weights.shards.items():
+        table.add_row(name, size(shard.size), origin[manifest.weights.mode])
+    console.print(table)
+    build = manifest.build
+    stages = " · ".join(f"{name} {seconds:.2f} s" for name, seconds in build.seconds.items())
+    console.print(f"stages: {stages}", highlight=False)
+    total = counts(manifest.spec)
+    console.print(
+        f"{total['text']:,} parameters in the text model ({total['active_text']:,} active) · "
+        f"weights {manifest.weights.mode} · {len(manifest.rewritten)} rewritten · "
+        f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied · "
+        f"peak memory {size(build.peak_bytes)}",
+        highlight=False,
+    )
+    if manifest.weights.mode == "unbound":
+        console.print(
+            f"no weights yet: python cli.py bind {art.path} --checkpoint DIR", highlight=False
+        )
+
+
+def report_table(console: Console, report: dict[str, Any]) -> None:
+    """A proof: every layer's error, then the checks on the whole."""
+    table = Table(
+        title=f"{report['engine']} ({report['precision']}) against {report['reference']}: "
+        f"{report['subject']}"
+    )
+    for column in ("", "found", "limit", "detail"):
+        table.add_column(column, justify="left" if column in ("", "detail") else "right")
+    for check in report["checks"]:
+        error = check["kind"] == "error"
+        found = f"{check['found']:.2e}" if error else f"{100 * check['found']:.2f} %"
+        limit = f"<= {check['limit']:.0e}" if error else f">= {100 * check['limit']:g} %"
+        style = None if check["passed"] else "bold red"
+        table.add_row(check["name"], found, limit, check["detail"], style=style)
+    console.print(table)
+    for note in report["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    verdict = "PASSED" if report["passed"] else f"FAILED, first at {report['first_divergence']}"
+    console.print(
+        f"{verdict} · rows of {report['tokens']} tokens · seed {report['seed']}",
+        style="green" if report["passed"] else "bold red",
+        highlight=False,
+    )
+
+
+def plan_table(console: Console, plan: Plan) -> None:
+    """The costs of one setting."""
+    table = Table(title=f"{plan.model}, {plan.precision}, batch {plan.batch}, context {plan.context:,}")
+    table.add_column("")
+    table.add_column("value", justify="right")
+
+    def bound(milliseconds: float | None) -> str:
+        return "give --device" if milliseconds is None else f">= {milliseconds:,.2f} ms"
+
+    rows = {
+        "weights": size(plan.weights_bytes),
+        "caches (rings on chunked layers)": size(plan.cache_bytes),
+        "caches without rings": size(plan.full_cache_bytes),
+        f"fits {plan.device or 'the device'}": {None: "give --device", True: "yes", False: "no"}[
+            plan.fits
+        ],
+        "experts read per MoE layer and step": f"{plan.experts_read:.2f}",
+        "read per decode step": size(plan.decode_read_bytes),
+        "decode step": f"{plan.decode_flops / 1e9:,.1f} GFLOP",
+        "decode step, bound": bound(plan.decode_ms),
+        "prefill of one prompt": f"{plan.prefill_flops / 1e12:,.1f} TFLOP",
+        "prefill, bound": bound(plan.prefill_ms),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
+    """Engines side by side."""
+    table = Table()
+    for column in ("engine", "preset", "open s", "first token s", "tokens/s", "peak so far"):
+        table.add_column(column, justify="left" if column in ("engine", "preset") else "right")
+    for row in rows:
+        table.add_row(
+            row.engine, row.preset, f"{row.open_s:.2f}", f"{row.first_token_s:.4f}",
+            f"{row.decode_tokens_per_s:.1f}", size(row.peak_bytes),
+        )  # fmt: skip
+    console.print(table)
+
+
+def spec_table(console: Console, rows: Iterable[ModelSpec]) -> None:
+    """Presets side by side."""
+    table = Table()
+    for column in ("name", "parameters", "active text", "layers", "dim", "experts", "attention",
+                   "rope", "qk_norm", "ffn", "provenance"):  # fmt: skip
+        table.add_column(column, overflow="fold")
+    for spec in rows:
+        total, text = counts(spec), spec.text
+        table.add_row(
+            spec.name, f"{total['total']:,}", f"{total['active_text']:,}", str(text.layers),
+            str(text.dim), str(text.experts.count), text.attention, text.rope, text.qk_norm,
+            text.ffn, "HYPOTHETICAL" if spec.provenance == "estimated" else spec.provenance,
+        )  # fmt: skip
+    console.print(table)
+
+
+def diff_table(console: Console, left: str, right: str, rows: Iterable[tuple[str, Any, Any]]) -> None:
+    """The fields in which two specs differ."""
+    table = Table()
+    for column in ("field", left, right):
+        table.add_column(column)
+    for path, a, b in rows:
+        table.add_row(path, str(a), str(b))
+    console.print(table)

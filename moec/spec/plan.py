@@ -1,0 +1,154 @@
+"""What a model will cost before anyone builds it: bytes, caches, FLOPs, and the roofline.
+
+Bounds, not forecasts: weights are read once a step, activations and norms are left out, experts are
+drawn uniformly. A device's rates are what large copies and matrix products reached on it.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.spec.errors import MoecError
+from moec.spec.files import load_spec
+from moec.spec.model import ModelSpec
+from moec.spec.parameters import text_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Memory in bytes; bandwidth in bytes/s; matrix products in FLOP/s by precision."""
+
+    memory: float
+    bandwidth: float
+    flops: dict[str, float]
+
+
+#: reference rates measured with large copies and square matrix products
+DEVICES = {
+    "h200": Device(139 * 2**30, 4.3e12, {"bf16": 790e12, "fp16": 790e12, "fp8": 1500e12}),
+}
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Costs of one setting: bytes, FLOPs, and lower bounds in milliseconds (None: no device)."""
+
+    model: str
+    precision: str
+    batch: int
+    context: int
+    device: str | None
+    weights_bytes: int
+    cache_bytes: int
+    full_cache_bytes: int
+    fits: bool | None
+    experts_read: float
+    decode_read_bytes: int
+    decode_flops: int
+    decode_ms: float | None
+    prefill_flops: int
+    prefill_ms: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def plan(
+    spec: str | Path | ModelSpec,
+    precision: str = "bf16",
+    context: int = 8192,
+    batch: int = 1,
+    device: str | None = None,
+) -> Plan:
+    """The text model's cost at `batch` sequences of `context` tokens.
+
+    In fp8 every linear layer and expert takes one byte a weight; embedding, head, router, norms and
+    caches stay bf16. `decode_*` is one step of the whole batch, `prefill_*` one prompt of `context`
+    tokens. `full_cache_bytes` is what the cache would take without rings on the chunked layers.
+
+    Raises:
+        MoecError: unknown precision or device, or a size below 1.
+    """
+    spec = load_spec(spec)
+    if precision not in _BYTES:
+        raise _bad("precision", precision, ", ".join(_BYTES))
+    if device is not None and (device not in DEVICES or precision not in DEVICES[device].flops):
+        raise _bad("device", f"{device} at {precision}", ", ".join(DEVICES) + " at bf16, fp16, fp8")
+    if context < 1 or batch < 1:
+        raise _bad("context and batch", f"{context}, {batch}", "at least 1")
+    text = spec.text
+    sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
+    width = {name: _width(name, precision) for name in sizes}
+    count, k = text.experts.count, text.experts.top_k
+    read = count * (1 - (1 - k / count) ** batch)
+    kept = [context if la.chunk is None else min(la.chunk, context) for la in text.all_layers]
+    per_key = 2 * text.kv_width * (4 if precision == "fp32" else 2) * batch
+
+    stepped = [name for name in sizes if text.tie_embeddings or name != "embed.weight"]
+    share = {name: 1.0 if not _routed(name) else read / count for name in stepped}
+    decode_read = sum(sizes[n] * width[n] * share[n] for n in stepped) + per_key * sum(kept)
+    active = sum(sizes[n] * (k / count if _routed(n) else 1) for n in stepped)
+    head = text.vocab * text.dim
+    decode_attention = 4 * text.q_width * sum(kept)
+    decode_flops = batch * (2 * active + decode_attention)
+
+    linear = 2 * (active - head) * context
+    attention = sum(4 * text.q_width * _pairs(context, la.chunk) for la in text.all_layers)
+    chosen = count * (1 - (1 - k / count) ** context)
+    prefill_read = sum(
+        sizes[n] * width[n] * (chosen / count if _routed(n) else 1)
+        for n in stepped
+        if n != "head.weight"
+    )
+    total = sum(sizes[n] * width[n] for n in sizes)
+    on = DEVICES[device] if device else None
+    return Plan(
+        model=spec.name,
+        precision=precision,
+        batch=batch,
+        context=context,
+        device=device,
+        weights_bytes=total,
+        cache_bytes=per_key * sum(kept),
+        full_cache_bytes=per_key * context * text.layers,
+        fits=on and total + per_key * sum(kept) <= on.memory,
+        experts_read=read,
+        decode_read_bytes=round(decode_read),
+        decode_flops=round(decode_flops),
+        decode_ms=on
+        and 1e3 * max(decode_read / on.bandwidth, decode_flops / on.flops[precision]),
+        prefill_flops=round(linear + attention),
+        prefill_ms=on
+        and 1e3
+        * max(
+            linear / on.flops[precision] + attention / on.flops["bf16"],
+            prefill_read / on.bandwidth,
+        ),
+    )
+
+
+def _routed(name: str) -> bool:
+    return name.endswith((".moe.gate_up", ".moe.down"))
+
+
+def _width(name: str, precision: str) -> int:
+    wide = name.endswith(("norm.weight", "router.weight", "bias")) or name.startswith(
+        ("embed", "head")
+    )
+    return 2 if precision == "fp8" and wide else _BYTES[precision]
+
+
+def _pairs(context: int, chunk: int | None) -> float:
+    """Query-key pairs of a causal mask over `context` tokens, within chunks: half a square each."""
+    if chunk is None or chunk >= context:
+        return context**2 / 2
+    whole, rest = divmod(context, chunk)
+    return (whole * chunk**2 + rest**2) / 2
+
+
+def _bad(what: str, found: object, expected: str) -> MoecError:
+    return MoecError(f"plan: {what}", found, expected, "python cli.py plan --help")

@@ -36,7 +36,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and onnx only when something needs them: `spec list` should not wait for them."""
+    """Import torch and onnx on first use: `spec list` should not wait for them."""
     if name not in _HOMES:
         raise AttributeError(f"module 'moec' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")

@@ -1,5 +1,7 @@
-"""The command line: parses, calls the API, prints. Exit codes: 0 done, 1 a check failed, 2 bad
-input, 3 a needed package or device is missing."""
+"""The command line: parses, calls the API, prints.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 a needed package or device is missing.
+"""
 
 import json
 import signal
@@ -189,7 +191,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     as_json: Json = False,
 ) -> None:
-    """Time opening, first token and decode: both presets of ONNX Runtime, and the eager reference."""
+    """Time opening, first token and decode: ONNX Runtime by preset, and the eager reference."""
     from moec.runtime.bench import bench as measure
     from moec.show import bench_table
 
@@ -283,7 +285,9 @@ def _expect(variant: str | None, spec: Path | None, checkpoint: Path | None) -> 
             f"--variant {variant}", "no such preset", ", ".join(PRESETS), "python cli.py spec list"
         )
     if spec is not None and not spec.is_file():
-        raise MoecError(f"--spec {spec}", "no such file", "a spec file", "python cli.py spec schema")
+        raise MoecError(
+            f"--spec {spec}", "no such file", "a spec file", "python cli.py spec schema"
+        )
     if checkpoint is not None and not checkpoint.is_dir():
         raise MoecError(
             f"--checkpoint {checkpoint}", "no such folder", "a folder with config.json",

@@ -42,12 +42,18 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
     manifest = art.manifest
     for note in manifest.spec.notes:
         console.print(f"note: {note}", highlight=False)
-    table = Table(title=f"{art.path}: {manifest.spec.name}, {manifest.target}, {manifest.precision}")
+    table = Table(
+        title=f"{art.path}: {manifest.spec.name}, {manifest.target}, {manifest.precision}"
+    )
     for column in ("file", "size", "origin"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for name, file in manifest.files.items():
         table.add_row(name, size(file.size), "written")
-    origin = {"in-place": f"left in {manifest.weights.folder}", "link": "hard link", "copy": "copied"}
+    origin = {
+        "in-place": f"left in {manifest.weights.folder}",
+        "link": "hard link",
+        "copy": "copied",
+    }
     for name, shard in manifest.weights.shards.items():
         table.add_row(name, size(shard.size), origin[manifest.weights.mode])
     console.print(table)
@@ -95,7 +101,9 @@ def report_table(console: Console, report: dict[str, Any]) -> None:
 
 def plan_table(console: Console, plan: Plan) -> None:
     """The costs of one setting."""
-    table = Table(title=f"{plan.model}, {plan.precision}, batch {plan.batch}, context {plan.context:,}")
+    table = Table(
+        title=f"{plan.model}, {plan.precision}, batch {plan.batch}, context {plan.context:,}"
+    )
     table.add_column("")
     table.add_column("value", justify="right")
 
@@ -150,7 +158,9 @@ def spec_table(console: Console, rows: Iterable[ModelSpec]) -> None:
     console.print(table)
 
 
-def diff_table(console: Console, left: str, right: str, rows: Iterable[tuple[str, Any, Any]]) -> None:
+def diff_table(
+    console: Console, left: str, right: str, rows: Iterable[tuple[str, Any, Any]]
+) -> None:
     """The fields in which two specs differ."""
     table = Table()
     for column in ("field", left, right):

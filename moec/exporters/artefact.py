@@ -60,13 +60,18 @@ class Artefact:
         shapes = parameters(spec)
         return {
             name: TensorEntry(
-                name, spec.dtype, shapes[name], self.weights_folder / ref.file, ref.offset, ref.length
+                name,
+                spec.dtype,
+                shapes[name],
+                self.weights_folder / ref.file,
+                ref.offset,
+                ref.length,
             )
             for name, ref in weights.tensors.items()
         }
 
     def companion(self, name: str) -> Path | None:
-        """File `name` (a tokenizer, a chat template): here, or in the checkpoint; None if neither."""
+        """File `name`, such as a tokenizer: here, or in the checkpoint; None if neither."""
         folders = [self.path] + [Path(p) for p in (self.manifest.checkpoint,) if p]
         return next((f / name for f in folders if (f / name).is_file()), None)
 
@@ -79,7 +84,9 @@ def open_artefact(path: str | Path) -> Artefact:
     """
     path = Path(path)
     if not (path / NAME).is_file():
-        raise MoecError(path, f"no {NAME}", "a folder that build wrote", "python cli.py build --help")
+        raise MoecError(
+            path, f"no {NAME}", "a folder that build wrote", "python cli.py build --help"
+        )
     try:
         manifest = Manifest.model_validate(read_json(path / NAME))
     except ValidationError as error:

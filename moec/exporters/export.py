@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import onnx_ir as ir
 
@@ -233,9 +234,7 @@ def _place(
     copied = 0
     if mode == "in-place":
         root = Path(os.path.commonpath([shard.path.parent for shard in checkpoint.shards]))
-        names = {
-            shard.path: shard.path.relative_to(root).as_posix() for shard in checkpoint.shards
-        }
+        names = {shard.path: shard.path.relative_to(root).as_posix() for shard in checkpoint.shards}
         shown = str(root)
     else:
         root, shown = folder, None
@@ -260,7 +259,7 @@ def _place(
         names[shard.path]: ShardRef(size=shard.size, header_sha256=shard.header_sha256)
         for shard in checkpoint.shards
     }
-    placed: WeightMode = mode
+    placed = cast(WeightMode, mode)
     return _Bound(
         at_root, root, Weights(mode=placed, folder=shown, shards=shards, tensors=refs), copied
     )

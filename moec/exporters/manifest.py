@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from moec.spec.model import Frozen, ModelSpec
 
 FORMAT = "moec/1"
@@ -41,8 +43,8 @@ class Weights(Frozen):
 
     mode: WeightMode
     folder: str | None = None
-    shards: dict[str, ShardRef] = {}
-    tensors: dict[str, TensorRef] = {}
+    shards: dict[str, ShardRef] = Field(default_factory=dict)
+    tensors: dict[str, TensorRef] = Field(default_factory=dict)
 
 
 class Port(Frozen):

@@ -40,17 +40,19 @@ class Builder:
             self._known[name] = self._tag(node, name, TensorType(shape, self._dtype))
         return self._known[name]
 
-    def emit(self, op: Op, *args: Any, name: str) -> Any:
-        """Call `op`; one node, or one per output where it has several (`name.0`, `name.1`)."""
+    def emit(self, op: Op, *args: Any, name: str) -> fx.Node:
+        """Call `op`, after its shape rule has agreed to the operands."""
         types = op.rule(*(arg.meta["type"] if isinstance(arg, fx.Node) else arg for arg in args))
-        node = self._graph.call_function(op.target, args)
-        if isinstance(types, TensorType):
-            return self._tag(node, name, types)
-        self._tag(node, name, types)
-        return tuple(
+        return self._tag(self._graph.call_function(op.target, args), name, types)
+
+    def emit_pair(self, op: Op, *args: Any, name: str) -> tuple[fx.Node, fx.Node]:
+        """`emit` for an op with two outputs: `name.0` and `name.1`."""
+        node = self.emit(op, *args, name=name)
+        first, second = (
             self._tag(self._graph.call_function(getitem, (node, i)), f"{name}.{i}", each)
-            for i, each in enumerate(types)
+            for i, each in enumerate(node.meta["type"])
         )
+        return first, second
 
     def output(self, outputs: dict[str, fx.Node]) -> fx.GraphModule:
         """Close the graph; its result is the tuple of `outputs`, named by `meta["outputs"]`."""

@@ -57,7 +57,7 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
     shared = _shared(b, text, ids, past, new, [key for key, _ in caches])
 
     x = b.emit(ops.embedding, ids, b.parameter("embed.weight"), precision, name="embed")
-    outputs = {}
+    outputs: dict[str, fx.Node] = {}
     for layer, cache in zip(text.all_layers, caches, strict=True):
         x, kept = _layer(b, text, layer, shared, x, cache)
         outputs |= {f"present.{layer.index}.{kind}": node for kind, node in kept.items()}
@@ -74,7 +74,7 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
 
 
 def slots_name(layer: LayerSpec) -> str:
-    """The symbol for the number of cache slots: rings for chunked layers, all positions for global."""
+    """The symbol for a layer's cache slots: rings if chunked, all positions if global."""
     return "global_slots" if layer.chunk is None else "ring_slots"
 
 
@@ -91,7 +91,7 @@ def _shared(
             if scaling
             else []
         )
-        rope = b.emit(
+        rope = b.emit_pair(
             ops.rope_table, positions, text.head_dim, text.rope_theta, factors, name="rope"
         )
     if any(layer.temperature for layer in layers):
@@ -169,7 +169,9 @@ def _attention(
     seen, kept = {}, {}
     for kind, part, past in (("key", "k", cache[0]), ("value", "v", cache[1])):
         seen[part] = b.emit(ops.cache_append, past, rows[part], name=f"{at}.{part}.seen")
-        kept[kind] = b.emit(ops.cache_write, seen[part], index, name=f"present.{layer.index}.{kind}")
+        kept[kind] = b.emit(
+            ops.cache_write, seen[part], index, name=f"present.{layer.index}.{kind}"
+        )
     out = b.emit(
         ops.attention,
         rows["q"],
@@ -186,7 +188,7 @@ def _attention(
 def _moe(b: Builder, text: TextSpec, at: str, x: fx.Node) -> fx.Node:
     router = b.parameter(f"{at}.router.weight")
     logits = b.emit(ops.linear, x, router, None, name=f"{at}.router")
-    scores, experts = b.emit(ops.route, logits, text.experts.top_k, name=f"{at}.route")
+    scores, experts = b.emit_pair(ops.route, logits, text.experts.top_k, name=f"{at}.route")
     gate_up, down = b.parameter(f"{at}.gate_up"), b.parameter(f"{at}.down")
     routed = b.emit(ops.moe, x, scores, experts, gate_up, down, name=f"{at}.routed")
     return b.emit(ops.add, _swiglu(b, f"{at}.shared", x), routed, name=f"{at}.out")

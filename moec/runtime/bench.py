@@ -38,7 +38,7 @@ def bench(
     prompt_tokens: int = 64,
     new_tokens: int = 32,
 ) -> Timing:
-    """Open `path`, prefill `batch` rows of random tokens, decode greedily; after one warm-up run."""
+    """Open `path`, prefill `batch` rows of random tokens, decode greedily; one warm-up first."""
     start = time.perf_counter()
     session = open_session(path, engine=engine, preset=preset)
     opened = time.perf_counter() - start

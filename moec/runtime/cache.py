@@ -38,7 +38,7 @@ def new_cache(spec: ModelSpec, precision: str, batch: int, capacity: int) -> Cac
 
 
 def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
-    """Make room for `capacity` positions. Position p keeps slot p: a ring that wraps is full size."""
+    """Make room for `capacity` positions. Each keeps its slot: a ring that wraps is full size."""
     for layer in spec.text.all_layers:
         more = slots(layer.chunk, capacity) - slots(layer.chunk, cache.capacity)
         for kind in ("key", "value"):

@@ -78,9 +78,7 @@ def ort_engine(artefact: Artefact, preset: str = "lean", taps: Sequence[str] = (
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         arrays = {name: feeds[name].contiguous().numpy() for name in inputs}
-        return dict(
-            zip(outputs, map(torch.from_numpy, session.run(outputs, arrays)), strict=True)
-        )
+        return dict(zip(outputs, map(torch.from_numpy, session.run(outputs, arrays)), strict=True))
 
     return run
 
@@ -90,4 +88,5 @@ def _tapped(artefact: Artefact, names: Sequence[str]) -> bytes:
     model = ir.load(artefact.model)
     known = {each.name: each for node in model.graph for each in node.outputs}
     model.graph.outputs.extend(known[name] for name in names)
-    return ir.to_proto(model).SerializeToString()
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized

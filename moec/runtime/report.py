@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison. `found` must not pass `limit`: above it for errors, below it for agreement."""
+    """One comparison: an error that may not exceed its limit, or a share that must reach it."""
 
     name: str
     kind: str  # "error" or "agreement"

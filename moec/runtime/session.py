@@ -158,12 +158,16 @@ class Session:
             rows = nested if given and isinstance(given[0], Sequence) else [given]
             lengths = [len(row) for row in rows] if lengths is None else lengths
             longest = max(map(len, rows), default=0)
-            input_ids = np.array([list(row) + [0] * (longest - len(row)) for row in rows])  # type: ignore[arg-type]
+            input_ids = np.array([list(row) + [0] * (longest - len(row)) for row in rows])
         ids = torch.as_tensor(input_ids)
         if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
-            raise _bad_ids(f"{ids.dtype} {list(ids.shape)}", "integers [batch, sequence], not empty")
+            raise _bad_ids(
+                f"{ids.dtype} {list(ids.shape)}", "integers [batch, sequence], not empty"
+            )
         ids = ids.long()
-        counts = torch.full((len(ids),), ids.shape[1]) if lengths is None else torch.as_tensor(lengths)
+        counts = (
+            torch.full((len(ids),), ids.shape[1]) if lengths is None else torch.as_tensor(lengths)
+        )
         if counts.shape != ids.shape[:1] or counts.min() < 1 or counts.max() > ids.shape[1]:
             raise _bad_ids(f"lengths {counts.tolist()}", f"one a row, from 1 to {ids.shape[1]}")
         self._check_ids(ids)

@@ -35,7 +35,11 @@ class Text:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise MoecError(
-                "--chat", "jinja2 is not installed", "jinja2", "pip install 'moec[chat]'", exit_code=3
+                "--chat",
+                "jinja2 is not installed",
+                "jinja2",
+                "pip install 'moec[chat]'",
+                exit_code=3,
             ) from None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         text = environment.from_string(self.template).render(

@@ -7,6 +7,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -100,9 +101,7 @@ def validate(
 def record(path: str | Path, report: Report) -> None:
     """Store `report` in the artefact's manifest."""
     artefact = open_artefact(path)
-    write_manifest(
-        artefact.path, artefact.manifest.model_copy(update={"parity": report.to_dict()})
-    )
+    write_manifest(artefact.path, artefact.manifest.model_copy(update={"parity": report.to_dict()}))
 
 
 def _validate(artefact: Artefact, tokens: int | None, seed: int, progress: Progress) -> Report:
@@ -160,7 +159,9 @@ def _ladder(
             k = spec.text.experts.top_k
             margin = -logits.topk(min(k + 1, logits.shape[1])).values.diff()[:, -1:]
             same = (found[chosen[layer.index]] == expected[chosen[layer.index]]).all(-1)[own]
-            clear = margin[:, 0] > tolerance.error * logits.abs().max() if k < logits.shape[1] else same
+            clear = (
+                margin[:, 0] > tolerance.error * logits.abs().max() if k < logits.shape[1] else same
+            )
             yield _agreement(f"layers.{layer.index} router", same, clear, tolerance)
         name = f"layers.{layer.index}.out"
         yield _error(f"layers.{layer.index}", found[name][own], expected[name][own], tolerance)
@@ -196,7 +197,7 @@ def _cached(
     edges = [0, *dict.fromkeys(cuts), ids.shape[1]]
     cache = new_cache(session.spec, session.precision, len(ids), 1)  # grows on the way
     pairs = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         own = (lengths - start).clamp(0, end - start)
         got = session.extend(ids[:, start:end], own, cache)
         pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
@@ -240,7 +241,9 @@ def _error(
 ) -> Check:
     found, expected = found.double().flatten(), expected.double().flatten()
     norm = torch.linalg.vector_norm
-    ratio = norm(found - expected, tolerance.order) / norm(expected, tolerance.order).clamp(min=1e-30)
+    ratio = norm(found - expected, tolerance.order) / norm(expected, tolerance.order).clamp(
+        min=1e-30
+    )
     if not bool(found.isfinite().all()) or not bool(expected.isfinite().all()):
         where = "model" if expected.isfinite().all() else "reference too: look at the weights"
         return Check(name, "error", float("nan"), tolerance.error, f"not finite in the {where}")

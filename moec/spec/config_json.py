@@ -21,7 +21,7 @@ from moec.spec.model import (
     VisionSpec,
 )
 
-#: What a field means where a released Llama 4 config leaves it out (transformers' Llama4TextConfig).
+#: What a field means where a released config leaves it out (transformers' Llama4TextConfig).
 PUBLISHED = {
     "no_rope_layer_interval": 4,
     "attn_temperature_tuning": True,
@@ -60,7 +60,9 @@ def read_config(path: Path) -> ModelSpec:
     if "quantization_config" in raw:
         method = (raw["quantization_config"] or {}).get("quant_method", "unnamed")
         raise top.error(
-            "quantization_config", f"a quantised checkpoint ({method})", "bf16, fp16 or fp32 weights"
+            "quantization_config",
+            f"quantised ({method})",
+            "bf16, fp16 or fp32 weights",
         )
     try:
         if kind == "llama4_text":
@@ -150,9 +152,7 @@ def _text(at: Fields) -> TextSpec:
 
 def _layer_flags(at: Fields, layers: int) -> list[bool]:
     """Which layers rotate. `no_rope_layers` is named the wrong way round: 1 means RoPE."""
-    interval = at.take(
-        "no_rope_layer_interval", int, default=PUBLISHED["no_rope_layer_interval"]
-    )
+    interval = at.take("no_rope_layer_interval", int, default=PUBLISHED["no_rope_layer_interval"])
     if interval < 1:
         raise at.error("no_rope_layer_interval", str(interval), "at least 1")
     listed = at.take("no_rope_layers", list, default=[])
@@ -272,7 +272,10 @@ def _tokens(top: Fields, text: dict[str, Any]) -> Tokens:
 
 def _notes(text: dict[str, Any]) -> tuple[str, ...]:
     scaling = text.get("rope_scaling") or {}
-    if isinstance(scaling, dict) and (scaling.get("factor"), scaling.get("high_freq_factor")) == (8, 4):
+    if isinstance(scaling, dict) and (scaling.get("factor"), scaling.get("high_freq_factor")) == (
+        8,
+        4,
+    ):
         return (
             "rope_scaling has factor 8 and high_freq_factor 4, the values of launch week; Meta "
             "corrected Scout to 16 and 1. They are used as they stand: check the model card.",

@@ -69,6 +69,7 @@ class Fields:
             )
 
     def error(self, key: str, found: str, expected: str) -> MoecError:
+        """The refusal of field `key`, to be raised."""
         return MoecError(
             f"{self.where}.{key}" if ":" in self.where else f"{self.where}: {key}",
             found,

@@ -59,7 +59,9 @@ def dump_yaml(spec: ModelSpec) -> str:
 
 def diff(left: ModelSpec, right: ModelSpec) -> list[tuple[str, Any, Any]]:
     """Fields that differ, as (path, left value, right value); names and notes are left out."""
-    rows = [_flat(spec.model_dump(mode="json", exclude={"name", "notes"})) for spec in (left, right)]
+    rows = [
+        _flat(spec.model_dump(mode="json", exclude={"name", "notes"})) for spec in (left, right)
+    ]
     paths = dict.fromkeys([*rows[0], *rows[1]])
     return [
         (path, rows[0].get(path), rows[1].get(path))

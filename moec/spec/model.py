@@ -141,14 +141,17 @@ class TextSpec(Frozen):
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:
+        """Every layer, first to last."""
         return tuple(self.layer(i) for i in range(self.layers))
 
     @property
     def q_width(self) -> int:
+        """Width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
+        """Width of all key heads together; the values' is the same."""
         return self.kv_heads * self.head_dim
 
 
@@ -189,14 +192,17 @@ class VisionSpec(Frozen):
 
     @property
     def head_dim(self) -> int:
+        """Width of one head."""
         return self.dim // self.heads
 
     @property
     def patch_width(self) -> int:
+        """Pixels of a patch, all channels."""
         return self.channels * self.patch**2
 
     @property
     def shuffled_dim(self) -> int:
+        """Width of a token after the pixel shuffle."""
         return self.dim * self.shuffle**2
 
 

@@ -1,4 +1,4 @@
-"""Every parameter of a model by name and shape: the one list that counts, graph and weights share."""
+"""Every parameter by name and shape: the one list that counts, graph and weights share."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ Shape = tuple[int, ...]
 
 
 def parameters(spec: ModelSpec) -> dict[str, Shape]:
-    """All parameters of `spec`. Linear weights are [out, in]; fused experts are [expert, in, out]."""
+    """All parameters of `spec`. Linear weights are [out, in], fused experts [expert, in, out]."""
     rows = list(_text(spec.text))
     if spec.vision:
         rows += _vision(spec.vision)

@@ -115,15 +115,17 @@ def plan(
         weights_bytes=total,
         cache_bytes=per_key * sum(kept),
         full_cache_bytes=per_key * context * text.layers,
-        fits=on and total + per_key * sum(kept) <= on.memory,
+        fits=None if on is None else total + per_key * sum(kept) <= on.memory,
         experts_read=read,
         decode_read_bytes=round(decode_read),
         decode_flops=round(decode_flops),
-        decode_ms=on
-        and 1e3 * max(decode_read / on.bandwidth, decode_flops / on.flops[precision]),
+        decode_ms=None
+        if on is None
+        else 1e3 * max(decode_read / on.bandwidth, decode_flops / on.flops[precision]),
         prefill_flops=round(linear + attention),
-        prefill_ms=on
-        and 1e3
+        prefill_ms=None
+        if on is None
+        else 1e3
         * max(
             linear / on.flops[precision] + attention / on.flops["bf16"],
             prefill_read / on.bandwidth,

@@ -41,7 +41,14 @@ def twin(spec: ModelSpec) -> ModelSpec:
             "text": small,
             "vision": vision,
             "tokens": spec.tokens.model_copy(
-                update={"bos": 0, "eos": (1,), "pad": 2, "image": 3, "image_start": 4, "image_end": 5}
+                update={
+                    "bos": 0,
+                    "eos": (1,),
+                    "pad": 2,
+                    "image": 3,
+                    "image_start": 4,
+                    "image_end": 5,
+                }
             ),
         }
     )

@@ -47,9 +47,15 @@ VISION = {
     "vision.patch.weight": "vision_model.patch_embedding.linear.weight",
     "vision.class": "vision_model.class_embedding",
     "vision.positions": "vision_model.positional_embedding_vlm",
-    **{f"vision.{x}.{k}": f"vision_model.layernorm_{x}.{k}" for x in ("pre", "post") for k in _BIASED},
     **{
-        f"vision.layers.{{i}}.attn.{x}.{k}": f"vision_model.model.layers.{{i}}.self_attn.{x}_proj.{k}"
+        f"vision.{x}.{k}": f"vision_model.layernorm_{x}.{k}"
+        for x in ("pre", "post")
+        for k in _BIASED
+    },
+    **{
+        f"vision.layers.{{i}}.attn.{x}.{k}": (
+            f"vision_model.model.layers.{{i}}.self_attn.{x}_proj.{k}"
+        )
         for x in "qkvo"
         for k in _BIASED
     },
@@ -80,9 +86,7 @@ class Row:
 def rows(spec: ModelSpec) -> list[Row]:
     """The whole checkpoint of `spec`: multimodal (`language_model.` prefix) or text only."""
     prefix = "language_model." if spec.vision else ""
-    return [
-        Row(name, _key(name, prefix), shape) for name, shape in parameters(spec).items()
-    ]
+    return [Row(name, _key(name, prefix), shape) for name, shape in parameters(spec).items()]
 
 
 def _key(parameter: str, prefix: str) -> str:
@@ -97,7 +101,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     """The bytes of every parameter of `spec`. Each key is used once, each parameter filled once.
 
     Raises:
-        MoecError: a tensor is missing, unexpected, or has another shape or dtype than the spec says.
+        MoecError: a tensor is missing, unexpected, or has another shape or dtype than the spec.
     """
     found, expected = dict(checkpoint.tensors), rows(spec)
     entries = {}

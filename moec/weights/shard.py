@@ -101,7 +101,9 @@ def read_shard(path: Path, name: str = "") -> Shard:
                 f"{entry.offset + entry.nbytes} bytes; the shard is cut short",
                 _FETCH,
             )
-    return Shard(name or path.name, path, size, hashlib.sha256(prefix + header).hexdigest(), tensors)
+    return Shard(
+        name or path.name, path, size, hashlib.sha256(prefix + header).hexdigest(), tensors
+    )
 
 
 def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry:

@@ -1,4 +1,4 @@
-"""A torch tensor over a checkpoint's bytes, mapped from the file: nothing is read until it is used."""
+"""A torch tensor over a checkpoint's bytes, mapped from the file: read when it is used."""
 
 import numpy as np
 import torch

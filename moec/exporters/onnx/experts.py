@@ -25,7 +25,7 @@ def lower_moe(
     gate_up: ir.Value,
     down: ir.Value,
 ) -> ir.Value:
-    """x [T, D], scores and experts [T, k] -> [T, D]; row t*k + j of the loop is token t's j-th expert."""
+    """x [T, D], scores and experts [T, k] -> [T, D]; loop row t*k + j is token t's j-th expert."""
     out: TensorType = node.meta["type"]
     tokens, dim = out.shape
     top_k = type_of(scores).shape[1]
@@ -91,10 +91,8 @@ def _body(
         return e.cast(one, kind.dtype, f"{label}.cast")
 
     half = kind.like(mine, width // 2)
-    h = e.op(
-        "MatMul", [x, slab(gate_up, "gate_up", dim, width)], kind.like(mine, width), label="h"
-    )
-    gate, up = e.op("Split", [h], half, half, label="split", axis=-1, num_outputs=2)
+    h = e.op("MatMul", [x, slab(gate_up, "gate_up", dim, width)], kind.like(mine, width), label="h")
+    gate, up = e.ops("Split", [h], (half, half), "split", axis=-1, num_outputs=2)
     gain = e.op("Sigmoid", [gate], half, label="sigmoid")
     act = e.op("Mul", [e.op("Mul", [gate, gain], half, label="silu"), up], half, label="act")
     y = e.op("MatMul", [act, slab(down, "down", width // 2, dim)], kind.like(mine, dim), label="y")

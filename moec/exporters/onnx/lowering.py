@@ -6,7 +6,7 @@ initializers that point into a checkpoint.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -52,27 +52,37 @@ class Emitter:
         self,
         kind: str,
         inputs: Sequence[ir.Value | None],
-        *types: TensorType,
+        of: TensorType,
         label: str = "",
         **attributes: Any,
-    ) -> Any:
-        """Add a node of ONNX operator `kind`; its value, or a tuple of them for several types.
+    ) -> ir.Value:
+        """Add a node of ONNX operator `kind` with one output.
 
         `label` names the value within the fx node; without one the value *is* the node's result.
         """
+        return self.ops(kind, inputs, (of,), label, **attributes)[0]
+
+    def ops(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        types: Sequence[TensorType],
+        label: str = "",
+        **attributes: Any,
+    ) -> Values:
+        """`op` for a node with several outputs: a value for each of `types`."""
         count = self.used[label] = self.used.get(label, -1) + 1
         stem = f"{self.name}/{label}" if label else self.name
         stem += f".{count}" if count else ""
         outputs = [
-            value(stem if len(types) == 1 else f"{stem}.{i}", each)
-            for i, each in enumerate(types)
+            value(stem if len(types) == 1 else f"{stem}.{i}", each) for i, each in enumerate(types)
         ]
         self.nodes.append(
             ir.Node("", kind, inputs, _attributes(attributes), outputs=outputs, name=stem)
         )
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return tuple(outputs)
 
-    def constant(self, array: np.ndarray[Any, Any] | list[int] | int) -> ir.Value:
+    def constant(self, array: np.ndarray[Any, Any] | np.generic | list[int] | int) -> ir.Value:
         """A small int64, bool or float constant, shared by all nodes that want the same one."""
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
@@ -94,8 +104,7 @@ class Emitter:
         if have.dtype == dtype:
             return x
         to = TensorType(have.shape, dtype)
-        result: ir.Value = self.op("Cast", [x], to, label=label, to=DTYPES[dtype].value)
-        return result
+        return self.op("Cast", [x], to, label, to=DTYPES[dtype].value)
 
     def body(self, label: str) -> "Emitter":
         """An emitter for a subgraph of this node: own nodes, the same constants."""
@@ -104,9 +113,7 @@ class Emitter:
 
 def value(name: str, of: TensorType) -> ir.Value:
     """An ONNX value; symbolic sizes become named dimensions."""
-    return ir.Value(
-        name=name, type=ir.TensorType(DTYPES[of.dtype]), shape=ir.Shape(list(of.shape))
-    )
+    return ir.Value(name=name, type=ir.TensorType(DTYPES[of.dtype]), shape=ir.Shape(list(of.shape)))
 
 
 def type_of(x: ir.Value) -> TensorType:
@@ -176,8 +183,9 @@ def _no_rule(node: fx.Node, tried: list[str]) -> MoecError:
 
 def _outputs(node: fx.Node, values: Mapping[fx.Node, ir.Value]) -> list[ir.Value]:
     results = []
-    for name, source in zip(node.meta["outputs"], node.args[0], strict=True):  # type: ignore[arg-type]
-        result = values[source]  # type: ignore[index]
+    sources = cast(tuple[fx.Node, ...], node.args[0])
+    for name, source in zip(node.meta["outputs"], sources, strict=True):
+        result = values[source]
         result.name = name
         results.append(result)
     return results

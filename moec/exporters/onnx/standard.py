@@ -3,7 +3,7 @@
 One function per op of the vocabulary, and the table that joins them. Experts are in `experts`.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from moec.graph_builder.ops.rope import inverse_frequencies
 from moec.graph_builder.types import TensorType
 
 OPSET = 24
+_Compute = Callable[[ir.Value, TensorType, str], ir.Value]
 _INT64, _BOOL, _FLOAT = torch.int64, torch.bool, torch.float32
 
 
@@ -74,17 +75,13 @@ def _pack(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
 def _gather_rows(e: Emitter, x: ir.Value, index: ir.Value, out: TensorType, label: str) -> ir.Value:
     """x [B, N, W], index [B, M] into N -> [B, M, W], whole rows at a time."""
     kind = type_of(index)
-    deep = e.op(
-        "Unsqueeze", [index, e.constant([2])], kind.like(*kind.shape, 1), label="index"
-    )
+    deep = e.op("Unsqueeze", [index, e.constant([2])], kind.like(*kind.shape, 1), label="index")
     return e.op("GatherND", [x, deep], out, label=label, batch_dims=1)
 
 
 def _select(e: Emitter, node: fx.Node, x: ir.Value, index: ir.Value) -> ir.Value:
     kind = type_of(x)
-    rows = _gather_rows(
-        e, x, index, kind.like(*type_of(index).shape, kind.shape[2]), "rows"
-    )
+    rows = _gather_rows(e, x, index, kind.like(*type_of(index).shape, kind.shape[2]), "rows")
     return e.op("Reshape", [rows, e.constant([-1, kind.shape[2]])], _result(node))
 
 
@@ -143,7 +140,10 @@ def _attention_mask(
 ) -> ir.Value:
     out = _result(node)
     batch, _, rows, columns = out.shape
-    q_kind, k_kind = TensorType((batch, 1, rows, 1), _INT64), TensorType((batch, 1, 1, columns), _INT64)
+    q_kind, k_kind = (
+        TensorType((batch, 1, rows, 1), _INT64),
+        TensorType((batch, 1, 1, columns), _INT64),
+    )
     q = e.op("Unsqueeze", [queries, e.constant([1, 3])], q_kind, label="queries")
     k = e.op("Unsqueeze", [keys, e.constant([1, 2])], k_kind, label="keys")
     is_token = e.op(
@@ -189,12 +189,19 @@ def _temperature(
     x = e.op("Add", [e.cast(positions, _FLOAT, "p"), number(1)], flat, label="count")
     x = e.op("Floor", [e.op("Div", [x, number(floor)], flat, label="ratio")], flat, label="steps")
     x = e.op("Log", [e.op("Add", [x, number(1)], flat, label="steps_1")], flat, label="log")
-    x = e.op("Add", [e.op("Mul", [x, number(scale)], flat, label="gain"), number(1)], flat, label="factor")
+    x = e.op(
+        "Add",
+        [e.op("Mul", [x, number(scale)], flat, label="gain"), number(1)],
+        flat,
+        label="factor",
+    )
     return e.op("Unsqueeze", [x, e.constant([2])], _result(node))
 
 
 def _scale_queries(e: Emitter, node: fx.Node, x: ir.Value, factor: ir.Value) -> ir.Value:
-    return _in_float32(e, node, x, lambda wide, kind, label: e.op("Mul", [wide, factor], kind, label=label))
+    return _in_float32(
+        e, node, x, lambda wide, kind, label: e.op("Mul", [wide, factor], kind, label=label)
+    )
 
 
 def _rope_table(
@@ -226,13 +233,11 @@ def _rope(
     return _in_float32(e, node, x, rotate)
 
 
-def _in_float32(e: Emitter, node: fx.Node, x: ir.Value, compute: Any) -> ir.Value:
+def _in_float32(e: Emitter, node: fx.Node, x: ir.Value, compute: _Compute) -> ir.Value:
     """`compute` on x in float32, cast back to the node's dtype where that is another."""
     out = _result(node)
     kind = TensorType(out.shape, _FLOAT)
-    result: ir.Value = compute(
-        e.cast(x, _FLOAT, "wide"), kind, "" if out.dtype == _FLOAT else "float32"
-    )
+    result = compute(e.cast(x, _FLOAT, "wide"), kind, "" if out.dtype == _FLOAT else "float32")
     if out.dtype == _FLOAT:
         return result
     return e.op("Cast", [result], out, to=DTYPES[out.dtype].value)
@@ -266,7 +271,7 @@ def _swiglu(e: Emitter, node: fx.Node, gate: ir.Value, up: ir.Value) -> ir.Value
 
 def _route(e: Emitter, node: fx.Node, logits: ir.Value, top_k: int) -> Values:
     scores, experts = node.meta["type"]
-    best, chosen = e.op("TopK", [logits, e.constant([top_k])], scores, experts, label="top", axis=-1)
+    best, chosen = e.ops("TopK", [logits, e.constant([top_k])], (scores, experts), "top", axis=-1)
     wide = e.cast(best, _FLOAT, "wide")
     gain = e.op("Sigmoid", [wide], TensorType(scores.shape, _FLOAT), label="sigmoid")
     return e.cast(gain, scores.dtype, "scores"), chosen

@@ -27,14 +27,12 @@ def lower_model(graph: fx.GraphModule, dialect: str, name: str) -> ir.Model:
 
 
 def save_checked(model: ir.Model, path: Path) -> None:
-    """Write the unbound `model` to `path` and run ONNX's checker on it, shape inference included."""
+    """Write the unbound `model` to `path`; run ONNX's checker, shape inference included."""
     ir.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def save_bound(
-    model: ir.Model, path: Path, entries: Mapping[str, TensorEntry], root: Path
-) -> None:
+def save_bound(model: ir.Model, path: Path, entries: Mapping[str, TensorEntry], root: Path) -> None:
     """Bind `model` to `entries` below `root` and write it; no weight bytes are written."""
     bind(model, entries, root)
     ir.save(model, path)

@@ -73,7 +73,7 @@ def _temperature_rule(positions: TensorType, floor: int, scale: float) -> Tensor
 
 @op("temperature(Tensor positions, int floor, float scale) -> Tensor", _temperature_rule)
 def temperature(positions: Tensor, floor: int, scale: float) -> Tensor:
-    """positions [B, S] -> factors 1 + scale * log(1 + floor((p + 1) / floor)), float32 [B, S, 1]."""
+    """positions [B, S] -> 1 + scale * log(1 + floor((p + 1) / floor)), float32 [B, S, 1]."""
     steps = torch.floor((positions.float() + 1) / floor)
     return (1 + scale * torch.log1p(steps))[..., None]
 

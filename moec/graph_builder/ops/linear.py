@@ -1,4 +1,4 @@
-"""The dense arithmetic on the packed stream. Weights may be stored in another dtype than they compute in."""
+"""The dense arithmetic on the packed stream. Weights are cast from what they are stored in."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def _norm_rule(x: TensorType, weight: TensorType, eps: float) -> TensorType:
 
 @op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _norm_rule)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise x [T, D] in float32, cast to x's dtype, then multiply by weight [D]: in that order."""
+    """Normalise x [T, D] in float32, cast to x's dtype, *then* multiply by weight [D]."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * weight.to(x.dtype)

@@ -20,7 +20,7 @@ def _route_rule(logits: TensorType, top_k: int) -> tuple[TensorType, TensorType]
 
 @op("route(Tensor logits, int top_k) -> (Tensor, Tensor)", _route_rule)
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """logits [T, E] -> sigmoid scores [T, k] of the chosen experts, and their indices, int64 [T, k].
+    """logits [T, E] -> sigmoid scores [T, k] of the chosen experts, and which they are [T, k].
 
     No softmax, bias, groups or renormalisation; the sigmoid is taken in float32 and cast back.
     """

@@ -1,4 +1,4 @@
-"""Between rows of tokens [batch, sequence] and the packed stream [tokens, dim], tokens = batch*sequence.
+"""Between rows of tokens [batch, sequence] and the packed stream [batch*sequence, dim].
 
 The residual stream is packed because linear layers and experts treat tokens alike; only attention
 needs to know which row and position a token has.
@@ -37,7 +37,9 @@ def positions(ids: Tensor, past: Tensor) -> Tensor:
 
 
 def _unpack_rule(x: TensorType, ids: TensorType) -> TensorType:
-    need(x.shape[0] == times(*ids.shape), "unpack", "x", x.shape, f"one row per token of {ids.shape}")
+    need(
+        x.shape[0] == times(*ids.shape), "unpack", "x", x.shape, f"one row per token of {ids.shape}"
+    )
     return x.like(*ids.shape, x.shape[1])
 
 

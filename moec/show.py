@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moec.runtime.report import cells
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import counts
 from moec.spec.plan import Plan
@@ -75,19 +76,15 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
 
 
 def report_table(console: Console, report: dict[str, Any]) -> None:
-    """A proof: every layer's error, then the checks on the whole."""
+    """A proof: the layers, then the checks on the whole. Many layers that pass become two rows."""
     table = Table(
         title=f"{report['engine']} ({report['precision']}) against {report['reference']}: "
         f"{report['subject']}"
     )
     for column in ("", "found", "limit", "detail"):
         table.add_column(column, justify="left" if column in ("", "detail") else "right")
-    for check in report["checks"]:
-        error = check["kind"] == "error"
-        found = f"{check['found']:.2e}" if error else f"{100 * check['found']:.2f} %"
-        limit = f"<= {check['limit']:.0e}" if error else f">= {100 * check['limit']:g} %"
-        style = None if check["passed"] else "bold red"
-        table.add_row(check["name"], found, limit, check["detail"], style=style)
+    for check in _folded(report["checks"]):
+        table.add_row(*cells(check), style=None if check["passed"] else "bold red")
     console.print(table)
     for note in report["notes"]:
         console.print(f"note: {note}", highlight=False)
@@ -97,6 +94,27 @@ def report_table(console: Console, report: dict[str, Any]) -> None:
         style="green" if report["passed"] else "bold red",
         highlight=False,
     )
+
+
+def _folded(checks: list[dict[str, Any]], most: int = 12) -> list[dict[str, Any]]:
+    """`checks` with the layers that pass as one row a kind, the worst, if there are over `most`."""
+    layers = [check for check in checks if check["name"].startswith("layers.")]
+    passed = {
+        kind: [check for check in layers if check["kind"] == kind and check["passed"]]
+        for kind in ("error", "agreement")
+    }
+    if len(passed["error"]) <= most:
+        return checks
+    worst = []
+    for kind, found in passed.items():
+        extreme = max if kind == "error" else min
+        if found:
+            one = extreme(found, key=lambda check: check["found"])
+            label = "layers" if kind == "error" else "routers"
+            detail = f"worst of {len(found)}: {one['name']}; all with --json"
+            worst.append({**one, "name": label, "detail": detail})
+    folded = [check for check in checks if check not in passed["error"] + passed["agreement"]]
+    return [*folded[:1], *worst, *folded[1:]]
 
 
 def plan_table(console: Console, plan: Plan) -> None:
@@ -142,20 +160,32 @@ def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
     console.print(table)
 
 
-def spec_table(console: Console, rows: Iterable[ModelSpec]) -> None:
+def spec_table(console: Console, specs: Iterable[ModelSpec]) -> None:
     """Presets side by side."""
+    specs = list(specs)
     table = Table()
-    for column in ("name", "parameters", "active text", "layers", "dim", "experts", "attention",
-                   "rope", "qk_norm", "ffn", "provenance"):  # fmt: skip
-        table.add_column(column, overflow="fold")
-    for spec in rows:
-        total, text = counts(spec), spec.text
-        table.add_row(
-            spec.name, f"{total['total']:,}", f"{total['active_text']:,}", str(text.layers),
-            str(text.dim), str(text.experts.count), text.attention, text.rope, text.qk_norm,
-            text.ffn, "HYPOTHETICAL" if spec.provenance == "estimated" else spec.provenance,
-        )  # fmt: skip
+    for column in ("", *(spec.name for spec in specs)):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    rows: dict[str, Callable[[ModelSpec], object]] = {
+        "provenance": lambda s: "HYPOTHETICAL" if s.provenance == "estimated" else s.provenance,
+        "parameters": lambda s: f"{counts(s)['total']:,}",
+        "active text": lambda s: f"{counts(s)['active_text']:,}",
+        "layers x width": lambda s: f"{s.text.layers} x {s.text.dim}",
+        "heads / kv": lambda s: f"{s.text.heads} / {s.text.kv_heads} x {s.text.head_dim}",
+        "experts, width": lambda s: f"{s.text.experts.count} x {s.text.experts.hidden}",
+        "ffn (D dense, M MoE)": lambda s: s.text.ffn,
+        "mask (L chunk, G all)": lambda s: f"{s.text.attention} of {s.text.chunk}",
+        "positions (R, N none)": lambda s: s.text.rope,
+        "QK-norm": lambda s: s.text.qk_norm,
+        "temperature": lambda s: s.text.temperature,
+        "context": lambda s: f"{s.text.max_positions:,}",
+    }
+    for name, read in rows.items():
+        table.add_row(name, *(str(read(spec)) for spec in specs))
     console.print(table)
+    for spec in specs:
+        for note in spec.notes:
+            console.print(f"{spec.name}: {note}", highlight=False)
 
 
 def diff_table(

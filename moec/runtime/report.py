@@ -1,6 +1,7 @@
 """A proof as data: checks with their figures and limits, and one verdict."""
 
 import html
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ class Check:
     def passed(self) -> bool:
         """False for NaN either way."""
         return self.found <= self.limit if self.kind == "error" else self.found >= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; a figure that is not finite is None, which JSON can say."""
+        found = self.found if math.isfinite(self.found) else None
+        return {**asdict(self), "found": found, "passed": self.passed}
 
 
 @dataclass(slots=True)
@@ -51,7 +57,7 @@ class Report:
         """Plain data, for JSON and for the manifest."""
         return {
             **asdict(self),
-            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
+            "checks": [check.to_dict() for check in self.checks],
             "passed": self.passed,
             "first_divergence": self.first_divergence,
         }
@@ -59,9 +65,9 @@ class Report:
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained page with every check to `path`."""
         rows = "".join(
-            f"<tr class={'ok' if c.passed else 'bad'}><td>{html.escape(c.name)}</td><td>{c.kind}</td>"
-            f"<td>{figure(c)}</td><td>{limit(c)}</td><td>{html.escape(c.detail)}</td></tr>"
-            for c in self.checks
+            f"<tr class={'ok' if check.passed else 'bad'}>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(check.to_dict()))
+            for check in self.checks
         )
         verdict = "PASSED" if self.passed else f"FAILED, first at {self.first_divergence}"
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
@@ -71,20 +77,17 @@ class Report:
             ".bad{background:#fdd}</style>"
             f"<h1>{html.escape(self.subject)}: {html.escape(verdict)}</h1>"
             f"<p>{self.engine} against {self.reference}, {self.precision}, rows of {self.tokens} "
-            f"tokens, seed {self.seed}</p>{notes}<table><tr><th>check<th>kind<th>found<th>limit"
+            f"tokens, seed {self.seed}</p>{notes}<table><tr><th>check<th>found<th>limit"
             f"<th>detail</tr>{rows}</table>",
             encoding="utf-8",
         )
 
 
-def figure(check: Check) -> str:
-    """The figure as people read it."""
-    return f"{check.found:.2e}" if check.kind == "error" else f"{100 * check.found:.2f} %"
-
-
-def limit(check: Check) -> str:
-    """The limit as people read it."""
-    sign, shown = ("<=", f"{check.limit:.0e}") if check.kind == "error" else (
-        ">=", f"{100 * check.limit:g} %"
-    )  # fmt: skip
-    return f"{sign} {shown}"
+def cells(check: dict[str, Any]) -> tuple[str, str, str, str]:
+    """A check as people read it: name, found, limit, detail."""
+    found, limit = check["found"], check["limit"]
+    if found is None:
+        return check["name"], "not finite", f"<= {limit:.0e}", check["detail"]
+    if check["kind"] == "error":
+        return check["name"], f"{found:.2e}", f"<= {limit:.0e}", check["detail"]
+    return check["name"], f"{100 * found:.2f} %", f">= {100 * limit:g} %", check["detail"]

@@ -53,7 +53,7 @@ _DTYPES: dict[str, DType] = {"bfloat16": "bf16", "float16": "fp16", "float32": "
 
 
 def read_config(path: Path) -> ModelSpec:
-    """The spec of a checkpoint's `config.json` (multimodal `llama4`, or text-only `llama4_text`)."""
+    """The spec of a checkpoint's `config.json`: `llama4`, or the text-only `llama4_text`."""
     raw = read_json(path)
     top = Fields(str(path), raw)
     kind = top.take("model_type", str)

@@ -1,0 +1,138 @@
+"""Random models, both engines, against Hugging Face transformers in float32.
+
+transformers runs each row alone and without padding: under left padding it shifts the query
+temperature (docs/numerics.md).
+"""
+
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Llama4ForCausalLM
+
+import moec
+from moec.runtime.cache import new_cache
+from moec.runtime.eager import eager_engine
+from moec.runtime.session import Session
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+from moec.spec.twin import twin
+from moec.weights.checkpoint import read_checkpoint
+from moec.weights.name_map import match
+from moec.weights.random import write_random_checkpoint
+from tests.strategies import specs
+
+RELATIVE = 1e-4
+MAVERICK = twin(PRESETS["maverick"])
+MAVERICK = MAVERICK.model_copy(
+    update={"vision": None, "text": MAVERICK.text.model_copy(update={"layers": 8})}
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    spec=specs(),
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(1, 34), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(1, 33), max_size=4),
+)
+@example(spec=MAVERICK, seed=1, lengths=[33, 9, 20], cuts=[7, 8, 9, 25])
+def test_random_models_agree(
+    spec: ModelSpec, seed: int, lengths: list[int], cuts: list[int]
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_random_checkpoint(spec, folder / "weights", seed)
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randint(0, spec.text.vocab, (n,), generator=generator) for n in lengths]
+        assume(_routers_are_clear(folder / "weights", rows))
+        expected = _transformers_logits(folder / "weights", rows)
+        moec.export(folder / "weights", out=folder / "artefact")
+        for engine in ("eager", "onnxruntime"):
+            session = moec.open_session(folder / "artefact", engine=engine)
+            _check_prefill(session, rows, expected)
+            _check_pieces(session, rows, expected, cuts)
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("preset", ["scout", "maverick"])
+def test_token_by_token_across_three_chunk_borders(
+    preset: str, engine: str, tmp_path: Path
+) -> None:
+    spec = twin(PRESETS[preset])
+    spec = spec.model_copy(
+        update={"vision": None, "text": spec.text.model_copy(update={"layers": 8})}
+    )
+    write_random_checkpoint(spec, tmp_path / "weights", seed=3)
+    chunk = spec.text.chunk or 0
+    rows = [torch.randint(0, 256, (n,)) for n in (3 * chunk + 5, 2)]
+    expected = _transformers_logits(tmp_path / "weights", rows[:1])[0]
+    moec.export(tmp_path / "weights", out=tmp_path / "artefact")
+    session = moec.open_session(tmp_path / "artefact", engine=engine)
+    cache = new_cache(spec, "fp32", 1, 1)
+    steps = [session.decode(token[None], cache)[0] for token in rows[0]]
+    assert _relative(torch.stack(steps), expected) < RELATIVE
+
+
+def _check_prefill(session: Session, rows: list[Tensor], expected: list[Tensor]) -> None:
+    logits = session.logits([row.tolist() for row in rows])
+    for got, row, want in zip(logits, rows, expected, strict=True):
+        assert _relative(torch.as_tensor(got[: len(row)]), want) < RELATIVE
+
+
+def _check_pieces(
+    session: Session, rows: list[Tensor], expected: list[Tensor], cuts: list[int]
+) -> None:
+    """The same tokens in pieces through the caches: rows end in different pieces."""
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    cache = new_cache(session.spec, session.precision, len(rows), 1)
+    edges = [0, *sorted({cut for cut in cuts if cut < longest}), longest]
+    for start, end in pairwise(edges):
+        own = (lengths - start).clamp(0, end - start)
+        got = session.extend(ids[:, start:end], own, cache)
+        for index, count in enumerate(own.tolist()):
+            if count:
+                assert _relative(got[index], expected[index][start + count - 1]) < RELATIVE
+    assert torch.equal(cache.lengths, lengths)
+
+
+def _transformers_logits(folder: Path, rows: list[Tensor]) -> list[Tensor]:
+    model = Llama4ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [model(row[None], use_cache=False).logits[0] for row in rows]
+
+
+def _routers_are_clear(folder: Path, rows: list[Tensor]) -> bool:
+    """No router so near a tie that rounding decides: then the models may rightly differ."""
+    spec = moec.load_spec(folder)
+    text = spec.text
+    names = [f"layers.{la.index}.moe.router" for la in text.all_layers if la.moe]
+    if not names or text.experts.top_k == text.experts.count:
+        return True
+    run = eager_engine(spec, match(spec, read_checkpoint(folder)), taps=names)
+    for row in rows:
+        out = run(
+            {
+                "input_ids": row[None],
+                "past_lengths": torch.zeros(1, dtype=torch.int64),
+                "lengths": torch.tensor([len(row)]),
+                "logit_index": torch.zeros(1, 1, dtype=torch.int64),
+                **new_cache(spec, "fp32", 1, 0).tensors,
+            }
+        )
+        for name in names:
+            best = out[name].topk(text.experts.top_k + 1).values
+            if (best[:, -2] - best[:, -1]).min() < 1e-4 * out[name].abs().max():
+                return False
+    return True
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())

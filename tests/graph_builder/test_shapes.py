@@ -1,0 +1,163 @@
+"""Our shape rules against torch itself: eager results and FakeTensor, on every node of a graph."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moec.graph_builder import ops
+from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.types import TensorType
+from moec.runtime.cache import new_cache
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+from moec.spec.twin import twin
+from tests.strategies import specs
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and compares each node's result with the type that the builder gave it."""
+
+    def __init__(self, graph: fx.GraphModule, sizes: dict[str, int]) -> None:
+        super().__init__(graph)
+        self.sizes, self.seen = sizes, 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        types = n.meta.get("type")
+        single = isinstance(types, TensorType)
+        kinds, results = ((types,), (result,)) if single else (types or (), result)
+        for tensor, kind in zip(results, kinds, strict=True) if types else ():
+            shape = tuple(_size(dim, self.sizes) for dim in kind.shape)
+            assert (tuple(tensor.shape), tensor.dtype) == (shape, kind.dtype), n.meta["name"]
+            self.seen += 1
+        return result
+
+
+def _size(dim: int | str, sizes: dict[str, int]) -> int:
+    """Evaluate a symbol such as "ring_slots+sequence" or "batch*sequence"."""
+    if isinstance(dim, int):
+        return dim
+    return eval(re.sub(r"[a-z_]+", lambda m: str(sizes[m.group()]), dim))
+
+
+def _inputs(
+    spec: ModelSpec, precision: str, batch: int, sequence: int, logits: int, capacity: int
+) -> tuple[list[torch.Tensor], dict[str, int]]:
+    cache = new_cache(spec, precision, batch, capacity)
+    chunk = spec.text.chunk or capacity
+    sizes = {
+        "batch": batch,
+        "sequence": sequence,
+        "logits": logits,
+        "global_slots": capacity,
+        "ring_slots": min(chunk, capacity),
+    }
+    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    lengths = torch.full((batch,), sequence)
+    index = torch.zeros(batch, logits, dtype=torch.int64)
+    return [ids, cache.lengths, lengths, index, *cache.tensors.values()], sizes
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    spec=specs(),
+    precision=st.sampled_from(["fp32", "fp16", "bf16"]),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 3), st.integers(0, 12)),
+)
+def test_every_rule_agrees_with_eager(
+    spec: ModelSpec, precision: str, sizes: tuple[int, int, int, int]
+) -> None:
+    graph = build_decoder(spec, precision).to_empty(device="cpu")
+    for weight in graph.parameters():
+        weight.zero_()
+    inputs, symbols = _inputs(spec, precision, *sizes)
+    recorder = _Recorder(graph, symbols)
+    recorder.run(*inputs)
+    assert recorder.seen > 20 * spec.text.layers
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick"])
+def test_every_rule_agrees_with_fake_tensors_at_full_size(name: str) -> None:
+    spec = PRESETS[name]
+    with FakeTensorMode(), torch.device("meta"):
+        graph = build_decoder(spec, "bf16")
+        inputs, symbols = _inputs(spec, "bf16", 2, 5, 1, 9000)
+        recorder = _Recorder(graph, symbols)
+        recorder.run(*inputs)
+    assert recorder.seen > 20 * spec.text.layers
+
+
+def test_the_vocabulary_is_what_graphs_use() -> None:
+    used = {
+        node.target
+        for name in ("scout", "maverick")
+        for precision in ("fp32", "fp16")
+        for node in build_decoder(twin(PRESETS[name]), precision).graph.nodes
+        if node.op == "call_function" and node.target.__name__ != "getitem"
+    }
+    assert used == {op.target for op in ops.OPS.values()}
+
+
+def test_value_names_are_unique_and_meaningful() -> None:
+    names = [node.meta.get("name") for node in build_decoder(PRESETS["scout"]).graph.nodes][:-1]
+    assert len(names) == len(set(names)) and None not in names
+    assert {"layers.3.attn.q", "layers.47.moe.gate_up", "past.3.key", "logits"} <= set(names)
+
+
+F32, I64 = torch.float32, torch.int64
+
+
+def t(*shape: int | str, dtype: torch.dtype = F32) -> TensorType:
+    return TensorType(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "op, args",
+    [
+        (ops.embedding, (t(2, 3), t(9, 4), "fp32")),
+        (ops.linear, (t(6, 4), t(8, 5), None)),
+        (ops.linear, (t(6, 4), t(8, 4), t(7))),
+        (ops.rms_norm, (t(6, 4), t(5), 1e-5)),
+        (ops.rms_norm, (t(6, 4), t(4), 0.0)),
+        (ops.add, (t(6, 4), t(6, 5))),
+        (ops.swiglu, (t(6, 4), t(6, 4, dtype=torch.float16))),
+        (ops.unpack, (t(7, 4), t(2, 3, dtype=I64))),
+        (ops.pack, (t(6, 4),)),
+        (ops.select, (t(2, 3, 4), t(3, 1, dtype=I64))),
+        (ops.rope, (t(2, 3, 8), t(2, 3, 3), t(2, 3, 3), 2)),
+        (ops.rope_table, (t(2, 3, dtype=I64), 7, 1e4, [])),
+        (ops.rope_table, (t(2, 3, dtype=I64), 8, 1e4, [1.0])),
+        (ops.head_norm, (t(2, 3, 9), 2, 1e-5)),
+        (ops.temperature, (t(2, 3, dtype=I64), 0, 0.1)),
+        (ops.scale_queries, (t(2, 3, 8), t(2, 3, 1, dtype=torch.float16))),
+        (ops.attention_mask, (t(2, 3, dtype=I64), t(2, 3, dtype=I64), 0)),
+        (ops.attention, (t(2, 3, 8), t(2, 5, 8), t(2, 5, 8), t(2, 1, 3, 5), 2, 1)),
+        (ops.attention, (t(2, 3, 8), t(2, 5, 4), t(2, 5, 4), t(2, 1, 3, 4), 2, 1)),
+        (ops.attention, (t(2, 3, 9), t(2, 5, 3), t(2, 5, 3), t(2, 1, 3, 5), 3, 2)),
+        (ops.cache_append, (t(2, 5, 8), t(2, 3, 4))),
+        (ops.cache_write, (t(2, 5, 8), t(3, 5, dtype=I64))),
+        (ops.cache_index, (t(2, 5, 8), t(3, dtype=I64), t(2, dtype=I64))),
+        (ops.key_positions, (t(2, 5), t(2, dtype=I64), t(2, 3, dtype=I64))),
+        (ops.positions, (t(2, 3, dtype=I64), t(3, dtype=I64))),
+        (ops.route, (t(6, 4), 5)),
+        (ops.moe, (t(6, 4), t(6, 1), t(6, 1), t(3, 5, 8), t(3, 4, 4))),
+        (ops.moe, (t(6, 4), t(6, 1), t(6, 1), t(3, 4, 8), t(3, 3, 4))),
+        (ops.moe, (t(6, 4), t(6, 1), t(6, 2), t(3, 4, 8), t(3, 4, 4))),
+    ],
+    ids=lambda value: value.name if isinstance(value, ops.Op) else "",
+)
+def test_bad_operands_are_refused_by_name(op: ops.Op, args: tuple[Any, ...]) -> None:
+    with pytest.raises(MoecError, match="op moec::"):
+        op.rule(*args)
+
+
+def test_eager_calls_refuse_too() -> None:
+    with pytest.raises(MoecError, match="operand weight"):
+        torch.ops.moec.linear(torch.zeros(2, 3), torch.zeros(4, 5), None)

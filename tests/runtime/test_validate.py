@@ -1,0 +1,133 @@
+"""A proof must fail when the artefact is wrong, and say where."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moec
+from moec.exporters.artefact import open_artefact
+from moec.exporters.export import write_manifest
+from moec.exporters.manifest import File
+from moec.runtime.validate import record
+
+
+def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_path: Path) -> None:
+    report = moec.validate(tiny_onnx)
+    names = [check.name for check in report.checks]
+    assert report.passed and report.first_divergence is None
+    assert {"layers.0", "layers.7 router", "argmax", "logits, chunk borders"} <= set(names)
+    assert {"prefill against decode", "ragged batch against row alone"} <= set(names)
+    data = report.to_dict()
+    assert data["passed"] and data["seed"] == report.seed
+    report.to_html(tmp_path / "r.html")
+    assert "PASSED" in (tmp_path / "r.html").read_text()
+    record(tiny_onnx, report)
+    assert open_artefact(tiny_onnx).manifest.parity == data
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick"])
+def test_a_weightless_build_is_proven_on_its_twin(name: str, tmp_path: Path) -> None:
+    artefact = moec.export(name, out=tmp_path / "a")
+    report = moec.validate(artefact.path)
+    assert report.passed and report.twin
+    assert sum(check.name.startswith("layers.") for check in report.checks) == {
+        "scout": 96, "maverick": 72,
+    }[name]  # fmt: skip
+    assert any(check.name == "logits, chunk borders" for check in report.checks)
+
+
+def _constant(model: ir.Model, node: str, index: int, array: np.ndarray) -> None:  # type: ignore[type-arg]
+    """Give input `index` of `node` a constant of its own."""
+    target = next(each for each in model.graph if each.name == node)
+    tensor = ir.tensor(array, name=f"{node}/wrong")
+    value = ir.Value(
+        name=tensor.name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(array.shape),
+        const_value=tensor,
+    )
+    model.graph.register_initializer(value)
+    target.replace_input_with(index, value)
+
+
+def _larger_chunk(model: ir.Model) -> None:
+    for node in ("ring.mask/query_chunk", "ring.mask/key_chunk"):
+        _constant(model, node, 1, np.array(160))
+
+
+def _no_temperature(model: ir.Model) -> None:
+    _constant(model, "layers.3.attn.q.temperature", 1, np.ones((1, 1, 1), np.float32))
+
+
+def _other_rope(model: ir.Model) -> None:
+    next(n for n in model.graph if n.name == "layers.1.attn.q.rope").attributes["interleaved"] = (
+        ir.AttrInt64("interleaved", 0)
+    )
+
+
+def _score_ignored(model: ir.Model) -> None:
+    _constant(model, "layers.2.moe.routed/scaled", 1, np.ones((1, 1), np.float32))
+
+
+def _norm_eps(model: ir.Model) -> None:
+    next(n for n in model.graph if n.name == "layers.0.attn.k.norm/normed").attributes[
+        "epsilon"
+    ] = ir.AttrFloat32("epsilon", 1e-2)
+
+
+def _cache_forgets(model: ir.Model) -> None:
+    """A wrong slot: only calls that use the cache can notice."""
+    _constant(model, "ring.index", 1, np.array(0))
+
+
+@pytest.mark.parametrize(
+    "damage, first",
+    [
+        (_larger_chunk, "layers.0"),
+        (_no_temperature, "layers.3"),
+        (_other_rope, "layers.1"),
+        (_score_ignored, "layers.2"),
+        (_norm_eps, "layers.0"),
+        (_cache_forgets, "prefill against decode"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_wrong_graph_fails_at_the_layer_that_is_wrong(
+    tiny: Path, tmp_path: Path, damage: Callable[[ir.Model], None], first: str
+) -> None:
+    artefact = moec.export(tiny, out=tmp_path / "a")
+    model = ir.load(artefact.model)
+    damage(model)
+    ir.save(model, artefact.model)
+    size = artefact.model.stat().st_size
+    files = {"model.onnx": File(size=size, sha256="0" * 64)}
+    write_manifest(artefact.path, artefact.manifest.model_copy(update={"files": files}))
+    report = moec.validate(artefact.path)
+    assert not report.passed
+    assert (report.first_divergence or "").removesuffix(" router") == first
+
+
+def test_nan_weights_are_reported_where_they_are(tiny: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for file in tiny.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            (weights / file.name).write_bytes(file.read_bytes())
+    key = "language_model.model.layers.5.self_attn.o_proj.weight"
+    for shard in weights.glob("model-*.safetensors"):
+        tensors = load_file(shard)
+        if key in tensors:
+            tensors[key][3, 4] = torch.nan
+            save_file(tensors, shard)
+    artefact = moec.export(weights, out=tmp_path / "a")
+    report = moec.validate(artefact.path, tokens=20)
+    assert not report.passed
+    assert (report.first_divergence or "").startswith("layers.5")
+    failed = next(check for check in report.checks if check.name == "layers.5")
+    assert "not finite" in failed.detail
+    assert report.to_dict()["passed"] is False

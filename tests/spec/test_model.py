@@ -1,0 +1,106 @@
+import pytest
+from hypothesis import given
+from pydantic import ValidationError
+
+from moec.spec.model import ModelSpec, shortest_tile
+from moec.spec.parameters import counts
+from moec.spec.presets import PRESETS
+from moec.spec.twin import twin
+from tests.strategies import specs
+
+
+@pytest.mark.parametrize(
+    "name, total, active_text, vision, projector",
+    [
+        ("scout", 108_641_793_536, 17_172_894_720, 850_960_896, 20_971_520),
+        ("maverick", 401_583_781_376, 17_184_691_200, 850_960_896, 20_971_520),
+        ("tiny-scout", 4_868_096, 1_853_568, 57_216, 8_192),
+    ],
+)
+def test_parameter_counts_are_exact(
+    name: str, total: int, active_text: int, vision: int, projector: int
+) -> None:
+    found = counts(PRESETS[name])
+    assert found["total"] == total
+    assert found["active_text"] == active_text
+    assert (found["vision"], found["projector"]) == (vision, projector)
+
+
+def test_behemoth_is_marked_as_a_guess_and_lands_near_the_public_figures() -> None:
+    spec = PRESETS["behemoth"]
+    assert spec.provenance == "estimated"
+    assert "HYPOTHETICAL" in spec.notes[0]
+    assert spec.text.experts.count == 16
+    assert counts(spec)["active_text"] == pytest.approx(288e9, rel=0.01)
+    assert counts(spec)["total"] == pytest.approx(2e12, rel=0.01)
+
+
+def test_irope_and_dense_interleaving_are_independent() -> None:
+    scout, maverick = PRESETS["scout"].text, PRESETS["maverick"].text
+    nope = [layer.index for layer in scout.all_layers if not layer.rope]
+    assert nope == list(range(3, 48, 4))
+    assert nope == [layer.index for layer in maverick.all_layers if not layer.rope]
+    assert all(layer.moe for layer in scout.all_layers)
+    assert [layer.moe for layer in maverick.all_layers] == [False, True] * 24
+
+
+def test_layer_reads_every_pattern() -> None:
+    layer = PRESETS["scout"].text.layer(7)
+    assert (layer.rope, layer.chunk, layer.qk_norm, layer.temperature) == (False, None, False, True)
+    layer = PRESETS["scout"].text.layer(8)
+    assert (layer.rope, layer.chunk, layer.qk_norm, layer.temperature) == (True, 8192, True, False)
+
+
+@pytest.mark.parametrize(
+    "pattern, layers, tile",
+    [
+        ("LLLGLLLG", 8, "LLLG"),
+        ("LLLGL", 5, "LLLG"),
+        ("MMM", 3, "M"),
+        ("DMM", 3, "DM"),
+        ("X", 4, "X"),
+    ],
+)
+def test_patterns_are_stored_as_their_shortest_tile(pattern: str, layers: int, tile: str) -> None:
+    if pattern == "DMM":
+        tile = "DMM"  # D M D would be another model
+    assert shortest_tile(pattern, layers) == tile
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("attention", "LX"), ("attention", ""), ("ffn", "M" * 49),
+        ("heads", 41), ("head_dim", 127),
+        ("chunk", None), ("layers", 0), ("norm_eps", 0.0), ("surprise", 1),
+        ("rope_theta", float("nan")),
+    ],
+)  # fmt: skip
+def test_bad_fields_are_refused(field: str, value: object) -> None:
+    values = PRESETS["scout"].model_dump()
+    values["text"][field] = value
+    with pytest.raises(ValidationError):
+        ModelSpec.model_validate(values)
+
+
+def test_specs_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        PRESETS["scout"].text.layers = 1
+
+
+@given(specs())
+def test_json_round_trip(spec: ModelSpec) -> None:
+    assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_twin_keeps_depth_patterns_experts_and_switches(name: str) -> None:
+    spec = PRESETS[name]
+    small = twin(spec)
+    ModelSpec.model_validate(small.model_dump())  # model_copy does not validate
+    kept = ("layers", "attention", "rope", "qk_norm", "temperature", "ffn", "rope_theta")
+    assert all(getattr(small.text, field) == getattr(spec.text, field) for field in kept)
+    assert small.text.experts.count == spec.text.experts.count
+    assert small.text.heads * spec.text.kv_heads == small.text.kv_heads * spec.text.heads
+    assert (small.text.rope_scaling is None) == (spec.text.rope_scaling is None)
+    assert counts(small)["total"] < 20e6 or spec.text.experts.count > 16

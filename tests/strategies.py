@@ -1,0 +1,63 @@
+"""Random small models over every switch of the spec, for hypothesis."""
+
+from hypothesis import strategies as st
+
+from moec.spec.model import Experts, ModelSpec, RopeScaling, TextSpec, Tokens
+
+
+@st.composite
+def specs(draw: st.DrawFn, layers: st.SearchStrategy[int] | None = None) -> ModelSpec:
+    """A text model of 2 to 6 layers; patterns are drawn layer by layer, independently."""
+    depth = draw(layers or st.integers(2, 6))
+
+    def pattern(letters: str) -> str:
+        return "".join(draw(st.lists(st.sampled_from(letters), min_size=depth, max_size=depth)))
+
+    rope = draw(st.sampled_from(["RRRN", "RN", "R", pattern("RN")]))[:depth]
+    rotates = [rope[i % len(rope)] == "R" for i in range(depth)]
+    qk_norm, temperature = draw(st.booleans()), draw(st.booleans())
+    kv_heads = draw(st.integers(1, 3))
+    chunk = draw(st.integers(2, 9))
+    low = draw(st.sampled_from([1.0, 0.5]))
+    scaling = RopeScaling(
+        factor=draw(st.sampled_from([16.0, 8.0])),
+        low=low,
+        high=draw(st.sampled_from([low, 4.0])),
+        original_positions=draw(st.integers(4, 64)),
+    )
+    hidden = draw(st.integers(4, 24))
+    count = draw(st.integers(2, 6))
+    return ModelSpec(
+        name="random",
+        provenance="custom",
+        dtype=draw(st.sampled_from(["fp32", "bf16"])),
+        tokens=Tokens(bos=0, eos=(1,), pad=2),
+        text=TextSpec(
+            layers=depth,
+            dim=draw(st.integers(8, 40)),
+            heads=kv_heads * draw(st.integers(1, 4)),
+            kv_heads=kv_heads,
+            head_dim=2 * draw(st.integers(2, 8)),
+            vocab=draw(st.integers(16, 100)),
+            max_positions=256,
+            norm_eps=1e-5,
+            attention_bias=draw(st.booleans()),
+            attention=draw(st.sampled_from(["LLLG", pattern("LG")]))[:depth],
+            rope=rope,
+            qk_norm="".join("Q" if on and qk_norm else "-" for on in rotates),
+            temperature="".join("T" if temperature and not on else "-" for on in rotates),
+            ffn=draw(st.sampled_from(["M", "DM", pattern("DM")]))[:depth],
+            chunk=chunk,
+            rope_theta=draw(st.sampled_from([10_000.0, 500_000.0])),
+            rope_scaling=draw(st.sampled_from([None, scaling])),
+            temperature_floor=draw(st.integers(2, 12)),
+            temperature_scale=draw(st.sampled_from([0.1, 0.5])),
+            dense_hidden=draw(st.integers(4, 24)),
+            experts=Experts(
+                count=count,
+                top_k=draw(st.integers(1, min(2, count))),
+                hidden=hidden,
+                shared_hidden=hidden,
+            ),
+        ),
+    )

@@ -50,14 +50,12 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
         table.add_column(column, justify="right" if column == "size" else "left")
     for name, file in manifest.files.items():
         table.add_row(name, size(file.size), "written")
-    origin = {
-        "in-place": f"left in {manifest.weights.folder}",
-        "link": "hard link",
-        "copy": "copied",
-    }
-    for name, shard in manifest.weights.shards.items():
+    origin = {"in-place": "left in place", "link": "hard link", "copy": "copied"}
+    for name, shard in sorted(manifest.weights.shards.items()):
         table.add_row(name, size(shard.size), origin[manifest.weights.mode])
     console.print(table)
+    if manifest.weights.folder:
+        console.print(f"weights in {manifest.weights.folder}", highlight=False, soft_wrap=True)
     build = manifest.build
     stages = " · ".join(f"{name} {seconds:.2f} s" for name, seconds in build.seconds.items())
     console.print(f"stages: {stages}", highlight=False)
@@ -150,12 +148,23 @@ def plan_table(console: Console, plan: Plan) -> None:
 def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
     """Engines side by side."""
     table = Table()
-    for column in ("engine", "preset", "open s", "first token s", "tokens/s", "peak so far"):
+    columns = (
+        "engine",
+        "preset",
+        "open",
+        "first token",
+        "tokens/s",
+        "own memory",
+        "mapped",
+        "peak",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column in ("engine", "preset") else "right")
     for row in rows:
         table.add_row(
-            row.engine, row.preset, f"{row.open_s:.2f}", f"{row.first_token_s:.4f}",
-            f"{row.decode_tokens_per_s:.1f}", size(row.peak_bytes),
+            row.engine, row.preset, f"{row.open_s:.2f} s", f"{1e3 * row.first_token_s:.1f} ms",
+            f"{row.decode_tokens_per_s:.1f}", size(row.anonymous_bytes), size(row.mapped_bytes),
+            size(row.peak_bytes),
         )  # fmt: skip
     console.print(table)
 

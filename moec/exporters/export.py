@@ -3,7 +3,6 @@
 import hashlib
 import os
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from moec.exporters.manifest import (
     WeightMode,
     Weights,
 )
+from moec.exporters.memory import memory
 from moec.exporters.onnx.write import DIALECTS, lower_model, ports, save_bound, save_checked
 from moec.graph_builder.decoder import build_decoder
 from moec.spec.errors import MoecError
@@ -203,7 +203,7 @@ def _write(
                 "parity": None,
                 "build": Build(
                     seconds={k: round(v, 3) for k, v in stages.seconds.items()},
-                    peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    peak_bytes=memory().peak,
                     bytes_written=sum(f.size for f in files.values())
                     + (bound.copied if bound else 0),
                     bytes_copied=bound.copied if bound else 0,

@@ -21,7 +21,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "optimization.disable_specified_optimizers": "ConstantFolding",
         },
         "execution_order": "PRIORITY_BASED",
-        "enable_cpu_mem_arena": False,
         "enable_mem_pattern": False,
     },
     "fast": {"entries": {}},

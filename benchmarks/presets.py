@@ -1,0 +1,57 @@
+"""What the two presets of ONNX Runtime session options cost: time, copies of weights, mapped pages.
+
+    python benchmarks/presets.py [--json FILE]
+
+A seeded random model of 0.43 B parameters (bf16, 0.86 GB) in a temporary folder, run in float32 by
+ONNX Runtime in both presets and by the eager reference, each in a process of its own. Own memory is
+what an engine copied; mapped memory is pages of the shards, which cost nothing twice.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+import moec
+from moec.runtime.bench import bench
+from moec.show import bench_table
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+from moec.weights.random import write_random_checkpoint
+
+WAYS = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "-"))
+
+
+def model() -> ModelSpec:
+    """Scout's architecture at 4 layers of width 1024, 16 experts of 2048."""
+    scout = PRESETS["scout"]
+    experts = scout.text.experts.model_copy(update={"hidden": 2048, "shared_hidden": 2048})
+    sizes = {"layers": 4, "dim": 1024, "heads": 16, "kv_heads": 4, "head_dim": 64, "vocab": 8192}
+    text = scout.text.model_copy(update={**sizes, "experts": experts})
+    return scout.model_copy(
+        update={"name": "random-0.4b", "provenance": "custom", "vision": None, "text": text}
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--json", type=Path)
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(model(), Path(folder, "weights"))
+        artefact = moec.export(Path(folder, "weights"), out=Path(folder, "artefact"))
+        report = moec.validate(artefact.path, tokens=24)
+        rows = [bench(artefact.path, *way, prompt_tokens=128, new_tokens=32) for way in WAYS]
+    bench_table(Console(), rows)
+    verdict = "PASSED" if report.passed else "FAILED"
+    print(f"parity with the eager reference before timing: {verdict}")
+    if options.json:
+        options.json.write_text(json.dumps([row.to_dict() for row in rows], indent=1))
+    if not report.passed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -267,7 +267,12 @@ def _prove(
         report = moec.validate(artefact, tokens, seed, on_twin, progress)
     record(artefact, report)
     if html:
-        report.to_html(html)
+        try:
+            report.to_html(html)
+        except OSError as error:
+            raise MoecError(
+                f"--html {html}", error.strerror, "a file that can be written", "choose another"
+            ) from None
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -306,22 +311,25 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; typer would turn a KeyboardInterrupt into another message and exit code."""
+
+
+def _stop(*_: object) -> NoReturn:
+    raise _Stopped
 
 
 def main() -> None:
     """Run the command line and exit; a user's mistake is a message, never a stack trace."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except MoecError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(
+            f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _stopped()
-
-
-def _stopped() -> NoReturn:
-    Console(stderr=True).print("stopped: nothing half-written is left behind", style="yellow")
-    sys.exit(2)
+    except _Stopped:
+        Console(stderr=True).print("stopped: nothing half-written is left behind", style="yellow")
+        sys.exit(2)

@@ -1,6 +1,7 @@
 """An artefact on disk: read it back, find its weights, notice when they changed."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,21 @@ class Artefact:
                     "the shard that this artefact was bound to",
                     f"python cli.py bind {self.path} --checkpoint DIR",
                 )
-        shapes = parameters(spec)
+        shapes, itemsize = parameters(spec), 4 if spec.dtype == "fp32" else 2
+        odd = set(shapes) ^ set(weights.tensors) or {
+            name
+            for name, ref in weights.tensors.items()
+            if ref.file not in weights.shards
+            or ref.length != math.prod(shapes[name]) * itemsize
+            or not 0 <= ref.offset <= weights.shards[ref.file].size - ref.length
+        }
+        if odd:
+            raise MoecError(
+                f"{self.path / NAME}: weights.tensors.{min(odd)}",
+                "a place that does not fit the spec and the shards",
+                "each parameter of the spec inside one of its shards",
+                "build the artefact again",
+            )
         return {
             name: TensorEntry(
                 name,

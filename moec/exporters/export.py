@@ -102,6 +102,7 @@ def export(
         MoecError: anything wrong with source, weights or out; nothing is left behind.
     """
     dialect = _dialect(target, precision)
+    _placement(weights)
     stages = _Stages(progress)
     with stages("read"):
         spec = load_spec(source)
@@ -147,6 +148,7 @@ def bind(
     Raises:
         MoecError: the checkpoint is not of the artefact's model, or is broken.
     """
+    _placement(weights)
     stages = _Stages(progress)
     with stages("read"):
         built = open_artefact(artefact)
@@ -229,8 +231,6 @@ def _place(
     progress: Progress,
 ) -> _Bound:
     """Leave, link or copy the shards; say where each parameter lies for the finished artefact."""
-    if mode not in ("in-place", "link", "copy"):
-        raise MoecError(f"--weights {mode}", mode, "in-place, link or copy", "choose one of them")
     copied = 0
     if mode == "in-place":
         root = Path(os.path.commonpath([shard.path.parent for shard in checkpoint.shards]))
@@ -299,11 +299,18 @@ def _dialect(target: str, precision: str) -> str:
     return TARGETS[target]
 
 
+def _placement(mode: str) -> None:
+    if mode not in ("in-place", "link", "copy"):
+        raise MoecError(f"--weights {mode}", mode, "in-place, link or copy", "choose one of them")
+
+
 def _refuse_inside(out: Path, checkpoint: Path) -> None:
-    if out.resolve() == checkpoint.resolve():
+    """Refuse an `out` that is the checkpoint or holds it: replacing `out` would delete it."""
+    if checkpoint.resolve().is_relative_to(out.resolve()):
         raise MoecError(
-            f"--out {out}", "the checkpoint itself", "another folder", "choose another --out"
-        )
+            f"--out {out}", f"the folder of the checkpoint {checkpoint}", "another folder",
+            "choose another --out",
+        )  # fmt: skip
 
 
 def _file(path: Path) -> File:

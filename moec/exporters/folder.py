@@ -1,12 +1,13 @@
 """Write a folder so that it appears whole or not at all."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moec.exporters.manifest import NAME
+from moec.exporters.manifest import FORMAT, NAME
 from moec.spec.errors import MoecError
 
 
@@ -21,9 +22,12 @@ def writing(out: Path) -> Iterator[Path]:
         MoecError: `out` holds something that is no artefact, or cannot be written, or the disk
             is full.
     """
-    refuse_foreign(out)
+    out = Path(os.path.abspath(out))  # "." has no name to give to a neighbour
     partial, replaced = (out.parent / f".{out.name}.{kind}-{os.getpid()}" for kind in _KINDS)
+    made: list[Path] = []
     try:
+        refuse_foreign(out)
+        made = [parent for parent in out.parents if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
         partial.mkdir()
@@ -32,6 +36,7 @@ def writing(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rename(replaced)
         partial.rename(out)
+        made = []
     except OSError as error:
         raise MoecError(
             error.filename or out,
@@ -40,11 +45,14 @@ def writing(out: Path) -> Iterator[Path]:
             "choose another --out, or make room",
         ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        elif replaced.exists():
-            replaced.rename(out)
+        with suppress(OSError):  # a name too long cannot even be looked for
+            shutil.rmtree(partial, ignore_errors=True)
+            if out.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            elif replaced.exists():
+                replaced.rename(out)
+            for parent in made:
+                parent.rmdir()
 
 
 _KINDS = ("moec-partial", "moec-replaced")
@@ -54,7 +62,7 @@ def refuse_foreign(out: Path) -> None:
     """Refuse an `out` that is neither absent, nor empty, nor an artefact."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         found = "a link" if out.is_symlink() else "a file"
-    elif out.is_dir() and any(out.iterdir()) and not (out / NAME).is_file():
+    elif out.is_dir() and any(out.iterdir()) and not _is_artefact(out):
         found = f"a folder that holds something else ({min(p.name for p in out.iterdir())}, ...)"
     else:
         return
@@ -63,12 +71,23 @@ def refuse_foreign(out: Path) -> None:
     )
 
 
+def _is_artefact(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
 def _remove_stale(out: Path) -> None:
     for kind in _KINDS:
-        for path in out.parent.glob(f".{out.name}.{kind}-*"):
-            pid = path.name.rpartition("-")[2]
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-                if kind == "moec-replaced" and not out.exists():
+        prefix = f".{out.name}.{kind}-"
+        for path in list(out.parent.iterdir()):
+            pid = path.name.removeprefix(prefix)
+            if not path.name.startswith(prefix) or not pid.isdigit():
+                continue
+            if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
+                if kind == "moec-replaced" and not out.exists() and _is_artefact(path):
                     path.rename(out)  # killed between two renames: the old artefact is whole
                 else:
                     shutil.rmtree(path, ignore_errors=True)

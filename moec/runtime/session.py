@@ -13,7 +13,7 @@ from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.manifest import NAME
 from moec.runtime.cache import Cache, grow, new_cache
 from moec.runtime.eager import Run, eager_engine
-from moec.runtime.ort import ort_engine
+from moec.runtime.ort import PRESETS, ort_engine
 from moec.runtime.sampling import sample
 from moec.spec.errors import MoecError
 from moec.spec.files import load_spec
@@ -113,7 +113,7 @@ class Session:
             stop: tokens that end a row; default the model's own.
             stream: called with each step's tokens, None for rows that have ended.
         """
-        _check_sampling(temperature, top_k, top_p)
+        _check_sampling(temperature, top_k, top_p, seed)
         ids, counts = self._rows(input_ids, lengths)
         if max_new_tokens < 1:
             return _like(input_ids, ids)
@@ -152,6 +152,12 @@ class Session:
 
     def _rows(self, input_ids: Ids, lengths: Ids | None) -> tuple[Tensor, Tensor]:
         """Right-padded int64 [B, S] and lengths [B] of whatever the caller gave."""
+        try:
+            return self._padded(input_ids, lengths)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _bad_ids(f"{error}", "integers [batch, sequence], or rows of integers") from None
+
+    def _padded(self, input_ids: Ids, lengths: Ids | None) -> tuple[Tensor, Tensor]:
         if not isinstance(input_ids, Tensor | np.ndarray):
             given = list(input_ids)
             nested = [row if isinstance(row, Sequence) else given for row in given]
@@ -160,7 +166,7 @@ class Session:
             longest = max(map(len, rows), default=0)
             input_ids = np.array([list(row) + [0] * (longest - len(row)) for row in rows])
         ids = torch.as_tensor(input_ids)
-        if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        if ids.dim() != 2 or not ids.numel() or ids.dtype.is_floating_point or ids.dtype in _NO_IDS:
             raise _bad_ids(
                 f"{ids.dtype} {list(ids.shape)}", "integers [batch, sequence], not empty"
             )
@@ -196,7 +202,19 @@ def open_session(
             f"device {device}", "not in this version", "cpu", "use device cpu", exit_code=3
         )
     path = Path(path)
+    for name, given, known in (
+        ("engine", engine, (None, "onnxruntime", "eager")),
+        ("preset", preset, tuple(PRESETS)),
+    ):
+        if given not in known:
+            expected = " or ".join(filter(None, known))
+            raise MoecError(f"{name} {given}", f"no such {name}", expected, "choose one of them")
     if not (path / NAME).is_file() and (path / "config.json").is_file():
+        if engine == "onnxruntime":
+            raise MoecError(
+                path, "a checkpoint", "an artefact for engine onnxruntime",
+                f"python cli.py build --checkpoint {path}",
+            )  # fmt: skip
         spec = load_spec(path)
         entries = match(spec, read_checkpoint(path))
         return Session(spec, "fp32", "eager", eager_engine(spec, entries))
@@ -204,18 +222,22 @@ def open_session(
     spec, precision = artefact.manifest.spec, artefact.manifest.precision
     if engine in (None, "onnxruntime"):
         return Session(spec, precision, "onnxruntime", ort_engine(artefact, preset), artefact)
-    if engine == "eager":
-        run = eager_engine(spec, artefact.entries(), precision)
-        return Session(spec, precision, "eager", run, artefact)
-    raise MoecError(f"engine {engine}", "no such engine", "onnxruntime or eager", "choose one")
+    run = eager_engine(spec, artefact.entries(), precision)
+    return Session(spec, precision, "eager", run, artefact)
+
+
+_NO_IDS = (torch.bool, torch.complex64, torch.complex128)
 
 
 def _bad_ids(found: str, expected: str) -> MoecError:
     return MoecError("input_ids", found, expected, "check the tokenizer, or the shape of the batch")
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+) -> None:
     for name, given, good, expected in (
+        ("seed", seed, seed is None or 0 <= seed < 2**63, "0 to 2^63 - 1"),
         ("temperature", temperature, temperature >= 0, "0 or more"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),

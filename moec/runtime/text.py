@@ -32,6 +32,7 @@ class Text:
                 "leave --chat out; base models complete text",
             )  # fmt: skip
         try:
+            from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise MoecError(
@@ -42,11 +43,16 @@ class Text:
                 exit_code=3,
             ) from None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = environment.from_string(self.template).render(
-            messages=[{"role": "user", "content": message}],
-            add_generation_prompt=True,
-            bos_token="",
-        )
+        try:
+            text = environment.from_string(self.template).render(
+                messages=[{"role": "user", "content": message}],
+                add_generation_prompt=True,
+                bos_token="",
+            )
+        except TemplateError as error:
+            raise MoecError(
+                "--chat", f"a broken chat template: {error}", "a Jinja template", "fetch it again"
+            ) from None
         return self.encode(text)
 
     def stream(self) -> Iterator[str]:

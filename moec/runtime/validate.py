@@ -71,6 +71,11 @@ def validate(
     Raises:
         MoecError: not an artefact, weights gone or changed, or a package is missing.
     """
+    if not (tokens is None or tokens >= 1) or not (seed is None or 0 <= seed < 2**63):
+        raise MoecError(
+            "validate", f"tokens {tokens}, seed {seed}", "at least 1 token, a seed from 0 to 2^63 - 1",
+            "correct --tokens or --seed",
+        )  # fmt: skip
     artefact = open_artefact(path)
     seed = secrets.randbits(31) if seed is None else seed
     unbound = artefact.manifest.weights.mode == "unbound"

@@ -58,7 +58,8 @@ def read_config(path: Path) -> ModelSpec:
     top = Fields(str(path), raw)
     kind = top.take("model_type", str)
     if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unnamed")
+        scheme = raw["quantization_config"]
+        method = scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else scheme
         raise top.error(
             "quantization_config",
             f"quantised ({method})",
@@ -103,9 +104,7 @@ def read_config(path: Path) -> ModelSpec:
 
 def _text(at: Fields) -> TextSpec:
     at.left.pop("model_type", None)
-    layers = at.take("num_hidden_layers", int)
-    if layers < 1:
-        raise at.error("num_hidden_layers", str(layers), "at least 1")
+    layers = at.size("num_hidden_layers")
     at.require("hidden_act", "silu")
     theta, scaling = _rope(at, "default", "llama3")
     rope = _layer_flags(at, layers)
@@ -115,16 +114,16 @@ def _text(at: Fields) -> TextSpec:
     temperature = bool(
         at.take("attn_temperature_tuning", bool, int, default=PUBLISHED["attn_temperature_tuning"])
     )
-    hidden = at.take("intermediate_size", int)
+    hidden = at.size("intermediate_size")
     chunk = at.take("attention_chunk_size", int, default=None)
     text = TextSpec(
         layers=layers,
-        dim=at.take("hidden_size", int),
-        heads=at.take("num_attention_heads", int),
-        kv_heads=at.take("num_key_value_heads", int),
-        head_dim=at.take("head_dim", int),
-        vocab=at.take("vocab_size", int),
-        max_positions=at.take("max_position_embeddings", int),
+        dim=at.size("hidden_size"),
+        heads=at.size("num_attention_heads"),
+        kv_heads=at.size("num_key_value_heads"),
+        head_dim=at.size("head_dim"),
+        vocab=at.size("vocab_size"),
+        max_positions=at.size("max_position_embeddings"),
         norm_eps=at.take("rms_norm_eps", float),
         attention_bias=at.take("attention_bias", bool, default=PUBLISHED["attention_bias"]),
         tie_embeddings=at.take("tie_word_embeddings", bool, default=False),
@@ -138,10 +137,10 @@ def _text(at: Fields) -> TextSpec:
         rope_scaling=scaling,
         temperature_floor=at.take("floor_scale", int, default=PUBLISHED["floor_scale"]),
         temperature_scale=at.take("attn_scale", float, default=PUBLISHED["attn_scale"]),
-        dense_hidden=at.take("intermediate_size_mlp", int),
+        dense_hidden=at.size("intermediate_size_mlp"),
         experts=Experts(
-            count=at.take("num_local_experts", int),
-            top_k=at.take("num_experts_per_tok", int),
+            count=at.size("num_local_experts"),
+            top_k=at.size("num_experts_per_tok"),
             hidden=hidden,
             shared_hidden=hidden,
         ),
@@ -158,7 +157,7 @@ def _layer_flags(at: Fields, layers: int) -> list[bool]:
     listed = at.take("no_rope_layers", list, default=[])
     if not listed:  # released Scout holds []: the default pattern
         return [bool((index + 1) % interval) for index in range(layers)]
-    if len(listed) < layers or any(flag not in (0, 1) for flag in listed):
+    if len(listed) < layers or any(type(flag) is not int or flag not in (0, 1) for flag in listed):
         raise at.error("no_rope_layers", f"{len(listed)} values", f"{layers} values, each 0 or 1")
     return [bool(flag) for flag in listed[:layers]]
 
@@ -167,10 +166,11 @@ def _masks(at: Fields, layers: int, rope: list[bool]) -> list[bool]:
     types = at.take("layer_types", list, default=None)
     if types is None:
         return rope
-    if len(types) != layers or set(types) - {"chunked_attention", "full_attention"}:
+    kinds = {str(kind) for kind in types}
+    if len(types) != layers or kinds - {"chunked_attention", "full_attention"}:
         raise at.error(
             "layer_types",
-            f"{len(types)} of {sorted(set(types))}",
+            f"{len(types)} of {sorted(kinds)}",
             f"{layers} of 'chunked_attention' or 'full_attention'",
         )
     return [kind == "chunked_attention" for kind in types]
@@ -222,21 +222,21 @@ def _vision(at: Fields) -> VisionSpec:
     at.require("vision_feature_layer", -1, default=-1)
     at.require("multi_modal_projector_bias", False, default=False)
     ratio = at.take("pixel_shuffle_ratio", float)
-    if ratio <= 0 or round(1 / ratio) * ratio != 1:
+    if not 1e-3 < ratio <= 1 or round(1 / ratio) * ratio != 1:
         raise at.error("pixel_shuffle_ratio", str(ratio), "1/n for a whole n, such as 0.5")
     theta, _ = _rope(at, "default")
-    out = at.take("projector_output_dim", int)
+    out = at.size("projector_output_dim")
     at.require("vision_output_dim", out)
     vision = VisionSpec(
-        layers=at.take("num_hidden_layers", int),
-        dim=at.take("hidden_size", int),
-        heads=at.take("num_attention_heads", int),
-        hidden=at.take("intermediate_size", int),
-        image=at.take("image_size", int),
-        patch=at.take("patch_size", int),
-        channels=at.take("num_channels", int),
+        layers=at.size("num_hidden_layers"),
+        dim=at.size("hidden_size"),
+        heads=at.size("num_attention_heads"),
+        hidden=at.size("intermediate_size"),
+        image=at.size("image_size"),
+        patch=at.size("patch_size"),
+        channels=at.size("num_channels"),
         shuffle=round(1 / ratio),
-        adapter_hidden=at.take("projector_input_dim", int),
+        adapter_hidden=at.size("projector_input_dim"),
         adapter_out=out,
         rope_theta=theta,
     )
@@ -260,6 +260,11 @@ def _dtype(top: Fields, text: Fields) -> DType:
 
 def _tokens(top: Fields, text: dict[str, Any]) -> Tokens:
     eos = text.get("eos_token_id")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = text.get(key)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None and type(token) is not int:
+                raise top.error(key, repr(token), "a token id")
     return Tokens(
         bos=text.get("bos_token_id"),
         eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),

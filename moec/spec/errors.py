@@ -11,10 +11,8 @@ class MoecError(Exception):
     def __init__(
         self, where: object, found: object, expected: object, next_step: str, exit_code: int = 2
     ) -> None:
-        self.where = str(where)
-        self.found = str(found)
-        self.expected = str(expected)
-        self.next_step = next_step
+        self.where, self.found = _line(where), _line(found)
+        self.expected, self.next_step = _line(expected), _line(next_step)
         self.exit_code = exit_code
         super().__init__(self.where, self.found, self.expected, self.next_step)
 
@@ -23,3 +21,8 @@ class MoecError(Exception):
             f"{self.where}\n  found:    {self.found}\n  expected: {self.expected}\n"
             f"  next:     {self.next_step}"
         )
+
+
+def _line(text: object) -> str:
+    """`text` on one line; control characters, which a file may hold in a name, become "?"."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(str(text).split()))

@@ -13,18 +13,22 @@ REQUIRED: Any = object()
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; a missing file, broken JSON or another type is a `MoecError`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise MoecError(
             path, error.strerror or error, "a readable JSON file", f"check that {path} exists"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MoecError(
             path, f"broken JSON: {error}", "one JSON object", "fetch the file again"
         ) from None
     if not isinstance(value, dict):
         raise MoecError(path, type(value).__name__, "one JSON object", "fetch the file again")
     return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 class Fields:
@@ -50,6 +54,15 @@ class Fields:
         exact = type(value) in kinds or (float in kinds and type(value) is int)
         if not exact:
             raise self.error(key, f"{value!r}", names)
+        if isinstance(value, int | float) and not abs(value) < 1e300:
+            raise self.error(key, "a number beyond all bounds", names)
+        return value
+
+    def size(self, key: str) -> int:
+        """Field `key`, an integer of at least 1."""
+        value: int = self.take(key, int)
+        if value < 1:
+            raise self.error(key, str(value), "at least 1")
         return value
 
     def require(self, key: str, expected: Any, default: Any = REQUIRED) -> None:

@@ -20,7 +20,7 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
     if str(source) in PRESETS:
         return PRESETS[str(source)]
     path = Path(source)
-    if path.is_dir():
+    if str(source) and path.is_dir():
         return read_config(path / "config.json")
     if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
         return _read_file(path)
@@ -36,7 +36,7 @@ def _read_file(path: Path) -> ModelSpec:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         summary = " ".join(str(error).split())
         raise MoecError(path, summary, "a readable JSON or YAML file", "correct it") from None
     try:

@@ -65,7 +65,7 @@ def _read_index(path: Path) -> dict[str, set[str] | None]:
             raise MoecError(
                 f"{path}: {tensor}",
                 f"file {name!r}",
-                "a relative path inside the checkpoint folder",
+                "a relative path to a .safetensors file inside the checkpoint folder",
                 "do not use this checkpoint unless you trust its source; correct the index",
             )
         names = files.setdefault(name, set())
@@ -78,13 +78,15 @@ def _stays_inside(name: object) -> bool:
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
         return False
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    inside = not path.is_absolute() and ".." not in path.parts
+    # Other suffixes could be mistaken for the files that a build writes beside the shards.
+    return inside and path.suffix == ".safetensors" and len(name) < 4096
 
 
 def _resolve(folder: Path, name: str) -> Path:
     """The real file: a Hugging Face cache links `snapshots/REV/x` to `blobs/HASH`."""
     path = folder / name
-    if not path.is_file():
+    if any(len(part) > 255 for part in path.parts) or not path.is_file():
         raise MoecError(
             path, "no such shard", "a file that the index names", "fetch the missing shard"
         )

@@ -91,7 +91,7 @@ def read_shard(path: Path, name: str = "") -> Shard:
             for name, row in rows.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MoecError(path, f"broken header: {error!r}", "a safetensors header", _FETCH) from None
     for entry in tensors.values():
         if entry.offset + entry.nbytes > size:
@@ -111,7 +111,12 @@ def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry
     shape = tuple(row["shape"])
     dtype, itemsize = DTYPES.get(row["dtype"], (row["dtype"], 0))
     nbytes = math.prod(shape) * itemsize
-    if start < 0 or any(type(size) is not int or size < 0 for size in shape):
+    if (
+        type(start) is not int
+        or type(end) is not int
+        or start < 0
+        or any(type(size) is not int or size < 0 for size in shape)
+    ):
         raise ValueError(f"{name}: offset {start}, shape {shape}")
     if itemsize and end - start != nbytes:
         raise MoecError(

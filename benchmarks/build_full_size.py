@@ -1,0 +1,187 @@
+"""Build Scout and Maverick at full size: seconds, memory and bytes, beside torch's own exporter.
+
+    python benchmarks/build_full_size.py [--no-peer] [--json FILE]
+
+Three builds of each model, each in a new process, timed once its imports are done:
+
+- `by moec`: a preset to a checked ONNX model, without weights;
+- `by moec, weights`: a checkpoint of full size (sparse files: 217 and 803 GB that take no room),
+  weights in place. What it reads and writes shows that no weight is read or copied;
+- `by torch.onnx`: the peer, without weights; see benchmarks/torch_export.py.
+
+Exit code 1 if a build by moec fails or misses a limit.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fresh_process import call
+from sparse_checkpoint import bytes_on_disk, write_sparse_checkpoint
+from moec.spec.presets import PRESETS
+
+VARIANTS = ("scout", "maverick")
+BARE, BOUND, PEER = "by moec", "by moec, weights", "by torch.onnx"
+#: what a build by moec must stay below; MB and GB are decimal
+LIMITS = {"graph_s": 3.0, "onnx_s": 3.0, "peak_gb": 0.6, "written_mb": 20.0}
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One build. None where it failed, or where there is nothing to measure."""
+
+    model: str
+    build: str
+    error: str = ""
+    graph_s: float | None = None
+    onnx_s: float | None = None
+    total_s: float | None = None
+    peak_gb: float | None = None
+    read_mb: float | None = None
+    written_mb: float | None = None
+    weights_gb: float | None = None
+
+    def missed(self) -> list[str]:
+        """The limits that this build is not below. The peer has none."""
+        if self.build == PEER:
+            return []
+        figures = {name: getattr(self, name) for name in LIMITS}
+        return [name for name, x in figures.items() if x is None or x >= LIMITS[name]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--no-peer", action="store_true", help="leave torch.onnx out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
+    options = parser.parse_args()
+    console = Console()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="moec-benchmark-") as folder:
+        for variant in VARIANTS:
+            with console.status(f"building {variant}"):
+                rows += builds(variant, Path(folder), not options.no_peer, console)
+    console.print(table(rows))
+    if not options.no_peer:
+        console.print("\n".join(ratios(rows)), highlight=False)
+    missed = {f"{row.model} {row.build}": row.missed() for row in rows if row.missed()}
+    for build, limits in missed.items():
+        console.print(f"[red]{build} misses {', '.join(limits)}")
+    if options.json:
+        machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+        data: dict[str, object] = {
+            "machine": machine,
+            "python": platform.python_version(),
+            "limits": LIMITS,
+        }
+        data |= {"missed": missed, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    return int(bool(missed))
+
+
+def builds(variant: str, folder: Path, peer: bool, console: Console) -> Iterator[Row]:
+    """Build `variant` below `folder` in each way."""
+    yield measure(variant, BARE, moec_build, variant, folder / f"{variant}-bare")
+    checkpoint = folder / f"{variant}-checkpoint"
+    size = write_sparse_checkpoint(PRESETS[variant], checkpoint)
+    console.print(
+        f"{variant}: checkpoint of {size / 1e9:.1f} GB that takes "
+        f"{bytes_on_disk(checkpoint) / 1e6:.1f} MB of disk",
+        highlight=False,
+    )
+    yield measure(variant, BOUND, moec_build, checkpoint, folder / f"{variant}-bound")
+    if peer:
+        yield measure(variant, PEER, torch_build, variant, folder / f"{variant}.onnx")
+
+
+def measure(
+    model: str, build: str, function: Callable[[str, str], Figures], source: object, out: Path
+) -> Row:
+    """Call `function` in a new process."""
+    outcome = call(function, str(source), str(out))
+    if outcome.error:
+        return Row(model, build, outcome.error)
+    return Row(model, build, peak_gb=outcome.peak_bytes / 1e9, **outcome.value)
+
+
+def moec_build(source: str, out: str) -> Figures:
+    """Build `source`, a preset or a checkpoint folder. Runs in a process of its own."""
+    from moec import export
+
+    before, start = traffic(), time.perf_counter()
+    built = export(source, out=out).manifest
+    total, after = time.perf_counter() - start, traffic()
+    seconds = built.build.seconds
+    return {
+        "graph_s": seconds["graph"],
+        "onnx_s": sum(seconds[stage] for stage in seconds.keys() - {"read", "graph"}),
+        "total_s": total,
+        "read_mb": (after["rchar"] - before["rchar"]) / 1e6,
+        "written_mb": (after["wchar"] - before["wchar"]) / 1e6,
+        "weights_gb": sum(each.length for each in built.weights.tensors.values()) / 1e9,
+    }
+
+
+def torch_build(variant: str, out: str) -> Figures:
+    """Export preset `variant` by torch. Runs in a process of its own."""
+    from torch_export import export
+
+    seconds = export(variant, out)
+    written = Path(out).stat().st_size / 1e6
+    return {**seconds, "total_s": sum(seconds.values()), "written_mb": written}
+
+
+def traffic() -> dict[str, int]:
+    """Bytes that this process has read and written by system calls so far, in whatever file."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return {name: int(count) for name, count in (line.split(": ") for line in lines)}
+
+
+def table(rows: list[Row]) -> Table:
+    """`rows`, with the limits in the heads of their columns, and below them what failed."""
+    heads = {
+        "graph_s": "graph\ns", "onnx_s": "ONNX\ns", "total_s": "total\ns", "peak_gb": "peak\nGB",
+        "read_mb": "read\nMB", "written_mb": "written\nMB", "weights_gb": "weights\nGB",
+    }  # fmt: skip
+    failed = [f"{row.model} {row.build}: {escape(row.error)}" for row in rows if row.error]
+    result = Table(box=SIMPLE, padding=0, caption="\n".join(failed) or None, caption_justify="left")
+    result.add_column("build", no_wrap=True)
+    for name, head in heads.items():
+        limit = f"\n< {LIMITS[name]:g}" if name in LIMITS else ""
+        result.add_column(head + limit, justify="right", no_wrap=True)
+    for row in rows:
+        figures = {name: getattr(row, name) for name in heads}
+        cells = [f"{x:.3g}" if x else "failed" if row.error else "-" for x in figures.values()]
+        marks = ["[red]" if name in row.missed() else "" for name in heads]
+        marked = (mark + cell for mark, cell in zip(marks, cells, strict=True))
+        result.add_row(f"{row.model} {row.build}", *marked, style="red" if row.error else None)
+    return result
+
+
+def ratios(rows: list[Row]) -> Iterator[str]:
+    """The peer's time and memory over those of moec's build without weights, for each model."""
+    by_name = {(row.model, row.build): row for row in rows}
+    for model in VARIANTS:
+        ours, peer = by_name[model, BARE], by_name[model, PEER]
+        if ours.total_s and ours.peak_gb and peer.total_s and peer.peak_gb:
+            slower, larger = peer.total_s / ours.total_s, peer.peak_gb / ours.peak_gb
+            yield f"{model}: torch.onnx takes {slower:.0f}x the time and {larger:.1f}x the memory"
+        else:
+            yield f"{model}: no ratio, a build failed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

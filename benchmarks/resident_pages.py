@@ -1,0 +1,71 @@
+"""Which pages of a file are in memory (Linux): what a run has read, whoever mapped it."""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.weights.shard import TensorEntry
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_MADV_RANDOM, _MADV_DONTNEED = 1, 4
+PAGE = mmap.PAGESIZE
+
+
+def drop_pages(path: Path) -> None:
+    """Empty the page cache of `path`, and stop read-ahead where this process has it mapped.
+
+    With read-ahead, pages that nobody asked for would count. Mappings must be clean: read only.
+    """
+    for start, size in _mappings(path):
+        for advice in (_MADV_DONTNEED, _MADV_RANDOM):
+            _check(_LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice))
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)  # a page that is still to be written stays
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
+def resident_bytes(entries: Iterable[TensorEntry], whole: bool = False) -> int:
+    """Bytes of the pages in memory that hold any of `entries`; `whole`: that hold nothing else.
+
+    `entries` that meet within a page are not one: only whole tensors have whole pages.
+    """
+    by_file: dict[Path, set[int]] = {}
+    for entry in entries:
+        edges = entry.offset / PAGE, (entry.offset + entry.nbytes) / PAGE
+        inner, outer = (math.ceil, math.floor), (math.floor, math.ceil)
+        first, last = (round(edge) for round, edge in zip(inner if whole else outer, edges))
+        by_file.setdefault(entry.file, set()).update(range(first, last))
+    return sum(int(_resident(f)[list(pages)].sum()) for f, pages in by_file.items()) * PAGE
+
+
+def _resident(path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """For each page of `path`: is it in memory?"""
+    size = path.stat().st_size
+    found = np.zeros(-(-size // PAGE), np.uint8)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        start, flags = (ctypes.c_void_p(array.ctypes.data) for array in (view, found))
+        _check(_LIBC.mincore(start, ctypes.c_size_t(size), flags))
+        del view  # or the map cannot be closed
+    return (found & 1).astype(bool)
+
+
+def _mappings(path: Path) -> Iterator[tuple[int, int]]:
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        fields = line.split(maxsplit=5)
+        if fields[5:] == [str(path.resolve())]:
+            start, end = (int(edge, 16) for edge in fields[0].split("-"))
+            yield start, end - start
+
+
+def _check(status: int) -> None:
+    if status:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -1,0 +1,90 @@
+"""A checkpoint of full size that takes no room: real headers, and shards that are one long hole.
+
+`export` reads no more than headers, so that to it this is the released 217 or 803 GB. A weight that
+anybody does read is zero.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from moec.spec.config_json import write_config
+from moec.spec.model import ModelSpec
+from moec.weights.checkpoint import INDEX
+from moec.weights.name_map import Row, rows
+from moec.weights.shard import DTYPES
+
+_PROBE = 1 << 26  # bytes
+
+
+def write_sparse_checkpoint(spec: ModelSpec, folder: Path, shard_bytes: int = 50 * 10**9) -> int:
+    """Write config, index and sparse shards of `spec` to `folder`; gives the bytes of its tensors.
+
+    A shard holds up to `shard_bytes`, or one tensor that is larger.
+
+    Raises:
+        OSError: the file system of `folder` has no sparse files, or no files as large as these.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_dense(folder)
+    dtype, itemsize = next(
+        (name, size) for name, (ours, size) in DTYPES.items() if ours == spec.dtype
+    )
+    shards = list(_shards(rows(spec), itemsize, shard_bytes))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        total += _write_shard(folder / name, shard, dtype, itemsize)
+        weight_map |= {row.key: name for row in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    config = json.dumps(write_config(spec), indent=2)
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    return total
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes that the files below `folder` really take."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def _shards(table: list[Row], itemsize: int, limit: int) -> Iterator[list[Row]]:
+    shard: list[Row] = []
+    size = 0
+    for row in table:
+        nbytes = math.prod(row.shape) * itemsize
+        if shard and size + nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(row)
+        size += nbytes
+    yield shard
+
+
+def _write_shard(path: Path, shard: list[Row], dtype: str, itemsize: int) -> int:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for row in shard:
+        start, end = end, end + math.prod(row.shape) * itemsize
+        header[row.key] = {"dtype": dtype, "shape": row.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns the data to 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def _refuse_dense(folder: Path) -> None:
+    """Try a small hole first: a file system without them would fill the disk with zeros."""
+    probe = folder / "probe"
+    try:
+        with probe.open("wb") as file:
+            file.truncate(_PROBE)
+        taken = probe.stat().st_blocks * 512
+    finally:
+        probe.unlink(missing_ok=True)
+    if taken >= _PROBE:
+        raise OSError(f"{folder}: no sparse files on this file system; set TMPDIR to another")

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fresh_process import call
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
-from fresh_process import call
 from sparse_checkpoint import bytes_on_disk, write_sparse_checkpoint
+
 from moec.spec.presets import PRESETS
 
 VARIANTS = ("scout", "maverick")

@@ -33,16 +33,12 @@ def drop_pages(path: Path) -> None:
 
 
 def resident_bytes(entries: Iterable[TensorEntry], whole: bool = False) -> int:
-    """Bytes of the pages in memory that hold any of `entries`; `whole`: that hold nothing else.
-
-    `entries` that meet within a page are not one: only whole tensors have whole pages.
-    """
+    """Bytes of the pages in memory that hold part of `entries`; `whole`: and nothing else."""
     by_file: dict[Path, set[int]] = {}
     for entry in entries:
-        edges = entry.offset / PAGE, (entry.offset + entry.nbytes) / PAGE
-        inner, outer = (math.ceil, math.floor), (math.floor, math.ceil)
-        first, last = (round(edge) for round, edge in zip(inner if whole else outer, edges))
-        by_file.setdefault(entry.file, set()).update(range(first, last))
+        start, end = entry.offset, entry.offset + entry.nbytes
+        inner, outer = (-(-start // PAGE), end // PAGE), (start // PAGE, -(-end // PAGE))
+        by_file.setdefault(entry.file, set()).update(range(*(inner if whole else outer)))
     return sum(int(_resident(f)[list(pages)].sum()) for f, pages in by_file.items()) * PAGE
 
 

@@ -312,7 +312,7 @@ def _print_json(value: Any) -> None:
 
 
 class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM; typer would turn a KeyboardInterrupt into another message and exit code."""
+    """Ctrl-C or SIGTERM; typer would give a KeyboardInterrupt its own message and exit code."""
 
 
 def _stop(*_: object) -> NoReturn:

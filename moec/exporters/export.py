@@ -109,7 +109,7 @@ def export(
         path = Path(out or f"build/{spec.name}-{target}-{precision}")
         refuse_foreign(path)
         checkpoint = None
-        if not isinstance(source, ModelSpec) and Path(source).is_dir():
+        if not isinstance(source, ModelSpec) and os.path.isdir(source):
             checkpoint = read_checkpoint(source)
             _refuse_inside(path, checkpoint.folder)
         entries = match(spec, checkpoint) if checkpoint else {}

@@ -60,9 +60,10 @@ _KINDS = ("moec-partial", "moec-replaced")
 
 def refuse_foreign(out: Path) -> None:
     """Refuse an `out` that is neither absent, nor empty, nor an artefact."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        found = "a link" if out.is_symlink() else "a file"
-    elif out.is_dir() and any(out.iterdir()) and not _is_artefact(out):
+    # os.path, unlike pathlib, says no instead of raising on a name that is too long.
+    if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
+        found = "a link" if os.path.islink(out) else "a file"
+    elif os.path.isdir(out) and any(out.iterdir()) and not _is_artefact(out):
         found = f"a folder that holds something else ({min(p.name for p in out.iterdir())}, ...)"
     else:
         return

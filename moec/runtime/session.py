@@ -174,7 +174,9 @@ class Session:
         counts = (
             torch.full((len(ids),), ids.shape[1]) if lengths is None else torch.as_tensor(lengths)
         )
-        if counts.shape != ids.shape[:1] or counts.min() < 1 or counts.max() > ids.shape[1]:
+        if counts.is_floating_point() or counts.shape != ids.shape[:1]:
+            raise _bad_ids(f"lengths {counts.tolist()}", "one integer a row")
+        if counts.min() < 1 or counts.max() > ids.shape[1]:
             raise _bad_ids(f"lengths {counts.tolist()}", f"one a row, from 1 to {ids.shape[1]}")
         self._check_ids(ids)
         return ids, counts.long()

@@ -73,7 +73,7 @@ def validate(
     """
     if not (tokens is None or tokens >= 1) or not (seed is None or 0 <= seed < 2**63):
         raise MoecError(
-            "validate", f"tokens {tokens}, seed {seed}", "at least 1 token, a seed from 0 to 2^63 - 1",
+            "validate", f"tokens {tokens}, seed {seed}", "1 token or more, a seed of 0 to 2^63",
             "correct --tokens or --seed",
         )  # fmt: skip
     artefact = open_artefact(path)

@@ -13,7 +13,7 @@ REQUIRED: Any = object()
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; a missing file, broken JSON or another type is a `MoecError`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoecError(
             path, error.strerror or error, "a readable JSON file", f"check that {path} exists"
@@ -25,10 +25,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MoecError(path, type(value).__name__, "one JSON object", "fetch the file again")
     return value
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
 
 
 class Fields:

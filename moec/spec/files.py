@@ -1,6 +1,7 @@
 """Find a spec by preset name, spec file or checkpoint folder; write and compare specs."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
     if str(source) in PRESETS:
         return PRESETS[str(source)]
     path = Path(source)
-    if str(source) and path.is_dir():
+    # os.path, unlike pathlib, says no instead of raising on names that no system has.
+    if str(source) and os.path.isdir(path):
         return read_config(path / "config.json")
-    if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+    if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
         return _read_file(path)
     raise MoecError(
         source,

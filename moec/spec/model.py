@@ -69,7 +69,7 @@ class LayerSpec:
 class TextSpec(Frozen):
     """The decoder. Sizes are in elements, positions in tokens."""
 
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=4096)
     dim: int = Field(gt=0)
     heads: int = Field(gt=0)
     kv_heads: int = Field(gt=0)
@@ -231,7 +231,7 @@ class ModelSpec(Frozen):
 
 def shortest_tile(pattern: str, layers: int) -> str:
     """The shortest string that, tiled over `layers`, gives the same layers as `pattern`."""
-    if not pattern or len(pattern) > layers:
+    if not pattern or not len(pattern) <= layers <= 4096:
         return pattern
     full = (pattern * math.ceil(layers / len(pattern)))[:layers]
     for size in range(1, len(pattern)):

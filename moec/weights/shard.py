@@ -101,6 +101,13 @@ def read_shard(path: Path, name: str = "") -> Shard:
                 f"{entry.offset + entry.nbytes} bytes; the shard is cut short",
                 _FETCH,
             )
+    used = 0
+    for entry in sorted(tensors.values(), key=lambda each: (each.offset, each.nbytes)):
+        if entry.offset < used:
+            raise MoecError(
+                f"{path}: {entry.name}", "bytes of another tensor", "bytes of its own", _FETCH
+            )
+        used = entry.offset + entry.nbytes
     return Shard(
         name or path.name, path, size, hashlib.sha256(prefix + header).hexdigest(), tensors
     )

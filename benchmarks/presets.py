@@ -21,7 +21,7 @@ from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.weights.random import write_random_checkpoint
 
-WAYS = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "-"))
+WAYS = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "lean"))
 
 
 def model() -> ModelSpec:

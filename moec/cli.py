@@ -195,7 +195,7 @@ def bench(
     from moec.runtime.bench import bench as measure
     from moec.show import bench_table
 
-    ways = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "-"))
+    ways = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "lean"))
     rows = [measure(artefact, *way, batch, prompt_tokens, new_tokens) for way in ways]
     if as_json:
         _print_json([row.to_dict() for row in rows])

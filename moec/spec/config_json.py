@@ -104,7 +104,7 @@ def read_config(path: Path) -> ModelSpec:
 
 def _text(at: Fields) -> TextSpec:
     at.left.pop("model_type", None)
-    layers = at.size("num_hidden_layers")
+    layers = at.size("num_hidden_layers", 4096)
     at.require("hidden_act", "silu")
     theta, scaling = _rope(at, "default", "llama3")
     rope = _layer_flags(at, layers)

@@ -25,4 +25,4 @@ class MoecError(Exception):
 
 def _line(text: object) -> str:
     """`text` on one line; control characters, which a file may hold in a name, become "?"."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(str(text).split()))
+    return "".join(char if char.isprintable() else "?" for char in " ".join(str(text).splitlines()))

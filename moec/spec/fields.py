@@ -54,11 +54,11 @@ class Fields:
             raise self.error(key, "a number beyond all bounds", names)
         return value
 
-    def size(self, key: str) -> int:
-        """Field `key`, an integer of at least 1."""
+    def size(self, key: str, most: int = 2**31 - 1) -> int:
+        """Field `key`, an integer from 1 to `most`, which no model comes near."""
         value: int = self.take(key, int)
-        if value < 1:
-            raise self.error(key, str(value), "at least 1")
+        if not 1 <= value <= most:
+            raise self.error(key, str(value), f"1 to {most}")
         return value
 
     def require(self, key: str, expected: Any, default: Any = REQUIRED) -> None:

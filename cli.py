@@ -1,3 +1,4 @@
 from moec.cli import main
 
-main()
+if __name__ == "__main__":  # bench starts processes, which import this file again
+    main()

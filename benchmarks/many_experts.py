@@ -156,9 +156,10 @@ def one_expert_a_layer(built: Artefact, console: Console) -> bool:
     session = moec.open_session(built.path)
     same = torch.equal(step(session, token, cache), expected)
     seen = not session.logits(PROMPT).isfinite().all()  # or else NaN proves nothing
+    others = session.spec.text.experts.count - 1
     console.print(
-        f"Proven: with NaN in the other {session.spec.text.experts.count - 1} experts of all "
-        f"{len(chosen)} MoE layers, the step's logits are "
+        f"{'Proven' if same and seen else '[red]PROOF FAILED[/]'}: with NaN in the other {others} "
+        f"experts of all {len(chosen)} MoE layers, the step's logits are "
         f"{'the same to the bit' if same else '[red]NOT the same[/]'}, "
         f"and those of other tokens {'are NaN' if seen else '[red]are not NaN: no proof[/]'}."
     )

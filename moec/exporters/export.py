@@ -35,11 +35,11 @@ from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.name_map import match
 from moec.weights.shard import TensorEntry
+from moec.weights.view import TORCH_DTYPES
 
 #: target -> dialect; the other targets of the design are not built yet
 TARGETS = {"onnx": "standard"}
 PLANNED = ("ort", "tensorrt", "tensorrt-rtx", "torch")
-PRECISIONS = ("fp32", "fp16", "bf16")
 #: files beside the weights that a runtime may want
 COMPANIONS = (
     "config.json",
@@ -291,10 +291,10 @@ def _dialect(target: str, precision: str) -> str:
     if target not in TARGETS:
         found = "planned, not in this version" if target in PLANNED else "no such target"
         raise MoecError(f"--target {target}", found, " or ".join(TARGETS), "use --target onnx")
-    if precision not in PRECISIONS:
+    if precision not in TORCH_DTYPES:
         found = "planned, not in this version" if precision == "fp8" else "no such precision"
         raise MoecError(
-            f"--precision {precision}", found, " or ".join(PRECISIONS), "use --precision fp32"
+            f"--precision {precision}", found, " or ".join(TORCH_DTYPES), "use --precision fp32"
         )
     return TARGETS[target]
 

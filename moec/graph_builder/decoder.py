@@ -20,8 +20,7 @@ from moec.graph_builder import ops
 from moec.graph_builder.builder import Builder
 from moec.spec.model import LayerSpec, ModelSpec, TextSpec
 from moec.spec.parameters import text_parameters
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from moec.weights.view import TORCH_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class _Shared:
 def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
     """The decoder of `spec`, computing in `precision`, weights on meta in their stored dtype."""
     text = spec.text
-    b = Builder(text_parameters(spec), PRECISIONS[spec.dtype])
+    b = Builder(text_parameters(spec), TORCH_DTYPES[spec.dtype])
     ids = b.input("input_ids", ("batch", "sequence"), torch.int64)
     past = b.input("past_lengths", ("batch",), torch.int64)
     new = b.input("lengths", ("batch",), torch.int64)
@@ -48,7 +47,7 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
             b.input(
                 f"past.{layer.index}.{kind}",
                 ("batch", slots_name(layer), text.kv_width),
-                PRECISIONS[precision],
+                TORCH_DTYPES[precision],
             )
             for kind in ("key", "value")
         )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moec.graph_builder.decoder import PRECISIONS
 from moec.spec.model import ModelSpec
+from moec.weights.view import TORCH_DTYPES
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ def slots(chunk: int | None, capacity: int) -> int:
 
 def new_cache(spec: ModelSpec, precision: str, batch: int, capacity: int) -> Cache:
     """An empty cache with room for `capacity` positions a row; 0 keeps nothing."""
-    dtype, width = PRECISIONS[precision], spec.text.kv_width
+    dtype, width = TORCH_DTYPES[precision], spec.text.kv_width
     tensors = {
         f"past.{layer.index}.{kind}": torch.zeros(
             batch, slots(layer.chunk, capacity), width, dtype=dtype

@@ -39,7 +39,7 @@ def ort_engine(artefact: Artefact, preset: str = "lean", taps: Sequence[str] = (
         import onnxruntime
     except ImportError:
         raise MoecError(
-            "ONNX Runtime", "not installed", "onnxruntime 1.23 or newer",
+            "ONNX Runtime", "not installed", "onnxruntime 1.30 or newer",
             "pip install 'moec[cpu]'", exit_code=3,
         ) from None  # fmt: skip
     if artefact.manifest.precision == "bf16":

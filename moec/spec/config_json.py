@@ -48,7 +48,7 @@ INERT = frozenset(
     """.split()
 )
 
-#: Inert fields that a vision config repeats from the text config's base class.
+#: `torch_dtype` (4.x) or `dtype` (5.x) to ours.
 _DTYPES: dict[str, DType] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 

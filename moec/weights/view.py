@@ -5,6 +5,7 @@ import torch
 
 from moec.weights.shard import TensorEntry
 
+#: Our names of the float types, for weights on disk and for what a graph computes in.
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

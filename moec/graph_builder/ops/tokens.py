@@ -9,20 +9,19 @@ from torch import Tensor
 
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import TensorType, times
-
-_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from moec.weights.view import TORCH_DTYPES
 
 
 def _embedding_rule(ids: TensorType, table: TensorType, dtype: str) -> TensorType:
     need(ids.dtype == torch.int64 and len(ids.shape) == 2, "embedding", "ids", ids, "int64 [B, S]")
     need(len(table.shape) == 2, "embedding", "table", table.shape, "[vocab, dim]")
-    return TensorType((times(*ids.shape), table.shape[1]), _FLOATS[dtype])
+    return TensorType((times(*ids.shape), table.shape[1]), TORCH_DTYPES[dtype])
 
 
 @op("embedding(Tensor ids, Tensor table, str dtype) -> Tensor", _embedding_rule)
 def embedding(ids: Tensor, table: Tensor, dtype: str) -> Tensor:
     """ids [B, S], table [vocab, D] -> [B*S, D] in `dtype`, cast after the look-up."""
-    return table[ids.flatten()].to(_FLOATS[dtype])
+    return table[ids.flatten()].to(TORCH_DTYPES[dtype])
 
 
 def _positions_rule(ids: TensorType, past: TensorType) -> TensorType:

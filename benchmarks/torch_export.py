@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+import torchvision_ops  # noqa: F401  before transformers
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4 import modeling_llama4
 

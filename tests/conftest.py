@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import benchmarks.torchvision_ops  # noqa: F401  before any test imports transformers
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-scout"

@@ -10,9 +10,9 @@ import warnings
 from typing import Any
 
 import torch
+import torchvision_ops  # noqa: F401  before transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-import torchvision_ops  # noqa: F401  before transformers
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4 import modeling_llama4
 

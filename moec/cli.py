@@ -135,7 +135,7 @@ def generate(
 
     session = moec.open_session(artefact, engine=engine, preset=preset)
     session.generate(
-        [row], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        [row], None, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         stream=show,
     )  # fmt: skip
     sys.stdout.write("\n")

@@ -23,8 +23,12 @@ class Artefact:
 
     @property
     def model(self) -> Path:
-        """The ONNX file."""
-        return self.path / "model.onnx"
+        """The decoder's ONNX file."""
+        return self.graph("model")
+
+    def graph(self, part: str) -> Path:
+        """The ONNX file of a part: "model" or "vision"."""
+        return self.path / f"{part}.onnx"
 
     @property
     def weights_folder(self) -> Path:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import onnx_ir as ir
 
@@ -21,6 +21,7 @@ from moec.exporters.manifest import (
     Build,
     File,
     Manifest,
+    Ports,
     ShardRef,
     TensorRef,
     WeightMode,
@@ -28,7 +29,7 @@ from moec.exporters.manifest import (
 )
 from moec.exporters.memory import memory
 from moec.exporters.onnx.write import DIALECTS, lower_model, ports, save_bound, save_checked
-from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.parts import build_parts
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
 from moec.spec.model import ModelSpec
@@ -48,6 +49,8 @@ COMPANIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 #: (stage, done, total) in whatever unit the stage has; called often, must be cheap
@@ -114,9 +117,12 @@ def export(
             _refuse_inside(path, checkpoint.folder)
         entries = match(spec, checkpoint) if checkpoint else {}
     with stages("graph"):
-        graph = build_decoder(spec, precision)
+        graphs = build_parts(spec, precision)
     with stages("lower"):
-        model = lower_model(graph, dialect, spec.name)
+        models = {
+            part: lower_model(graph, dialect, f"{spec.name} {part}")
+            for part, graph in graphs.items()
+        }
     manifest = Manifest(
         spec=spec,
         target=target,
@@ -126,12 +132,11 @@ def export(
         checkpoint=None,
         weights=Weights(mode="unbound"),
         files={},
-        inputs=(),
-        outputs=ports(list(model.graph.outputs)),
+        **_ports(models),
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )
-    return _write(path, model, manifest, checkpoint, entries, weights, stages)
+    return _write(path, models, manifest, checkpoint, entries, weights, stages)
 
 
 def bind(
@@ -167,13 +172,14 @@ def bind(
                 f"python cli.py build --checkpoint {checkpoint}",
             )
         entries = match(spec, read)
-        model = ir.load(built.model)
-    return _write(path, model, built.manifest, read, entries, weights, stages)
+        parts = ["model", "vision"] if built.manifest.vision else ["model"]
+        models = {part: ir.load(built.graph(part)) for part in parts}
+    return _write(path, models, built.manifest, read, entries, weights, stages)
 
 
 def _write(
     path: Path,
-    model: ir.Model,
+    models: dict[str, ir.Model],
     manifest: Manifest,
     checkpoint: Checkpoint | None,
     entries: dict[str, TensorEntry],
@@ -181,16 +187,18 @@ def _write(
     stages: _Stages,
 ) -> Artefact:
     with writing(path) as folder:
-        target = folder / "model.onnx"
+        targets = {folder / f"{part}.onnx": model for part, model in models.items()}
         if manifest.weights.mode == "unbound":
             with stages("check"):
-                save_checked(model, target)
+                for target, model in targets.items():
+                    save_checked(model, target)
         bound = None
         if checkpoint:
             with stages("weights"):
                 bound = _place(checkpoint, entries, mode, folder, stages.progress)
             with stages("write"):
-                save_bound(model, target, bound.entries, bound.root)
+                for target, model in targets.items():
+                    save_bound(model, target, bound.entries, bound.root)
         written = {
             each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
         }
@@ -201,7 +209,7 @@ def _write(
                 "checkpoint": str(checkpoint.folder.resolve()) if checkpoint else None,
                 "weights": bound.weights if bound else manifest.weights,
                 "files": files,
-                "inputs": ports(list(model.graph.inputs)),
+                **_ports(models),
                 "parity": None,
                 "build": Build(
                     seconds={k: round(v, 3) for k, v in stages.seconds.items()},
@@ -214,6 +222,20 @@ def _write(
         )
         write_manifest(folder, done)
     return Artefact(path, done)
+
+
+def _ports(models: dict[str, ir.Model]) -> dict[str, Any]:
+    """What the graphs take and give, as fields of the manifest."""
+    by_part = {
+        part: Ports(inputs=ports(model.graph.inputs), outputs=ports(model.graph.outputs))
+        for part, model in models.items()
+    }
+    decoder = by_part["model"]
+    return {
+        "inputs": decoder.inputs,
+        "outputs": decoder.outputs,
+        "vision": by_part.get("vision"),
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -55,6 +55,13 @@ class Port(Frozen):
     shape: tuple[int | str, ...]
 
 
+class Ports(Frozen):
+    """What a graph takes and gives."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
 class Build(Frozen):
     """How the build went: seconds per stage, peak resident bytes of the process, bytes on disk."""
 
@@ -67,6 +74,7 @@ class Build(Frozen):
 class Manifest(Frozen):
     """The whole of `manifest.json`.
 
+    `inputs` and `outputs` are the decoder's, `vision` those of the vision tower where there is one.
     `rewritten` lists weights whose bytes are not the checkpoint's own, with the reason; `parity` is
     the last validation's report, and the only statement here about the numbers.
     """
@@ -82,6 +90,7 @@ class Manifest(Frozen):
     files: dict[str, File]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    vision: Ports | None = None
     rewritten: tuple[str, ...] = ()
     versions: dict[str, str]
     build: Build

@@ -22,9 +22,19 @@ class Builder:
         self._root, self._graph = nn.Module(), fx.Graph()
         self._known: dict[str, fx.Node] = {}
 
-    def input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
-        """A graph input, named `name` with dots replaced in the module's signature."""
+    def input(
+        self,
+        name: str,
+        shape: tuple[Any, ...],
+        dtype: torch.dtype,
+        default: torch.Tensor | None = None,
+    ) -> fx.Node:
+        """A graph input, named `name` with dots replaced in the module's signature.
+
+        A caller may leave out one with a `default`, which is in `node.meta`.
+        """
         node = self._graph.placeholder(name.replace(".", "_"))
+        node.meta["default"] = default
         return self._tag(node, name, TensorType(shape, dtype))
 
     def parameter(self, name: str) -> fx.Node:

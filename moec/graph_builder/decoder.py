@@ -6,6 +6,8 @@ Inputs
     lengths        int64 [batch]             tokens of this call that are the row's own
     logit_index    int64 [batch, logits]     which tokens of this call get logits
     past.{i}.key, past.{i}.value             caches, [batch, slots, kv_heads * head_dim]
+    image_features [image_tokens, dim]       of the vision tower, one for each image token of this
+                                             call, row by row; may be left out; only with a tower
 Outputs
     logits         float32 [batch, logits, vocab]
     present.{i}.key, present.{i}.value       the caches after this call
@@ -56,6 +58,10 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
     shared = _shared(b, text, ids, past, new, [key for key, _ in caches])
 
     x = b.emit(ops.embedding, ids, b.parameter("embed.weight"), precision, name="embed")
+    if spec.vision:
+        none = torch.zeros(0, text.dim, dtype=TORCH_DTYPES[precision])
+        features = b.input("image_features", ("image_tokens", text.dim), none.dtype, default=none)
+        x = b.emit(ops.fuse, x, ids, features, spec.tokens.image, name="fused")
     outputs: dict[str, fx.Node] = {}
     for layer, cache in zip(text.all_layers, caches, strict=True):
         x, kept = _layer(b, text, layer, shared, x, cache)

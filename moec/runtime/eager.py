@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.parts import BUILDERS
 from moec.graph_builder.passes.tap import tap
 from moec.spec.model import ModelSpec
 from moec.weights.shard import TensorEntry
 from moec.weights.view import view
 
-#: One call of a decoder graph: inputs by name to outputs by name.
+#: One call of a graph: inputs by name to outputs by name.
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
@@ -20,23 +20,30 @@ def eager_engine(
     entries: Mapping[str, TensorEntry],
     precision: str = "fp32",
     taps: Sequence[str] = (),
+    part: str = "model",
 ) -> Run:
-    """Run `spec` in `precision` on the CPU; `taps` names inner values to return as well.
+    """Run a part of `spec`, "model" or "vision", in `precision` on the CPU.
+
+    `taps` names inner values to return as well.
 
     Weights stay in their files and dtype; each op casts what it uses, so that memory holds one
     weight at a time.
     """
-    graph = build_decoder(spec, precision)
+    graph = BUILDERS[part](spec, precision)
     fill(graph, entries)
     if taps:
         tap(graph, taps)
     nodes = list(graph.graph.nodes)
-    inputs = [node.meta["name"] for node in nodes if node.op == "placeholder"]
+    inputs = {node.meta["name"]: node.meta["default"] for node in nodes if node.op == "placeholder"}
     outputs = nodes[-1].meta["outputs"]
 
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(outputs, graph(*(feeds[name] for name in inputs)), strict=True))
+        given = [
+            feeds[name] if default is None else feeds.get(name, default)
+            for name, default in inputs.items()
+        ]
+        return dict(zip(outputs, graph(*given), strict=True))
 
     return run
 

@@ -1,6 +1,7 @@
-"""The ONNX Runtime engine: an artefact's `model.onnx` on the CPU."""
+"""The ONNX Runtime engine: an artefact's ONNX files on the CPU."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -28,8 +29,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-def ort_engine(artefact: Artefact, preset: str = "lean", taps: Sequence[str] = ()) -> Run:
-    """Open `artefact` in ONNX Runtime; `taps` names inner values to return as well.
+def ort_engine(
+    artefact: Artefact, preset: str = "lean", taps: Sequence[str] = (), part: str = "model"
+) -> Run:
+    """Open a part of `artefact`, "model" or "vision", in ONNX Runtime.
+
+    `taps` names inner values to return as well.
 
     Raises:
         MoecError: onnxruntime is not installed (exit code 3), it has no kernels for the artefact's
@@ -64,27 +69,32 @@ def ort_engine(artefact: Artefact, preset: str = "lean", taps: Sequence[str] = (
             setting = getattr(onnxruntime.ExecutionOrder, setting)
         setattr(options, key, setting)
     options.add_session_config_entry(_FOLDER, str(artefact.weights_folder.resolve()))
-    model: str | bytes = _tapped(artefact, taps) if taps else str(artefact.model)
+    # Errors only: an input that may be left out, image_features, earns a warning at each start.
+    options.log_severity_level = 3
+    file = artefact.graph(part)
+    model: str | bytes = _tapped(file, taps) if taps else str(file)
     try:
         session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
     except Exception as error:  # the bindings raise a dozen unrelated types
         raise MoecError(
-            artefact.model, str(error).splitlines()[0], "a model that ONNX Runtime loads",
+            file, str(error).splitlines()[0], "a model that ONNX Runtime loads",
             f"python cli.py inspect {artefact.path}", exit_code=1,
         ) from error  # fmt: skip
     inputs = {port.name for port in session.get_inputs()}
+    optional = {port.name for port in session.get_overridable_initializers()}
     outputs = [port.name for port in session.get_outputs()]
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        arrays = {name: feeds[name].contiguous().numpy() for name in inputs}
+        given = inputs | (optional & feeds.keys())
+        arrays = {name: feeds[name].contiguous().numpy() for name in given}
         return dict(zip(outputs, map(torch.from_numpy, session.run(outputs, arrays)), strict=True))
 
     return run
 
 
-def _tapped(artefact: Artefact, names: Sequence[str]) -> bytes:
-    """The model with further outputs, in memory; its weights stay where they are."""
-    model = ir.load(artefact.model)
+def _tapped(file: Path, names: Sequence[str]) -> bytes:
+    """The model in `file` with further outputs, in memory; its weights stay where they are."""
+    model = ir.load(file)
     known = {each.name: each for node in model.graph for each in node.outputs}
     model.graph.outputs.extend(known[name] for name in names)
     serialized: bytes = ir.to_proto(model).SerializeToString()

@@ -1,11 +1,12 @@
 """A session: one engine, the caches around it, and the loop that generates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache as once
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.manifest import NAME
 from moec.runtime.cache import Cache, grow, new_cache
 from moec.runtime.eager import Run, eager_engine
+from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.ort import PRESETS, ort_engine
 from moec.runtime.sampling import sample
 from moec.spec.errors import MoecError
@@ -20,19 +22,25 @@ from moec.spec.files import load_spec
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import read_checkpoint
 from moec.weights.name_map import match
+from moec.weights.shard import TensorEntry
 
 #: tokens of a prompt that go through the graph at once; bounds the memory of masks and logits
 PIECE = 1024
-
-Ids = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]] | Sequence[int]
+#: image tiles that go through the vision tower at once, for the same reason
+TILES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Run a decoder. Inputs are int token ids: a tensor, an array, or rows of different length.
+    """Run a model. Token ids are integers: a tensor, an array, or rows of different length.
 
     Rows of different length are lists of lists, or a right-padded tensor with `lengths`. Results
     are tensors where the input was one, else numpy arrays.
+
+    Images come as `pixel_values`, float32 [tiles, channels, height, width]: the tiles of all rows'
+    images, row by row, in the order of the image tokens that they replace (`moec.encode` makes
+    both). The ids hold a fixed number of image tokens for each tile. Without `pixel_values` an
+    image token is a token like others.
     """
 
     spec: ModelSpec
@@ -40,49 +48,81 @@ class Session:
     engine: str
     run: Run
     artefact: Artefact | None = None
+    vision: Callable[[], Run] | None = None  # opens the tower, when it is first wanted
 
-    def logits(self, input_ids: Ids, lengths: Ids | None = None) -> Any:
+    def logits(
+        self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
+    ) -> Any:
         """int64 [B, S] -> float32 [B, S, vocab]; no cache involved.
 
         Positions past a row's length hold no meaning.
         """
-        ids, counts = self._rows(input_ids, lengths)
+        ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
+        features = self._features(ids, counts, pixel_values)
         cache = new_cache(self.spec, self.precision, len(ids), 0)
         every = torch.arange(ids.shape[1]).expand(len(ids), -1)
-        return _like(input_ids, self._step(ids, counts, every, cache)["logits"])
+        return _like(input_ids, self._step(ids, counts, every, cache, features)["logits"])
 
     def prefill(
-        self, input_ids: Ids, lengths: Ids | None = None, capacity: int | None = None
+        self,
+        input_ids: Ids,
+        pixel_values: Pixels | None = None,
+        *,
+        lengths: Ids | None = None,
+        capacity: int | None = None,
     ) -> tuple[Tensor, Cache]:
         """Logits of each row's last token, float32 [B, vocab], and the cache after it.
 
         `capacity` is the number of positions to make room for; the cache grows past it if needed.
         """
-        ids, counts = self._rows(input_ids, lengths)
+        ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
+        features = self._features(ids, counts, pixel_values)
         cache = new_cache(self.spec, self.precision, len(ids), capacity or ids.shape[1])
-        return self.extend(ids, counts, cache), cache
+        return self.extend(ids, counts, cache, features), cache
+
+    def image_features(self, pixel_values: Pixels) -> Tensor:
+        """float32 [tiles, channels, height, width] -> [tiles * tokens, dim] for the decoder.
+
+        Raises:
+            MoecError: the model has no vision tower, or these are no tiles for it.
+        """
+        tiles = read_tiles(pixel_values, self.spec)
+        assert self.vision is not None
+        run = self.vision()
+        pieces = torch.split(tiles, TILES)
+        return torch.cat([run({"pixel_values": piece})["image_features"] for piece in pieces])
 
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
         """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated."""
         column = torch.as_tensor(tokens)[:, None]
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
 
-    def extend(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
+    def extend(
+        self, ids: Tensor, lengths: Tensor, cache: Cache, features: Tensor | None = None
+    ) -> Tensor:
         """Append ids [B, S], of which each row owns its first `lengths`, in pieces.
 
-        Returns the logits of each row's last own token, float32 [B, vocab]; rows of length 0 get
-        zeros and keep their cache.
+        `features` [N, dim] stand for the rows' own image tokens, row by row. Returns the logits of
+        each row's last own token, float32 [B, vocab]; rows of length 0 get zeros and keep their
+        cache.
         """
-        self._check_ids(ids)
+        check_ids(ids, self.spec.text.vocab)
         needed = int((cache.lengths + lengths).max())
         if needed > cache.capacity:
             grow(self.spec, cache, max(needed, 2 * cache.capacity))
         last = torch.zeros(len(ids), self.spec.text.vocab)
+        if features is not None:
+            images = self._images(ids, lengths)
+            order = (images.flatten().cumsum(0) - 1).view_as(ids)  # each one's row of `features`
         for start in range(0, ids.shape[1], PIECE):
             piece = ids[:, start : start + PIECE]
             own = (lengths - start).clamp(0, piece.shape[1])
             index = (own - 1).clamp(min=0)[:, None]
-            out = self._step(piece, own, index, cache)
+            fused = None
+            if features is not None:
+                columns = slice(start, start + PIECE)
+                fused = features[order[:, columns][images[:, columns]]]
+            out = self._step(piece, own, index, cache, fused)
             ends = (own > 0) & (lengths <= start + piece.shape[1])
             last[ends] = out["logits"][ends, 0]
             for name in cache.tensors:
@@ -93,6 +133,7 @@ class Session:
     def generate(
         self,
         input_ids: Ids,
+        pixel_values: Pixels | None = None,
         max_new_tokens: int = 64,
         *,
         lengths: Ids | None = None,
@@ -114,14 +155,17 @@ class Session:
             stream: called with each step's tokens, None for rows that have ended.
         """
         _check_sampling(temperature, top_k, top_p, seed)
-        ids, counts = self._rows(input_ids, lengths)
+        ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
+        features = self._features(ids, counts, pixel_values)
         if max_new_tokens < 1:
             return _like(input_ids, ids)
         ends = set(self.spec.tokens.eos if stop is None else stop)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
         alive = torch.ones(len(rows), dtype=torch.bool)
-        logits, cache = self.prefill(ids, counts, int(counts.max()) + max_new_tokens)
+        capacity = int(counts.max()) + max_new_tokens
+        cache = new_cache(self.spec, self.precision, len(ids), capacity)
+        logits = self.extend(ids, counts, cache, features)
         for step in range(max_new_tokens):
             tokens = sample(logits, temperature, top_k, top_p, generator)
             new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
@@ -138,53 +182,49 @@ class Session:
         return _like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))
 
     def _step(
-        self, ids: Tensor, lengths: Tensor, logit_index: Tensor, cache: Cache
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        logit_index: Tensor,
+        cache: Cache,
+        features: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        return self.run(
-            {
-                "input_ids": ids,
-                "past_lengths": cache.lengths,
-                "lengths": lengths,
-                "logit_index": logit_index,
-                **cache.tensors,
-            }
-        )
+        feeds = {
+            "input_ids": ids,
+            "past_lengths": cache.lengths,
+            "lengths": lengths,
+            "logit_index": logit_index,
+            **cache.tensors,
+        }
+        if features is not None:
+            # The graph counts image tokens in padding too: put another token there.
+            image = self.spec.tokens.image
+            padding = (ids == image) & ~self._images(ids, lengths)
+            feeds["input_ids"] = ids.masked_fill(padding, int(image == 0))
+            feeds["image_features"] = features
+        return self.run(feeds)
 
-    def _rows(self, input_ids: Ids, lengths: Ids | None) -> tuple[Tensor, Tensor]:
-        """Right-padded int64 [B, S] and lengths [B] of whatever the caller gave."""
-        try:
-            return self._padded(input_ids, lengths)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise _bad_ids(f"{error}", "integers [batch, sequence], or rows of integers") from None
+    def _images(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """The rows' own image tokens: bool [B, S]."""
+        own = torch.arange(ids.shape[1]) < lengths[:, None]
+        return own & (ids == self.spec.tokens.image)
 
-    def _padded(self, input_ids: Ids, lengths: Ids | None) -> tuple[Tensor, Tensor]:
-        if not isinstance(input_ids, Tensor | np.ndarray):
-            given = list(input_ids)
-            nested = [row if isinstance(row, Sequence) else given for row in given]
-            rows = nested if given and isinstance(given[0], Sequence) else [given]
-            lengths = [len(row) for row in rows] if lengths is None else lengths
-            longest = max(map(len, rows), default=0)
-            input_ids = np.array([list(row) + [0] * (longest - len(row)) for row in rows])
-        ids = torch.as_tensor(input_ids)
-        if ids.dim() != 2 or not ids.numel() or ids.dtype.is_floating_point or ids.dtype in _NO_IDS:
-            raise _bad_ids(
-                f"{ids.dtype} {list(ids.shape)}", "integers [batch, sequence], not empty"
+    def _features(self, ids: Tensor, lengths: Tensor, pixel_values: Pixels | None) -> Tensor | None:
+        """Image features for the image tokens of `ids`, after a check that they fit."""
+        if pixel_values is None:
+            return None
+        tiles = read_tiles(pixel_values, self.spec)
+        assert self.spec.vision is not None
+        each, found = self.spec.vision.tokens, int(self._images(ids, lengths).sum())
+        if found != each * len(tiles):
+            raise MoecError(
+                "input_ids",
+                f"{found} image tokens (id {self.spec.tokens.image}) for {len(tiles)} tiles of "
+                "pixel_values",
+                f"{each * len(tiles)}, which is {each} for each tile",
+                "build both from one prompt and its images: moec.encode",
             )
-        ids = ids.long()
-        counts = (
-            torch.full((len(ids),), ids.shape[1]) if lengths is None else torch.as_tensor(lengths)
-        )
-        if counts.is_floating_point() or counts.shape != ids.shape[:1]:
-            raise _bad_ids(f"lengths {counts.tolist()}", "one integer a row")
-        if counts.min() < 1 or counts.max() > ids.shape[1]:
-            raise _bad_ids(f"lengths {counts.tolist()}", f"one a row, from 1 to {ids.shape[1]}")
-        self._check_ids(ids)
-        return ids, counts.long()
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.min() < 0 or ids.max() >= self.spec.text.vocab:
-            bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise _bad_ids(f"token {bad}", f"0 to {self.spec.text.vocab - 1}")
+        return self.image_features(tiles)
 
 
 def open_session(
@@ -218,21 +258,25 @@ def open_session(
                 f"python cli.py build --checkpoint {path}",
             )  # fmt: skip
         spec = load_spec(path)
-        entries = match(spec, read_checkpoint(path))
-        return Session(spec, "fp32", "eager", eager_engine(spec, entries))
+        return _eager(spec, match(spec, read_checkpoint(path)), "fp32")
     artefact = open_artefact(path)
     spec, precision = artefact.manifest.spec, artefact.manifest.precision
-    if engine in (None, "onnxruntime"):
-        return Session(spec, precision, "onnxruntime", ort_engine(artefact, preset), artefact)
-    run = eager_engine(spec, artefact.entries(), precision)
-    return Session(spec, precision, "eager", run, artefact)
+    if engine == "eager":
+        return _eager(spec, artefact.entries(), precision, artefact)
+    run = ort_engine(artefact, preset)
+    vision = once(partial(ort_engine, artefact, preset, part="vision"))
+    return Session(spec, precision, "onnxruntime", run, artefact, vision)
 
 
-_NO_IDS = (torch.bool, torch.complex64, torch.complex128)
-
-
-def _bad_ids(found: str, expected: str) -> MoecError:
-    return MoecError("input_ids", found, expected, "check the tokenizer, or the shape of the batch")
+def _eager(
+    spec: ModelSpec,
+    entries: Mapping[str, TensorEntry],
+    precision: str,
+    artefact: Artefact | None = None,
+) -> Session:
+    run = eager_engine(spec, entries, precision)
+    vision = once(partial(eager_engine, spec, entries, precision, part="vision"))
+    return Session(spec, precision, "eager", run, artefact, vision)
 
 
 def _check_sampling(

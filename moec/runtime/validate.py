@@ -191,7 +191,7 @@ def _cached(
     """Prefill in uneven pieces and decode around each chunk border, rows of different length."""
     session = open_session(artefact.path)
     chunk = session.spec.text.chunk or 16
-    whole = session.logits(ids, lengths)
+    whole = session.logits(ids, lengths=lengths)
     cuts = sorted(
         cut
         for border in range(chunk, ids.shape[1], chunk)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moec.spec.errors import MoecError
-from moec.spec.fields import Fields, read_json
+from moec.spec.fields import REQUIRED, Fields, read_json
 from moec.spec.model import (
     DType,
     Experts,
@@ -73,7 +73,7 @@ def read_config(path: Path) -> ModelSpec:
                 notes=_notes(raw),
                 dtype=_dtype(top, Fields(str(path), {})),
                 text=_text(top),
-                tokens=_tokens(Fields(str(path), {}), raw),
+                tokens=_tokens(Fields(str(path), {}), raw, image=None),
             )
         if kind == "llama4":
             text = Fields(f"{path}: text_config", top.take("text_config", dict))
@@ -86,7 +86,7 @@ def read_config(path: Path) -> ModelSpec:
                 dtype=_dtype(top, text),
                 vision=_vision(vision),
                 text=_text(text),
-                tokens=_tokens(top, raw_text),
+                tokens=_tokens(top, raw_text, image=REQUIRED),
             )
             top.require("tie_word_embeddings", spec.text.tie_embeddings, default=False)
             # Copies of the text config's ids that some writers put at the top level.
@@ -258,7 +258,7 @@ def _dtype(top: Fields, text: Fields) -> DType:
     return _DTYPES[found[0]]
 
 
-def _tokens(top: Fields, text: dict[str, Any]) -> Tokens:
+def _tokens(top: Fields, text: dict[str, Any], image: Any) -> Tokens:
     eos = text.get("eos_token_id")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = text.get(key)
@@ -269,7 +269,7 @@ def _tokens(top: Fields, text: dict[str, Any]) -> Tokens:
         bos=text.get("bos_token_id"),
         eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         pad=text.get("pad_token_id"),
-        image=top.take("image_token_index", int, default=None),
+        image=top.take("image_token_index", int, default=image),
         image_start=top.take("boi_token_index", int, default=None),
         image_end=top.take("eoi_token_index", int, default=None),
     )

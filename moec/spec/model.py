@@ -228,6 +228,16 @@ class ModelSpec(Frozen):
     vision: VisionSpec | None = None
     tokens: Tokens = Tokens()
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        image = self.tokens.image
+        if self.vision and (image is None or not 0 <= image < self.text.vocab):
+            raise ValueError(
+                f"tokens.image is {image}; a vision tower needs the id of the image token, "
+                f"0 to {self.text.vocab - 1}"
+            )
+        return self
+
 
 def shortest_tile(pattern: str, layers: int) -> str:
     """The shortest string that, tiled over `layers`, gives the same layers as `pattern`."""

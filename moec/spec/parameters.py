@@ -10,16 +10,20 @@ Shape = tuple[int, ...]
 
 def parameters(spec: ModelSpec) -> dict[str, Shape]:
     """All parameters of `spec`. Linear weights are [out, in], fused experts [expert, in, out]."""
-    rows = list(_text(spec.text))
-    if spec.vision:
-        rows += _vision(spec.vision)
-        rows += [("projector.weight", (spec.text.dim, spec.vision.adapter_out))]
-    return dict(rows)
+    return text_parameters(spec) | vision_parameters(spec)
 
 
 def text_parameters(spec: ModelSpec) -> dict[str, Shape]:
     """The decoder's parameters, embedding and head included."""
     return dict(_text(spec.text))
+
+
+def vision_parameters(spec: ModelSpec) -> dict[str, Shape]:
+    """The parameters of vision tower, adapter and projector; none where there is no tower."""
+    if spec.vision is None:
+        return {}
+    projector = (spec.text.dim, spec.vision.adapter_out)
+    return {**dict(_vision(spec.vision)), "projector.weight": projector}
 
 
 def _text(text: TextSpec) -> Iterator[tuple[str, Shape]]:
@@ -66,7 +70,7 @@ def _vision(vision: VisionSpec) -> Iterator[tuple[str, Shape]]:
         yield f"{name}.bias", shape[:1]
 
     yield "vision.patch.weight", (dim, vision.patch_width)
-    yield "vision.class", (dim,)
+    yield "vision.class_token", (dim,)
     yield "vision.positions", (vision.side**2 + 1, dim)
     yield from biased("vision.pre", dim)
     yield from biased("vision.post", dim)

@@ -1,6 +1,6 @@
 """The twin of a model: the same layers, patterns and switches, small enough to run anywhere."""
 
-from moec.spec.model import ModelSpec, VisionSpec
+from moec.spec.model import ModelSpec
 
 CHUNK = 8
 
@@ -9,7 +9,8 @@ def twin(spec: ModelSpec) -> ModelSpec:
     """`spec` shrunk in width; depth, patterns, expert count, head ratio and switches are kept.
 
     The chunk shrinks to 8 tokens and everything counted in positions with it, so that a proof of a
-    few dozen tokens crosses several chunk borders and temperature steps.
+    few dozen tokens crosses several chunk borders and temperature steps; an image
+    tile shrinks to 4 tokens.
     """
     text = spec.text
     scaling = text.rope_scaling
@@ -28,11 +29,17 @@ def twin(spec: ModelSpec) -> ModelSpec:
             "experts": text.experts.model_copy(update={"hidden": 16, "shared_hidden": 16}),
         }
     )
-    vision = spec.vision and VisionSpec(
-        layers=2, dim=32, heads=2, hidden=64, image=56, patch=14, channels=spec.vision.channels,
-        shuffle=spec.vision.shuffle, adapter_hidden=32, adapter_out=32,
-        rope_theta=spec.vision.rope_theta,
-    )  # fmt: skip
+    vision = spec.vision and spec.vision.model_copy(
+        update={
+            "dim": 32,
+            "heads": 2,
+            "hidden": 64,
+            "patch": 14,
+            "image": 14 * 2 * spec.vision.shuffle,
+            "adapter_hidden": 32,
+            "adapter_out": 32,
+        }
+    )
     return spec.model_copy(
         update={
             "name": f"{spec.name}-twin",

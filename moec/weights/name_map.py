@@ -45,7 +45,7 @@ _BIASED = ("weight", "bias")
 VISION = {
     "projector.weight": "multi_modal_projector.linear_1.weight",
     "vision.patch.weight": "vision_model.patch_embedding.linear.weight",
-    "vision.class": "vision_model.class_embedding",
+    "vision.class_token": "vision_model.class_embedding",
     "vision.positions": "vision_model.positional_embedding_vlm",
     **{
         f"vision.{x}.{k}": f"vision_model.layernorm_{x}.{k}"

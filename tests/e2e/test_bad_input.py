@@ -749,7 +749,7 @@ def test_lengths_that_do_not_fit_the_rows_are_refused(
 def test_sampling_settings_out_of_range_are_refused(
     session: Session, setting: dict[str, Any]
 ) -> None:
-    refusal(lambda: session.generate([[1]], 2, **setting), list(setting)[-1])
+    refusal(lambda: session.generate([[1]], max_new_tokens=2, **setting), list(setting)[-1])
 
 
 @pytest.mark.parametrize(

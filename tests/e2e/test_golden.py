@@ -39,6 +39,33 @@ def test_logits_and_argmax_are_those_of_transformers(
     assert torch.equal(logits.argmax(-1), golden["argmax"])
 
 
+def test_image_features_and_logits_of_a_prompt_with_two_images(
+    session: Session, golden: dict[str, Tensor]
+) -> None:
+    features = session.image_features(golden["pixel_values"])
+    expected = golden["image_features"].flatten(0, 1)
+    assert (features - expected).abs().max() < LOGITS_LIMIT
+    logits = session.logits(golden["mm_input_ids"], golden["pixel_values"])
+    assert (logits - golden["mm_logits"]).abs().max() < LOGITS_LIMIT
+    plain = session.logits(golden["mm_input_ids"])
+    assert (plain - golden["mm_logits"]).abs().max() > 1  # the images do matter
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_vision_tower_before_its_projector(
+    engine: str, golden: dict[str, Tensor], tiny_onnx: Path
+) -> None:
+    artefact = open_artefact(tiny_onnx)
+    taps = ["vision.adapter.fc2.act"]
+    run = (
+        ort_engine(artefact, taps=taps, part="vision")
+        if engine == "onnxruntime"
+        else eager_engine(artefact.manifest.spec, artefact.entries(), taps=taps, part="vision")
+    )
+    found = run({"pixel_values": golden["pixel_values"]})[taps[0]]
+    assert (found - golden["vision_features"].flatten(0, 1)).abs().max() < LOGITS_LIMIT
+
+
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
 def test_greedy_continuations_are_reproduced_through_the_caches(
     session: Session, golden: dict[str, Tensor], tiny: Path, index: int

@@ -67,9 +67,15 @@ def test_stop_tokens_end_rows_one_by_one(session: Session, golden: dict[str, Ten
 
 
 def test_sampling_is_reproducible_by_seed(session: Session) -> None:
-    one = session.generate([[9, 9]], 12, temperature=1.5, top_k=50, top_p=0.9, seed=4)
-    two = session.generate([[9, 9]], 12, temperature=1.5, top_k=50, top_p=0.9, seed=4)
-    other = session.generate([[9, 9]], 12, temperature=1.5, top_k=50, top_p=0.9, seed=5)
+    one = session.generate(
+        [[9, 9]], max_new_tokens=12, temperature=1.5, top_k=50, top_p=0.9, seed=4
+    )
+    two = session.generate(
+        [[9, 9]], max_new_tokens=12, temperature=1.5, top_k=50, top_p=0.9, seed=4
+    )
+    other = session.generate(
+        [[9, 9]], max_new_tokens=12, temperature=1.5, top_k=50, top_p=0.9, seed=5
+    )
     assert np.array_equal(one, two) and not np.array_equal(one, other)
 
 

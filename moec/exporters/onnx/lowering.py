@@ -1,7 +1,8 @@
 """Walk an fx graph and write ONNX, one rule per op, straight to onnx_ir.
 
 Weights become graph inputs of the model: named, typed and unbound. `binding.bind` turns them into
-initializers that point into a checkpoint.
+initializers that point into a checkpoint. An input with a default is an input *and* an initializer,
+which is how ONNX lets a caller leave it out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -138,11 +139,15 @@ def lower(graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str) -
     weights: list[ir.Value] = []
     nodes: list[ir.Node] = []
     constants: dict[tuple[Any, ...], ir.Value] = {}
+    defaults: list[ir.Value] = []
     outputs: Sequence[ir.Value] = ()
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             values[node] = value(node.meta["name"], node.meta["type"])
             (inputs if node.op == "placeholder" else weights).append(values[node])
+            if (default := node.meta.get("default")) is not None:
+                values[node].const_value = ir.tensor(default, name=node.meta["name"])
+                defaults.append(values[node])
         elif node.op == "output":
             outputs = _outputs(node, values)
         elif node.op == "call_function" and node.target in by_target:
@@ -158,7 +163,7 @@ def lower(graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str) -
         [*inputs, *weights],
         outputs,
         nodes=nodes,
-        initializers=list(constants.values()),
+        initializers=[*constants.values(), *defaults],
         opset_imports={"": opset},
         name=name,
     )

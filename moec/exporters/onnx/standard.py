@@ -1,6 +1,7 @@
 """The `standard` dialect: plain ONNX operators of opset 24, for any runtime that has them.
 
-One function per op of the vocabulary, and the table that joins them. Experts are in `experts`.
+One function per op of the vocabulary, and the table that joins them. Experts are in `experts`, the
+ops of the vision tower in `vision`.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,13 @@ from torch import fx
 
 from moec.exporters.onnx.experts import lower_moe
 from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
+from moec.exporters.onnx.vision import (
+    lower_fuse,
+    lower_patch_rope_table,
+    lower_patches,
+    lower_pixel_shuffle,
+    lower_tile_tokens,
+)
 from moec.graph_builder import ops
 from moec.graph_builder.ops.rope import inverse_frequencies
 from moec.graph_builder.types import TensorType
@@ -61,7 +69,7 @@ def _positions(e: Emitter, node: fx.Node, ids: ir.Value, past: ir.Value) -> ir.V
 
 def _unpack(e: Emitter, node: fx.Node, x: ir.Value, like: ir.Value) -> ir.Value:
     width = type_of(x).shape[1]
-    rows = e.op("Shape", [like], TensorType((2,), _INT64), label="rows")
+    rows = e.op("Shape", [like], TensorType((2,), _INT64), label="rows", start=0, end=2)
     shape = e.op(
         "Concat", [rows, e.constant([width])], TensorType((3,), _INT64), label="shape", axis=0
     )
@@ -161,11 +169,16 @@ def _attention_mask(
 
 
 def _attention(
-    e: Emitter, node: fx.Node, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value, *heads: int
+    e: Emitter,
+    node: fx.Node,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    mask: ir.Value | None,
+    *heads: int,
 ) -> ir.Value:
-    return e.op(
-        "Attention", [q, k, v, mask], _result(node), q_num_heads=heads[0], kv_num_heads=heads[1]
-    )
+    inputs = [q, k, v] if mask is None else [q, k, v, mask]
+    return e.op("Attention", inputs, _result(node), q_num_heads=heads[0], kv_num_heads=heads[1])
 
 
 def _head_norm(e: Emitter, node: fx.Node, x: ir.Value, heads: int, eps: float) -> ir.Value:
@@ -258,6 +271,18 @@ def _rms_norm(e: Emitter, node: fx.Node, x: ir.Value, weight: ir.Value, eps: flo
     return e.op("RMSNormalization", [x, weight], out, axis=-1, epsilon=eps)
 
 
+def _layer_norm(
+    e: Emitter, node: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value, eps: float
+) -> ir.Value:
+    out = _result(node)
+    scale, shift = e.cast(weight, out.dtype, "weight"), e.cast(bias, out.dtype, "bias")
+    return e.op("LayerNormalization", [x, scale, shift], out, axis=-1, epsilon=eps)
+
+
+def _gelu(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
+    return e.op("Gelu", [x], _result(node), approximate="none")
+
+
 def _add(e: Emitter, node: fx.Node, left: ir.Value, right: ir.Value) -> ir.Value:
     return e.op("Add", [left, right], _result(node))
 
@@ -284,6 +309,7 @@ def _to_float32(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
 STANDARD = (
     #    op                     written by
     Rule(ops.embedding, _embedding),
+    Rule(ops.fuse, lower_fuse),
     Rule(ops.positions, _positions),
     Rule(ops.unpack, _unpack),
     Rule(ops.pack, _pack),
@@ -301,9 +327,15 @@ STANDARD = (
     Rule(ops.rope, _rope),
     Rule(ops.linear, _linear),
     Rule(ops.rms_norm, _rms_norm),
+    Rule(ops.layer_norm, _layer_norm),
     Rule(ops.add, _add),
     Rule(ops.swiglu, _swiglu),
+    Rule(ops.gelu, _gelu),
     Rule(ops.route, _route),
     Rule(ops.moe, lower_moe),
     Rule(ops.to_float32, _to_float32),
+    Rule(ops.patches, lower_patches),
+    Rule(ops.tile_tokens, lower_tile_tokens),
+    Rule(ops.patch_rope_table, lower_patch_rope_table),
+    Rule(ops.pixel_shuffle, lower_pixel_shuffle),
 )

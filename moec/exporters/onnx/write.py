@@ -1,6 +1,6 @@
-"""Graph -> `model.onnx`: lower, tidy, check, bind, save."""
+"""Graph -> an ONNX file: lower, tidy, check, bind, save."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -38,7 +38,7 @@ def save_bound(model: ir.Model, path: Path, entries: Mapping[str, TensorEntry], 
     ir.save(model, path)
 
 
-def ports(values: list[ir.Value]) -> tuple[Port, ...]:
+def ports(values: Sequence[ir.Value]) -> tuple[Port, ...]:
     """The manifest's view of graph inputs or outputs."""
     return tuple(
         Port(

@@ -8,11 +8,20 @@ from moec.graph_builder.ops.attention import (
     temperature,
 )
 from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
-from moec.graph_builder.ops.linear import add, linear, rms_norm, swiglu, to_float32
+from moec.graph_builder.ops.linear import (
+    add,
+    gelu,
+    layer_norm,
+    linear,
+    rms_norm,
+    swiglu,
+    to_float32,
+)
 from moec.graph_builder.ops.moe import moe, route
 from moec.graph_builder.ops.registry import OPS, Op
 from moec.graph_builder.ops.rope import rope, rope_table
-from moec.graph_builder.ops.tokens import embedding, pack, positions, select, unpack
+from moec.graph_builder.ops.tokens import embedding, fuse, pack, positions, select, unpack
+from moec.graph_builder.ops.vision import patch_rope_table, patches, pixel_shuffle, tile_tokens
 
 __all__ = [
     "OPS",
@@ -24,11 +33,17 @@ __all__ = [
     "cache_index",
     "cache_write",
     "embedding",
+    "fuse",
+    "gelu",
     "head_norm",
     "key_positions",
+    "layer_norm",
     "linear",
     "moe",
     "pack",
+    "patch_rope_table",
+    "patches",
+    "pixel_shuffle",
     "positions",
     "rms_norm",
     "rope",
@@ -38,6 +53,7 @@ __all__ = [
     "select",
     "swiglu",
     "temperature",
+    "tile_tokens",
     "to_float32",
     "unpack",
 ]

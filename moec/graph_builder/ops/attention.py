@@ -27,26 +27,30 @@ def attention_mask(queries: Tensor, keys: Tensor, chunk: int | None) -> Tensor:
 
 
 def _attention_rule(
-    q: TensorType, k: TensorType, v: TensorType, mask: TensorType, heads: int, kv_heads: int
+    q: TensorType, k: TensorType, v: TensorType, mask: TensorType | None, heads: int, kv_heads: int
 ) -> TensorType:
     need(heads % kv_heads == 0, "attention", "heads", heads, f"a multiple of {kv_heads}")
     need(q.shape[2] % heads == 0, "attention", "q", q.shape, f"width in {heads} heads")
     width = q.shape[2] // heads * kv_heads
     need(k.shape[2] == width and v.shape == k.shape, "attention", "k, v", (k, v), f"width {width}")
     expected = (q.shape[0], 1, q.shape[1], k.shape[1])
-    need(mask.shape == expected, "attention", "mask", mask.shape, expected)
+    if mask is not None:
+        need(mask.shape == expected, "attention", "mask", mask.shape, expected)
     need(q.dtype == k.dtype == v.dtype, "attention", "dtypes", (q, k, v), "one dtype")
     return q
 
 
 @op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor mask, int heads, int kv_heads) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads) -> Tensor",
     _attention_rule,
 )
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int, kv_heads: int) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, kv_heads: int
+) -> Tensor:
     """q [B, S, heads*d], k and v [B, K, kv_heads*d], mask [B, 1, S, K] -> [B, S, heads*d].
 
-    Grouped queries: key head j serves query heads j*heads/kv_heads and on. The scale is d^-0.5.
+    Without a mask every query sees every key, as within an image tile. Grouped queries: key head j
+    serves query heads j*heads/kv_heads and on. The scale is d^-0.5.
     """
     q, k, v = (_split(x, n).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

@@ -36,6 +36,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide.to(x.dtype) * weight.to(x.dtype)
 
 
+def _layer_norm_rule(x: TensorType, weight: TensorType, bias: TensorType, eps: float) -> TensorType:
+    for name, operand in (("weight", weight), ("bias", bias)):
+        need(operand.shape == x.shape[-1:], "layer_norm", name, operand.shape, x.shape[-1:])
+    need(eps > 0, "layer_norm", "eps", eps, "above 0")
+    return x
+
+
+@op("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _layer_norm_rule)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [T, D] less its mean, over its deviation, times weight [D] plus bias [D]."""
+    return functional.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
 def _same_rule(left: TensorType, right: TensorType) -> TensorType:
     need(left == right, "add or swiglu", "operands", (left, right), "one shape and dtype")
     return left
@@ -51,6 +64,12 @@ def add(left: Tensor, right: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise."""
     return functional.silu(gate) * up
+
+
+@op("gelu(Tensor x) -> Tensor", lambda x: x)
+def gelu(x: Tensor) -> Tensor:
+    """x * Phi(x), elementwise: the exact form, by erf."""
+    return functional.gelu(x)
 
 
 @op("to_float32(Tensor x) -> Tensor", lambda x: TensorType(x.shape, torch.float32))

@@ -35,17 +35,16 @@ def positions(ids: Tensor, past: Tensor) -> Tensor:
     return past[:, None] + torch.arange(ids.shape[1], device=ids.device)
 
 
-def _unpack_rule(x: TensorType, ids: TensorType) -> TensorType:
-    need(
-        x.shape[0] == times(*ids.shape), "unpack", "x", x.shape, f"one row per token of {ids.shape}"
-    )
-    return x.like(*ids.shape, x.shape[1])
+def _unpack_rule(x: TensorType, like: TensorType) -> TensorType:
+    rows = like.shape[:2]
+    need(x.shape[0] == times(*rows), "unpack", "x", x.shape, f"one row per token of {rows}")
+    return x.like(*rows, x.shape[1])
 
 
-@op("unpack(Tensor x, Tensor ids) -> Tensor", _unpack_rule)
-def unpack(x: Tensor, ids: Tensor) -> Tensor:
-    """x [B*S, N], ids [B, S] -> [B, S, N]."""
-    return x.reshape(*ids.shape, x.shape[1]).clone()
+@op("unpack(Tensor x, Tensor like) -> Tensor", _unpack_rule)
+def unpack(x: Tensor, like: Tensor) -> Tensor:
+    """x [B*S, N], like [B, S, ...] -> [B, S, N]."""
+    return x.reshape(*like.shape[:2], x.shape[1]).clone()
 
 
 def _pack_rule(x: TensorType) -> TensorType:
@@ -70,3 +69,40 @@ def select(x: Tensor, index: Tensor) -> Tensor:
     """x [B, S, N], index [B, M] into S -> packed [B*M, N]: the tokens that need logits."""
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x[rows, index].flatten(0, 1)
+
+
+def _fuse_rule(
+    x: TensorType, ids: TensorType, features: TensorType, image_token: int
+) -> TensorType:
+    tokens, dim = x.shape
+    need(ids.dtype == torch.int64, "fuse", "ids", ids, "int64 [B, S]")
+    need(tokens == times(*ids.shape), "fuse", "x", x.shape, f"one row per token of {ids.shape}")
+    fits = len(features.shape) == 2 and features.shape[1] == dim and features.dtype == x.dtype
+    need(fits, "fuse", "features", features, f"[N, {dim}] of {x.dtype}")
+    need(image_token >= 0, "fuse", "image_token", image_token, "a token id")
+    return x
+
+
+@op("fuse(Tensor x, Tensor ids, Tensor features, int image_token) -> Tensor", _fuse_rule)
+def fuse(x: Tensor, ids: Tensor, features: Tensor, image_token: int) -> Tensor:
+    """Early fusion: embeddings x [B*S, D] of ids [B, S], image features [N, D] -> [B*S, D].
+
+    Features replace the embeddings where ids are `image_token`, in order, row by row. Without any
+    (N = 0) an image token is a token like others, as it is when the model itself emits one.
+
+    Raises:
+        MoecError: there are features, and not exactly one for each image token.
+    """
+    at = (ids.flatten() == image_token).nonzero()[:, 0]
+    count = len(features)
+    need(
+        count in (0, len(at)),
+        "fuse",
+        "features",
+        f"{count} rows",
+        f"{len(at)}, one per image token",
+    )
+    out = x.clone()
+    if count:
+        out[at] = features
+    return out

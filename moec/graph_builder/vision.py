@@ -1,0 +1,92 @@
+"""The vision tower: a tile of pixels to the image tokens that the decoder fuses in.
+
+Inputs
+    pixel_values    float32 [tiles, channels, height, width]   normalised
+Outputs
+    image_features  [tiles * tokens, dim]   in the decoder's width and precision, tile by tile
+
+A tile is a row of its own: 576 patches and a class token at full size, attention without a mask,
+144 tokens after the pixel shuffle.
+"""
+
+import torch
+from torch import fx
+
+from moec.graph_builder import ops
+from moec.graph_builder.builder import Builder
+from moec.spec.model import ModelSpec, VisionSpec
+from moec.spec.parameters import vision_parameters
+from moec.weights.view import TORCH_DTYPES
+
+#: of every LayerNorm; the published `norm_eps` is not read by the released model either
+EPS = 1e-5
+
+
+def build_vision(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
+    """The vision tower, adapter and projector of `spec`, computing in `precision`.
+
+    `spec` must have a vision tower. Weights are on meta in their stored dtype.
+    """
+    vision = spec.vision
+    assert vision is not None
+    b = Builder(vision_parameters(spec), TORCH_DTYPES[spec.dtype])
+    shape = ("tiles", vision.channels, vision.image, vision.image)
+    pixels = b.input("pixel_values", shape, torch.float32)
+
+    patches = b.emit(ops.patches, pixels, vision.patch, precision, name="vision.pixels")
+    x = b.emit(ops.pack, patches, name="vision.pixels.packed")
+    x = b.emit(ops.linear, x, b.parameter("vision.patch.weight"), None, name="vision.patch")
+    x = b.emit(ops.unpack, x, patches, name="vision.patch.rows")
+    extra = b.parameter("vision.class_token"), b.parameter("vision.positions")
+    x = b.emit(ops.tile_tokens, x, *extra, name="vision.tokens")
+    x = b.emit(ops.pack, x, name="vision.tokens.packed")
+    x = _norm(b, "vision.pre", x)
+
+    table = (vision.side, vision.head_dim, vision.rope_theta)
+    rope = b.emit_pair(ops.patch_rope_table, patches, *table, name="vision.rope")
+    for index in range(vision.layers):
+        x = _layer(b, vision, f"vision.layers.{index}", rope, x)
+
+    x = _norm(b, "vision.post", x)
+    x = b.emit(ops.unpack, x, rope[0], name="vision.post.rows")
+    x = b.emit(ops.pixel_shuffle, x, vision.side, vision.shuffle, name="vision.shuffle")
+    x = b.emit(ops.pack, x, name="vision.shuffle.packed")
+    for part in ("fc1", "fc2"):  # GELU after both
+        weight = b.parameter(f"vision.adapter.{part}.weight")
+        x = b.emit(ops.linear, x, weight, None, name=f"vision.adapter.{part}")
+        x = b.emit(ops.gelu, x, name=f"vision.adapter.{part}.act")
+    x = b.emit(ops.linear, x, b.parameter("projector.weight"), None, name="image_features")
+    return b.output({"image_features": x})
+
+
+def _layer(
+    b: Builder, vision: VisionSpec, at: str, rope: tuple[fx.Node, fx.Node], x: fx.Node
+) -> fx.Node:
+    h = _norm(b, f"{at}.attn.norm", x)
+    rows = {
+        part: b.emit(ops.unpack, _linear(b, f"{at}.attn.{part}", h), rope[0], name=name)
+        for part in ("q", "k", "v")
+        for name in [f"{at}.attn.{part}.rows"]
+    }
+    for part in ("q", "k"):
+        name = f"{at}.attn.{part}.rope"
+        rows[part] = b.emit(ops.rope, rows[part], *rope, vision.heads, name=name)
+    heads = (vision.heads, vision.heads)
+    h = b.emit(ops.attention, *rows.values(), None, *heads, name=f"{at}.attn.mix")
+    h = _linear(b, f"{at}.attn.o", b.emit(ops.pack, h, name=f"{at}.attn.mix.packed"))
+    x = b.emit(ops.add, x, h, name=f"{at}.attn.residual")
+    h = _linear(b, f"{at}.mlp.fc1", _norm(b, f"{at}.mlp.norm", x))
+    h = _linear(b, f"{at}.mlp.fc2", b.emit(ops.gelu, h, name=f"{at}.mlp.act"))
+    return b.emit(ops.add, x, h, name=f"{at}.out")
+
+
+def _linear(b: Builder, at: str, x: fx.Node) -> fx.Node:
+    return b.emit(ops.linear, x, *_biased(b, at), name=at)
+
+
+def _norm(b: Builder, at: str, x: fx.Node) -> fx.Node:
+    return b.emit(ops.layer_norm, x, *_biased(b, at), EPS, name=at)
+
+
+def _biased(b: Builder, at: str) -> tuple[fx.Node, fx.Node]:
+    return b.parameter(f"{at}.weight"), b.parameter(f"{at}.bias")

@@ -1,0 +1,91 @@
+"""What callers give a session, as tensors: token ids and image tiles, or one clear refusal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+
+Ids = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]] | Sequence[int]
+Pixels = Tensor | np.ndarray[Any, Any]
+
+_NO_IDS = (torch.bool, torch.complex64, torch.complex128)
+
+
+def read_ids(input_ids: Ids, lengths: Ids | None, vocab: int) -> tuple[Tensor, Tensor]:
+    """Right-padded int64 [B, S] and lengths [B] of whatever the caller gave.
+
+    Raises:
+        MoecError: these are no token ids below `vocab`, or the lengths do not fit the rows.
+    """
+    try:
+        ids, counts = _padded(input_ids, lengths)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _bad_ids(f"{error}", "integers [batch, sequence], or rows of integers") from None
+    check_ids(ids, vocab)
+    return ids, counts
+
+
+def check_ids(ids: Tensor, vocab: int) -> None:
+    """Refuse tokens that are not in the vocabulary."""
+    if ids.min() < 0 or ids.max() >= vocab:
+        bad = int(ids.min() if ids.min() < 0 else ids.max())
+        raise _bad_ids(f"token {bad}", f"0 to {vocab - 1}")
+
+
+def read_tiles(pixel_values: Pixels, spec: ModelSpec) -> Tensor:
+    """float32 [tiles, channels, height, width] of whatever the caller gave.
+
+    Raises:
+        MoecError: `spec` has no vision tower, or these are no tiles for it.
+    """
+    vision = spec.vision
+    if vision is None:
+        raise _bad_pixels("images", f"none: {spec.name} has no vision tower")
+    shape = (vision.channels, vision.image, vision.image)
+    expected = f"float32 [tiles, {', '.join(map(str, shape))}], normalised"
+    if not isinstance(pixel_values, Tensor | np.ndarray):
+        found = f"{type(pixel_values).__name__} {str(pixel_values)[:40]}"
+        raise _bad_pixels(found, f"a tensor or array, {expected}")
+    try:
+        tiles = torch.as_tensor(pixel_values)
+    except TypeError:  # such as an array of objects
+        raise _bad_pixels(f"{pixel_values.dtype}", expected) from None
+    fits = tiles.dim() == 4 and tuple(tiles.shape[1:]) == shape and len(tiles)
+    if not fits or not tiles.is_floating_point():
+        raise _bad_pixels(f"{tiles.dtype} {list(tiles.shape)}", expected)
+    if not bool(tiles.isfinite().all()):
+        raise _bad_pixels("values that are not finite", expected)
+    return tiles.float()
+
+
+def _padded(input_ids: Ids, lengths: Ids | None) -> tuple[Tensor, Tensor]:
+    if not isinstance(input_ids, Tensor | np.ndarray):
+        given = list(input_ids)
+        nested = [row if isinstance(row, Sequence) else given for row in given]
+        rows = nested if given and isinstance(given[0], Sequence) else [given]
+        lengths = [len(row) for row in rows] if lengths is None else lengths
+        longest = max(map(len, rows), default=0)
+        input_ids = np.array([list(row) + [0] * (longest - len(row)) for row in rows])
+    ids = torch.as_tensor(input_ids)
+    if ids.dim() != 2 or not ids.numel() or ids.dtype.is_floating_point or ids.dtype in _NO_IDS:
+        raise _bad_ids(f"{ids.dtype} {list(ids.shape)}", "integers [batch, sequence], not empty")
+    ids = ids.long()
+    counts = torch.full((len(ids),), ids.shape[1]) if lengths is None else torch.as_tensor(lengths)
+    if counts.is_floating_point() or counts.shape != ids.shape[:1]:
+        raise _bad_ids(f"lengths {counts.tolist()}", "one integer a row")
+    if counts.min() < 1 or counts.max() > ids.shape[1]:
+        raise _bad_ids(f"lengths {counts.tolist()}", f"one a row, from 1 to {ids.shape[1]}")
+    return ids, counts.long()
+
+
+def _bad_pixels(found: str, expected: str) -> MoecError:
+    return MoecError("pixel_values", found, expected, "make them from images: moec.encode")
+
+
+def _bad_ids(found: str, expected: str) -> MoecError:
+    return MoecError("input_ids", found, expected, "check the tokenizer, or the shape of the batch")

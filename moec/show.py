@@ -1,5 +1,6 @@
 """What the command line prints: tables and progress bars."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -94,25 +95,27 @@ def report_table(console: Console, report: dict[str, Any]) -> None:
     )
 
 
+#: rows of a proof that come once a layer -> what many that pass are shown as
+_LADDERS = {
+    r"vision\.layers\.\d+": "vision.layers",
+    r"layers\.\d+": "layers",
+    r"layers\.\d+ router": "routers",
+}
+
+
 def _folded(checks: list[dict[str, Any]], most: int = 12) -> list[dict[str, Any]]:
     """`checks` with the layers that pass as one row a kind, the worst, if there are over `most`."""
-    layers = [check for check in checks if check["name"].startswith("layers.")]
-    passed = {
-        kind: [check for check in layers if check["kind"] == kind and check["passed"]]
-        for kind in ("error", "agreement")
-    }
-    if len(passed["error"]) <= most:
-        return checks
-    worst = []
-    for kind, found in passed.items():
-        extreme = max if kind == "error" else min
-        if found:
-            one = extreme(found, key=lambda check: check["found"])
-            label = "layers" if kind == "error" else "routers"
-            detail = f"worst of {len(found)}: {one['name']}; all with --json"
-            worst.append({**one, "name": label, "detail": detail})
-    folded = [check for check in checks if check not in passed["error"] + passed["agreement"]]
-    return [*folded[:1], *worst, *folded[1:]]
+    for pattern, label in _LADDERS.items():
+        layers = [c for c in checks if re.fullmatch(pattern, c["name"]) and c["passed"]]
+        if len(layers) <= most:
+            continue
+        extreme = max if layers[0]["kind"] == "error" else min
+        worst = extreme(layers, key=lambda check: check["found"])
+        detail = f"worst of {len(layers)}: {worst['name']}; all with --json"
+        at = checks.index(layers[0])
+        rest = [check for check in checks[at:] if check not in layers]
+        checks = [*checks[:at], {**worst, "name": label, "detail": detail}, *rest]
+    return checks
 
 
 def plan_table(console: Console, plan: Plan) -> None:

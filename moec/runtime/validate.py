@@ -6,7 +6,6 @@ What each check means and where the limits come from: docs/numerics.md.
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +15,13 @@ from torch import Tensor
 from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.export import export, write_manifest
 from moec.runtime.cache import new_cache
+from moec.runtime.compare import TOLERANCES, Tolerance, agreement, argmax_agreement, error, feeds_of
 from moec.runtime.eager import Run, eager_engine
+from moec.runtime.image_checks import draw_images, fusion, tower
 from moec.runtime.ort import ort_engine
 from moec.runtime.report import Check, Report
 from moec.runtime.session import Session, open_session
 from moec.spec.errors import MoecError
-from moec.spec.model import ModelSpec
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
 
@@ -29,25 +29,6 @@ from moec.weights.random import write_random_checkpoint
 MOST_TOKENS = 512
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """Limits for one precision. Errors are |a - b| over |b| in the norm of order `order`.
-
-    float32 is held to its largest element. In float16 a router that flips on a near tie changes its
-    token altogether, so that the limit is on the Euclidean norm and on the share that agrees.
-    """
-
-    error: float
-    agreement: float
-    order: float
-
-
-TOLERANCES = {
-    "fp32": Tolerance(error=1e-4, agreement=1.0, order=torch.inf),
-    "fp16": Tolerance(error=3e-2, agreement=0.98, order=2),
-}
 
 
 def validate(
@@ -132,6 +113,15 @@ def _validate(artefact: Artefact, tokens: int | None, seed: int, progress: Progr
         ("cached decode", lambda: _cached(artefact, ids, lengths, tolerance)),
         ("generation", lambda: _greedy(artefact, ids, tolerance)),
     ]
+    if manifest.vision:
+        images = draw_images(manifest.spec, ids, lengths, generator)
+        stages.insert(0, ("vision tower", lambda: tower(artefact, images.pixels, tolerance)))
+        if images.placed:
+            stages.append(("images", lambda: fusion(artefact, images, lengths, tolerance)))
+        else:
+            report.notes.append(
+                f"No image was placed in the text: {longest} tokens are too few; use --tokens."
+            )
     for done, (name, checks) in enumerate(stages):
         progress(name, done, len(stages))
         report.checks += checks()
@@ -149,7 +139,7 @@ def _ladder(
     hidden = ["embed", *(f"layers.{layer.index}.out" for layer in layers)]
     chosen = {i: f"layers.{i}.moe.route.1" for i in routers}
     taps = [*hidden, *routers.values(), *chosen.values()]
-    feeds, own = _feeds(spec, ids, lengths)
+    feeds, own = feeds_of(spec, ids, lengths)
     runs: list[tuple[Run, str]] = [
         (ort_engine(artefact, taps=taps), artefact.manifest.precision),
         (eager_engine(spec, artefact.entries(), "fp32", taps), "fp32"),
@@ -157,7 +147,7 @@ def _ladder(
     found, expected = (
         run({**feeds, **new_cache(spec, precision, len(ids), 0).tensors}) for run, precision in runs
     )
-    yield _error("embed", found["embed"][own], expected["embed"][own], tolerance)
+    yield error("embed", found["embed"][own], expected["embed"][own], tolerance)
     for layer in layers:
         if layer.moe:
             logits = expected[routers[layer.index]][own]
@@ -167,22 +157,20 @@ def _ladder(
             clear = (
                 margin[:, 0] > tolerance.error * logits.abs().max() if k < logits.shape[1] else same
             )
-            yield _agreement(f"layers.{layer.index} router", same, clear, tolerance)
+            yield agreement(f"layers.{layer.index} router", same, clear, tolerance)
         name = f"layers.{layer.index}.out"
-        yield _error(f"layers.{layer.index}", found[name][own], expected[name][own], tolerance)
+        yield error(f"layers.{layer.index}", found[name][own], expected[name][own], tolerance)
     a, b = (out["logits"].flatten(0, 1)[own] for out in (found, expected))
-    yield _error("logits, all positions", a, b, tolerance)
+    yield error("logits, all positions", a, b, tolerance)
     ends = lengths.cumsum(0) - 1
-    yield _error("logits, last token", a[ends], b[ends], tolerance)
-    best = b.topk(2).values
-    clear = best[:, 0] - best[:, 1] > tolerance.error * b.abs().max()
-    yield _agreement("argmax", a.argmax(-1) == b.argmax(-1), clear, tolerance)
+    yield error("logits, last token", a[ends], b[ends], tolerance)
+    yield argmax_agreement("argmax", a, b, tolerance)
     chunk = spec.text.chunk
     if chunk and int(lengths.max()) > chunk:
         at = torch.arange(ids.shape[1]).expand_as(ids).flatten()[own]
         border = (at >= chunk) & ((at % chunk == 0) | (at % chunk == chunk - 1)) | (at == chunk - 1)
         detail = f"{int(border.sum())} positions beside {int((lengths.max() - 1) // chunk)} borders"
-        yield _error("logits, chunk borders", a[border], b[border], tolerance, detail)
+        yield error("logits, chunk borders", a[border], b[border], tolerance, detail)
 
 
 def _cached(
@@ -208,10 +196,10 @@ def _cached(
         pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
     detail = f"{len(edges) - 1} calls, rows of {lengths.tolist()} tokens"
     found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))
-    yield _error("prefill against decode", found, expected, tolerance, detail)
+    yield error("prefill against decode", found, expected, tolerance, detail)
     short = int(lengths[1])
     alone = session.logits(ids[1:, :short])
-    yield _error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
+    yield error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
 
 
 def _greedy(artefact: Artefact, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
@@ -226,41 +214,7 @@ def _greedy(artefact: Artefact, ids: Tensor, tolerance: Tolerance) -> Iterator[C
     best = logits.max(-1).values
     given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]
     near = best - given <= tolerance.error * logits.abs().max()
-    yield _agreement("greedy tokens", near, torch.ones_like(near), tolerance)
-
-
-def _feeds(spec: ModelSpec, ids: Tensor, lengths: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs of one call that wants all logits, and which packed tokens are the rows' own."""
-    steps = torch.arange(ids.shape[1]).expand_as(ids)
-    feeds = {
-        "input_ids": ids,
-        "past_lengths": torch.zeros_like(lengths),
-        "lengths": lengths,
-        "logit_index": steps.contiguous(),
-    }
-    return feeds, (steps < lengths[:, None]).flatten()
-
-
-def _error(
-    name: str, found: Tensor, expected: Tensor, tolerance: Tolerance, detail: str = ""
-) -> Check:
-    found, expected = found.double().flatten(), expected.double().flatten()
-    norm = torch.linalg.vector_norm
-    ratio = norm(found - expected, tolerance.order) / norm(expected, tolerance.order).clamp(
-        min=1e-30
-    )
-    if not bool(found.isfinite().all()) or not bool(expected.isfinite().all()):
-        where = "model" if expected.isfinite().all() else "reference too: look at the weights"
-        return Check(name, "error", float("nan"), tolerance.error, f"not finite in the {where}")
-    return Check(name, "error", float(ratio), tolerance.error, detail)
-
-
-def _agreement(name: str, same: Tensor, clear: Tensor, tolerance: Tolerance) -> Check:
-    """The share that agrees; near ties within the error limit are not held against either side."""
-    ties = int((~same & ~clear).sum())
-    share = float((same | ~clear).double().mean())
-    detail = f"{len(same)} tokens" + (f", {ties} near ties left out" if ties else "")
-    return Check(name, "agreement", share, tolerance.agreement, detail)
+    yield agreement("greedy tokens", near, torch.ones_like(near), tolerance)
 
 
 def _not_executable(artefact: Artefact) -> MoecError:

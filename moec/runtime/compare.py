@@ -1,0 +1,70 @@
+"""Two results of one computation: how far apart, against which limit."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.runtime.report import Check
+from moec.spec.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Limits for one precision. Errors are |a - b| over |b| in the norm of order `order`.
+
+    float32 is held to its largest element. In float16 a router that flips on a near tie changes its
+    token altogether, so that the limit is on the Euclidean norm and on the share that agrees.
+    """
+
+    error: float
+    agreement: float
+    order: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(error=1e-4, agreement=1.0, order=torch.inf),
+    "fp16": Tolerance(error=3e-2, agreement=0.98, order=2),
+}
+
+
+def error(
+    name: str, found: Tensor, expected: Tensor, tolerance: Tolerance, detail: str = ""
+) -> Check:
+    """The error of `found` against `expected`, of one shape, in the tolerance's norm."""
+    found, expected = found.double().flatten(), expected.double().flatten()
+    norm = torch.linalg.vector_norm
+    ratio = norm(found - expected, tolerance.order) / norm(expected, tolerance.order).clamp(
+        min=1e-30
+    )
+    if not bool(found.isfinite().all()) or not bool(expected.isfinite().all()):
+        where = "model" if expected.isfinite().all() else "reference too: look at the weights"
+        return Check(name, "error", float("nan"), tolerance.error, f"not finite in the {where}")
+    return Check(name, "error", float(ratio), tolerance.error, detail)
+
+
+def agreement(name: str, same: Tensor, clear: Tensor, tolerance: Tolerance) -> Check:
+    """The share that agrees; near ties within the error limit are not held against either side."""
+    ties = int((~same & ~clear).sum())
+    share = float((same | ~clear).double().mean())
+    detail = f"{len(same)} tokens" + (f", {ties} near ties left out" if ties else "")
+    return Check(name, "agreement", share, tolerance.agreement, detail)
+
+
+def argmax_agreement(name: str, found: Tensor, expected: Tensor, tolerance: Tolerance) -> Check:
+    """Whether logits [T, vocab] choose the same tokens."""
+    best = expected.topk(2).values
+    clear = best[:, 0] - best[:, 1] > tolerance.error * expected.abs().max()
+    return agreement(name, found.argmax(-1) == expected.argmax(-1), clear, tolerance)
+
+
+def feeds_of(spec: ModelSpec, ids: Tensor, lengths: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of one call that wants all logits, and which packed tokens are the rows' own."""
+    steps = torch.arange(ids.shape[1]).expand_as(ids)
+    feeds = {
+        "input_ids": ids,
+        "past_lengths": torch.zeros_like(lengths),
+        "lengths": lengths,
+        "logit_index": steps.contiguous(),
+    }
+    return feeds, (steps < lengths[:, None]).flatten()

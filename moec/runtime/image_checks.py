@@ -1,0 +1,131 @@
+"""Checks of a proof that concern images: the tower layer by layer, fusion, and images in pieces."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moec.exporters.artefact import Artefact
+from moec.runtime.cache import new_cache
+from moec.runtime.compare import Tolerance, argmax_agreement, error, feeds_of
+from moec.runtime.eager import eager_engine
+from moec.runtime.ort import ort_engine
+from moec.runtime.report import Check
+from moec.runtime.session import open_session
+from moec.spec.model import ModelSpec
+
+#: tiles that the rows of the drawn text hold, where they fit
+ROWS = (2, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Noise as `pixels` [sum(ROWS), C, H, W], and text with `placed` of these tiles in it.
+
+    `ids` [2, S] are image tokens where `seen` [2, S].
+    """
+
+    pixels: Tensor
+    ids: Tensor
+    seen: Tensor
+    placed: int
+
+
+def draw_images(
+    spec: ModelSpec, ids: Tensor, lengths: Tensor, generator: torch.Generator
+) -> Images:
+    """Tiles of noise, and a copy of `ids` [2, S] with image tokens in the middle of its rows."""
+    vision, image = spec.vision, spec.tokens.image
+    assert vision is not None and image is not None
+    shape = (sum(ROWS), vision.channels, vision.image, vision.image)
+    pixels = torch.rand(shape, generator=generator) * 2 - 1
+    other = image + 1 if image == 0 else image - 1
+    ids = ids.masked_fill(ids == image, other)
+    placed = 0
+    for row, most in enumerate(ROWS):
+        length = int(lengths[row])
+        count = min(most, max(0, length - 2) // vision.tokens)
+        start = (length - count * vision.tokens) // 2
+        ids[row, start : start + count * vision.tokens] = image
+        placed += count
+    return Images(pixels, ids, ids == image, placed)
+
+
+def tower(artefact: Artefact, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+    """The vision tower stage by stage: patches, every layer, adapter, projector."""
+    spec = artefact.manifest.spec
+    assert spec.vision is not None
+    shown = {
+        "vision.tokens": "vision.tokens",
+        **{f"vision.layers.{i}": f"vision.layers.{i}.out" for i in range(spec.vision.layers)},
+        "vision.adapter": "vision.adapter.fc2.act",
+        "image_features": "image_features",
+    }
+    taps = [name for name in shown.values() if name != "image_features"]
+    found, expected = (
+        run({"pixel_values": pixels})
+        for run in (
+            ort_engine(artefact, taps=taps, part="vision"),
+            eager_engine(spec, artefact.entries(), "fp32", taps, "vision"),
+        )
+    )
+    for name, tap in shown.items():
+        detail = f"{len(pixels)} tiles" if name == "image_features" else ""
+        yield error(name, found[tap], expected[tap], tolerance, detail)
+
+
+def fusion(
+    artefact: Artefact, images: Images, lengths: Tensor, tolerance: Tolerance
+) -> Iterator[Check]:
+    """Images in text: the fused embeddings, the logits, and the same through the caches."""
+    spec, precision = artefact.manifest.spec, artefact.manifest.precision
+    pixels = images.pixels[: images.placed]
+    feeds, own = feeds_of(spec, images.ids, lengths)
+    entries, taps = artefact.entries(), ["fused"]
+    results = []
+    for see, run, kind in (
+        (ort_engine(artefact, part="vision"), ort_engine(artefact, taps=taps), precision),
+        (
+            eager_engine(spec, entries, part="vision"),
+            eager_engine(spec, entries, taps=taps),
+            "fp32",
+        ),
+    ):
+        features = see({"pixel_values": pixels})["image_features"]
+        cache = new_cache(spec, kind, len(images.ids), 0)
+        results.append(run({**feeds, "image_features": features, **cache.tensors}))
+    # Images alone: beside trained embeddings their features may be too small to show an error.
+    seen = images.seen.flatten()
+    found, expected = (out["fused"][seen] for out in results)
+    detail = f"{len(found)} image tokens of {images.placed} tiles"
+    yield error("images: fused", found, expected, tolerance, detail)
+    found, expected = (out["logits"].flatten(0, 1)[own] for out in results)
+    yield error("images: logits", found, expected, tolerance)
+    yield argmax_agreement("images: argmax", found, expected, tolerance)
+    yield _pieces(artefact, images, lengths, results[0]["logits"], tolerance)
+
+
+def _pieces(
+    artefact: Artefact, images: Images, lengths: Tensor, whole: Tensor, tolerance: Tolerance
+) -> Check:
+    """Prefill in pieces that cut images apart, against `whole`, the logits of one call."""
+    session = open_session(artefact.path)
+    ids, seen = images.ids, images.seen
+    features = session.image_features(images.pixels[: images.placed])
+    order = (seen.flatten().cumsum(0) - 1).view_as(ids)  # each token's row of `features`
+    cuts = set()
+    for row in seen:
+        columns = row.nonzero()[:, 0].tolist()
+        cuts |= {columns[len(columns) // 3], columns[len(columns) // 2]} if columns else set()
+    edges = [0, *sorted(cuts - {0}), ids.shape[1]]
+    cache = new_cache(session.spec, session.precision, len(ids), 1)
+    pairs = []
+    for start, end in pairwise(edges):
+        own = (lengths - start).clamp(0, end - start)
+        fused = features[order[:, start:end][seen[:, start:end]]]
+        got = session.extend(ids[:, start:end], own, cache, fused)
+        pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
+    found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))
+    return error("images: in pieces", found, expected, tolerance, f"{len(edges) - 1} calls")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moec.exporters.export import bind, export
     from moec.graph_builder.decoder import build_decoder as build_graph
+    from moec.runtime.prompt import encode
     from moec.runtime.session import open_session
     from moec.runtime.validate import validate
     from moec.spec.errors import MoecError
@@ -16,6 +17,7 @@ __all__ = [
     "MoecError",
     "bind",
     "build_graph",
+    "encode",
     "export",
     "load_spec",
     "open_session",
@@ -27,6 +29,7 @@ _HOMES = {
     "MoecError": "moec.spec.errors",
     "bind": "moec.exporters.export",
     "build_graph": "moec.graph_builder.decoder:build_decoder",
+    "encode": "moec.runtime.prompt",
     "export": "moec.exporters.export",
     "load_spec": "moec.spec.files",
     "open_session": "moec.runtime.session",

@@ -99,6 +99,9 @@ def generate(
     artefact: Path,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids instead: 1,2,3.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image file; may be given more than once.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as a user turn.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -108,24 +111,32 @@ def generate(
     engine: Annotated[str, typer.Option(help="onnxruntime or eager.")] = "onnxruntime",
     preset: Annotated[str, typer.Option(help="lean or fast.")] = "lean",
 ) -> None:
-    """Continue a prompt, streaming to the terminal."""
+    """Continue a prompt of text and images, streaming to the terminal.
+
+    `<|image|>` in the text marks where an image belongs; without any, images come first.
+    """
     if (prompt is None) == (ids is None):
         raise MoecError(
             "generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT"
         )
+    if image and prompt is None:
+        raise MoecError("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
     import moec
     from moec.exporters.artefact import open_artefact
     from moec.runtime.text import open_text
 
-    text = open_text(open_artefact(artefact)) if prompt is not None else None
-    if text and prompt is not None:
-        row = text.chat(prompt) if chat else text.encode(prompt)
-    else:
+    stream: Any = None
+    row, pixels = [], None
+    if prompt is None:
         row = _numbers(ids or "")
-    stream: Any = text.stream() if text else None
-    if stream:
+    else:
+        encoded = moec.encode(artefact, prompt, image or (), chat)
+        row, pixels = encoded.input_ids, encoded.pixel_values
+        for note in encoded.notes:
+            Console(stderr=True).print(f"note: {note}", highlight=False, soft_wrap=True)
+        stream = open_text(open_artefact(artefact)).stream()
         next(stream)
-        sys.stdout.write("" if chat else prompt or "")
+        sys.stdout.write("" if chat else prompt)
 
     def show(step: list[int | None]) -> None:
         token = step[0]
@@ -135,7 +146,7 @@ def generate(
 
     session = moec.open_session(artefact, engine=engine, preset=preset)
     session.generate(
-        [row], None, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        [row], pixels, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         stream=show,
     )  # fmt: skip
     sys.stdout.write("\n")

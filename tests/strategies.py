@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from moec.spec.model import Experts, ModelSpec, RopeScaling, TextSpec, Tokens
+from moec.spec.model import Experts, ModelSpec, RopeScaling, TextSpec, Tokens, VisionSpec
 
 
 @st.composite
@@ -61,3 +61,31 @@ def specs(draw: st.DrawFn, layers: st.SearchStrategy[int] | None = None) -> Mode
             ),
         ),
     )
+
+
+@st.composite
+def vision_specs(draw: st.DrawFn) -> ModelSpec:
+    """A text model with a vision tower of 1 to 3 layers, within what transformers can express.
+
+    There the MLP is as wide as a shuffled token, and the adapter has one width.
+    """
+    text = draw(specs())
+    heads, factor = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
+    dim = heads * 4 * draw(st.integers(1, 3))
+    patch, width = draw(st.integers(2, 5)), draw(st.integers(4, 24))
+    vision = VisionSpec(
+        layers=draw(st.integers(1, 3)),
+        dim=dim,
+        heads=heads,
+        hidden=dim * factor**2,
+        image=patch * factor * draw(st.integers(1, 3)),
+        patch=patch,
+        channels=draw(st.sampled_from([1, 3])),
+        shuffle=factor,
+        adapter_hidden=width,
+        adapter_out=width,
+        rope_theta=draw(st.sampled_from([100.0, 10_000.0])),
+    )
+    image = draw(st.integers(0, text.text.vocab - 1))
+    tokens = text.tokens.model_copy(update={"image": image, "image_start": 3, "image_end": 4})
+    return text.model_copy(update={"vision": vision, "tokens": tokens})

@@ -25,6 +25,10 @@ class Text:
 
     def chat(self, message: str) -> list[int]:
         """Token ids of one user message in the chat template, ready for the model's answer."""
+        return self.encode(self.render(message))
+
+    def render(self, message: str) -> str:
+        """One user message in the chat template, as text."""
         if self.template is None:
             raise MoecError(
                 "--chat", "no chat template in the checkpoint",
@@ -44,7 +48,7 @@ class Text:
             ) from None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
-            text = environment.from_string(self.template).render(
+            return environment.from_string(self.template).render(
                 messages=[{"role": "user", "content": message}],
                 add_generation_prompt=True,
                 bos_token="",
@@ -53,7 +57,6 @@ class Text:
             raise MoecError(
                 "--chat", f"a broken chat template: {error}", "a Jinja template", "fetch it again"
             ) from None
-        return self.encode(text)
 
     def stream(self) -> Iterator[str]:
         """A coroutine: send it a token id, it yields the text that has become certain."""

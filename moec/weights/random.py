@@ -28,7 +28,7 @@ def write_random_checkpoint(spec: ModelSpec, folder: Path, seed: int = 0) -> Non
 
 def _draw(row: Row, generator: torch.Generator) -> torch.Tensor:
     noise = torch.randn(row.shape, generator=generator)
-    if row.parameter.endswith("norm.weight"):
+    if row.parameter.endswith(("norm.weight", "vision.pre.weight", "vision.post.weight")):
         return 1 + 0.1 * noise
     if row.parameter.endswith("bias") or len(row.shape) == 1:
         return 0.1 * noise

@@ -13,18 +13,15 @@ import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Llama4ForCausalLM
 
 import moec
 from moec.runtime.cache import new_cache
-from moec.runtime.eager import eager_engine
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.twin import twin
-from moec.weights.checkpoint import read_checkpoint
-from moec.weights.name_map import match
 from moec.weights.random import write_random_checkpoint
+from tests.oracle import relative, routers_are_clear, transformers_logits
 from tests.strategies import specs
 
 RELATIVE = 1e-4
@@ -50,8 +47,8 @@ def test_random_models_agree(
         write_random_checkpoint(spec, folder / "weights", seed)
         generator = torch.Generator().manual_seed(seed)
         rows = [torch.randint(0, spec.text.vocab, (n,), generator=generator) for n in lengths]
-        assume(_routers_are_clear(folder / "weights", rows))
-        expected = _transformers_logits(folder / "weights", rows)
+        assume(routers_are_clear(folder / "weights", rows))
+        expected = transformers_logits(folder / "weights", rows)
         moec.export(folder / "weights", out=folder / "artefact")
         for engine in ("eager", "onnxruntime"):
             session = moec.open_session(folder / "artefact", engine=engine)
@@ -71,18 +68,18 @@ def test_token_by_token_across_three_chunk_borders(
     write_random_checkpoint(spec, tmp_path / "weights", seed=3)
     chunk = spec.text.chunk or 0
     rows = [torch.randint(0, 256, (n,)) for n in (3 * chunk + 5, 2)]
-    expected = _transformers_logits(tmp_path / "weights", rows[:1])[0]
+    expected = transformers_logits(tmp_path / "weights", rows[:1])[0]
     moec.export(tmp_path / "weights", out=tmp_path / "artefact")
     session = moec.open_session(tmp_path / "artefact", engine=engine)
     cache = new_cache(spec, "fp32", 1, 1)
     steps = [session.decode(token[None], cache)[0] for token in rows[0]]
-    assert _relative(torch.stack(steps), expected) < RELATIVE
+    assert relative(torch.stack(steps), expected) < RELATIVE
 
 
 def _check_prefill(session: Session, rows: list[Tensor], expected: list[Tensor]) -> None:
     logits = session.logits([row.tolist() for row in rows])
     for got, row, want in zip(logits, rows, expected, strict=True):
-        assert _relative(torch.as_tensor(got[: len(row)]), want) < RELATIVE
+        assert relative(torch.as_tensor(got[: len(row)]), want) < RELATIVE
 
 
 def _check_pieces(
@@ -99,40 +96,5 @@ def _check_pieces(
         got = session.extend(ids[:, start:end], own, cache)
         for index, count in enumerate(own.tolist()):
             if count:
-                assert _relative(got[index], expected[index][start + count - 1]) < RELATIVE
+                assert relative(got[index], expected[index][start + count - 1]) < RELATIVE
     assert torch.equal(cache.lengths, lengths)
-
-
-def _transformers_logits(folder: Path, rows: list[Tensor]) -> list[Tensor]:
-    model = Llama4ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return [model(row[None], use_cache=False).logits[0] for row in rows]
-
-
-def _routers_are_clear(folder: Path, rows: list[Tensor]) -> bool:
-    """No router so near a tie that rounding decides: then the models may rightly differ."""
-    spec = moec.load_spec(folder)
-    text = spec.text
-    names = [f"layers.{la.index}.moe.router" for la in text.all_layers if la.moe]
-    if not names or text.experts.top_k == text.experts.count:
-        return True
-    run = eager_engine(spec, match(spec, read_checkpoint(folder)), taps=names)
-    for row in rows:
-        out = run(
-            {
-                "input_ids": row[None],
-                "past_lengths": torch.zeros(1, dtype=torch.int64),
-                "lengths": torch.tensor([len(row)]),
-                "logit_index": torch.zeros(1, 1, dtype=torch.int64),
-                **new_cache(spec, "fp32", 1, 0).tensors,
-            }
-        )
-        for name in names:
-            best = out[name].topk(text.experts.top_k + 1).values
-            if (best[:, -2] - best[:, -1]).min() < 1e-4 * out[name].abs().max():
-                return False
-    return True
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())

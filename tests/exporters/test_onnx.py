@@ -18,6 +18,7 @@ from moec.exporters.onnx.standard import OPSET, STANDARD
 from moec.exporters.onnx.write import lower_model
 from moec.graph_builder import ops
 from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.parts import build_parts
 from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
@@ -36,29 +37,38 @@ def test_full_size_models_pass_the_checker_by_path(
     name: str, precision: str, tmp_path: Path
 ) -> None:
     artefact = moec.export(name, precision=precision, out=tmp_path / "a")
-    onnx.checker.check_model(str(artefact.model), full_check=True)
     assert artefact.manifest.build.bytes_written < 20e6
-    model = ir.load(artefact.model)
-    assert model.opset_imports == {"": OPSET} and OPSET >= 24
-    assert {node.domain for node in _all_nodes(model)} == {""}
+    for part in ("model", "vision"):
+        onnx.checker.check_model(str(artefact.graph(part)), full_check=True)
+        model = ir.load(artefact.graph(part))
+        assert model.opset_imports == {"": OPSET} and OPSET >= 24
+        assert {node.domain for node in _all_nodes(model)} == {""}
 
 
 def test_every_value_has_a_name_a_type_and_a_shape() -> None:
-    model = lower_model(build_decoder(PRESETS["scout"], "fp16"), "standard", "scout")
-    values = [value for node in _all_nodes(model) for value in node.outputs]
-    assert all(v.name and v.type is not None and v.shape is not None for v in values)
-    names = [value.name for value in values]
-    assert len(names) == len(set(names))
-    assert {"layers.3.attn.q", "layers.47.moe.routed", "logits"} <= set(names)
+    expected = {
+        "model": {"layers.3.attn.q", "layers.47.moe.routed", "fused", "logits"},
+        "vision": {"vision.layers.33.mlp.fc1", "vision.shuffle", "image_features"},
+    }
+    for part, graph in build_parts(PRESETS["scout"], "fp16").items():
+        model = lower_model(graph, "standard", part)
+        values = [value for node in _all_nodes(model) for value in node.outputs]
+        assert all(v.name and v.type is not None and v.shape is not None for v in values)
+        names = [value.name for value in values]
+        assert len(names) == len(set(names))
+        assert expected[part] <= set(names)
 
 
+@pytest.mark.parametrize("part", ["model", "vision"])
 @pytest.mark.parametrize("name", ["scout", "maverick"])
-def test_declared_shapes_are_what_onnxruntime_produces(name: str, tmp_path: Path) -> None:
+def test_declared_shapes_are_what_onnxruntime_produces(
+    name: str, part: str, tmp_path: Path
+) -> None:
     spec = twin(PRESETS[name])
     spec = spec.model_copy(update={"text": spec.text.model_copy(update={"layers": 4})})
     write_random_checkpoint(spec, tmp_path / "weights")
     artefact = moec.export(tmp_path / "weights", out=tmp_path / "a", weights="copy")
-    model = ir.load(artefact.model)
+    model = ir.load(artefact.graph(part))
     model.graph.outputs.extend(
         value
         for node in model.graph
@@ -70,14 +80,18 @@ def test_declared_shapes_are_what_onnxruntime_produces(name: str, tmp_path: Path
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(artefact.path / "tapped.onnx", options)
     sizes = {"batch": 2, "sequence": 5, "logits": 3, "global_slots": 11, "ring_slots": 8}
-    feeds = {
+    sizes |= {"tiles": 2, "image_tokens": 1}
+    assert spec.tokens.image == 3  # one in the ids below
+    text = {
         "input_ids": np.arange(10).reshape(2, 5),
+        "image_features": np.ones((1, spec.text.dim), np.float32),
         "past_lengths": np.array([9, 3]),
         "lengths": np.array([5, 2]),
         "logit_index": np.array([[0, 1, 4], [0, 0, 1]]),
         **{k: v.numpy() for k, v in new_cache(spec, "fp32", 2, 11).tensors.items()},
     }
-    found = session.run(None, feeds)
+    feeds = {"model": text, "vision": {"pixel_values": np.ones((2, 3, 56, 56), np.float32)}}
+    found = session.run(None, feeds[part])
     checked = 0
     for value, array in zip(model.graph.outputs, found, strict=True):
         dims = [d.value if isinstance(d, ir.SymbolicDim) else d for d in value.shape or ()]
@@ -85,6 +99,8 @@ def test_declared_shapes_are_what_onnxruntime_produces(name: str, tmp_path: Path
             if isinstance(dim, str):
                 if dim.endswith("active"):
                     continue
+                if dim.startswith("fused."):
+                    dim = "image_tokens"
                 for symbol, number in sizes.items():
                     dim = dim.replace(symbol, str(number))
                 dim = eval(dim)
@@ -149,20 +165,23 @@ def test_a_hugging_face_cache_is_used_in_place(tiny: Path, tmp_path: Path) -> No
 
 def test_initializers_point_at_the_checkpoints_own_bytes(tiny: Path, tmp_path: Path) -> None:
     artefact = moec.export(tiny, out=tmp_path / "a")
-    model = onnx.load(artefact.model, load_external_data=False)
+    initializers = [
+        tensor
+        for part in ("model", "vision")
+        for tensor in onnx.load(artefact.graph(part), load_external_data=False).graph.initializer
+    ]
     external = {
         tensor.name: {entry.key: entry.value for entry in tensor.external_data}
-        for tensor in model.graph.initializer
+        for tensor in initializers
         if tensor.external_data
     }
-    assert external.keys() == dict(build_decoder(artefact.manifest.spec).named_parameters()).keys()
+    assert external.keys() == artefact.manifest.weights.tensors.keys()  # each weight, once
     for name, ref in artefact.manifest.weights.tensors.items():
-        if name in external:
-            place = external[name]
-            assert (place["location"], int(place["offset"]), int(place["length"])) == (
-                ref.file, ref.offset, ref.length,
-            )  # fmt: skip
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        place = external[name]
+        assert (place["location"], int(place["offset"]), int(place["length"])) == (
+            ref.file, ref.offset, ref.length,
+        )  # fmt: skip
+    types = {tensor.name: tensor.data_type for tensor in initializers}
     assert {types[name] for name in external} == {onnx.TensorProto.BFLOAT16}
 
 

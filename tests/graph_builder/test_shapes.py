@@ -11,14 +11,15 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.graph_builder import ops
-from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.parts import build_parts
 from moec.graph_builder.types import TensorType
 from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.twin import twin
-from tests.strategies import specs
+from moec.weights.view import TORCH_DTYPES
+from tests.strategies import specs, vision_specs
 
 
 class _Recorder(fx.Interpreter):
@@ -62,36 +63,51 @@ def _inputs(
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     lengths = torch.full((batch,), sequence)
     index = torch.zeros(batch, logits, dtype=torch.int64)
-    return [ids, cache.lengths, lengths, index, *cache.tensors.values()], sizes
+    inputs = [ids, cache.lengths, lengths, index, *cache.tensors.values()]
+    if spec.vision:
+        sizes["image_tokens"] = 3
+        inputs.append(torch.zeros(3, spec.text.dim, dtype=TORCH_DTYPES[precision]))
+        ids.view(-1)[:3] = spec.tokens.image
+    return inputs, sizes
+
+
+def _check(graph: fx.GraphModule, inputs: list[torch.Tensor], sizes: dict[str, int]) -> None:
+    recorder = _Recorder(graph, sizes)
+    recorder.run(*inputs)
+    assert recorder.seen >= len(graph.graph.nodes) - 1  # all but the output
+
+
+def _pixels(spec: ModelSpec, tiles: int) -> list[torch.Tensor]:
+    assert spec.vision is not None
+    return [torch.zeros(tiles, spec.vision.channels, spec.vision.image, spec.vision.image)]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    spec=specs(),
+    spec=st.one_of(specs(), vision_specs()),
     precision=st.sampled_from(["fp32", "fp16", "bf16"]),
-    sizes=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 3), st.integers(0, 12)),
+    sizes=st.tuples(st.integers(1, 3), st.integers(3, 7), st.integers(1, 3), st.integers(0, 12)),
 )
 def test_every_rule_agrees_with_eager(
     spec: ModelSpec, precision: str, sizes: tuple[int, int, int, int]
 ) -> None:
-    graph = build_decoder(spec, precision).to_empty(device="cpu")
-    for weight in graph.parameters():
-        weight.zero_()
-    inputs, symbols = _inputs(spec, precision, *sizes)
-    recorder = _Recorder(graph, symbols)
-    recorder.run(*inputs)
-    assert recorder.seen > 20 * spec.text.layers
+    for part, graph in build_parts(spec, precision).items():
+        graph.to_empty(device="cpu")
+        for weight in graph.parameters():
+            weight.zero_()
+        if part == "model":
+            _check(graph, *_inputs(spec, precision, *sizes))
+        else:
+            _check(graph, _pixels(spec, sizes[0]), {"tiles": sizes[0]})
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_every_rule_agrees_with_fake_tensors_at_full_size(name: str) -> None:
     spec = PRESETS[name]
     with FakeTensorMode(), torch.device("meta"):
-        graph = build_decoder(spec, "bf16")
-        inputs, symbols = _inputs(spec, "bf16", 2, 5, 1, 9000)
-        recorder = _Recorder(graph, symbols)
-        recorder.run(*inputs)
-    assert recorder.seen > 20 * spec.text.layers
+        graphs = build_parts(spec, "bf16")
+        _check(graphs["model"], *_inputs(spec, "bf16", 2, 5, 1, 9000))
+        _check(graphs["vision"], _pixels(spec, 17), {"tiles": 17})
 
 
 def test_the_vocabulary_is_what_graphs_use() -> None:
@@ -99,16 +115,22 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
         node.target
         for name in ("scout", "maverick")
         for precision in ("fp32", "fp16")
-        for node in build_decoder(twin(PRESETS[name]), precision).graph.nodes
+        for graph in build_parts(twin(PRESETS[name]), precision).values()
+        for node in graph.graph.nodes
         if node.op == "call_function" and node.target.__name__ != "getitem"
     }
     assert used == {op.target for op in ops.OPS.values()}
 
 
 def test_value_names_are_unique_and_meaningful() -> None:
-    names = [node.meta.get("name") for node in build_decoder(PRESETS["scout"]).graph.nodes][:-1]
-    assert len(names) == len(set(names)) and None not in names
-    assert {"layers.3.attn.q", "layers.47.moe.gate_up", "past.3.key", "logits"} <= set(names)
+    expected = {
+        "model": {"layers.3.attn.q", "layers.47.moe.gate_up", "past.3.key", "fused", "logits"},
+        "vision": {"vision.layers.33.mlp.fc1", "vision.adapter.fc2.act", "image_features"},
+    }
+    for part, graph in build_parts(PRESETS["scout"]).items():
+        names = [node.meta.get("name") for node in graph.graph.nodes][:-1]
+        assert len(names) == len(set(names)) and None not in names
+        assert expected[part] <= set(names)
 
 
 F32, I64 = torch.float32, torch.int64
@@ -129,6 +151,20 @@ def t(*shape: int | str, dtype: torch.dtype = F32) -> TensorType:
         (ops.add, (t(6, 4), t(6, 5))),
         (ops.swiglu, (t(6, 4), t(6, 4, dtype=torch.float16))),
         (ops.unpack, (t(7, 4), t(2, 3, dtype=I64))),
+        (ops.fuse, (t(6, 4), t(2, 4, dtype=I64), t(1, 4), 3)),
+        (ops.fuse, (t(6, 4), t(2, 3, dtype=I64), t(1, 5), 3)),
+        (ops.fuse, (t(6, 4), t(2, 3, dtype=I64), t(1, 4, dtype=torch.float16), 3)),
+        (ops.fuse, (t(6, 4), t(2, 3, dtype=I64), t(1, 4), -1)),
+        (ops.layer_norm, (t(6, 4), t(4), t(5), 1e-5)),
+        (ops.layer_norm, (t(6, 4), t(4), t(4), 0.0)),
+        (ops.patches, (t("tiles", 3, 8, 9), 4, "fp32")),
+        (ops.patches, (t(3, 8, 8), 4, "fp32")),
+        (ops.tile_tokens, (t("tiles", 9, 4), t(5), t(10, 4))),
+        (ops.tile_tokens, (t("tiles", 9, 4), t(4), t(9, 4))),
+        (ops.patch_rope_table, (t("tiles", 9, 4), 3, 6, 1e4)),
+        (ops.patch_rope_table, (t("tiles", 8, 4), 3, 8, 1e4)),
+        (ops.pixel_shuffle, (t("tiles", 9, 4), 3, 1)),
+        (ops.pixel_shuffle, (t("tiles", 10, 4), 3, 2)),
         (ops.pack, (t(6, 4),)),
         (ops.select, (t(2, 3, 4), t(3, 1, dtype=I64))),
         (ops.rope, (t(2, 3, 8), t(2, 3, 3), t(2, 3, 3), 2)),

@@ -14,6 +14,9 @@ from moec.exporters.artefact import open_artefact
 from moec.exporters.export import write_manifest
 from moec.exporters.manifest import File
 from moec.runtime.validate import record
+from moec.spec.presets import PRESETS
+from moec.spec.twin import twin
+from moec.weights.random import write_random_checkpoint
 
 
 def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -85,6 +88,39 @@ def _cache_forgets(model: ir.Model) -> None:
     _constant(model, "ring.index", 1, np.array(0))
 
 
+def _patches_in_columns(model: ir.Model) -> None:
+    node = next(n for n in model.graph if n.name == "vision.pixels/turned")
+    node.attributes["perm"] = ir.AttrInt64s("perm", [0, 4, 2, 1, 3, 5])
+
+
+def _other_vision_rope(model: ir.Model) -> None:
+    node = next(n for n in model.graph if n.name == "vision.layers.1.attn.k.rope")
+    node.replace_input_with(2, node.inputs[1])  # the cosine for the sine
+
+
+def _shuffle_by_columns(model: ir.Model) -> None:
+    node = next(n for n in model.graph if n.name == "vision.shuffle/turned")
+    node.attributes["perm"] = ir.AttrInt64s("perm", [0, 1, 3, 4, 2, 5])
+
+
+def _first_features_only(model: ir.Model) -> None:
+    """Every image shows the first one's patches: right shapes, wrong content."""
+    node = next(n for n in model.graph if n.name == "fused")
+    zeros = ir.node("Mul", [node.inputs[1], _zero(model)], num_outputs=1, name="fused/zeros")
+    first = ir.node("GatherND", [node.inputs[2], zeros.outputs[0]], num_outputs=1, name="fused/1")
+    model.graph.insert_before(node, [zeros, first])
+    node.replace_input_with(2, first.outputs[0])
+
+
+def _zero(model: ir.Model) -> ir.Value:
+    tensor = ir.tensor(np.array(0), name="zero")
+    value = ir.Value(
+        name="zero", type=ir.TensorType(tensor.dtype), shape=ir.Shape([]), const_value=tensor
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
 @pytest.mark.parametrize(
     "damage, first",
     [
@@ -94,18 +130,26 @@ def _cache_forgets(model: ir.Model) -> None:
         (_score_ignored, "layers.2"),
         (_norm_eps, "layers.0"),
         (_cache_forgets, "prefill against decode"),
+        (_first_features_only, "images: fused"),
+        (_patches_in_columns, "vision.tokens"),
+        (_other_vision_rope, "vision.layers.1"),
+        (_shuffle_by_columns, "vision.adapter"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_wrong_graph_fails_at_the_layer_that_is_wrong(
     tiny: Path, tmp_path: Path, damage: Callable[[ir.Model], None], first: str
 ) -> None:
+    part = "vision" if first.startswith("vision") else "model"
+    if part == "vision":  # the fixture's tower is untrained: its attention sees little
+        tiny = tmp_path / "weights"
+        write_random_checkpoint(twin(PRESETS["tiny-scout"]), tiny)
     artefact = moec.export(tiny, out=tmp_path / "a")
-    model = ir.load(artefact.model)
+    file = artefact.graph(part)
+    model = ir.load(file)
     damage(model)
-    ir.save(model, artefact.model)
-    size = artefact.model.stat().st_size
-    files = {"model.onnx": File(size=size, sha256="0" * 64)}
+    ir.save(model, file)
+    files = {file.name: File(size=file.stat().st_size, sha256="0" * 64)}
     write_manifest(artefact.path, artefact.manifest.model_copy(update={"files": files}))
     report = moec.validate(artefact.path)
     assert not report.passed

@@ -123,6 +123,7 @@ def generate(
         raise MoecError("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
     import moec
     from moec.exporters.artefact import open_artefact
+    from moec.runtime.prompt import compose
     from moec.runtime.text import open_text
 
     stream: Any = None
@@ -130,11 +131,13 @@ def generate(
     if prompt is None:
         row = _numbers(ids or "")
     else:
-        encoded = moec.encode(artefact, prompt, image or (), chat)
-        row, pixels = encoded.input_ids, encoded.pixel_values
-        for note in encoded.notes:
+        opened = open_artefact(artefact)
+        text = open_text(opened)
+        composed = compose(opened, text, prompt, image or (), chat)
+        row, pixels = composed.input_ids, composed.pixel_values
+        for note in composed.notes:
             Console(stderr=True).print(f"note: {note}", highlight=False, soft_wrap=True)
-        stream = open_text(open_artefact(artefact)).stream()
+        stream = text.stream()
         next(stream)
         sys.stdout.write("" if chat else prompt)
 

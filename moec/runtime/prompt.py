@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moec.exporters.artefact import open_artefact
+from moec.exporters.artefact import Artefact, open_artefact
 from moec.runtime.image import read_image
 from moec.runtime.text import Text, open_text
 from moec.runtime.tiling import read_tiling, tile
@@ -55,7 +55,18 @@ def encode(
             that marks another number of images; images for a model without a vision tower.
     """
     artefact = open_artefact(path)
-    words, spec = open_text(artefact), artefact.manifest.spec
+    return compose(artefact, open_text(artefact), text, images, chat)
+
+
+def compose(
+    artefact: Artefact,
+    words: Text,
+    text: str,
+    images: "Sequence[str | Path | bytes | Image]" = (),
+    chat: bool = False,
+) -> Prompt:
+    """`encode` for an artefact that is open, `words` its tokenizer."""
+    spec = artefact.manifest.spec
     if not images:
         return Prompt(words.chat(text) if chat else words.encode(text), None, (), ())
     if spec.vision is None:

@@ -96,6 +96,7 @@ def compose(
     shown = [layout(grid, spec.vision.tokens, tiled) for grid in grids]
     text = parts[0] + "".join(map("".join, zip(shown, parts[1:], strict=True)))
     ids, pixels = words.encode(text), torch.cat(tiles)
+    assert spec.tokens.image is not None  # a spec with a tower has one
     found, expected = ids.count(spec.tokens.image), len(pixels) * spec.vision.tokens
     if found != expected:
         raise MoecError(

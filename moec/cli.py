@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 3 a needed package or device 
 import json
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -337,6 +338,8 @@ def main() -> None:
     """Run the command line and exit; a user's mistake is a message, never a stack trace."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    # Of odd metadata in images, and large ones: what matters is an error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         app()
     except MoecError as error:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moec.spec.model import ModelSpec
-from moec.spec.parameters import vision_parameters
+from moec.spec.plan import plan
 from moec.spec.presets import PRESETS
 
 Figures = dict[str, float]
@@ -77,22 +77,6 @@ def spec() -> ModelSpec:
         update={"image": 7, "image_start": 5, "image_end": 6, "bos": 0, "eos": (1,), "pad": 2}
     )
     return scout.model_copy(update={"name": "full-size-tower", "text": text, "tokens": tokens})
-
-
-def flops(tiles: int) -> int:
-    """Of matrix products, attention included."""
-    vision = spec().vision
-    assert vision is not None
-    sizes = {n: math.prod(s) for n, s in vision_parameters(spec()).items() if len(s) == 2}
-    patches, rows = vision.side**2, vision.side**2 + 1
-    count = {"vision.patch": patches, "vision.layers": rows, "vision.adapter": vision.tokens}
-    linear = sum(
-        2 * size * next((n for start, n in count.items() if name.startswith(start)), vision.tokens)
-        for name, size in sizes.items()
-        if name != "vision.positions"
-    )
-    attention = 4 * rows * rows * vision.dim * vision.layers
-    return tiles * (linear + attention)
 
 
 def prepare(folder: str) -> None:
@@ -222,7 +206,7 @@ def table(rows: list[Figures], limit: float, errors: dict[str, float] | None) ->
         if "error" in row:
             result.add_row(str(row["engine"]), str(row["error"]), style="red")
             continue
-        share = flops(int(row["tiles"])) / row["run_s"] / limit
+        share = plan(spec(), "fp32", tiles=int(row["tiles"])).vision_flops / row["run_s"] / limit
         result.add_row(
             str(row["engine"]), f"{row['tiles']}", f"{row['first_s']:.1f}", f"{row['run_s']:.2f}",
             f"{row['run_s'] / row['tiles']:.2f}", f"{share:.0%}", f"{row['peak_gb']:.1f}",

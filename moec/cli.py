@@ -163,13 +163,14 @@ def plan(
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 8192,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     device: Annotated[str | None, typer.Option(help="For the roofline: h200.")] = None,
+    tiles: Annotated[int, typer.Option(help="Image tiles in the prompts.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Say what a model costs before anyone builds it."""
     import moec
     from moec.show import plan_table
 
-    result = moec.plan(model, precision, context, batch, device)
+    result = moec.plan(model, precision, context, batch, device, tiles)
     if as_json:
         _print_json(result.to_dict())
     else:

@@ -62,7 +62,8 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
     console.print(f"stages: {stages}", highlight=False)
     total = counts(manifest.spec)
     console.print(
-        f"{total['text']:,} parameters in the text model ({total['active_text']:,} active) · "
+        f"{total['text']:,} parameters in the text model ({total['active_text']:,} active), "
+        f"{total['vision'] + total['projector']:,} in the vision tower · "
         f"weights {manifest.weights.mode} · {len(manifest.rewritten)} rewritten · "
         f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied · "
         f"peak memory {size(build.peak_bytes)}",
@@ -143,6 +144,12 @@ def plan_table(console: Console, plan: Plan) -> None:
         "prefill of one prompt": f"{plan.prefill_flops / 1e12:,.1f} TFLOP",
         "prefill, bound": bound(plan.prefill_ms),
     }
+    if plan.tiles:
+        rows |= {
+            "vision tower": size(plan.vision_bytes),
+            f"{plan.tiles} tiles": f"{plan.vision_flops / 1e12:,.1f} TFLOP",
+            f"{plan.tiles} tiles, bound": bound(plan.vision_ms),
+        }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

@@ -12,7 +12,7 @@ from typing import Any
 from moec.spec.errors import MoecError
 from moec.spec.files import load_spec
 from moec.spec.model import ModelSpec
-from moec.spec.parameters import text_parameters
+from moec.spec.parameters import text_parameters, vision_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,10 @@ class Plan:
     decode_ms: float | None
     prefill_flops: int
     prefill_ms: float | None
+    tiles: int
+    vision_bytes: int
+    vision_flops: int
+    vision_ms: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -63,15 +67,18 @@ def plan(
     context: int = 8192,
     batch: int = 1,
     device: str | None = None,
+    tiles: int = 0,
 ) -> Plan:
-    """The text model's cost at `batch` sequences of `context` tokens.
+    """The text model's cost at `batch` sequences of `context` tokens, and that of image `tiles`.
 
     In fp8 every linear layer and expert takes one byte a weight; embedding, head, router, norms and
     caches stay bf16. `decode_*` is one step of the whole batch, `prefill_*` one prompt of `context`
     tokens. `full_cache_bytes` is what the cache would take without rings on the chunked layers.
+    `vision_*` is the tower with its projector, which fp8 leaves in bf16. With tiles its weights
+    count in `fits`; the tiles' tokens are part of the context.
 
     Raises:
-        MoecError: unknown precision or device, or a size below 1.
+        MoecError: unknown precision or device, a size below 1, or tiles without a tower.
     """
     spec = load_spec(spec)
     if precision not in _BYTES:
@@ -80,6 +87,8 @@ def plan(
         raise _bad("device", f"{device} at {precision}", ", ".join(DEVICES) + " at bf16, fp16, fp8")
     if context < 1 or batch < 1:
         raise _bad("context and batch", f"{context}, {batch}", "at least 1")
+    if tiles < 0 or (tiles and spec.vision is None):
+        raise _bad("tiles", tiles, "0 or more, and a model with a vision tower")
     text = spec.text
     sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
     width = {name: _width(name, precision) for name in sizes}
@@ -105,6 +114,10 @@ def plan(
         if n != "head.weight"
     )
     total = sum(sizes[n] * width[n] for n in sizes)
+    tower = "bf16" if precision == "fp8" else precision
+    vision_bytes = _BYTES[tower] * sum(math.prod(s) for s in vision_parameters(spec).values())
+    vision_flops = tiles * _tile_flops(spec)
+    resident = total + per_key * sum(kept) + (vision_bytes if tiles else 0)
     on = DEVICES[device] if device else None
     return Plan(
         model=spec.name,
@@ -115,7 +128,7 @@ def plan(
         weights_bytes=total,
         cache_bytes=per_key * sum(kept),
         full_cache_bytes=per_key * context * text.layers,
-        fits=None if on is None else total + per_key * sum(kept) <= on.memory,
+        fits=None if on is None else resident <= on.memory,
         experts_read=read,
         decode_read_bytes=round(decode_read),
         decode_flops=round(decode_flops),
@@ -130,7 +143,28 @@ def plan(
             linear / on.flops[precision] + attention / on.flops["bf16"],
             prefill_read / on.bandwidth,
         ),
+        tiles=tiles,
+        vision_bytes=vision_bytes,
+        vision_flops=vision_flops,
+        vision_ms=None
+        if on is None or not tiles
+        else 1e3 * max(vision_flops / on.flops[tower], vision_bytes / on.bandwidth),
     )
+
+
+def _tile_flops(spec: ModelSpec) -> int:
+    """FLOPs of one tile in the vision tower, adapter and projector: matrix products alone."""
+    vision = spec.vision
+    if vision is None:
+        return 0
+    rows = vision.side**2 + 1  # patches and the class token
+    linear = 0
+    for name, shape in vision_parameters(spec).items():
+        if name == "vision.patch.weight":
+            linear += 2 * math.prod(shape) * (rows - 1)
+        elif len(shape) == 2 and name != "vision.positions":
+            linear += 2 * math.prod(shape) * (rows if ".layers." in name else vision.tokens)
+    return linear + 4 * rows * rows * vision.dim * vision.layers
 
 
 def _routed(name: str) -> bool:

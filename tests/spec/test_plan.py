@@ -4,6 +4,7 @@ import pytest
 
 from moec.spec.errors import MoecError
 from moec.spec.plan import plan
+from moec.spec.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,23 @@ def test_weights_and_fit() -> None:
 def test_bad_settings_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(MoecError):
         plan("scout", **bad)  # type: ignore[arg-type]
+
+
+def test_image_tiles_cost_the_tower() -> None:
+    plain, some = plan("scout"), plan("scout", tiles=5, device="h200")
+    assert (plain.vision_flops, plain.vision_ms) == (0, None)
+    assert some.vision_bytes == 2 * (850_960_896 + 20_971_520)
+    # By hand: 2 FLOP a weight for 576 patches, 577 rows, 144 tokens; and two attention products.
+    layer = 4 * 1408**2 + 2 * 1408 * 5632
+    tile = 2 * (588 * 1408 * 576 + 34 * layer * 577 + (5632 + 4096 + 5120) * 4096 * 144)
+    tile += 34 * 4 * 577**2 * 1408
+    assert some.vision_flops == 5 * tile
+    assert some.vision_ms == pytest.approx(1e3 * 5 * tile / 790e12)
+    assert plan("scout", "fp8", tiles=1).vision_bytes == some.vision_bytes
+
+
+@pytest.mark.parametrize("tiles", [-1, 3])
+def test_tiles_need_a_tower(tiles: int) -> None:
+    spec = PRESETS["scout"].model_copy(update={"vision": None})
+    with pytest.raises(MoecError, match="tiles"):
+        plan(spec, tiles=tiles)

@@ -5,10 +5,9 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moec
-from moec.cli import main
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError
 from moec.spec.files import dump_yaml
 from moec.spec.presets import PRESETS
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
+from tests.refusals import one_message, refusal
 
 ROOT = Path(__file__).parents[2]
 SPEC = twin(PRESETS["tiny-scout"])
@@ -48,19 +47,6 @@ def tree(folder: Path) -> dict[str, str]:
             what = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         found[path.relative_to(folder).as_posix()] = what
     return found
-
-
-def refusal(call: Callable[[], object], names: str, code: int = 2) -> MoecError:
-    """The one clear message that `call` is refused with; it must name `names`."""
-    with pytest.raises(MoecError) as caught:
-        call()
-    error = caught.value
-    assert error.exit_code == code, error
-    assert all(part.strip() for part in (error.where, error.found, error.expected, error.next_step))
-    assert len(str(error).splitlines()) == 4, "where, found, expected, next: a line each"
-    assert str(error).replace("\n", "").isprintable(), "no control characters from the input"
-    assert names in str(error), f"{names!r} should be named in:\n{error}"
-    return error
 
 
 @pytest.fixture(scope="module")
@@ -443,10 +429,14 @@ CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "moe_layers out of range": (config("text_config.moe_layers", [0, 8]), "moe_layers"),
     "moe_layers below zero": (config("text_config.moe_layers", [-1]), "moe_layers"),
     "moe_layers that are text": (config("text_config.moe_layers", ["0"]), "moe_layers"),
+    "an image token that is text": (config("image_token_index", "<|patch|>"), "image_token_index"),
+    "an image token out of range": (config("image_token_index", 256), "tokens.image is 256"),
+    "an image token below zero": (config("image_token_index", -1), "tokens.image is -1"),
 }  # fmt: skip
 
 #: fields that no config may leave out
 REQUIRED = [
+    "image_token_index",
     *(
         f"text_config.{name}"
         for name in """
@@ -489,7 +479,7 @@ def test_a_broken_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, case: 
 def test_a_config_without_a_field_is_refused(checkpoint: Path, tmp_path: Path, field: str) -> None:
     drop("config.json", field)(checkpoint)
     refused_and_nothing_left(
-        tmp_path, lambda: moec.export(checkpoint, out=tmp_path / "out"), field.split(".")[1]
+        tmp_path, lambda: moec.export(checkpoint, out=tmp_path / "out"), field.split(".")[-1]
     )
 
 
@@ -905,37 +895,6 @@ def test_a_checkpoint_opens_in_the_eager_engine_only(sound: Path, engine: str) -
 # ---------------------------------------------------------------- the command line
 
 
-@pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Run the command line in this process: its exit code and what it says on stderr.
-
-    An error that would be a stack trace comes through and fails the test.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def run(*args: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["moec", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, capsys.readouterr().err
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def one_message(err: str, names: str) -> None:
-    """Where, found, expected, next, once each, without a stack trace."""
-    assert "Traceback" not in err
-    for label in ("error: ", "  found:    ", "  expected: ", "  next:     "):
-        assert err.count(label) == 1, err
-    assert err.startswith("error: ")
-    assert names in "".join(err.split("\n")), err
-
-
 COMMANDS: dict[str, tuple[str, str]] = {
     "no source": ("build", "0 sources"),
     "two sources": ("build --variant scout --checkpoint CHECKPOINT", "2 sources"),
@@ -970,6 +929,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan an unknown precision": ("plan scout --precision int4", "int4"),
     "plan an unknown device": ("plan scout --device abacus", "abacus"),
     "plan no context": ("plan scout --context 0", "context"),
+    "plan fewer tiles than none": ("plan scout --tiles -1", "tiles"),
     "show an unknown model": ("spec show herd", "herd"),
     "show in an unknown format": ("spec show scout --format toml", "toml"),
     "compare with an unknown model": ("spec diff scout herd", "herd"),

@@ -51,6 +51,15 @@ def test_generate_streams_the_golden_text(built: tuple[Path, str]) -> None:
     assert eager == text
 
 
+def test_generate_takes_photographs(built: tuple[Path, str]) -> None:
+    photo = ROOT / "examples" / "astronaut.jpg"
+    prompt = "def <|image|> main(<|image|>):"
+    arguments = ["--image", photo, "--image", photo, "--prompt", prompt, "--max-new-tokens", 6]
+    text = _cli("generate", built[0], *arguments)
+    assert text.startswith(prompt) and len(text) > len(prompt) + 6
+    assert _cli("generate", built[0], *arguments, "--engine", "eager") == text
+
+
 def test_generate_from_ids(built: tuple[Path, str]) -> None:
     printed = _cli("generate", built[0], "--ids", "10,11,12", "--max-new-tokens", 3)
     assert len(printed.split()) == 3

@@ -1,0 +1,29 @@
+"""What a refusal looks like: one message in four lines, whoever shows it."""
+
+from collections.abc import Callable
+
+import pytest
+
+from moec.spec.errors import MoecError
+
+
+def refusal(call: Callable[[], object], names: str, code: int = 2) -> MoecError:
+    """The one clear message that `call` is refused with; it must name `names`."""
+    with pytest.raises(MoecError) as caught:
+        call()
+    error = caught.value
+    assert error.exit_code == code, error
+    assert all(part.strip() for part in (error.where, error.found, error.expected, error.next_step))
+    assert len(str(error).splitlines()) == 4, "where, found, expected, next: a line each"
+    assert str(error).replace("\n", "").isprintable(), "no control characters from the input"
+    assert names in str(error), f"{names!r} should be named in:\n{error}"
+    return error
+
+
+def one_message(err: str, names: str) -> None:
+    """Where, found, expected, next, once each, without a stack trace."""
+    assert "Traceback" not in err
+    for label in ("error: ", "  found:    ", "  expected: ", "  next:     "):
+        assert err.count(label) == 1, err
+    assert err.startswith("error: ")
+    assert names in "".join(err.split("\n")), err

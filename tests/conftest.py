@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -6,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import benchmarks.torchvision_ops  # noqa: F401  before any test imports transformers
+import moec
+from moec.weights.random import write_random_checkpoint
+from tests.damage import EMBED, FIRST, INDEX, SECOND, SPEC
 
+pytest.register_assert_rewrite("tests.refusals", "tests.trees")  # asserts that say what differs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-scout"
@@ -32,10 +38,43 @@ def golden() -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` as a float32 artefact, weights in place."""
-    import moec
-
     out = tmp_path_factory.mktemp("artefacts") / "tiny"
     return moec.export(TINY, precision="fp32", out=out).path
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two shards and an index, with nothing wrong."""
+    folder = tmp_path_factory.mktemp("sound") / "checkpoint"
+    write_random_checkpoint(SPEC, folder)
+    single = folder / "model.safetensors"
+    tensors = load_file(single)
+    names = [EMBED, *sorted(set(tensors) - {EMBED})]
+    halves = {FIRST: names[: len(names) // 2], SECOND: names[len(names) // 2 :]}
+    for name, half in halves.items():
+        save_file({key: tensors[key] for key in half}, folder / name)
+    single.unlink()
+    weight_map = {key: name for name, half in halves.items() for key in half}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(sound: Path, tmp_path: Path) -> Path:
+    """A copy of `sound` that a test may damage; its parent holds nothing else."""
+    return Path(shutil.copytree(sound, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def built(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact that holds its own weights."""
+    return moec.export(sound, out=tmp_path_factory.mktemp("built") / "art", weights="copy").path
+
+
+@pytest.fixture
+def artefact(built: Path, tmp_path: Path) -> Path:
+    """A copy of `built` that a test may damage."""
+    return Path(shutil.copytree(built, tmp_path / "art"))
 
 
 @pytest.fixture

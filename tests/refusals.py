@@ -1,10 +1,12 @@
 """What a refusal looks like: one message in four lines, whoever shows it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from moec.spec.errors import MoecError
+from tests.trees import tree
 
 
 def refusal(call: Callable[[], object], names: str, code: int = 2) -> MoecError:
@@ -18,6 +20,15 @@ def refusal(call: Callable[[], object], names: str, code: int = 2) -> MoecError:
     assert str(error).replace("\n", "").isprintable(), "no control characters from the input"
     assert names in str(error), f"{names!r} should be named in:\n{error}"
     return error
+
+
+def refused_and_nothing_left(
+    world: Path, call: Callable[[], object], names: str, code: int = 2
+) -> None:
+    """`call` is refused, and everything below `world` is as it was."""
+    before = tree(world)
+    refusal(call, names, code)
+    assert tree(world) == before, "the disk is as it was"
 
 
 def one_message(err: str, names: str) -> None:

@@ -67,7 +67,7 @@ def _inputs(
     if spec.vision:
         sizes["image_tokens"] = 3
         inputs.append(torch.zeros(3, spec.text.dim, dtype=TORCH_DTYPES[precision]))
-        ids.view(-1)[:3] = spec.tokens.image
+        ids.fill_(int(spec.tokens.image == 0)).view(-1)[:3] = spec.tokens.image
     return inputs, sizes
 
 

@@ -1,0 +1,105 @@
+"""A call that makes no sense gives one clear message: token ids, lengths, settings, engines."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moec
+from moec.runtime.session import Session
+from tests.damage import SPEC
+from tests.refusals import refusal
+
+VOCAB = SPEC.text.vocab
+
+#: what is wrong -> (token ids, what the message must name)
+IDS: dict[str, tuple[Any, str]] = {
+    "beyond the vocabulary": ([[1, VOCAB]], f"token {VOCAB}"),
+    "negative": ([[1, -1]], "token -1"),
+    "beyond 64 bits": ([[2**70]], "input_ids"),
+    "beyond the vocabulary, in a tensor": (torch.tensor([[VOCAB]]), f"token {VOCAB}"),
+    "nothing": ([], "input_ids"),
+    "an empty row": ([[]], "input_ids"),
+    "an empty row among others": ([[1, 2], []], "input_ids"),
+    "an empty tensor": (torch.zeros(1, 0, dtype=torch.int64), "input_ids"),
+    "floats": ([[1.0, 2.0]], "input_ids"),
+    "one float": ([[1, 2.5]], "input_ids"),
+    "a float tensor": (torch.ones(1, 3), "input_ids"),
+    "a bool tensor": (torch.ones(1, 3, dtype=torch.bool), "input_ids"),
+    "text": ("hello", "input_ids"),
+    "rows of text": ([["a", "b"]], "input_ids"),
+    "None in a row": ([[1, None]], "input_ids"),
+    "a row and a number": ([[1, 2], 3], "input_ids"),
+    "one dimension": (torch.tensor([1, 2, 3]), "input_ids"),
+    "three dimensions": (torch.ones(1, 2, 3, dtype=torch.int64), "input_ids"),
+}
+
+
+@pytest.fixture(scope="module")
+def session(built: Path) -> Session:
+    return moec.open_session(built)
+
+
+@pytest.mark.parametrize("method", ["logits", "generate"])
+@pytest.mark.parametrize("case", IDS)
+def test_token_ids_that_are_none_are_refused(session: Session, case: str, method: str) -> None:
+    ids, names = IDS[case]
+    refusal(lambda: getattr(session, method)(ids), names)
+
+
+@pytest.mark.parametrize("method", ["logits", "generate"])
+@pytest.mark.parametrize("lengths", [[0], [4], [-1], [1, 1], [], [1.5], [[1]]], ids=str)
+def test_lengths_that_do_not_fit_the_rows_are_refused(
+    session: Session, lengths: Any, method: str
+) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    refusal(lambda: getattr(session, method)(ids, lengths=lengths), "lengths")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": 1.0, "top_k": 0},
+        {"temperature": 1.0, "top_k": -3},
+        {"temperature": 1.0, "top_p": 0.0},
+        {"temperature": 1.0, "top_p": 1.5},
+        {"temperature": 1.0, "top_p": float("nan")},
+        {"temperature": 1.0, "seed": 2**70},
+    ],
+    ids=str,
+)
+def test_sampling_settings_out_of_range_are_refused(
+    session: Session, setting: dict[str, Any]
+) -> None:
+    refusal(lambda: session.generate([[1]], max_new_tokens=2, **setting), list(setting)[-1])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"tokens": 0}, {"tokens": -3}, {"seed": 2**70}, {"seed": -(2**70)}], ids=str
+)
+def test_a_proof_on_tokens_that_cannot_be_is_refused(built: Path, setting: dict[str, int]) -> None:
+    refusal(lambda: moec.validate(built, **setting), next(iter(setting)))
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "code"),
+    [
+        ({"engine": "abacus"}, "abacus", 2),
+        ({"preset": "ludicrous"}, "ludicrous", 2),
+        ({"engine": "eager", "preset": "ludicrous"}, "ludicrous", 2),
+        ({"device": "cuda"}, "cuda", 3),
+    ],
+    ids=str,
+)
+def test_an_unknown_way_to_run_is_refused(
+    built: Path, options: dict[str, str], names: str, code: int
+) -> None:
+    refusal(lambda: moec.open_session(built, **options), names, code)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "abacus"])
+def test_a_checkpoint_opens_in_the_eager_engine_only(sound: Path, engine: str) -> None:
+    refusal(lambda: moec.open_session(sound, engine=engine), engine)

@@ -134,13 +134,12 @@ def generate(
     else:
         opened = open_artefact(artefact)
         text = open_text(opened)
-        composed = compose(opened, text, prompt, image or (), chat)
+        composed = compose(text, opened.manifest.spec, prompt, image or (), chat)
         row, pixels = composed.input_ids, composed.pixel_values
         for note in composed.notes:
             Console(stderr=True).print(f"note: {note}", highlight=False, soft_wrap=True)
         stream = text.stream()
         next(stream)
-        sys.stdout.write("" if chat else prompt)
 
     def show(step: list[int | None]) -> None:
         token = step[0]
@@ -149,6 +148,8 @@ def generate(
             sys.stdout.flush()
 
     session = moec.open_session(artefact, engine=engine, preset=preset)
+    if prompt and not chat:
+        sys.stdout.write(prompt)
     session.generate(
         [row], pixels, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         stream=show,

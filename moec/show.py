@@ -60,14 +60,18 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
     build = manifest.build
     stages = " · ".join(f"{name} {seconds:.2f} s" for name, seconds in build.seconds.items())
     console.print(f"stages: {stages}", highlight=False)
-    total = counts(manifest.spec)
+    total, tower = counts(manifest.spec), manifest.spec.vision
     console.print(
-        f"{total['text']:,} parameters in the text model ({total['active_text']:,} active), "
-        f"{total['vision'] + total['projector']:,} in the vision tower · "
+        f"{total['text']:,} parameters in the text model ({total['active_text']:,} active)"
+        + (f", {total['vision'] + total['projector']:,} in the vision tower" if tower else ""),
+        highlight=False,
+    )
+    console.print(
         f"weights {manifest.weights.mode} · {len(manifest.rewritten)} rewritten · "
         f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied · "
         f"peak memory {size(build.peak_bytes)}",
         highlight=False,
+        soft_wrap=True,
     )
     if manifest.weights.mode == "unbound":
         console.print(

@@ -116,6 +116,15 @@ def open_artefact(path: str | Path) -> Artefact:
             "a manifest of this version of moec",
             "build the artefact again",
         ) from None
+    if bool(manifest.spec.vision) != bool(manifest.vision):
+        raise MoecError(
+            f"{path / NAME}: vision",
+            "a model with a vision tower, an artefact without"
+            if manifest.spec.vision
+            else "a model without a vision tower, an artefact with one",
+            "an artefact of the whole model; older versions built the decoder alone",
+            "build the artefact again",
+        )
     for name, expected in manifest.files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None

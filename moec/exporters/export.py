@@ -30,7 +30,7 @@ from moec.exporters.manifest import (
 )
 from moec.exporters.memory import memory
 from moec.exporters.onnx.write import DIALECTS, lower_model, ports, save_bound, save_checked
-from moec.graph_builder.parts import build_parts
+from moec.graph_builder.parts import build_parts, parts_of
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
 from moec.spec.model import ModelSpec
@@ -190,8 +190,7 @@ def bind(
                 f"python cli.py build --checkpoint {checkpoint}",
             )
         entries = match(spec, read)
-        parts = ["model", "vision"] if built.manifest.vision else ["model"]
-        models = {part: ir.load(built.graph(part)) for part in parts}
+        models = {part: ir.load(built.graph(part)) for part in parts_of(spec)}
     return _write(path, models, built.manifest, read, entries, weights, stages)
 
 

@@ -10,7 +10,11 @@ from moec.spec.model import ModelSpec
 BUILDERS = {"model": build_decoder, "vision": build_vision}
 
 
+def parts_of(spec: ModelSpec) -> tuple[str, ...]:
+    """The parts that `spec` has."""
+    return ("model", "vision") if spec.vision else ("model",)
+
+
 def build_parts(spec: ModelSpec, precision: str = "fp32") -> dict[str, fx.GraphModule]:
     """Every graph of `spec`, by part."""
-    parts = BUILDERS if spec.vision else ["model"]
-    return {part: BUILDERS[part](spec, precision) for part in parts}
+    return {part: BUILDERS[part](spec, precision) for part in parts_of(spec)}

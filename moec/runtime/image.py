@@ -28,6 +28,11 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         MoecError: no such file, not an image of `FORMATS`, damaged, of more pixels than Pillow
             trusts (179 million), or of samples without a known range (32-bit integers, floats).
     """
+    if not isinstance(source, str | Path | bytes | Image.Image):
+        raise MoecError(
+            "image", f"{type(source).__name__}", "a path, a file's bytes, or a Pillow image",
+            "open files and arrays by Pillow (Image.open, Image.fromarray)",
+        )  # fmt: skip
     where = "image" if isinstance(source, bytes | Image.Image) else Path(source)
     try:
         if isinstance(source, Image.Image):
@@ -65,7 +70,7 @@ def _open(path: Path) -> BinaryIO:
         found = "an empty file" if regular else "a folder" if folder else "a pipe or device"
     except OSError as error:
         found = error.strerror or str(error)
-    raise MoecError(path, found, "an image file", "check the path")
+    raise MoecError(path, found, "an image file on this machine", "check the path")
 
 
 def _rgb(image: Image.Image, where: object) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from moec.runtime.cache import new_cache
 from moec.runtime.compare import Tolerance, argmax_agreement, error, feeds_of
 from moec.runtime.eager import eager_engine
 from moec.runtime.ort import ort_engine
+from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check
 from moec.runtime.session import open_session
 from moec.spec.model import ModelSpec
@@ -60,6 +60,8 @@ def tower(artefact: Artefact, pixels: Tensor, tolerance: Tolerance) -> Iterator[
     shown = {
         "vision.tokens": "vision.tokens",
         **{f"vision.layers.{i}": f"vision.layers.{i}.out" for i in range(spec.vision.layers)},
+        "vision.post": "vision.post",
+        "vision.shuffle": "vision.shuffle",
         "vision.adapter": "vision.adapter.fc2.act",
         "image_features": "image_features",
     }
@@ -112,20 +114,10 @@ def _pieces(
 ) -> Check:
     """Prefill in pieces that cut images apart, against `whole`, the logits of one call."""
     session = open_session(artefact.path)
-    ids, seen = images.ids, images.seen
     features = session.image_features(images.pixels[: images.placed])
-    order = (seen.flatten().cumsum(0) - 1).view_as(ids)  # each token's row of `features`
     cuts = set()
-    for row in seen:
+    for row in images.seen:
         columns = row.nonzero()[:, 0].tolist()
         cuts |= {columns[len(columns) // 3], columns[len(columns) // 2]} if columns else set()
-    edges = [0, *sorted(cuts - {0}), ids.shape[1]]
-    cache = new_cache(session.spec, session.precision, len(ids), 1)
-    pairs = []
-    for start, end in pairwise(edges):
-        own = (lengths - start).clamp(0, end - start)
-        fused = features[order[:, start:end][seen[:, start:end]]]
-        got = session.extend(ids[:, start:end], own, cache, fused)
-        pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
-    found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))
-    return error("images: in pieces", found, expected, tolerance, f"{len(edges) - 1} calls")
+    name = "images: in pieces"
+    return in_pieces(name, session, images.ids, lengths, cuts, whole, tolerance, features)

@@ -45,22 +45,31 @@ def read_tiles(pixel_values: Pixels, spec: ModelSpec) -> Tensor:
     """
     vision = spec.vision
     if vision is None:
-        raise _bad_pixels("images", f"none: {spec.name} has no vision tower")
+        raise MoecError(
+            "pixel_values", "images", f"none: {spec.name} has no vision tower",
+            "leave pixel_values out",
+        )  # fmt: skip
     shape = (vision.channels, vision.image, vision.image)
     expected = f"float32 [tiles, {', '.join(map(str, shape))}], normalised"
     if not isinstance(pixel_values, Tensor | np.ndarray):
         found = f"{type(pixel_values).__name__} {str(pixel_values)[:40]}"
         raise _bad_pixels(found, f"a tensor or array, {expected}")
+    size = tuple(pixel_values.shape)
+    dtype = pixel_values.dtype
+    real = dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype.kind == "f"
+    if not real or len(size) != 4 or size[1:] != shape or not size[0]:
+        raise _bad_pixels(f"{dtype} {list(size)}", expected)
     try:
-        tiles = torch.as_tensor(pixel_values)
-    except TypeError:  # such as an array of objects
-        raise _bad_pixels(f"{pixel_values.dtype}", expected) from None
-    fits = tiles.dim() == 4 and tuple(tiles.shape[1:]) == shape and len(tiles)
-    if not fits or not tiles.is_floating_point():
-        raise _bad_pixels(f"{tiles.dtype} {list(tiles.shape)}", expected)
-    if not bool(tiles.isfinite().all()):
-        raise _bad_pixels("values that are not finite", expected)
-    return tiles.float()
+        if isinstance(pixel_values, np.ndarray):  # whatever its byte order and strides
+            with np.errstate(over="ignore"):  # found below
+                pixel_values = torch.from_numpy(np.array(pixel_values, np.float32, order="C"))
+        tiles = pixel_values.detach().float()
+        finite = bool(tiles.isfinite().all())
+    except (RuntimeError, NotImplementedError) as error:  # such as sparse, or without memory
+        raise _bad_pixels(f"{dtype} {list(size)}: {error}", expected) from None
+    if not finite:
+        raise _bad_pixels("values that are not finite in float32", expected)
+    return tiles
 
 
 def _padded(input_ids: Ids, lengths: Ids | None) -> tuple[Tensor, Tensor]:

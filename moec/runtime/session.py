@@ -23,6 +23,7 @@ from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import read_checkpoint
 from moec.weights.name_map import match
 from moec.weights.shard import TensorEntry
+from moec.weights.view import TORCH_DTYPES
 
 #: tokens of a prompt that go through the graph at once; bounds the memory of masks and logits
 PIECE = 1024
@@ -86,11 +87,7 @@ class Session:
         Raises:
             MoecError: the model has no vision tower, or these are no tiles for it.
         """
-        tiles = read_tiles(pixel_values, self.spec)
-        assert self.vision is not None
-        run = self.vision()
-        pieces = torch.split(tiles, TILES)
-        return torch.cat([run({"pixel_values": piece})["image_features"] for piece in pieces])
+        return self._see(read_tiles(pixel_values, self.spec))
 
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
         """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated."""
@@ -111,17 +108,16 @@ class Session:
         if needed > cache.capacity:
             grow(self.spec, cache, max(needed, 2 * cache.capacity))
         last = torch.zeros(len(ids), self.spec.text.vocab)
+        images = self.image_mask(ids, lengths)
         if features is not None:
-            images = self._images(ids, lengths)
-            order = (images.flatten().cumsum(0) - 1).view_as(ids)  # each one's row of `features`
+            features = self._check_features(features, int(images.sum()))
         for start in range(0, ids.shape[1], PIECE):
             piece = ids[:, start : start + PIECE]
             own = (lengths - start).clamp(0, piece.shape[1])
             index = (own - 1).clamp(min=0)[:, None]
             fused = None
             if features is not None:
-                columns = slice(start, start + PIECE)
-                fused = features[order[:, columns][images[:, columns]]]
+                fused = features_within(features, images, slice(start, start + PIECE))
             out = self._step(piece, own, index, cache, fused)
             ends = (own > 0) & (lengths <= start + piece.shape[1])
             last[ends] = out["logits"][ends, 0]
@@ -199,12 +195,12 @@ class Session:
         if features is not None:
             # The graph counts image tokens in padding too: put another token there.
             image = self.spec.tokens.image
-            padding = (ids == image) & ~self._images(ids, lengths)
+            padding = (ids == image) & ~self.image_mask(ids, lengths)
             feeds["input_ids"] = ids.masked_fill(padding, int(image == 0))
             feeds["image_features"] = features
         return self.run(feeds)
 
-    def _images(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def image_mask(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """The rows' own image tokens: bool [B, S]."""
         own = torch.arange(ids.shape[1]) < lengths[:, None]
         return own & (ids == self.spec.tokens.image)
@@ -215,16 +211,40 @@ class Session:
             return None
         tiles = read_tiles(pixel_values, self.spec)
         assert self.spec.vision is not None
-        each, found = self.spec.vision.tokens, int(self._images(ids, lengths).sum())
-        if found != each * len(tiles):
+        each, counts = self.spec.vision.tokens, self.image_mask(ids, lengths).sum(1)
+        if int(counts.sum()) != each * len(tiles) or bool((counts % each).any()):
+            rows = f", by row {counts.tolist()}" if len(ids) > 1 else ""
             raise MoecError(
                 "input_ids",
-                f"{found} image tokens (id {self.spec.tokens.image}) for {len(tiles)} tiles of "
-                "pixel_values",
-                f"{each * len(tiles)}, which is {each} for each tile",
+                f"{int(counts.sum())} image tokens (id {self.spec.tokens.image}) for {len(tiles)} "
+                f"tiles of pixel_values{rows}",
+                f"{each * len(tiles)}, which is {each} for each tile, and whole tiles in each row",
                 "build both from one prompt and its images: moec.encode",
             )
-        return self.image_features(tiles)
+        return self._see(tiles)
+
+    def _see(self, tiles: Tensor) -> Tensor:
+        assert self.vision is not None
+        run = self.vision()
+        pieces = torch.split(tiles, TILES)
+        return torch.cat([run({"pixel_values": piece})["image_features"] for piece in pieces])
+
+    def _check_features(self, features: Tensor, count: int) -> Tensor:
+        """Features in the graph's dtype, after a check that there is one for each image token."""
+        expected = (count, self.spec.text.dim)
+        if self.spec.vision is None or tuple(features.shape) != expected:
+            raise MoecError(
+                "features", f"{list(features.shape)}",
+                f"{list(expected)}, one for each image token, and a model with a vision tower",
+                "take them from Session.image_features",
+            )  # fmt: skip
+        return features.to(TORCH_DTYPES[self.precision])
+
+
+def features_within(features: Tensor, images: Tensor, columns: slice) -> Tensor:
+    """Of features [N, dim], one for each True of images [B, S], those of some columns."""
+    order = (images.flatten().cumsum(0) - 1).view_as(images)
+    return features[order[:, columns][images[:, columns]]]
 
 
 def open_session(

@@ -1,7 +1,8 @@
 """Between text and tokens, by the checkpoint's own tokenizer and chat template."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -11,21 +12,25 @@ from moec.exporters.artefact import Artefact
 from moec.spec.errors import MoecError
 from moec.spec.fields import read_json
 
+#: the path of a file by name, or None
+Find = Callable[[str], Path | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A tokenizer, and the chat template's source where there is one."""
+    """A tokenizer, its chat template's source if there is one, and how files beside are found."""
 
     tokenizer: Tokenizer
     template: str | None
+    find: Find
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of `prompt`, as the tokenizer's post-processor makes them."""
         return list(self.tokenizer.encode(prompt).ids)
 
-    def chat(self, message: str) -> list[int]:
-        """Token ids of one user message in the chat template, ready for the model's answer."""
-        return self.encode(self.render(message))
+    def has(self, token: str) -> bool:
+        """Whether `token` is in the vocabulary."""
+        return self.tokenizer.token_to_id(token) is not None
 
     def render(self, message: str) -> str:
         """One user message in the chat template, as text."""
@@ -67,31 +72,37 @@ class Text:
             text = decoder.step(self.tokenizer, token) or ""
 
 
-def open_text(artefact: Artefact) -> Text:
-    """The tokenizer of `artefact`, beside its model or in its checkpoint.
+def open_text(source: Artefact | Path) -> Text:
+    """The tokenizer of an artefact (beside its model or in its checkpoint) or checkpoint folder.
 
     Raises:
         MoecError: there is no tokenizer.json, or it is broken.
     """
-    path = artefact.companion("tokenizer.json")
+    folder = source if isinstance(source, Path) else source.path
+    find = partial(_beside, folder) if isinstance(source, Path) else source.companion
+    path = find("tokenizer.json")
     if path is None:
         raise MoecError(
-            artefact.path, "no tokenizer.json", "one beside the model or in the checkpoint",
-            "give token ids with --ids 1,2,3",
+            folder, "no tokenizer.json", "one beside the model or in the checkpoint",
+            "put the checkpoint's there, or generate from token ids: --ids 1,2,3",
         )  # fmt: skip
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the binding raises bare Exception
         raise MoecError(path, str(error), "a tokenizers file", "fetch it again") from None
-    return Text(tokenizer, _template(artefact))
+    return Text(tokenizer, _template(find), find)
 
 
-def _template(artefact: Artefact) -> str | None:
-    path = artefact.companion("chat_template.jinja")
+def _beside(folder: Path, name: str) -> Path | None:
+    return folder / name if (folder / name).is_file() else None
+
+
+def _template(find: Find) -> str | None:
+    path = find("chat_template.jinja")
     if path:
-        return Path(path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        path = artefact.companion(name)
+        path = find(name)
         template = read_json(path).get("chat_template") if path else None
         if isinstance(template, str):
             return template

@@ -25,6 +25,8 @@ INERT = """
     image_seq_length
 """.split()
 
+_NEXT = "correct the field; without the file, the released models' settings are taken"
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -127,7 +129,7 @@ def read_tiling(find: Callable[[str], Path | None], side: int) -> Tiling:
         fields.require(switch, True, default=True)
     fields.require("resample", 2, default=2)  # bilinear
     separator = "." if ":" in fields.where else ": "
-    size = Fields(f"{fields.where}{separator}size", fields.take("size", dict, default={}))
+    size = Fields(f"{fields.where}{separator}size", fields.take("size", dict, default={}), _NEXT)
     for edge in ("height", "width"):
         size.require(edge, side, default=side)
     size.finish(())
@@ -153,12 +155,12 @@ def _fields(find: Callable[[str], Path | None]) -> Fields | None:
     """The image processor's settings: transformers 5 nests them, and prefers them nested."""
     path = find("processor_config.json")
     if path is not None:
-        outer = Fields(str(path), read_json(path))
+        outer = Fields(str(path), read_json(path), _NEXT)
         nested = outer.take("image_processor", dict, default=None)
         if nested is not None:
-            return Fields(f"{path}: image_processor", nested)
+            return Fields(f"{path}: image_processor", nested, _NEXT)
     path = find("preprocessor_config.json")
-    return None if path is None else Fields(str(path), read_json(path))
+    return None if path is None else Fields(str(path), read_json(path), _NEXT)
 
 
 def _three(fields: Fields, key: str) -> Three:

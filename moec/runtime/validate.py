@@ -6,7 +6,6 @@ What each check means and where the limits come from: docs/numerics.md.
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from moec.runtime.compare import TOLERANCES, Tolerance, agreement, argmax_agreem
 from moec.runtime.eager import Run, eager_engine
 from moec.runtime.image_checks import draw_images, fusion, tower
 from moec.runtime.ort import ort_engine
+from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check, Report
 from moec.runtime.session import Session, open_session
 from moec.spec.errors import MoecError
@@ -27,6 +27,11 @@ from moec.weights.random import write_random_checkpoint
 
 #: tokens of the longest row where nobody says otherwise; three chunk borders if the chunk allows
 MOST_TOKENS = 512
+
+#: precision -> depth of its twin at most, and tokens of the longest row. In float16 the routers of
+#: random weights flip on near ties, a token in hundreds at each layer, and what follows is another
+#: token: after dozens of layers, or among few tokens, nothing would be left to compare.
+TWINS = {"fp16": (4, 101)}
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,7 +70,8 @@ def validate(
     if artefact.manifest.precision not in TOLERANCES:
         raise _not_executable(artefact)
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
-        small = twin(artefact.manifest.spec)
+        layers, longest = TWINS.get(artefact.manifest.precision, (None, None))
+        small = twin(artefact.manifest.spec, layers)
         progress("twin", 0, 1)
         write_random_checkpoint(small, Path(folder, "weights"), seed)
         built = export(
@@ -74,7 +80,7 @@ def validate(
             precision=artefact.manifest.precision,
             out=Path(folder, "twin"),
         )
-        report = _validate(built, tokens, seed, progress)
+        report = _validate(built, tokens or longest, seed, progress)
         report.twin, report.subject = True, f"{artefact.path} (its twin)"
         report.notes.append(
             f"The artefact's {'weights are not bound' if unbound else 'own weights were not run'}: "
@@ -180,23 +186,13 @@ def _cached(
     session = open_session(artefact.path)
     chunk = session.spec.text.chunk or 16
     whole = session.logits(ids, lengths=lengths)
-    cuts = sorted(
+    cuts = {
         cut
         for border in range(chunk, ids.shape[1], chunk)
         for cut in (border - 2, border - 1, border, border + 1)
-        if 0 < cut < ids.shape[1]
-    )
-    cuts = cuts or [max(1, ids.shape[1] - 2), max(1, ids.shape[1] - 1)]
-    edges = [0, *dict.fromkeys(cuts), ids.shape[1]]
-    cache = new_cache(session.spec, session.precision, len(ids), 1)  # grows on the way
-    pairs = []
-    for start, end in pairwise(edges):
-        own = (lengths - start).clamp(0, end - start)
-        got = session.extend(ids[:, start:end], own, cache)
-        pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
-    detail = f"{len(edges) - 1} calls, rows of {lengths.tolist()} tokens"
-    found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))
-    yield error("prefill against decode", found, expected, tolerance, detail)
+    } or {ids.shape[1] - 2, ids.shape[1] - 1}
+    name = "prefill against decode"
+    yield in_pieces(name, session, ids, lengths, cuts, whole, tolerance)
     short = int(lengths[1])
     alone = session.logits(ids[1:, :short])
     yield error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)

@@ -228,7 +228,7 @@ def _vision(at: Fields) -> VisionSpec:
     out = at.size("projector_output_dim")
     at.require("vision_output_dim", out)
     vision = VisionSpec(
-        layers=at.size("num_hidden_layers"),
+        layers=at.size("num_hidden_layers", 4096),
         dim=at.size("hidden_size"),
         heads=at.size("num_attention_heads"),
         hidden=at.size("intermediate_size"),

@@ -8,6 +8,7 @@ from typing import Any
 from moec.spec.errors import MoecError
 
 REQUIRED: Any = object()
+_NEXT = "correct the field, or describe the model in a spec file (python cli.py spec schema)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,8 +31,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class Fields:
     """The fields of one JSON object. `take` uses one up; `finish` refuses what nobody took."""
 
-    def __init__(self, where: str, values: dict[str, Any]) -> None:
-        self.where = where
+    def __init__(self, where: str, values: dict[str, Any], next_step: str = _NEXT) -> None:
+        self.where, self.next_step = where, next_step
         self.left = dict(values)
         self.taken: set[str] = set()
 
@@ -83,5 +84,5 @@ class Fields:
             f"{self.where}.{key}" if ":" in self.where else f"{self.where}: {key}",
             found,
             expected,
-            "correct the field, or describe the model in a spec file (python cli.py spec schema)",
+            self.next_step,
         )

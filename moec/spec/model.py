@@ -158,7 +158,7 @@ class TextSpec(Frozen):
 class VisionSpec(Frozen):
     """The vision tower, its adapter and the projector into the decoder's width."""
 
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=4096)
     dim: int = Field(gt=0)
     heads: int = Field(gt=0)
     hidden: int = Field(gt=0, description="width of each layer's GELU MLP")

@@ -89,6 +89,9 @@ def plan(
         raise _bad("context and batch", f"{context}, {batch}", "at least 1")
     if tiles < 0 or (tiles and spec.vision is None):
         raise _bad("tiles", tiles, "0 or more, and a model with a vision tower")
+    if spec.vision and tiles * spec.vision.tokens > context * batch:
+        found = f"{tiles}, which are {tiles * spec.vision.tokens} tokens"
+        raise _bad("tiles", found, f"no more than the {context * batch} tokens of all contexts")
     text = spec.text
     sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
     width = {name: _width(name, precision) for name in sizes}

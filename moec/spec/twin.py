@@ -5,8 +5,10 @@ from moec.spec.model import ModelSpec
 CHUNK = 8
 
 
-def twin(spec: ModelSpec) -> ModelSpec:
+def twin(spec: ModelSpec, layers: int | None = None) -> ModelSpec:
     """`spec` shrunk in width; depth, patterns, expert count, head ratio and switches are kept.
+
+    With `layers`, the decoder and the tower are no deeper than that.
 
     The chunk shrinks to 8 tokens and everything counted in positions with it, so that a proof of a
     few dozen tokens crosses several chunk borders and temperature steps; an image
@@ -16,6 +18,7 @@ def twin(spec: ModelSpec) -> ModelSpec:
     scaling = text.rope_scaling
     small = text.model_copy(
         update={
+            "layers": min(layers or text.layers, text.layers),
             "dim": 32,
             "heads": text.heads // text.kv_heads * 2,
             "kv_heads": 2,
@@ -31,6 +34,7 @@ def twin(spec: ModelSpec) -> ModelSpec:
     )
     vision = spec.vision and spec.vision.model_copy(
         update={
+            "layers": min(layers or spec.vision.layers, spec.vision.layers),
             "dim": 32,
             "heads": 2,
             "hidden": 64,

@@ -32,12 +32,14 @@ Plan = list[tuple[int, list[tuple[int, int]]]]
 MIXED: Plan = [(4, [(3, 2), (1, 5)]), (9, []), (1, [(1, 0), (2, 1)])]
 
 
-def _preset(name: str) -> ModelSpec:
+def _preset(name: str, image: int = 3) -> ModelSpec:
     spec = twin(PRESETS[name])
+    tokens = spec.tokens.model_copy(update={"image": image, "bos": 3})
     vision = spec.vision
     assert vision is not None
     return spec.model_copy(
         update={
+            "tokens": tokens,
             "text": spec.text.model_copy(update={"layers": 8}),
             # transformers ties these widths to each other
             "vision": vision.model_copy(update={"layers": 4, "hidden": vision.shuffled_dim}),
@@ -54,6 +56,7 @@ def _preset(name: str) -> ModelSpec:
 )
 @example(spec=_preset("scout"), seed=1, plan=MIXED, cuts=[3, 5, 6, 20])
 @example(spec=_preset("maverick"), seed=2, plan=MIXED, cuts=[7, 8, 9])
+@example(spec=_preset("scout", image=0), seed=3, plan=MIXED, cuts=[5])
 def test_images_in_text_agree(spec: ModelSpec, seed: int, plan: Plan, cuts: list[int]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

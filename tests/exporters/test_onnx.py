@@ -1,5 +1,6 @@
 """What the ONNX file itself must hold."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -238,3 +239,11 @@ print(logits.shape, len(caches), logits.argmax())
     assert done.returncode == 0, done.stderr
     expected = moec.open_session(folder).logits([[7, 8, 9]])[0, 2].argmax()
     assert done.stdout.split("\n")[0] == f"(1, 1, 4096) 16 {expected}"
+
+
+def test_garbage_is_collected_again_after_a_build(tmp_path: Path) -> None:
+    moec.export("tiny-scout", out=tmp_path / "a")
+    assert gc.isenabled()
+    with pytest.raises(MoecError):
+        moec.export("tiny-scout", target="tpu")
+    assert gc.isenabled()

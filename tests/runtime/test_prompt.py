@@ -1,6 +1,7 @@
 """Text and images to tokens and tiles, against transformers' Llama 4 processor."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,40 @@ def test_images_come_from_files_and_bytes_too(artefact: Path, tmp_path: Path) ->
         assert torch.equal(found.pixel_values, expected.pixel_values)  # type: ignore[arg-type]
 
 
+def test_one_image_needs_no_list(artefact: Path, tmp_path: Path) -> None:
+    picture = _image(60, 70)
+    picture.save(tmp_path / "a.png")
+    expected = moec.encode(artefact, "this", [picture]).input_ids
+    for images in (picture, tmp_path / "a.png", str(tmp_path / "a.png"), iter([picture])):
+        assert moec.encode(artefact, "this", images).input_ids == expected
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((4, 4, 3)), None, 7, bytearray(b"x")], ids=type)
+def test_what_is_no_image_is_refused(artefact: Path, wrong: object) -> None:
+    with pytest.raises(MoecError, match=type(wrong).__name__):
+        moec.encode(artefact, "this", [wrong])  # type: ignore[list-item]
+
+
+def test_a_checkpoint_folder_serves_too(artefact: Path) -> None:
+    weights = artefact.parent / "weights"
+    found = moec.encode(weights, "what is this", [_image(90, 200)])
+    assert found.input_ids == moec.encode(artefact, "what is this", [_image(90, 200)]).input_ids
+    logits = moec.open_session(weights).logits(found.input_ids, found.pixel_values)
+    expected = moec.open_session(artefact).logits(found.input_ids, found.pixel_values)
+    assert np.allclose(logits, expected, atol=1e-4)
+
+
+def test_the_processors_settings_travel_with_a_copy(artefact: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    shutil.copytree(artefact.parent / "weights", weights)
+    settings = {"image_processor": {"max_patches": 2, "size": {"height": 56, "width": 56}}}
+    (weights / "processor_config.json").write_text(json.dumps(settings))
+    copy = moec.export(weights, out=tmp_path / "copy", weights="copy").path
+    shutil.rmtree(weights)
+    assert moec.encode(copy, "this", _image(300, 300)).grids == ((1, 1),)
+    assert moec.encode(artefact, "this", _image(300, 300)).grids == ((4, 4),)
+
+
 def test_a_tokenizer_without_separators_gets_one_tile(tmp_path: Path) -> None:
     path = _artefact(tmp_path, SPECIAL[:6])
     found = moec.encode(path, "this", [_image(200, 300)])
@@ -134,6 +169,7 @@ def test_chat_keeps_the_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, count, names",
     [
+        (f"{IMAGE} this", 0, "1 <|image|>"),
         (f"{IMAGE} this", 2, "1 <|image|>"),
         (f"{IMAGE}{IMAGE} this", 1, "2 <|image|>"),
         (f"this {PATCH}", 1, "5 <|patch|>"),

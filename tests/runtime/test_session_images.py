@@ -11,6 +11,7 @@ from torch import Tensor
 
 import moec
 from moec.exporters.artefact import open_artefact
+from moec.runtime.cache import new_cache
 from moec.runtime.session import PIECE, TILES, Session
 from moec.spec.errors import MoecError
 
@@ -106,6 +107,8 @@ def test_half_precision_takes_float32_pixels(tiny: Path, tmp_path: Path) -> None
         (torch.zeros(2, 3, 56, 56, dtype=torch.uint8), "torch.uint8"),
         (torch.full((2, 3, 56, 56), torch.nan), "not finite"),
         (np.full((2, 3, 56, 56), np.inf), "not finite"),
+        (np.full((2, 3, 56, 56), 1e300), "not finite"),
+        (torch.zeros(2, 3, 56, 56).to_sparse(), "torch.float32"),
         (np.array([[object()]]), "object"),
         (12, "int 12"),
         ([1.0, 2.0], "list"),
@@ -121,6 +124,40 @@ def test_pixels_that_do_not_fit_are_refused(
         getattr(session, method)([_row(3, -1, 2, -1)], pixels)
     assert found in str(caught.value) and caught.value.exit_code == 2
     assert len(str(caught.value).splitlines()) == 4
+
+
+def test_an_image_across_two_rows_is_refused(session: Session) -> None:
+    with pytest.raises(MoecError, match=r"by row \[3, 5\]"):
+        session.logits([[IMAGE] * 3, [IMAGE] * 5], _tiles(2))
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (3, 128), (8, 128), (4, 127), (4,)], ids=str)
+def test_features_that_do_not_fit_a_piece_are_refused(
+    session: Session, shape: tuple[int, ...]
+) -> None:
+    ids = torch.tensor([_row(2, -1)])
+    with pytest.raises(MoecError, match="one for each image token"):
+        session.extend(
+            ids, torch.tensor([6]), new_cache(session.spec, "fp32", 1, 8), torch.zeros(shape)
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.numpy(),
+        lambda x: x.numpy().astype(">f4"),
+        lambda x: x.numpy()[:, :, ::-1][:, :, ::-1],
+        lambda x: np.asfortranarray(x.numpy()),
+        lambda x: x.double(),
+        lambda x: x.clone().requires_grad_(),
+        lambda x: x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2),
+    ],
+)
+def test_pixels_come_in_any_memory_layout(session: Session, change: Any) -> None:
+    pixels, ids = _tiles(1), [_row(3, -1, 2)]
+    expected = session.logits(ids, pixels)
+    assert np.array_equal(session.logits(ids, change(pixels)), expected)
 
 
 def test_the_graph_itself_refuses_another_number_of_features(tiny_onnx: Path) -> None:

@@ -13,6 +13,8 @@ import moec
 from moec.exporters.artefact import open_artefact
 from moec.exporters.export import write_manifest
 from moec.exporters.manifest import File
+from moec.runtime import pieces
+from moec.runtime.compare import TOLERANCES, error
 from moec.runtime.validate import record
 from moec.spec.presets import PRESETS
 from moec.spec.twin import twin
@@ -25,6 +27,9 @@ def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_pat
     assert report.passed and report.first_divergence is None
     assert {"layers.0", "layers.7 router", "argmax", "logits, chunk borders"} <= set(names)
     assert {"prefill against decode", "ragged batch against row alone"} <= set(names)
+    assert names[:3] == ["vision.tokens", "vision.layers.0", "vision.layers.1"]
+    assert {"vision.post", "vision.shuffle", "vision.adapter", "image_features"} <= set(names)
+    assert names[-4:] == [f"images: {what}" for what in ("fused", "logits", "argmax", "in pieces")]
     data = report.to_dict()
     assert data["passed"] and data["seed"] == report.seed
     report.to_html(tmp_path / "r.html")
@@ -42,6 +47,42 @@ def test_a_weightless_build_is_proven_on_its_twin(name: str, tmp_path: Path) -> 
         "scout": 96, "maverick": 72,
     }[name]  # fmt: skip
     assert any(check.name == "logits, chunk borders" for check in report.checks)
+
+
+@pytest.mark.parametrize("name", ["tiny-scout", "scout", "maverick"])
+def test_half_precision_is_proven_on_a_shallow_twin(name: str, tmp_path: Path) -> None:
+    artefact = moec.export(name, precision="fp16", out=tmp_path / "a")
+    report = moec.validate(artefact.path, seed=3)
+    assert report.passed and report.twin and "4 layers" in report.notes[-1]
+    assert report.tokens == [101, 63]
+
+
+def test_pieces_that_lose_an_image_are_noticed(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is right here; what feeds it the features of each piece is not."""
+    right = pieces.features_within
+    monkeypatch.setattr(
+        pieces, "features_within", lambda *arguments: right(*arguments).roll(1, dims=0)
+    )
+    report = moec.validate(tiny_onnx, tokens=40, seed=1)
+    assert report.first_divergence == "images: in pieces"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+def test_few_tokens_are_enough(tiny_onnx: Path, tokens: int) -> None:
+    assert moec.validate(tiny_onnx, tokens=tokens).passed
+
+
+def test_a_flipped_token_is_left_out_of_a_half_precision_error_and_many_are_not() -> None:
+    expected = torch.randn(100, 8)
+    for flipped, passes in ((0, True), (2, True), (3, False)):
+        found = expected.clone()
+        found[:flipped] = 9.0
+        assert error("x", found, expected, TOLERANCES["fp16"]).passed is passes
+        assert error("x", found, expected, TOLERANCES["fp32"]).passed is (flipped == 0)
+    found[:] = torch.nan
+    assert not error("x", found, expected, TOLERANCES["fp16"]).passed
 
 
 def _constant(model: ir.Model, node: str, index: int, array: np.ndarray) -> None:  # type: ignore[type-arg]
@@ -133,7 +174,7 @@ def _zero(model: ir.Model) -> ir.Value:
         (_first_features_only, "images: fused"),
         (_patches_in_columns, "vision.tokens"),
         (_other_vision_rope, "vision.layers.1"),
-        (_shuffle_by_columns, "vision.adapter"),
+        (_shuffle_by_columns, "vision.shuffle"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

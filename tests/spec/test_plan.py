@@ -71,3 +71,15 @@ def test_tiles_need_a_tower(tiles: int) -> None:
     spec = PRESETS["scout"].model_copy(update={"vision": None})
     with pytest.raises(MoecError, match="tiles"):
         plan(spec, tiles=tiles)
+
+
+def test_tiles_take_memory_and_context() -> None:
+    spec = PRESETS["scout"]
+    contexts = range(700_000, 800_000, 1000)
+
+    def most(tiles: int) -> int:
+        return max(c for c in contexts if plan(spec, "fp8", c, 1, "h200", tiles).fits)
+
+    assert contexts[0] < most(tiles=1) < most(tiles=0) < contexts[-1]
+    with pytest.raises(MoecError, match="144 tokens"):
+        plan(spec, context=143, tiles=1)

@@ -108,16 +108,11 @@ class Session:
         if needed > cache.capacity:
             grow(self.spec, cache, max(needed, 2 * cache.capacity))
         last = torch.zeros(len(ids), self.spec.text.vocab)
-        images = self.image_mask(ids, lengths)
-        if features is not None:
-            features = self._check_features(features, int(images.sum()))
-        for start in range(0, ids.shape[1], PIECE):
+        starts = range(0, ids.shape[1], PIECE)
+        for start, fused in zip(starts, self._by_piece(features, ids, lengths), strict=True):
             piece = ids[:, start : start + PIECE]
             own = (lengths - start).clamp(0, piece.shape[1])
             index = (own - 1).clamp(min=0)[:, None]
-            fused = None
-            if features is not None:
-                fused = features_within(features, images, slice(start, start + PIECE))
             out = self._step(piece, own, index, cache, fused)
             ends = (own > 0) & (lengths <= start + piece.shape[1])
             last[ends] = out["logits"][ends, 0]
@@ -201,7 +196,9 @@ class Session:
         return self.run(feeds)
 
     def image_mask(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """The rows' own image tokens: bool [B, S]."""
+        """The rows' own image tokens: bool [B, S]; none without a vision tower."""
+        if self.spec.vision is None:
+            return torch.zeros_like(ids, dtype=torch.bool)
         own = torch.arange(ids.shape[1]) < lengths[:, None]
         return own & (ids == self.spec.tokens.image)
 
@@ -229,16 +226,23 @@ class Session:
         pieces = torch.split(tiles, TILES)
         return torch.cat([run({"pixel_values": piece})["image_features"] for piece in pieces])
 
-    def _check_features(self, features: Tensor, count: int) -> Tensor:
-        """Features in the graph's dtype, after a check that there is one for each image token."""
-        expected = (count, self.spec.text.dim)
+    def _by_piece(
+        self, features: Tensor | None, ids: Tensor, lengths: Tensor
+    ) -> list[Tensor | None]:
+        """What of `features` each piece of ids [B, S] takes, in the graph's dtype."""
+        starts = range(0, ids.shape[1], PIECE)
+        if features is None:
+            return [None] * len(starts)
+        images = self.image_mask(ids, lengths)
+        expected = (int(images.sum()), self.spec.text.dim)
         if self.spec.vision is None or tuple(features.shape) != expected:
             raise MoecError(
                 "features", f"{list(features.shape)}",
                 f"{list(expected)}, one for each image token, and a model with a vision tower",
                 "take them from Session.image_features",
             )  # fmt: skip
-        return features.to(TORCH_DTYPES[self.precision])
+        features = features.to(TORCH_DTYPES[self.precision])
+        return [features_within(features, images, slice(start, start + PIECE)) for start in starts]
 
 
 def features_within(features: Tensor, images: Tensor, columns: slice) -> Tensor:

@@ -145,7 +145,7 @@ class Session:
             stop: tokens that end a row; default the model's own.
             stream: called with each step's tokens, None for rows that have ended.
         """
-        _check_sampling(temperature, top_k, top_p, seed)
+        _check_settings(max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
         if max_new_tokens < 1:
@@ -303,10 +303,15 @@ def _eager(
     return Session(spec, precision, "eager", run, artefact, vision)
 
 
-def _check_sampling(
-    temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+def _check_settings(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
 ) -> None:
     for name, given, good, expected in (
+        ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int), "an integer"),
         ("seed", seed, seed is None or 0 <= seed < 2**63, "0 to 2^63 - 1"),
         ("temperature", temperature, temperature >= 0, "0 or more"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),

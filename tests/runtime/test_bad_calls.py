@@ -68,13 +68,15 @@ def test_lengths_that_do_not_fit_the_rows_are_refused(
         {"temperature": 1.0, "top_p": 1.5},
         {"temperature": 1.0, "top_p": float("nan")},
         {"temperature": 1.0, "seed": 2**70},
+        {"max_new_tokens": 2.5},
     ],
     ids=str,
 )
 def test_sampling_settings_out_of_range_are_refused(
     session: Session, setting: dict[str, Any]
 ) -> None:
-    refusal(lambda: session.generate([[1]], max_new_tokens=2, **setting), list(setting)[-1])
+    settings = {"max_new_tokens": 2, **setting}
+    refusal(lambda: session.generate([[1]], **settings), list(setting)[-1])
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def export(
         checkpoint=None,
         weights=Weights(mode="unbound"),
         files={},
-        **_ports(models),
+        inputs=(),
+        outputs=(),
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )

@@ -41,8 +41,8 @@ def error(
         return Check(name, "error", float("nan"), tolerance.error, f"not finite in the {where}")
     norm = partial(torch.linalg.vector_norm, ord=tolerance.order)
     if tolerance.agreement < 1:
-        worst = norm(found - expected, dim=1) / norm(expected, dim=1).clamp(min=1e-30)
-        kept = worst.argsort()[: math.floor(len(worst) * tolerance.agreement)]
+        off = norm(found - expected, dim=1) / norm(expected, dim=1).clamp(min=1e-30)
+        kept = off.argsort()[: math.floor(len(off) * tolerance.agreement)]
         found, expected = found[kept], expected[kept]
     ratio = norm(found - expected) / norm(expected).clamp(min=1e-30)
     return Check(name, "error", float(ratio), tolerance.error, detail)

@@ -86,7 +86,7 @@ def fusion(
     pixels = images.pixels[: images.placed]
     feeds, own = feeds_of(spec, images.ids, lengths)
     entries, taps = artefact.entries(), ["fused"]
-    results = []
+    features, results = [], []
     for see, run, kind in (
         (ort_engine(artefact, part="vision"), ort_engine(artefact, taps=taps), precision),
         (
@@ -95,9 +95,9 @@ def fusion(
             "fp32",
         ),
     ):
-        features = see({"pixel_values": pixels})["image_features"]
+        features.append(see({"pixel_values": pixels})["image_features"])
         cache = new_cache(spec, kind, len(images.ids), 0)
-        results.append(run({**feeds, "image_features": features, **cache.tensors}))
+        results.append(run({**feeds, "image_features": features[-1], **cache.tensors}))
     # Images alone: beside trained embeddings their features may be too small to show an error.
     seen = images.seen.flatten()
     found, expected = (out["fused"][seen] for out in results)
@@ -106,18 +106,9 @@ def fusion(
     found, expected = (out["logits"].flatten(0, 1)[own] for out in results)
     yield error("images: logits", found, expected, tolerance)
     yield argmax_agreement("images: argmax", found, expected, tolerance)
-    yield _pieces(artefact, images, lengths, results[0]["logits"], tolerance)
-
-
-def _pieces(
-    artefact: Artefact, images: Images, lengths: Tensor, whole: Tensor, tolerance: Tolerance
-) -> Check:
-    """Prefill in pieces that cut images apart, against `whole`, the logits of one call."""
-    session = open_session(artefact.path)
-    features = session.image_features(images.pixels[: images.placed])
-    cuts = set()
+    cuts = set()  # that part images
     for row in images.seen:
         columns = row.nonzero()[:, 0].tolist()
         cuts |= {columns[len(columns) // 3], columns[len(columns) // 2]} if columns else set()
-    name = "images: in pieces"
-    return in_pieces(name, session, images.ids, lengths, cuts, whole, tolerance, features)
+    name, session, whole = "images: in pieces", open_session(artefact.path), results[0]["logits"]
+    yield in_pieces(name, session, images.ids, lengths, cuts, whole, tolerance, features[0])

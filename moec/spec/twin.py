@@ -11,8 +11,8 @@ def twin(spec: ModelSpec, layers: int | None = None) -> ModelSpec:
     With `layers`, the decoder and the tower are no deeper than that.
 
     The chunk shrinks to 8 tokens and everything counted in positions with it, so that a proof of a
-    few dozen tokens crosses several chunk borders and temperature steps; an image
-    tile shrinks to 4 tokens.
+    few dozen tokens crosses several chunk borders and temperature steps; an image tile shrinks to 4
+    tokens.
     """
     text = spec.text
     scaling = text.rope_scaling

@@ -1,5 +1,7 @@
 """The vision ops and early fusion in plain ONNX."""
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -15,12 +17,9 @@ def lower_patches(e: Emitter, node: fx.Node, pixels: ir.Value, size: int, _: str
     """pixels [T, C, H, W] -> [T, patches, C*size*size]. A leading 0 in a shape keeps that size."""
     out: TensorType = node.meta["type"]
     kind = type_of(pixels)
-    tiles, channels, height, width = kind.shape
+    _, channels, height, width = kind.shape
     cut = (channels, height // size, size, width // size, size)
-    grid = e.op("Reshape", [pixels, e.constant([0, *cut])], kind.like(tiles, *cut), label="grid")
-    order = [0, 2, 4, 1, 3, 5]
-    turned = kind.like(*(type_of(grid).shape[axis] for axis in order))
-    grid = e.op("Transpose", [grid], turned, label="turned", perm=order)
+    grid = _turned(e, pixels, cut, [0, 2, 4, 1, 3, 5])
     shape = e.constant([0, *out.shape[1:]])
     if out.dtype == kind.dtype:
         return e.op("Reshape", [grid, shape], out)
@@ -63,10 +62,7 @@ def lower_pixel_shuffle(e: Emitter, node: fx.Node, x: ir.Value, side: int, facto
     x = e.op("Slice", inputs, out.like(tiles, count - 1, dim), label="patches")
     step = side // factor
     cut = (step, factor, step, factor, dim)
-    grid = e.op("Reshape", [x, e.constant([0, *cut])], out.like(tiles, *cut), label="grid")
-    order = [0, 1, 3, 2, 4, 5]
-    turned = out.like(*(type_of(grid).shape[axis] for axis in order))
-    grid = e.op("Transpose", [grid], turned, label="turned", perm=order)
+    grid = _turned(e, x, cut, [0, 1, 3, 2, 4, 5])
     return e.op("Reshape", [grid, e.constant([0, *out.shape[1:]])], out)
 
 
@@ -92,6 +88,14 @@ def lower_fuse(
     inputs = [rows, e.constant([0]), end]
     at = e.op("Slice", inputs, TensorType((used, 1), _INT64), label="at")
     return e.op("ScatterND", [x, at, features], out)
+
+
+def _turned(e: Emitter, x: ir.Value, cut: Sequence[int], order: list[int]) -> ir.Value:
+    """x [T, ...] as a grid [T, *cut], its axes in another order."""
+    kind = type_of(x)
+    grid = e.op("Reshape", [x, e.constant([0, *cut])], kind.like(kind.shape[0], *cut), label="grid")
+    turned = kind.like(*((kind.shape[0], *cut)[axis] for axis in order))
+    return e.op("Transpose", [grid], turned, label="turned", perm=order)
 
 
 def _tiles_by(e: Emitter, x: ir.Value, *rest: int) -> ir.Value:

@@ -1,7 +1,7 @@
 """An artefact on disk: read it back, find its weights, notice when they changed."""
 
 import hashlib
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,12 @@ from moec.exporters.manifest import NAME, Manifest
 from moec.spec.errors import MoecError
 from moec.spec.fields import read_json
 from moec.spec.parameters import parameters
-from moec.weights.shard import TensorEntry, read_shard
+from moec.spec.model import ModelSpec
+from moec.weights.packing import Packed, Packing
+from moec.weights.shard import TensorEntry, nbytes, read_shard
+
+#: where a parameter is
+Entry = TensorEntry | Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,11 @@ class Artefact:
         """The decoder's ONNX file."""
         return self.graph("model")
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that are files here: "model", "vision", "genai/model"."""
+        return tuple(n.removesuffix(".onnx") for n in self.manifest.files if n.endswith(".onnx"))
+
     def graph(self, part: str) -> Path:
         """The ONNX file of a part: "model" or "vision"."""
         return self.path / f"{part}.onnx"
@@ -35,8 +45,22 @@ class Artefact:
         """Where the model's external data locations start from."""
         return Path(self.manifest.weights.folder or self.path)
 
-    def entries(self) -> dict[str, TensorEntry]:
-        """The bytes of every parameter, checked against the shards as they are now.
+    def entries(self) -> dict[str, Entry]:
+        """Where every parameter is, by name: as the checkpoint had it, or packed.
+
+        Raises:
+            MoecError: the artefact has no weights yet, or a shard is gone or changed.
+        """
+        stored, spec = self.stored(), self.manifest.spec
+        found: dict[str, Entry] = {}
+        for name, packing in self.manifest.rewritten.items():
+            shape = parameters(spec)[name]
+            parts = tuple(stored[part] for part in packing.names(spec.dtype))
+            found[name] = Packed(packing, shape, parts)
+        return found | {name: stored[name] for name in parameters(spec) if name in stored}
+
+    def stored(self) -> dict[str, TensorEntry]:
+        """The bytes of every stored tensor, checked against the shards as they are now.
 
         Raises:
             MoecError: the artefact has no weights yet, or a shard is gone or changed.
@@ -62,12 +86,12 @@ class Artefact:
                     "the shard that this artefact was bound to",
                     f"python cli.py bind {self.path} --checkpoint DIR",
                 )
-        shapes, itemsize = parameters(spec), 4 if spec.dtype == "fp32" else 2
-        odd = set(shapes) ^ set(weights.tensors) or {
+        kinds = stored_kinds(spec, self.manifest.packings)
+        odd = set(kinds) ^ set(weights.tensors) or {
             name
             for name, ref in weights.tensors.items()
             if ref.file not in weights.shards
-            or ref.length != math.prod(shapes[name]) * itemsize
+            or ref.length != nbytes(*kinds[name])
             or not 0 <= ref.offset <= weights.shards[ref.file].size - ref.length
         }
         if odd:
@@ -80,8 +104,8 @@ class Artefact:
         return {
             name: TensorEntry(
                 name,
-                spec.dtype,
-                shapes[name],
+                kinds[name][1],
+                kinds[name][0],
                 self.weights_folder / ref.file,
                 ref.offset,
                 ref.length,
@@ -93,6 +117,22 @@ class Artefact:
         """File `name`, such as a tokenizer: here, or in the checkpoint; None if neither."""
         folders = [self.path] + [Path(p) for p in (self.manifest.checkpoint,) if p]
         return next((f / name for f in folders if (f / name).is_file()), None)
+
+
+def stored_kinds(
+    spec: ModelSpec, packings: Mapping[str, Packing]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor that holds weights of `spec`; all parameters if unpacked."""
+    shapes = parameters(spec)
+    if not packings:
+        return {name: (shape, spec.dtype) for name, shape in shapes.items()}
+    return {
+        name: kind
+        for packing in packings.values()
+        for name, kind in zip(
+            packing.names(spec.dtype), packing.shapes(shapes[packing.source]), strict=True
+        )
+    }
 
 
 def open_artefact(path: str | Path) -> Artefact:
@@ -150,4 +190,4 @@ def verify_files(artefact: Artefact) -> None:
                 "build the artefact again", exit_code=1,
             )  # fmt: skip
     if artefact.manifest.weights.mode != "unbound":
-        artefact.entries()
+        artefact.stored()

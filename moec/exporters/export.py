@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,9 @@ import onnx_ir as ir
 
 from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.folder import refuse_foreign, writing
+from moec.exporters.genai import write_genai
 from moec.exporters.manifest import (
+    COMPUTE,
     NAME,
     Build,
     File,
@@ -29,19 +32,39 @@ from moec.exporters.manifest import (
     Weights,
 )
 from moec.exporters.memory import memory
-from moec.exporters.onnx.write import DIALECTS, lower_model, ports, save_bound, save_checked
-from moec.graph_builder.parts import build_parts, parts_of
+from moec.exporters.onnx.standard import OPSET
+from moec.exporters.onnx.write import (
+    DIALECTS,
+    GENAI,
+    graphs_of,
+    lower_model,
+    ports,
+    save_bound,
+    save_checked,
+)
+from moec.exporters.presets import PRESETS
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.name_map import match
-from moec.weights.shard import TensorEntry
-from moec.weights.view import TORCH_DTYPES
+from moec.weights.packed_file import write_packed
+from moec.weights.shard import TensorEntry, read_shard
 
-#: target -> dialect; the other targets of the design are not built yet
-TARGETS = {"onnx": "standard"}
-PLANNED = ("ort", "tensorrt", "tensorrt-rtx", "torch")
+#: target -> precision -> dialect for weights that stay, dialect for weights that are rewritten
+TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
+    "onnx": dict.fromkeys(("fp32", "fp16", "bf16"), ("standard", None)),
+    "ort": {
+        "fp32": ("ort", "ort-packed"),
+        "fp16": ("ort", "ort-packed"),
+        "bf16": (None, "ort-packed"),
+        "int8": (None, "ort-int8"),
+        "int4": (None, "ort-int4"),
+    },
+}
+PLANNED = ("tensorrt", "tensorrt-rtx", "torch")
+#: the file of weights that a build rewrites
+PACKED = "weights.safetensors"
 #: files beside the weights that a runtime may want
 COMPANIONS = (
     "config.json",
@@ -81,7 +104,8 @@ class _Bound:
     entries: dict[str, TensorEntry]
     root: Path
     weights: Weights
-    copied: int
+    copied: int = 0
+    packed: int = 0
 
 
 @contextmanager
@@ -105,24 +129,27 @@ def export(
     target: str = "onnx",
     precision: str = "fp32",
     out: str | Path | None = None,
-    weights: str = "in-place",
+    weights: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artefact:
     """Build an artefact of `source`: a checkpoint folder, or a preset, spec file or spec (unbound).
 
     Args:
-        target: "onnx".
-        precision: what the graph computes in; weights stay in the dtype that they are stored in.
+        target: "onnx" (plain ONNX) or "ort" (ONNX Runtime's own operators).
+        precision: what the graph computes in, "fp32", "fp16" or "bf16"; weights stay in the dtype
+            that they are stored in, unless they are packed. "int8" and "int4" (ort) compute in
+            fp32 on packed weights.
         out: the artefact's folder; default build/NAME-TARGET-PRECISION.
         weights: "in-place" (the checkpoint's own bytes, not copied), "link" (hard links beside the
-            model) or "copy". Without a checkpoint there is nothing to place.
+            model), "copy", or "pack" (ort: rewritten once in the layout that runs fastest).
+            Default "in-place" where the precision allows it, else "pack". Without a checkpoint
+            there is nothing to place, but "pack" still says what the graph will want.
         progress: called with (stage, done, total).
 
     Raises:
         MoecError: anything wrong with source, weights or out; nothing is left behind.
     """
-    dialect = _dialect(target, precision)
-    _placement(weights)
+    dialect, mode = choose(target, precision, weights)
     stages = _Stages(progress)
     with stages("read"):
         spec = load_spec(source)
@@ -133,28 +160,33 @@ def export(
             checkpoint = read_checkpoint(source)
             _refuse_inside(path, checkpoint.folder)
         entries = match(spec, checkpoint) if checkpoint else {}
+    compute = COMPUTE.get(precision, precision)
     with stages("graph"):
-        graphs = build_parts(spec, precision)
+        graphs = graphs_of(spec, compute, dialect)
     with stages("lower"):
-        models = {
-            part: lower_model(graph, dialect, f"{spec.name} {part}")
+        lowered = {
+            part: lower_model(graph, dialect, f"{spec.name} {part}", part)
             for part, graph in graphs.items()
         }
+        models = {part: each.model for part, each in lowered.items()}
+        packings = {name: p for each in lowered.values() for name, p in each.packings.items()}
     manifest = Manifest(
         spec=spec,
         target=target,
         dialect=dialect,
-        opset=DIALECTS[dialect][1],
+        opset=OPSET,
         precision=precision,
         checkpoint=None,
         weights=Weights(mode="unbound"),
         files={},
         inputs=(),
         outputs=(),
+        packings=packings,
+        presets=PRESETS,
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )
-    return _write(path, models, manifest, checkpoint, entries, weights, stages)
+    return _write(path, models, manifest, checkpoint, entries, mode, stages)
 
 
 @_no_collection()
@@ -162,7 +194,7 @@ def bind(
     artefact: str | Path,
     checkpoint: str | Path,
     out: str | Path | None = None,
-    weights: str = "in-place",
+    weights: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artefact:
     """Attach `checkpoint` to an artefact that was built without one, or bind it anew.
@@ -172,10 +204,12 @@ def bind(
     Raises:
         MoecError: the checkpoint is not of the artefact's model, or is broken.
     """
-    _placement(weights)
     stages = _Stages(progress)
     with stages("read"):
         built = open_artefact(artefact)
+        packs = DIALECTS[built.manifest.dialect].packs
+        mode = weights or ("pack" if packs else "in-place")
+        _placement(mode, packs)
         path = Path(out or artefact)
         refuse_foreign(path)
         read = read_checkpoint(checkpoint)
@@ -191,8 +225,8 @@ def bind(
                 f"python cli.py build --checkpoint {checkpoint}",
             )
         entries = match(spec, read)
-        models = {part: ir.load(built.graph(part)) for part in parts_of(spec)}
-    return _write(path, models, built.manifest, read, entries, weights, stages)
+        models = {part: ir.load(built.graph(part)) for part in built.parts}
+    return _write(path, models, built.manifest, read, entries, mode, stages)
 
 
 def _write(
@@ -213,10 +247,17 @@ def _write(
         bound = None
         if checkpoint:
             with stages("weights"):
-                bound = _place(checkpoint, entries, mode, folder, stages.progress)
+                if mode == "pack":
+                    bound = _pack(checkpoint, entries, manifest, folder, stages.progress)
+                else:
+                    bound = _place(checkpoint, entries, mode, folder, stages.progress)
             with stages("write"):
                 for target, model in targets.items():
                     save_bound(model, target, bound.entries, bound.root)
+        if GENAI in models:
+            root = Path(bound.weights.folder) if bound and bound.weights.folder else path
+            companions = checkpoint.folder if checkpoint else None
+            write_genai(folder / "genai", path / "genai", manifest, root, companions)
         written = {
             each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
         }
@@ -233,8 +274,9 @@ def _write(
                     seconds={k: round(v, 3) for k, v in stages.seconds.items()},
                     peak_bytes=memory().peak,
                     bytes_written=sum(f.size for f in files.values())
-                    + (bound.copied if bound else 0),
+                    + (bound.copied + bound.packed if bound else 0),
                     bytes_copied=bound.copied if bound else 0,
+                    bytes_packed=bound.packed if bound else 0,
                 ),
             }
         )
@@ -285,9 +327,7 @@ def _place(
                 _link(shard.path, folder / shard.name)
             else:
                 copied += _copy(shard.path, folder / shard.name, progress)
-        for name in COMPANIONS:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, folder / name)
+        _companions(checkpoint.folder, folder)
     at_root = {
         name: replace(entry, file=root / names[entry.file]) for name, entry in entries.items()
     }
@@ -303,6 +343,34 @@ def _place(
     return _Bound(
         at_root, root, Weights(mode=placed, folder=shown, shards=shards, tensors=refs), copied
     )
+
+
+def _pack(
+    checkpoint: Checkpoint,
+    entries: dict[str, TensorEntry],
+    manifest: Manifest,
+    folder: Path,
+    progress: Progress,
+) -> _Bound:
+    """Write every weight in the layout that the graph wants, and the companions beside it."""
+    path = folder / PACKED
+    write_packed(path, manifest.packings, entries, partial(progress, "pack"))
+    _companions(checkpoint.folder, folder)
+    shard = read_shard(path)
+    refs = {
+        name: TensorRef(file=PACKED, offset=entry.offset, length=entry.nbytes)
+        for name, entry in shard.tensors.items()
+    }
+    shards = {PACKED: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
+    return _Bound(
+        shard.tensors, folder, Weights(mode="pack", shards=shards, tensors=refs), packed=shard.size
+    )
+
+
+def _companions(source: Path, folder: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -327,21 +395,56 @@ def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) 
     return size
 
 
-def _dialect(target: str, precision: str) -> str:
+def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
+    """The dialect of a build, and where its weights go.
+
+    Raises:
+        MoecError: no such target, precision or placement, or they do not go together.
+    """
     if target not in TARGETS:
         found = "planned, not in this version" if target in PLANNED else "no such target"
         raise MoecError(f"--target {target}", found, " or ".join(TARGETS), "use --target onnx")
-    if precision not in TORCH_DTYPES:
-        found = "planned, not in this version" if precision == "fp8" else "no such precision"
+    if precision not in TARGETS[target]:
         raise MoecError(
-            f"--precision {precision}", found, " or ".join(TORCH_DTYPES), "use --precision fp32"
+            f"--precision {precision} --target {target}", _NOT_YET.get(precision, "no such precision"),
+            " or ".join(TARGETS[target]), "use --precision fp32",
+        )  # fmt: skip
+    stays, packed = TARGETS[target][precision]
+    mode = weights or ("in-place" if stays else "pack")
+    dialect = packed if mode == "pack" else stays
+    if dialect is None and mode in _PLACEMENTS:
+        raise MoecError(
+            f"--weights {mode} --target {target} --precision {precision}",
+            "no graph for weights that are rewritten" if mode == "pack"
+            else "a precision whose weights must be rewritten",
+            "in-place, link or copy" if mode == "pack" else "pack",
+            "leave --weights out",
+        )  # fmt: skip
+    _placement(mode, mode == "pack")
+    assert dialect is not None
+    return dialect, mode
+
+
+#: precisions of the design that are not there, or not in every target
+_NOT_YET = {
+    "fp8": "planned; the published onnxruntime-gpu wheels refuse fp8 experts (QMoE quant_type fp8)",
+    "int8": "weight-only integers are there with --target ort",
+    "int4": "weight-only integers are there with --target ort",
+}
+_PLACEMENTS = ("in-place", "link", "copy", "pack")
+
+
+def _placement(mode: str, packs: bool) -> None:
+    if mode not in _PLACEMENTS:
+        raise MoecError(
+            f"--weights {mode}", mode, "in-place, link, copy or pack", "choose one of them"
         )
-    return TARGETS[target]
-
-
-def _placement(mode: str) -> None:
-    if mode not in ("in-place", "link", "copy"):
-        raise MoecError(f"--weights {mode}", mode, "in-place, link or copy", "choose one of them")
+    if packs != (mode == "pack"):
+        raise MoecError(
+            f"--weights {mode}", "an artefact built for weights that are "
+            + ("rewritten" if packs else "left as they are"),
+            "pack" if packs else "in-place, link or copy", "leave --weights out",
+        )  # fmt: skip
 
 
 def _refuse_inside(out: Path, checkpoint: Path) -> None:

@@ -5,11 +5,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moec.spec.model import Frozen, ModelSpec
+from moec.weights.packing import Packing
 
 FORMAT = "moec/1"
 NAME = "manifest.json"
 
-WeightMode = Literal["unbound", "in-place", "link", "copy"]
+WeightMode = Literal["unbound", "in-place", "link", "copy", "pack"]
+#: precisions whose weights alone are narrow -> what the graph computes in
+COMPUTE = {"int8": "fp32", "int4": "fp32"}
 
 
 class File(Frozen):
@@ -62,21 +65,35 @@ class Ports(Frozen):
     outputs: tuple[Port, ...]
 
 
+class Preset(Frozen):
+    """ONNX Runtime session options: `entries` by key, the rest by attribute of SessionOptions."""
+
+    entries: dict[str, str] = Field(default_factory=dict)
+    execution_order: Literal["DEFAULT", "PRIORITY_BASED"] = "DEFAULT"
+    enable_mem_pattern: bool = True
+
+
 class Build(Frozen):
-    """How the build went: seconds per stage, peak resident bytes of the process, bytes on disk."""
+    """How the build went: seconds per stage, peak resident bytes of the process, bytes on disk.
+
+    `bytes_written` counts all of them, `bytes_copied` weights as they were, `bytes_packed` weights
+    that were rewritten.
+    """
 
     seconds: dict[str, float]
     peak_bytes: int
     bytes_written: int
     bytes_copied: int
+    bytes_packed: int = 0
 
 
 class Manifest(Frozen):
     """The whole of `manifest.json`.
 
     `inputs` and `outputs` are the decoder's, `vision` those of the vision tower where there is one.
-    `rewritten` lists weights whose bytes are not the checkpoint's own, with the reason; `parity` is
-    the last validation's report, and the only statement here about the numbers.
+    `packings` says how each stored weight is made, by the name of its first tensor; it is empty
+    where all weights are the checkpoint's own bytes. `presets` are session options for ONNX
+    Runtime. `parity` is the last validation's report, and the only statement about the numbers.
     """
 
     format: Literal["moec/1"] = "moec/1"
@@ -91,7 +108,27 @@ class Manifest(Frozen):
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     vision: Ports | None = None
-    rewritten: tuple[str, ...] = ()
+    packings: dict[str, Packing] = Field(default_factory=dict)
+    presets: dict[str, Preset] = Field(default_factory=dict)
     versions: dict[str, str]
     build: Build
     parity: dict[str, Any] | None = None
+
+    @property
+    def compute(self) -> str:
+        """What the graph computes in: "fp32", "fp16" or "bf16"."""
+        return COMPUTE.get(self.precision, self.precision)
+
+    @property
+    def buffered(self) -> bool:
+        """Whether caches are buffers [batch, kv_heads, slots, head_dim] that a call writes into."""
+        return any(len(port.shape) == 4 for port in self.inputs if port.name.startswith("past."))
+
+    @property
+    def rewritten(self) -> dict[str, Packing]:
+        """Parameters whose bytes are not the checkpoint's own."""
+        return {
+            packing.source: packing
+            for packing in self.packings.values()
+            if packing.names(self.spec.dtype) != (packing.source,)
+        }

@@ -1,5 +1,6 @@
 """Emit ops into a torch.fx graph whose weights are on the meta device."""
 
+from collections.abc import Sequence
 from operator import getitem
 from typing import Any
 
@@ -35,7 +36,7 @@ class Builder:
         """
         node = self._graph.placeholder(name.replace(".", "_"))
         node.meta["default"] = default
-        return self._tag(node, name, TensorType(shape, dtype))
+        return tag(node, name, TensorType(shape, dtype))
 
     def parameter(self, name: str) -> fx.Node:
         """Parameter `name`; a second call gives the same node."""
@@ -47,21 +48,16 @@ class Builder:
             )
             _submodule(self._root, owner).register_parameter(leaf, weight)
             node = self._graph.get_attr(name)
-            self._known[name] = self._tag(node, name, TensorType(shape, self._dtype))
+            self._known[name] = tag(node, name, TensorType(shape, self._dtype))
         return self._known[name]
 
     def emit(self, op: Op, *args: Any, name: str) -> fx.Node:
         """Call `op`, after its shape rule has agreed to the operands."""
-        types = op.rule(*(arg.meta["type"] if isinstance(arg, fx.Node) else arg for arg in args))
-        return self._tag(self._graph.call_function(op.target, args), name, types)
+        return call(self._graph, op, *args, name=name)
 
     def emit_pair(self, op: Op, *args: Any, name: str) -> tuple[fx.Node, fx.Node]:
         """`emit` for an op with two outputs: `name.0` and `name.1`."""
-        node = self.emit(op, *args, name=name)
-        first, second = (
-            self._tag(self._graph.call_function(getitem, (node, i)), f"{name}.{i}", each)
-            for i, each in enumerate(node.meta["type"])
-        )
+        first, second = call_each(self._graph, op, *args, name=name, each=(f"{name}.0", f"{name}.1"))
         return first, second
 
     def output(self, outputs: dict[str, fx.Node]) -> fx.GraphModule:
@@ -70,10 +66,28 @@ class Builder:
         node.meta["outputs"] = tuple(outputs)
         return fx.GraphModule(self._root, self._graph, "MoecGraph")
 
-    @staticmethod
-    def _tag(node: fx.Node, name: str, kind: Any) -> fx.Node:
-        node.meta["name"], node.meta["type"] = name, kind
-        return node
+
+def call(graph: fx.Graph, op: Op, *args: Any, name: str) -> fx.Node:
+    """A node that calls `op`, after its shape rule has agreed to the operands."""
+    types = op.rule(*(arg.meta["type"] if isinstance(arg, fx.Node) else arg for arg in args))
+    return tag(graph.call_function(op.target, args), name, types)
+
+
+def call_each(
+    graph: fx.Graph, op: Op, *args: Any, name: str, each: Sequence[str]
+) -> tuple[fx.Node, ...]:
+    """`call` for an op with several outputs: a node for each, named by `each`."""
+    node = call(graph, op, *args, name=name)
+    return tuple(
+        tag(graph.call_function(getitem, (node, i)), label, kind)
+        for i, (label, kind) in enumerate(zip(each, node.meta["type"], strict=True))
+    )
+
+
+def tag(node: fx.Node, name: str, kind: Any) -> fx.Node:
+    """`node`, with its name and its type or types."""
+    node.meta["name"], node.meta["type"] = name, kind
+    return node
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module:

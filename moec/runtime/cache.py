@@ -1,6 +1,7 @@
 """Key/value caches between the calls of one generation."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +9,10 @@ from torch.nn import functional
 
 from moec.spec.model import ModelSpec
 from moec.weights.view import TORCH_DTYPES
+
+#: "slots": [batch, slots, kv_heads * head_dim], each call returns new ones.
+#: "buffers": [batch, kv_heads, slots, head_dim], each call writes into them.
+Layout = Literal["slots", "buffers"]
 
 
 @dataclass(slots=True)
@@ -24,14 +29,26 @@ def slots(chunk: int | None, capacity: int) -> int:
     return capacity if chunk is None else min(chunk, capacity)
 
 
-def new_cache(spec: ModelSpec, precision: str, batch: int, capacity: int) -> Cache:
+def new_cache(
+    spec: ModelSpec,
+    precision: str,
+    batch: int,
+    capacity: int,
+    layout: Layout = "slots",
+    device: str = "cpu",
+) -> Cache:
     """An empty cache with room for `capacity` positions a row; 0 keeps nothing."""
-    dtype, width = TORCH_DTYPES[precision], spec.text.kv_width
+    dtype, text = TORCH_DTYPES[precision], spec.text
+
+    def shape(chunk: int | None) -> tuple[int, ...]:
+        count = slots(chunk, capacity)
+        if layout == "slots":
+            return batch, count, text.kv_width
+        return batch, text.kv_heads, count, text.head_dim
+
     tensors = {
-        f"past.{layer.index}.{kind}": torch.zeros(
-            batch, slots(layer.chunk, capacity), width, dtype=dtype
-        )
-        for layer in spec.text.all_layers
+        f"past.{layer.index}.{kind}": torch.zeros(shape(layer.chunk), dtype=dtype, device=device)
+        for layer in text.all_layers
         for kind in ("key", "value")
     }
     return Cache(torch.zeros(batch, dtype=torch.int64), tensors, capacity)

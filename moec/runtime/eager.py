@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from moec.exporters.artefact import Entry
 from moec.graph_builder.parts import BUILDERS
 from moec.graph_builder.passes.tap import tap
 from moec.spec.model import ModelSpec
-from moec.weights.shard import TensorEntry
+from moec.weights.packing import Packed
 from moec.weights.view import view
 
 #: One call of a graph: inputs by name to outputs by name.
@@ -17,7 +18,7 @@ Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 def eager_engine(
     spec: ModelSpec,
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, Entry],
     precision: str = "fp32",
     taps: Sequence[str] = (),
     part: str = "model",
@@ -48,9 +49,11 @@ def eager_engine(
     return run
 
 
-def fill(graph: fx.GraphModule, entries: Mapping[str, TensorEntry]) -> None:
-    """Replace the meta weights of `graph` by views of their bytes."""
+def fill(graph: fx.GraphModule, entries: Mapping[str, Entry]) -> None:
+    """Replace the meta weights of `graph` by views of their bytes, or by what packed ones mean."""
     for name in dict(graph.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        weight = nn.Parameter(view(entries[name]), requires_grad=False)
+        entry = entries[name]
+        found = entry.read() if isinstance(entry, Packed) else view(entry)
+        weight = nn.Parameter(found, requires_grad=False)
         setattr(graph.get_submodule(owner), leaf, weight)

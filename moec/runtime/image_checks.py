@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from moec.exporters.artefact import Artefact
-from moec.runtime.cache import new_cache
-from moec.runtime.compare import Tolerance, argmax_agreement, error, feeds_of
+from moec.runtime.compare import Tolerance, argmax_agreement, error
 from moec.runtime.eager import eager_engine
 from moec.runtime.ort import ort_engine
 from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check
-from moec.runtime.session import open_session
+from moec.runtime.session import eager_session, ort_session
 from moec.spec.model import ModelSpec
 
 #: tiles that the rows of the drawn text hold, where they fit
@@ -82,33 +81,28 @@ def fusion(
     artefact: Artefact, images: Images, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Images in text: the fused embeddings, the logits, and the same through the caches."""
-    spec, precision = artefact.manifest.spec, artefact.manifest.precision
     pixels = images.pixels[: images.placed]
-    feeds, own = feeds_of(spec, images.ids, lengths)
-    entries, taps = artefact.entries(), ["fused"]
+    spec, taps = artefact.manifest.spec, ["fused"]
+    session = ort_session(artefact, taps=taps)
+    reference = eager_session(spec, artefact.entries(), "fp32", taps=taps)
     features, results = [], []
-    for see, run, kind in (
-        (ort_engine(artefact, part="vision"), ort_engine(artefact, taps=taps), precision),
-        (
-            eager_engine(spec, entries, part="vision"),
-            eager_engine(spec, entries, taps=taps),
-            "fp32",
-        ),
-    ):
-        features.append(see({"pixel_values": pixels})["image_features"])
-        cache = new_cache(spec, kind, len(images.ids), 0)
-        results.append(run({**feeds, "image_features": features[-1], **cache.tensors}))
+    for each in (session, reference):
+        features.append(each.image_features(pixels))
+        results.append(each.trace(images.ids, lengths, taps, features[-1]))
     # Images alone: beside trained embeddings their features may be too small to show an error.
-    seen = images.seen.flatten()
+    own = torch.arange(images.ids.shape[1]) < lengths[:, None]
+    seen = images.seen[own]
     found, expected = (out["fused"][seen] for out in results)
     detail = f"{len(found)} image tokens of {images.placed} tiles"
     yield error("images: fused", found, expected, tolerance, detail)
-    found, expected = (out["logits"].flatten(0, 1)[own] for out in results)
+    found, expected = (out["logits"] for out in results)
     yield error("images: logits", found, expected, tolerance)
     yield argmax_agreement("images: argmax", found, expected, tolerance)
     cuts = set()  # that part images
     for row in images.seen:
         columns = row.nonzero()[:, 0].tolist()
         cuts |= {columns[len(columns) // 3], columns[len(columns) // 2]} if columns else set()
-    name, session, whole = "images: in pieces", open_session(artefact.path), results[0]["logits"]
+    whole = torch.zeros(*images.ids.shape, spec.text.vocab)
+    whole[own] = results[0]["logits"]
+    name = "images: in pieces"
     yield in_pieces(name, session, images.ids, lengths, cuts, whole, tolerance, features[0])

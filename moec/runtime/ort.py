@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: an artefact's ONNX files on the CPU."""
+"""The ONNX Runtime engine: an artefact's ONNX files on the CPU or on CUDA."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,64 +9,46 @@ import torch
 from torch import Tensor
 
 from moec.exporters.artefact import Artefact
+from moec.exporters.onnx.lowering import DTYPES
+from moec.exporters.presets import PRESETS
 from moec.runtime.eager import Run
 from moec.spec.errors import MoecError
 
-#: Session options by preset. `lean` never copies a weight: they stay mapped from their shards, and
-#: casts run next to their use (docs/performance.md has the figures). `fast` is ONNX Runtime's own
-#: default: it folds casts and prepacks at load, which costs fp32 copies of the dense weights.
-PRESETS: dict[str, dict[str, Any]] = {
-    "lean": {
-        "entries": {
-            "session.disable_prepacking": "1",
-            "optimization.disable_specified_optimizers": "ConstantFolding",
-        },
-        "execution_order": "PRIORITY_BASED",
-        "enable_mem_pattern": False,
-    },
-    "fast": {"entries": {}},
-}
 _FOLDER = "session.model_external_initializers_file_folder_path"
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
 
 
 def ort_engine(
-    artefact: Artefact, preset: str = "lean", taps: Sequence[str] = (), part: str = "model"
+    artefact: Artefact,
+    preset: str = "lean",
+    taps: Sequence[str] = (),
+    part: str = "model",
+    device: str = "cpu",
 ) -> Run:
     """Open a part of `artefact`, "model" or "vision", in ONNX Runtime.
 
-    `taps` names inner values to return as well.
+    `taps` names inner values to return as well. Caches that are buffers are bound, not copied: the
+    call writes into the tensors that it is given.
 
     Raises:
         MoecError: onnxruntime is not installed (exit code 3), it has no kernels for the artefact's
-            precision (3), or it refuses the model (1).
+            precision on `device` (3), or it refuses the model (1).
     """
-    try:
-        import onnxruntime
-    except ImportError:
+    onnxruntime = _runtime(device)
+    manifest = artefact.manifest
+    _check_kernels(artefact, device)
+    presets = manifest.presets or PRESETS
+    if preset not in presets:
         raise MoecError(
-            "ONNX Runtime", "not installed", "onnxruntime 1.30 or newer",
-            "pip install 'moec[cpu]'", exit_code=3,
-        ) from None  # fmt: skip
-    if artefact.manifest.precision == "bf16":
-        raise MoecError(
-            artefact.path,
-            "a graph that computes in bf16",
-            "fp32 or fp16: ONNX Runtime has no bf16 kernels on the CPU",
-            "build with --precision fp32 (weights stay bf16 on disk)",
-            exit_code=3,
+            f"preset {preset}", "no such preset", " or ".join(presets), "choose one of them"
         )
-    if preset not in PRESETS:
-        raise MoecError(
-            f"preset {preset}", "no such preset", " or ".join(PRESETS), "choose one of them"
-        )
-    artefact.entries()  # refuses unbound artefacts and changed shards with a clear message
+    artefact.stored()  # refuses unbound artefacts and changed shards with a clear message
     options = onnxruntime.SessionOptions()
-    chosen = dict(PRESETS[preset])
+    chosen = presets[preset].model_dump()
     for key, text in chosen.pop("entries").items():
         options.add_session_config_entry(key, text)
+    options.execution_order = getattr(onnxruntime.ExecutionOrder, chosen.pop("execution_order"))
     for key, setting in chosen.items():
-        if key == "execution_order":
-            setting = getattr(onnxruntime.ExecutionOrder, setting)
         setattr(options, key, setting)
     options.add_session_config_entry(_FOLDER, str(artefact.weights_folder.resolve()))
     # Errors only: an input that may be left out, image_features, earns a warning at each start.
@@ -74,7 +56,7 @@ def ort_engine(
     file = artefact.graph(part)
     model: str | bytes = _tapped(file, taps) if taps else str(file)
     try:
-        session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
     except Exception as error:  # the bindings raise a dozen unrelated types
         raise MoecError(
             file, str(error).splitlines()[0], "a model that ONNX Runtime loads",
@@ -83,13 +65,86 @@ def ort_engine(
     inputs = {port.name for port in session.get_inputs()}
     optional = {port.name for port in session.get_overridable_initializers()}
     outputs = [port.name for port in session.get_outputs()]
+    kept = {n: n.replace("present", "past", 1) for n in outputs if n.startswith("present.")}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = inputs | (optional & feeds.keys())
         arrays = {name: feeds[name].contiguous().numpy() for name in given}
         return dict(zip(outputs, map(torch.from_numpy, session.run(outputs, arrays)), strict=True))
 
-    return run
+    def run_bound(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        binding = session.io_binding()
+        held = {name: feeds[name].contiguous() for name in inputs | (optional & feeds.keys())}
+        for name, tensor in held.items():
+            binding.bind_input(name, *_place(tensor))
+        for name in outputs:  # results come in the order of these calls
+            binding.bind_output(name, *(_place(held[kept[name]]) if name in kept else ("cpu",)))
+        session.run_with_iobinding(binding)
+        return {
+            name: held[kept[name]] if name in kept else torch.from_numpy(each.numpy())
+            for name, each in zip(outputs, binding.get_outputs(), strict=True)
+        }
+
+    return run_bound if manifest.buffered and part == "model" else run
+
+
+def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+    """Where `tensor` lies, for IOBinding: device, its number, element type, shape, address."""
+    device = tensor.device
+    kind = DTYPES[tensor.dtype].value
+    return device.type, device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr()
+
+
+def _runtime(device: str) -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        MoecError: it is not installed, or has no provider for `device`.
+    """
+    package, extra = ("onnxruntime-gpu", "cuda") if device == "cuda" else ("onnxruntime", "cpu")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MoecError(
+            "ONNX Runtime", "not installed", f"{package} 1.30 or newer",
+            f"pip install 'moec[{extra}]'", exit_code=3,
+        ) from None  # fmt: skip
+    providers = onnxruntime.get_available_providers()
+    if not set(_PROVIDERS[device]) <= set(providers) or (
+        device == "cuda" and not torch.cuda.is_available()
+    ):
+        raise MoecError(
+            f"device {device}", f"ONNX Runtime with {', '.join(providers)}"
+            + ("" if torch.cuda.is_available() else "; torch finds no GPU"),
+            f"{package} and a GPU", "use device cpu, or pip install 'moec[cuda]' in place of [cpu]",
+            exit_code=3,
+        )  # fmt: skip
+    if device == "cuda":
+        onnxruntime.preload_dlls(directory="")  # the CUDA libraries that came with torch
+    return onnxruntime
+
+
+def _check_kernels(artefact: Artefact, device: str) -> None:
+    """Refuse a graph for which `device` has no kernels."""
+    manifest = artefact.manifest
+    runnable = (
+        manifest.buffered and manifest.precision in ("fp16", "bf16") and bool(manifest.packings)
+        if device == "cuda"
+        else manifest.compute != "bf16"
+    )
+    if not runnable:
+        found = f"target {manifest.target}, precision {manifest.precision}"
+        wanted = (
+            "target ort in bf16, or in fp16 with packed weights: attention on CUDA has no others"
+            if device == "cuda"
+            else "fp32 or fp16: ONNX Runtime has no bf16 kernels on the CPU"
+        )
+        fix = (
+            "build with --target ort --precision bf16"
+            if device == "cuda"
+            else "build with --precision fp32 (weights stay bf16 on disk), or use device cuda"
+        )
+        raise MoecError(artefact.path, found, wanted, fix, exit_code=3)
 
 
 def _tapped(file: Path, names: Sequence[str]) -> bytes:

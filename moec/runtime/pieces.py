@@ -6,7 +6,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moec.runtime.cache import new_cache
 from moec.runtime.compare import Tolerance, error
 from moec.runtime.report import Check
 from moec.runtime.session import Session, features_within
@@ -28,12 +27,14 @@ def in_pieces(
     """
     images = session.image_mask(ids, lengths)
     edges = [0, *sorted({cut for cut in cuts if 0 < cut < ids.shape[1]}), ids.shape[1]]
-    cache = new_cache(session.spec, session.precision, len(ids), 1)  # grows on the way
+    cache = session.new_cache(len(ids), 1)  # grows on the way
     pairs = []
     for start, end in pairwise(edges):
         own = (lengths - start).clamp(0, end - start)
         columns = slice(start, end)
-        fused = None if features is None else features_within(features, images, columns)
+        fused = (
+            None if features is None else features_within(features, images, slice(None), columns)
+        )
         got = session.extend(ids[:, columns], own, cache, fused)
         pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
     found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))

@@ -1,6 +1,6 @@
 """A session: one engine, the caches around it, and the loop that generates."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
@@ -10,23 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.exporters.artefact import Artefact, open_artefact
+from moec.exporters.artefact import Artefact, Entry, open_artefact
 from moec.exporters.manifest import NAME
-from moec.runtime.cache import Cache, grow, new_cache
+from moec.runtime.cache import Cache, Layout, grow, new_cache
+from moec.runtime.calls import PIECE, buffered_calls, padded_calls
 from moec.runtime.eager import Run, eager_engine
 from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
-from moec.runtime.ort import PRESETS, ort_engine
+from moec.runtime.ort import ort_engine
 from moec.runtime.sampling import sample
 from moec.spec.errors import MoecError
 from moec.spec.files import load_spec
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import read_checkpoint
 from moec.weights.name_map import match
-from moec.weights.shard import TensorEntry
 from moec.weights.view import TORCH_DTYPES
 
-#: tokens of a prompt that go through the graph at once; bounds the memory of masks and logits
-PIECE = 1024
 #: image tiles that go through the vision tower at once, for the same reason
 TILES = 8
 
@@ -50,6 +48,8 @@ class Session:
     run: Run
     artefact: Artefact | None = None
     vision: Callable[[], Run] | None = None  # opens the tower, when it is first wanted
+    layout: Layout = "slots"
+    device: str = "cpu"
 
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
@@ -60,9 +60,34 @@ class Session:
         """
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
-        cache = new_cache(self.spec, self.precision, len(ids), 0)
-        every = torch.arange(ids.shape[1]).expand(len(ids), -1)
-        return _like(input_ids, self._step(ids, counts, every, cache, features)["logits"])
+        logits = torch.zeros(*ids.shape, self.spec.text.vocab)
+        for rows, columns, out in self.walk(ids, counts, self._no_cache(ids), features):
+            logits[rows, columns] = out["logits"]
+        return _like(input_ids, logits)
+
+    def trace(
+        self, ids: Tensor, lengths: Tensor, names: Sequence[str], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Inner values `names` and logits of rows ids [B, S]: [own tokens, ...], row by row.
+
+        The session's engine must have been opened with these names as taps.
+        """
+        own = torch.arange(ids.shape[1]) < lengths[:, None]
+        found: dict[str, list[Tensor]] = {name: [] for name in (*names, "logits")}
+        for rows, columns, out in self.walk(ids, lengths, self._no_cache(ids), features):
+            out["logits"] = out["logits"].flatten(0, 1)
+            for name, pieces in found.items():
+                pieces.append(out[name][own[rows, columns].flatten()])
+        return {name: torch.cat(pieces) for name, pieces in found.items()}
+
+    def _no_cache(self, ids: Tensor) -> Cache:
+        """What one pass over ids [B, S] needs: buffers, or nothing."""
+        capacity = ids.shape[1] if self.layout == "buffers" else 0
+        return self.new_cache(len(ids), capacity)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` rows of `capacity` positions; it grows if they get longer."""
+        return new_cache(self.spec, self.precision, batch, capacity, self.layout, self.device)
 
     def prefill(
         self,
@@ -78,7 +103,7 @@ class Session:
         """
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
-        cache = new_cache(self.spec, self.precision, len(ids), capacity or ids.shape[1])
+        cache = self.new_cache(len(ids), capacity or ids.shape[1])
         return self.extend(ids, counts, cache, features), cache
 
     def image_features(self, pixel_values: Pixels) -> Tensor:
@@ -104,22 +129,50 @@ class Session:
         cache.
         """
         check_ids(ids, self.spec.text.vocab)
-        needed = int((cache.lengths + lengths).max())
-        if needed > cache.capacity:
-            grow(self.spec, cache, max(needed, 2 * cache.capacity))
         last = torch.zeros(len(ids), self.spec.text.vocab)
-        starts = range(0, ids.shape[1], PIECE)
-        for start, fused in zip(starts, self._by_piece(features, ids, lengths), strict=True):
-            piece = ids[:, start : start + PIECE]
-            own = (lengths - start).clamp(0, piece.shape[1])
-            index = (own - 1).clamp(min=0)[:, None]
-            out = self._step(piece, own, index, cache, fused)
-            ends = (own > 0) & (lengths <= start + piece.shape[1])
-            last[ends] = out["logits"][ends, 0]
-            for name in cache.tensors:
-                cache.tensors[name] = out[name.replace("past", "present", 1)]
-            cache.lengths = cache.lengths + own
+        for rows, columns, out in self.walk(ids, lengths, cache, features, every=False):
+            ends = (lengths[rows] > columns.start) & (lengths[rows] <= columns.stop)
+            last[rows][ends] = out["logits"][ends, 0]
         return last
+
+    def walk(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        cache: Cache,
+        features: Tensor | None = None,
+        every: bool = True,
+    ) -> Iterator[tuple[slice, slice, dict[str, Tensor]]]:
+        """Run ids [B, S] call by call: rows, columns and what the graph returned for them.
+
+        A call has logits for every token, or for the last own token of each row only.
+        """
+        width, chunk = ids.shape[1], self.spec.text.chunk
+        needed = int((cache.lengths + lengths.clamp(min=1)).max())
+        if cache.capacity and needed > cache.capacity:
+            grow(self.spec, cache, max(needed, 2 * cache.capacity))
+        images = self._checked(features, ids, lengths)
+        calls = (
+            buffered_calls(cache.lengths, lengths, width, chunk)
+            if self.layout == "buffers"
+            else padded_calls(width, PIECE if cache.capacity else width)
+        )
+        for rows, columns in calls:
+            piece = ids[rows, columns]
+            own = (lengths[rows] - columns.start).clamp(0, piece.shape[1])
+            index = (
+                torch.arange(piece.shape[1]).repeat(len(piece), 1)
+                if every
+                else (own - 1).clamp(min=0)[:, None]
+            )
+            fused = None if images is None else features_within(*images, rows, columns)
+            out = self._step(piece, own, index, cache, rows, fused)
+            if self.layout == "slots" and cache.capacity:
+                for name in cache.tensors:
+                    cache.tensors[name] = out[name.replace("past", "present", 1)]
+            cache.lengths = cache.lengths.clone()
+            cache.lengths[rows] += own
+            yield rows, columns, out
 
     def generate(
         self,
@@ -155,7 +208,7 @@ class Session:
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
         alive = torch.ones(len(rows), dtype=torch.bool)
         capacity = int(counts.max()) + max_new_tokens
-        cache = new_cache(self.spec, self.precision, len(ids), capacity)
+        cache = self.new_cache(len(ids), capacity)
         logits = self.extend(ids, counts, cache, features)
         for step in range(max_new_tokens):
             tokens = sample(logits, temperature, top_k, top_p, generator)
@@ -178,14 +231,15 @@ class Session:
         lengths: Tensor,
         logit_index: Tensor,
         cache: Cache,
+        rows: slice,
         features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         feeds = {
             "input_ids": ids,
-            "past_lengths": cache.lengths,
+            "past_lengths": cache.lengths[rows],
             "lengths": lengths,
             "logit_index": logit_index,
-            **cache.tensors,
+            **{name: tensor[rows] for name, tensor in cache.tensors.items()},
         }
         if features is not None:
             # The graph counts image tokens in padding too: put another token there.
@@ -226,13 +280,12 @@ class Session:
         pieces = torch.split(tiles, TILES)
         return torch.cat([run({"pixel_values": piece})["image_features"] for piece in pieces])
 
-    def _by_piece(
+    def _checked(
         self, features: Tensor | None, ids: Tensor, lengths: Tensor
-    ) -> list[Tensor | None]:
-        """What of `features` each piece of ids [B, S] takes, in the graph's dtype."""
-        starts = range(0, ids.shape[1], PIECE)
+    ) -> tuple[Tensor, Tensor] | None:
+        """`features` in the graph's dtype, and the image tokens [B, S] that they stand for."""
         if features is None:
-            return [None] * len(starts)
+            return None
         images = self.image_mask(ids, lengths)
         expected = (int(images.sum()), self.spec.text.dim)
         if self.spec.vision is None or tuple(features.shape) != expected:
@@ -241,14 +294,13 @@ class Session:
                 f"{list(expected)}, one for each image token, and a model with a vision tower",
                 "take them from Session.image_features",
             )  # fmt: skip
-        features = features.to(TORCH_DTYPES[self.precision])
-        return [features_within(features, images, slice(start, start + PIECE)) for start in starts]
+        return features.to(TORCH_DTYPES[self.precision]), images
 
 
-def features_within(features: Tensor, images: Tensor, columns: slice) -> Tensor:
-    """Of features [N, dim], one for each True of images [B, S], those of some columns."""
+def features_within(features: Tensor, images: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Of features [N, dim], one for each True of images [B, S], those of some rows and columns."""
     order = (images.flatten().cumsum(0) - 1).view_as(images)
-    return features[order[:, columns][images[:, columns]]]
+    return features[order[rows, columns][images[rows, columns]]]
 
 
 def open_session(
@@ -257,24 +309,26 @@ def open_session(
     """Open an artefact (`engine` "onnxruntime" or "eager") or a checkpoint folder ("eager").
 
     Args:
+        device: "cpu"; "cuda" for artefacts of target ort in fp16 or bf16.
         preset: session options, "lean" (weights stay mapped) or "fast" (folded and prepacked).
 
     Raises:
         MoecError: no artefact, no weights, changed weights (exit code 2), or a device or package
             that is not there (3).
     """
-    if device != "cpu":
-        raise MoecError(
-            f"device {device}", "not in this version", "cpu", "use device cpu", exit_code=3
-        )
     path = Path(path)
     for name, given, known in (
+        ("device", device, ("cpu", "cuda")),
         ("engine", engine, (None, "onnxruntime", "eager")),
-        ("preset", preset, tuple(PRESETS)),
     ):
         if given not in known:
             expected = " or ".join(filter(None, known))
             raise MoecError(f"{name} {given}", f"no such {name}", expected, "choose one of them")
+    if device == "cuda" and engine == "eager":
+        raise MoecError(
+            "device cuda", "engine eager", "engine onnxruntime; the reference runs on the cpu",
+            "leave engine out", exit_code=3,
+        )  # fmt: skip
     if not (path / NAME).is_file() and (path / "config.json").is_file():
         if engine == "onnxruntime":
             raise MoecError(
@@ -282,23 +336,36 @@ def open_session(
                 f"python cli.py build --checkpoint {path}",
             )  # fmt: skip
         spec = load_spec(path)
-        return _eager(spec, match(spec, read_checkpoint(path)), "fp32")
+        return eager_session(spec, match(spec, read_checkpoint(path)), "fp32")
     artefact = open_artefact(path)
-    spec, precision = artefact.manifest.spec, artefact.manifest.precision
     if engine == "eager":
-        return _eager(spec, artefact.entries(), precision, artefact)
-    run = ort_engine(artefact, preset)
-    vision = once(partial(ort_engine, artefact, preset, part="vision"))
-    return Session(spec, precision, "onnxruntime", run, artefact, vision)
+        manifest = artefact.manifest
+        return eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)
+    return ort_session(artefact, device, preset)
 
 
-def _eager(
+def ort_session(
+    artefact: Artefact, device: str = "cpu", preset: str = "lean", taps: Sequence[str] = ()
+) -> Session:
+    """`artefact` in ONNX Runtime; `taps` names inner values that `trace` will want."""
+    manifest = artefact.manifest
+    run = ort_engine(artefact, preset, taps, device=device)
+    vision = once(partial(ort_engine, artefact, preset, part="vision", device=device))
+    return Session(
+        manifest.spec, manifest.compute, "onnxruntime", run, artefact, vision,
+        "buffers" if manifest.buffered else "slots", device,
+    )  # fmt: skip
+
+
+def eager_session(
     spec: ModelSpec,
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, Entry],
     precision: str,
     artefact: Artefact | None = None,
+    taps: Sequence[str] = (),
 ) -> Session:
-    run = eager_engine(spec, entries, precision)
+    """The eager reference on the weights `entries`; `taps` as in `ort_session`."""
+    run = eager_engine(spec, entries, precision, taps)
     vision = once(partial(eager_engine, spec, entries, precision, part="vision"))
     return Session(spec, precision, "eager", run, artefact, vision)
 

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.export import export, write_manifest
-from moec.runtime.cache import new_cache
-from moec.runtime.compare import TOLERANCES, Tolerance, agreement, argmax_agreement, error, feeds_of
-from moec.runtime.eager import Run, eager_engine
+from moec.runtime.compare import TOLERANCES, Tolerance, agreement, argmax_agreement, error
 from moec.runtime.image_checks import draw_images, fusion, tower
-from moec.runtime.ort import ort_engine
 from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check, Report
-from moec.runtime.session import Session, open_session
+from moec.runtime.session import eager_session, open_session, ort_session
 from moec.spec.errors import MoecError
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
@@ -145,35 +142,35 @@ def _ladder(
     hidden = ["embed", *(f"layers.{layer.index}.out" for layer in layers)]
     chosen = {i: f"layers.{i}.moe.route.1" for i in routers}
     taps = [*hidden, *routers.values(), *chosen.values()]
-    feeds, own = feeds_of(spec, ids, lengths)
-    runs: list[tuple[Run, str]] = [
-        (ort_engine(artefact, taps=taps), artefact.manifest.precision),
-        (eager_engine(spec, artefact.entries(), "fp32", taps), "fp32"),
-    ]
     found, expected = (
-        run({**feeds, **new_cache(spec, precision, len(ids), 0).tensors}) for run, precision in runs
+        session.trace(ids, lengths, taps)
+        for session in (
+            ort_session(artefact, taps=taps),
+            eager_session(spec, artefact.entries(), "fp32", taps=taps),
+        )
     )
-    yield error("embed", found["embed"][own], expected["embed"][own], tolerance)
+    own = torch.arange(ids.shape[1]) < lengths[:, None]
+    yield error("embed", found["embed"], expected["embed"], tolerance)
     for layer in layers:
         if layer.moe:
-            logits = expected[routers[layer.index]][own]
+            logits = expected[routers[layer.index]]
             k = spec.text.experts.top_k
             margin = -logits.topk(min(k + 1, logits.shape[1])).values.diff()[:, -1:]
-            same = (found[chosen[layer.index]] == expected[chosen[layer.index]]).all(-1)[own]
+            same = (found[chosen[layer.index]] == expected[chosen[layer.index]]).all(-1)
             clear = (
                 margin[:, 0] > tolerance.error * logits.abs().max() if k < logits.shape[1] else same
             )
             yield agreement(f"layers.{layer.index} router", same, clear, tolerance)
         name = f"layers.{layer.index}.out"
-        yield error(f"layers.{layer.index}", found[name][own], expected[name][own], tolerance)
-    a, b = (out["logits"].flatten(0, 1)[own] for out in (found, expected))
+        yield error(f"layers.{layer.index}", found[name], expected[name], tolerance)
+    a, b = found["logits"], expected["logits"]
     yield error("logits, all positions", a, b, tolerance)
     ends = lengths.cumsum(0) - 1
     yield error("logits, last token", a[ends], b[ends], tolerance)
     yield argmax_agreement("argmax", a, b, tolerance)
     chunk = spec.text.chunk
     if chunk and int(lengths.max()) > chunk:
-        at = torch.arange(ids.shape[1]).expand_as(ids).flatten()[own]
+        at = torch.arange(ids.shape[1]).expand_as(ids)[own]
         border = (at >= chunk) & ((at % chunk == 0) | (at % chunk == chunk - 1)) | (at == chunk - 1)
         detail = f"{int(border.sum())} positions beside {int((lengths.max() - 1) // chunk)} borders"
         yield error("logits, chunk borders", a[border], b[border], tolerance, detail)
@@ -201,9 +198,7 @@ def _cached(
 def _greedy(artefact: Artefact, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Greedy tokens through the caches, and the reference's opinion of each."""
     session = open_session(artefact.path)
-    reference = Session(
-        session.spec, "fp32", "eager", eager_engine(session.spec, artefact.entries(), "fp32")
-    )
+    reference = eager_session(session.spec, artefact.entries(), "fp32")
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
     tokens = session.generate(prompt, max_new_tokens=8, stop=())
     logits = reference.logits(tokens)[0, prompt.shape[1] - 1 : -1]

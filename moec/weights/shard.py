@@ -23,8 +23,14 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+_SIZES = dict(DTYPES.values())
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 _FETCH = "fetch the shard again"
+
+
+def nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a tensor of `dtype`, by our name of it."""
+    return math.prod(shape) * _SIZES[dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 def view(entry: TensorEntry) -> torch.Tensor:
     """`entry` as a tensor of its own dtype and shape; a copy only where it lies misaligned."""
-    dtype = TORCH_DTYPES[entry.dtype]
+    dtype = torch.uint8 if entry.dtype == "uint8" else TORCH_DTYPES[entry.dtype]
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=dtype)
     # Mode "c" maps privately: torch wants writable memory, and the file must stay as it is.

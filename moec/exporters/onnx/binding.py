@@ -11,6 +11,7 @@ _DTYPES = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
+    "uint8": ir.DataType.UINT8,
 }
 
 
@@ -21,10 +22,10 @@ def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> Non
     holds the bytes of every weight by name; entries that the model does not use do no harm.
     """
     graph = model.graph
-    unbound = {each.name: each for each in graph.inputs}
-    for name, entry in entries.items():
-        weight = unbound.get(name) or graph.initializers.get(name)
-        if weight is None:
+    weights = [*graph.inputs, *graph.initializers.values()]
+    for weight in weights:
+        entry = _entry(weight.name or "", entries)
+        if entry is None:
             continue
         weight.const_value = ir.ExternalTensor(
             entry.file.relative_to(root).as_posix(),
@@ -32,9 +33,17 @@ def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> Non
             entry.nbytes,
             _DTYPES[entry.dtype],
             shape=ir.Shape(entry.shape),
-            name=name,
+            name=weight.name,
             base_dir=root,
         )
-        if name in unbound:
-            graph.inputs.remove(weight)
-            graph.register_initializer(weight)
+    bound = [each for each in graph.inputs if each.name and _entry(each.name, entries)]
+    for weight in bound:
+        graph.inputs.remove(weight)
+        graph.register_initializer(weight)
+
+
+def _entry(name: str, entries: Mapping[str, TensorEntry]) -> TensorEntry | None:
+    """The bytes of a weight: a parameter, or one expert of it, "PARAMETER[INDEX]"."""
+    parameter, _, index = name.partition("[")
+    entry = entries.get(parameter)
+    return entry[int(index.rstrip("]"))] if entry and index else entry

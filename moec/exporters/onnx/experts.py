@@ -5,6 +5,8 @@ stays as small as one with 16, and it gathers one expert's slab of the fused ten
 decode one routed expert per layer is read, cast and multiplied, straight from the mapped shard.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -14,6 +16,7 @@ from moec.exporters.onnx.lowering import Emitter, type_of, value
 from moec.graph_builder.types import TensorType, times
 
 _INT64, _BOOL = torch.int64, torch.bool
+Compute = Callable[[ir.Value, ir.Value, str], ir.Value]
 
 
 def lower_moe(
@@ -25,25 +28,39 @@ def lower_moe(
     gate_up: ir.Value,
     down: ir.Value,
 ) -> ir.Value:
-    """x [T, D], scores and experts [T, k] -> [T, D]; loop row t*k + j is token t's j-th expert."""
+    """x [T, D], scores and experts [T, k] -> [T, D]."""
+
+    def loop(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
+        kind = type_of(scaled)
+        active_kind = TensorType((f"{e.name}.active",), _INT64)
+        active = e.op("Unique", [chosen], active_kind, label="active", sorted=1)
+        size = e.op("Shape", [active], TensorType((1,), _INT64), label="count", start=0, end=1)
+        trips = e.op("Squeeze", [size], TensorType((), _INT64), label="trips")
+        start = e.op("Mul", [scaled, zero(e, kind.dtype)], kind, label="start")
+        body = _body(e.body("expert"), scaled, chosen, active, gate_up, down)
+        return e.op("Loop", [trips, None, start], kind, label=label, body=body)
+
+    return over_rows(e, node, x, scores, experts, loop)
+
+
+def over_rows(
+    e: Emitter, node: fx.Node, x: ir.Value, scores: ir.Value, experts: ir.Value, compute: Compute
+) -> ir.Value:
+    """The sum over each token's k experts: `compute` sees one row for each token and expert.
+
+    It gets rows [T*k, D], already scaled, the expert of each [T*k], and the label of its result;
+    row t*k + j is token t's j-th expert.
+    """
     out: TensorType = node.meta["type"]
     tokens, dim = out.shape
     top_k = type_of(scores).shape[1]
     rows = times(tokens, top_k) if top_k > 1 else tokens
-
     scaled = _scale(e, x, scores, out.like(rows, dim), top_k)
-    chosen = e.op(
-        "Reshape", [experts, e.constant([-1])], TensorType((rows,), _INT64), label="chosen"
-    )
-    active_kind = TensorType((f"{e.name}.active",), _INT64)
-    active = e.op("Unique", [chosen], active_kind, label="active", sorted=1)
-    size = e.op("Shape", [active], TensorType((1,), _INT64), label="count", start=0, end=1)
-    trips = e.op("Squeeze", [size], TensorType((), _INT64), label="trips")
-    start = e.op("Mul", [scaled, _zero(e, out.dtype)], out.like(rows, dim), label="start")
-    body = _body(e.body("expert"), scaled, chosen, active, gate_up, down)
+    flat = TensorType((rows,), _INT64)
+    chosen = e.op("Reshape", [experts, e.constant([-1])], flat, label="chosen")
+    done = compute(scaled, chosen, "" if top_k == 1 else "rows")
     if top_k == 1:
-        return e.op("Loop", [trips, None, start], out, body=body)
-    done = e.op("Loop", [trips, None, start], out.like(rows, dim), label="loop", body=body)
+        return done
     split = e.op(
         "Reshape", [done, e.constant([-1, top_k, dim])], out.like(tokens, top_k, dim), label="split"
     )
@@ -60,7 +77,8 @@ def _scale(e: Emitter, x: ir.Value, scores: ir.Value, kind: TensorType, top_k: i
     return e.op("Reshape", [each, e.constant([-1, dim])], kind, label="scaled")
 
 
-def _zero(e: Emitter, dtype: torch.dtype) -> ir.Value:
+def zero(e: Emitter, dtype: torch.dtype) -> ir.Value:
+    """The scalar 0 in `dtype`."""
     return e.cast(e.constant(np.float32(0)), dtype, "zero")
 
 
@@ -75,27 +93,44 @@ def _body(
     """One expert: gather its tokens and weights, SwiGLU, scatter the result to the tokens' rows."""
     kind, stored = type_of(scaled), type_of(gate_up).dtype
     _, dim, width = type_of(gate_up).shape
-    mine = f"{e.name}.tokens"
     step = value(f"{e.name}/step", TensorType((), _INT64))
     go_on = value(f"{e.name}/go_on", TensorType((), _BOOL))
     sum_in = value(f"{e.name}/sum_in", kind)
 
     expert = e.op("Gather", [active, step], TensorType((), _INT64), label="id", axis=0)
-    hits = e.op("Equal", [chosen, expert], TensorType(type_of(chosen).shape, _BOOL), label="hits")
-    across = e.op("NonZero", [hits], TensorType((1, mine), _INT64), label="across")
-    rows = e.op("Transpose", [across], TensorType((mine, 1), _INT64), label="rows", perm=[1, 0])
-    x = e.op("GatherND", [scaled, rows], kind.like(mine, dim), label="x")
 
     def slab(fused: ir.Value, label: str, *shape: int) -> ir.Value:
         one = e.op("Gather", [fused, expert], TensorType(shape, stored), label=label, axis=0)
         return e.cast(one, kind.dtype, f"{label}.cast")
 
+    weights = slab(gate_up, "gate_up", dim, width), slab(down, "down", width // 2, dim)
+    sum_out = one_expert(e, scaled, chosen, expert, *weights, sum_in, "sum")
+    stay = e.op("Identity", [go_on], TensorType((), _BOOL), label="stay")
+    return ir.Graph([step, go_on, sum_in], [stay, sum_out], nodes=e.nodes, name="expert")
+
+
+def one_expert(
+    e: Emitter,
+    scaled: ir.Value,
+    chosen: ir.Value,
+    expert: ir.Value,
+    gate_up: ir.Value,
+    down: ir.Value,
+    total: ir.Value,
+    label: str,
+) -> ir.Value:
+    """`total` with the rows of one expert filled in; its weights are [D, 2F] and [F, D]."""
+    kind = type_of(scaled)
+    dim, width = type_of(gate_up).shape
+    mine = f"{e.name}.tokens{label}"
+    hits = e.op("Equal", [chosen, expert], TensorType(type_of(chosen).shape, _BOOL), label="hits")
+    across = e.op("NonZero", [hits], TensorType((1, mine), _INT64), label="across")
+    rows = e.op("Transpose", [across], TensorType((mine, 1), _INT64), label="row_ids", perm=[1, 0])
+    x = e.op("GatherND", [scaled, rows], kind.like(mine, dim), label="x")
     half = kind.like(mine, width // 2)
-    h = e.op("MatMul", [x, slab(gate_up, "gate_up", dim, width)], kind.like(mine, width), label="h")
+    h = e.op("MatMul", [x, gate_up], kind.like(mine, width), label="h")
     gate, up = e.ops("Split", [h], (half, half), "split", axis=-1, num_outputs=2)
     gain = e.op("Sigmoid", [gate], half, label="sigmoid")
     act = e.op("Mul", [e.op("Mul", [gate, gain], half, label="silu"), up], half, label="act")
-    y = e.op("MatMul", [act, slab(down, "down", width // 2, dim)], kind.like(mine, dim), label="y")
-    sum_out = e.op("ScatterND", [sum_in, rows, y], kind, label="sum")
-    stay = e.op("Identity", [go_on], TensorType((), _BOOL), label="stay")
-    return ir.Graph([step, go_on, sum_in], [stay, sum_out], nodes=e.nodes, name="expert")
+    y = e.op("MatMul", [act, down], kind.like(mine, dim), label="y")
+    return e.op("ScatterND", [total, rows, y], kind, label=label)

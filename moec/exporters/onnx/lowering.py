@@ -1,7 +1,8 @@
 """Walk an fx graph and write ONNX, one rule per op, straight to onnx_ir.
 
 Weights become graph inputs of the model: named, typed and unbound. `binding.bind` turns them into
-initializers that point into a checkpoint. An input with a default is an input *and* an initializer,
+initializers that point into a checkpoint. A dialect that packs has weights of its own layout: each
+comes with the packing that makes it. An input with a default is an input *and* an initializer,
 which is how ONNX lets a caller leave it out.
 """
 
@@ -18,14 +19,20 @@ from torch import fx
 from moec.graph_builder.ops import Op
 from moec.graph_builder.types import TensorType
 from moec.spec.errors import MoecError
+from moec.weights.packing import Packing
+from moec.weights.view import TORCH_DTYPES
 
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
 }
+#: operators of this domain are written "com.microsoft::Name"
+MICROSOFT = "com.microsoft"
 
 Values = tuple[ir.Value, ...]
 Lower = Callable[..., ir.Value | Values]
@@ -41,12 +48,37 @@ class Rule:
 
 
 @dataclass(slots=True)
+class Weights:
+    """The weights of a model under construction: all values by name, and how packed ones are made."""
+
+    packs: bool
+    values: dict[str, ir.Value] = field(default_factory=dict)
+    packings: dict[str, Packing] = field(default_factory=dict)  # by parameter
+
+    def packed(self, parameter: ir.Value, packing: Packing) -> Values:
+        """The values that hold `parameter` as `packing` stores it."""
+        kind = type_of(parameter)
+        names = packing.names(dtype_name(kind.dtype))
+        self.packings[names[0]] = packing
+        for name, (shape, dtype) in zip(names, packing.shapes(kind.shape), strict=True):
+            if name not in self.values:
+                self.values[name] = value(name, TensorType(shape, _torch_dtype(dtype)))
+        return tuple(self.values[name] for name in names)
+
+    def slice(self, fused: ir.Value, index: int) -> ir.Value:
+        """Expert `index` of a fused tensor, as a weight of its own."""
+        name, kind = f"{fused.name}[{index}]", type_of(fused)
+        return self.values.setdefault(name, value(name, kind.like(*kind.shape[1:])))
+
+
+@dataclass(slots=True)
 class Emitter:
     """Writes ONNX nodes for one fx node. Every value gets a name, a type and a shape."""
 
     name: str
     nodes: list[ir.Node]
     constants: dict[tuple[Any, ...], ir.Value]
+    weights: Weights
     used: dict[str, int] = field(default_factory=dict)
 
     def op(
@@ -78,10 +110,15 @@ class Emitter:
         outputs = [
             value(stem if len(types) == 1 else f"{stem}.{i}", each) for i, each in enumerate(types)
         ]
+        domain, _, operator = kind.rpartition("::")
         self.nodes.append(
-            ir.Node("", kind, inputs, _attributes(attributes), outputs=outputs, name=stem)
+            ir.Node(domain, operator, inputs, _attributes(attributes), outputs=outputs, name=stem)
         )
         return tuple(outputs)
+
+    def packed(self, parameter: ir.Value, **how: Any) -> Values:
+        """The stored form of a parameter, by the fields of `Packing`."""
+        return self.weights.packed(parameter, Packing(source=parameter.name, **how))
 
     def constant(self, array: np.ndarray[Any, Any] | np.generic | list[int] | int) -> ir.Value:
         """A small int64, bool or float constant, shared by all nodes that want the same one."""
@@ -100,8 +137,10 @@ class Emitter:
         return self.constants[key]
 
     def cast(self, x: ir.Value, dtype: torch.dtype, label: str) -> ir.Value:
-        """x in `dtype`: x itself where it has it already."""
+        """x in `dtype`: x itself where it has it already, another weight where weights are packed."""
         have = type_of(x)
+        if self.weights.packs and x.name in self.weights.values:
+            return self.packed(x, dtype=dtype_name(dtype))[0]
         if have.dtype == dtype:
             return x
         to = TensorType(have.shape, dtype)
@@ -109,7 +148,7 @@ class Emitter:
 
     def body(self, label: str) -> "Emitter":
         """An emitter for a subgraph of this node: own nodes, the same constants."""
-        return Emitter(f"{self.name}/{label}", [], self.constants)
+        return Emitter(f"{self.name}/{label}", [], self.constants, self.weights)
 
 
 def value(name: str, of: TensorType) -> ir.Value:
@@ -125,8 +164,29 @@ def type_of(x: ir.Value) -> TensorType:
     return TensorType(shape, dtype)
 
 
-def lower(graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str) -> ir.Model:
+def dtype_name(dtype: torch.dtype) -> Any:
+    """Our name of a float type."""
+    return next(name for name, each in TORCH_DTYPES.items() if each == dtype)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return torch.uint8 if name == "uint8" else TORCH_DTYPES[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A model, and the packing of each weight by the name of its first tensor; unpacked: none."""
+
+    model: ir.Model
+    packings: dict[str, Packing]
+
+
+def lower(
+    graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str, packs: bool = False
+) -> Lowered:
     """Write `graph` by `rules`: for each node the first row that matches.
+
+    With `packs` each weight is stored as its rule wants it, else as the checkpoint has it.
 
     Raises:
         MoecError: an op has no matching row; lists the rows tried.
@@ -136,7 +196,7 @@ def lower(graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str) -
         by_target.setdefault(rule.op.target, []).append(rule)
     values: dict[fx.Node, Any] = {}
     inputs: list[ir.Value] = []
-    weights: list[ir.Value] = []
+    weights, stored = Weights(packs), set[str]()
     nodes: list[ir.Node] = []
     constants: dict[tuple[Any, ...], ir.Value] = {}
     defaults: list[ir.Value] = []
@@ -144,7 +204,11 @@ def lower(graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str) -
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             values[node] = value(node.meta["name"], node.meta["type"])
-            (inputs if node.op == "placeholder" else weights).append(values[node])
+            if node.op == "placeholder":
+                inputs.append(values[node])
+            else:
+                weights.values[node.meta["name"]] = values[node]
+                stored.add(node.meta["name"])
             if (default := node.meta.get("default")) is not None:
                 values[node].const_value = ir.tensor(default, name=node.meta["name"])
                 defaults.append(values[node])
@@ -153,21 +217,30 @@ def lower(graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str) -
         elif node.op == "call_function" and node.target in by_target:
             rule = _first(by_target[node.target], node)
             args = [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
-            values[node] = rule.lower(Emitter(node.meta["name"], nodes, constants), node, *args)
+            values[node] = rule.lower(
+                Emitter(node.meta["name"], nodes, constants, weights), node, *args
+            )
         elif node.op == "call_function" and node.target.__name__ == "getitem":
             values[node] = values[node.args[0]][node.args[1]]
             values[node].name = node.meta["name"]
         else:
             raise _no_rule(node, [rule.op.name for rule in rules])
+    used = [each for each in weights.values.values() if each.uses()]
+    if packs:  # those that stay as they are
+        for each in used:
+            if each.name in stored and each.name not in weights.packings:
+                kind = dtype_name(type_of(each).dtype)
+                weights.packings[each.name] = Packing(source=each.name, dtype=kind)
+    domains = {"": opset} | {MICROSOFT: 1 for node in nodes if node.domain == MICROSOFT}
     ir_graph = ir.Graph(
-        [*inputs, *weights],
+        [*inputs, *used],
         outputs,
         nodes=nodes,
         initializers=[*constants.values(), *defaults],
-        opset_imports={"": opset},
+        opset_imports=domains,
         name=name,
     )
-    return ir.Model(ir_graph, ir_version=11, producer_name="moec")
+    return Lowered(ir.Model(ir_graph, ir_version=11, producer_name="moec"), weights.packings)
 
 
 def _first(rules: Sequence[Rule], node: fx.Node) -> Rule:

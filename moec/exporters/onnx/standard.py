@@ -46,13 +46,13 @@ def _embedding(e: Emitter, node: fx.Node, ids: ir.Value, table: ir.Value, _: str
     return e.op("Cast", [rows], out, to=DTYPES[out.dtype].value)
 
 
-def _column(e: Emitter, x: ir.Value, label: str) -> ir.Value:
+def column(e: Emitter, x: ir.Value, label: str) -> ir.Value:
     """x [B] -> [B, 1]."""
     kind = type_of(x)
     return e.op("Unsqueeze", [x, e.constant([1])], kind.like(*kind.shape, 1), label=label)
 
 
-def _range(e: Emitter, x: ir.Value, axis: int, label: str) -> ir.Value:
+def steps(e: Emitter, x: ir.Value, axis: int, label: str) -> ir.Value:
     """0, 1, ..., as many as x has along `axis`: int64 [N]."""
     size = e.op(
         "Shape", [x], TensorType((1,), _INT64), label=f"{label}.size", start=axis, end=axis + 1
@@ -63,8 +63,8 @@ def _range(e: Emitter, x: ir.Value, axis: int, label: str) -> ir.Value:
 
 
 def _positions(e: Emitter, node: fx.Node, ids: ir.Value, past: ir.Value) -> ir.Value:
-    steps = _range(e, ids, 1, "steps")
-    return e.op("Add", [_column(e, past, "past"), steps], _result(node))
+    every = steps(e, ids, 1, "steps")
+    return e.op("Add", [column(e, past, "past"), every], _result(node))
 
 
 def _unpack(e: Emitter, node: fx.Node, x: ir.Value, like: ir.Value) -> ir.Value:
@@ -96,7 +96,7 @@ def _select(e: Emitter, node: fx.Node, x: ir.Value, index: ir.Value) -> ir.Value
 def _held(e: Emitter, cache: ir.Value, last: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The position in each slot whose row's newest is `last` [B, 1]: [B, N]; and the slots [N]."""
     shape = type_of(cache).shape[:2]
-    slots = _range(e, cache, 1, "slots")
+    slots = steps(e, cache, 1, "slots")
     count = e.op("Shape", [cache], TensorType((1,), _INT64), label="count", start=1, end=2)
     # ONNX Runtime refuses a modulo by zero even of no elements.
     some = e.op("Max", [count, e.constant([1])], TensorType((1,), _INT64), label="some")
@@ -108,8 +108,8 @@ def _held(e: Emitter, cache: ir.Value, last: ir.Value) -> tuple[ir.Value, ir.Val
 def _key_positions(
     e: Emitter, node: fx.Node, cache: ir.Value, past: ir.Value, positions: ir.Value
 ) -> ir.Value:
-    column = _column(e, past, "past")
-    last = e.op("Sub", [column, e.constant(1)], type_of(column), label="last")
+    before = column(e, past, "past")
+    last = e.op("Sub", [before, e.constant(1)], type_of(before), label="last")
     held, _ = _held(e, cache, last)
     # Max with -1 keeps "no token" apart from position 0 when integer division truncates.
     known = e.op("Max", [held, e.constant(-1)], type_of(held), label="known")
@@ -120,12 +120,12 @@ def _cache_index(
     e: Emitter, node: fx.Node, cache: ir.Value, past: ir.Value, new: ir.Value
 ) -> ir.Value:
     kind = type_of(past)
-    column = kind.like(kind.shape[0], 1)
+    single = kind.like(kind.shape[0], 1)
     total = e.op("Add", [past, new], kind, label="total")
     newest = e.op("Sub", [total, e.constant(1)], kind, label="newest")
-    held, slots = _held(e, cache, _column(e, newest, "last"))
+    held, slots = _held(e, cache, column(e, newest, "last"))
     out = _result(node)
-    before = e.op("Unsqueeze", [past, e.constant([1])], column, label="past")
+    before = e.op("Unsqueeze", [past, e.constant([1])], single, label="past")
     token = e.op("Sub", [held, before], out, label="token")
     fresh = e.op(
         "GreaterOrEqual", [token, e.constant(0)], TensorType(out.shape, _BOOL), label="fresh"
@@ -256,9 +256,10 @@ def _in_float32(e: Emitter, node: fx.Node, x: ir.Value, compute: _Compute) -> ir
     return e.op("Cast", [result], out, to=DTYPES[out.dtype].value)
 
 
-def _linear(
+def lower_linear(
     e: Emitter, node: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None
 ) -> ir.Value:
+    """x [T, K], weight [N, K], bias [N] -> [T, N]: one Gemm on the checkpoint's own layout."""
     out = _result(node)
     weight = e.cast(weight, out.dtype, "weight")
     inputs = [x, weight] if bias is None else [x, weight, e.cast(bias, out.dtype, "bias")]
@@ -325,7 +326,7 @@ STANDARD = (
     Rule(ops.scale_queries, _scale_queries),
     Rule(ops.rope_table, _rope_table),
     Rule(ops.rope, _rope),
-    Rule(ops.linear, _linear),
+    Rule(ops.linear, lower_linear),
     Rule(ops.rms_norm, _rms_norm),
     Rule(ops.layer_norm, _layer_norm),
     Rule(ops.add, _add),

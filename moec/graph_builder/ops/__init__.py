@@ -7,6 +7,7 @@ from moec.graph_builder.ops.attention import (
     scale_queries,
     temperature,
 )
+from moec.graph_builder.ops.buffers import buffered_attention, columns, past_of_mask
 from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
 from moec.graph_builder.ops.linear import (
     add,
@@ -14,6 +15,7 @@ from moec.graph_builder.ops.linear import (
     layer_norm,
     linear,
     rms_norm,
+    skip_norm,
     swiglu,
     to_float32,
 )
@@ -29,9 +31,11 @@ __all__ = [
     "add",
     "attention",
     "attention_mask",
+    "buffered_attention",
     "cache_append",
     "cache_index",
     "cache_write",
+    "columns",
     "embedding",
     "fuse",
     "gelu",
@@ -41,6 +45,7 @@ __all__ = [
     "linear",
     "moe",
     "pack",
+    "past_of_mask",
     "patch_rope_table",
     "patches",
     "pixel_shuffle",
@@ -51,6 +56,7 @@ __all__ = [
     "route",
     "scale_queries",
     "select",
+    "skip_norm",
     "swiglu",
     "temperature",
     "tile_tokens",

@@ -60,6 +60,21 @@ def add(left: Tensor, right: Tensor) -> Tensor:
     return left + right
 
 
+def _skip_rule(
+    x: TensorType, skip: TensorType, weight: TensorType, eps: float
+) -> tuple[TensorType, TensorType]:
+    need(x == skip, "skip_norm", "skip", skip, x)
+    need(weight.shape == x.shape[-1:], "skip_norm", "weight", weight.shape, x.shape[-1:])
+    return x, x
+
+
+@op("skip_norm(Tensor x, Tensor skip, Tensor weight, float eps) -> (Tensor, Tensor)", _skip_rule)
+def skip_norm(x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x + skip, weight, eps) and x + skip, in one."""
+    total = x + skip
+    return rms_norm.eager(total, weight, eps), total
+
+
 @op("swiglu(Tensor gate, Tensor up) -> Tensor", _same_rule)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise."""

@@ -1,0 +1,155 @@
+"""The `ort` dialects: ONNX Runtime's own fused operators where they win, plain ONNX elsewhere.
+
+Each row that is not in `standard` is there for a measured reason: docs/performance.md.
+"""
+
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from moec.exporters.onnx.fused_experts import (
+    BLOCK,
+    INT8_ACTIVATIONS,
+    lower_fused,
+    lower_quantized,
+    lower_unrolled,
+    unrolls,
+)
+from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype_name, type_of
+from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
+from moec.graph_builder import ops
+from moec.graph_builder.types import TensorType
+
+_INT32, _INT64 = torch.int32, torch.int64
+#: what a masked key gets added to its score: finite in float16, out of sight in float32
+MASKED = -30000.0
+
+
+def _buffered_attention(
+    e: Emitter,
+    node: fx.Node,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    past: ir.Value,
+    mask: ir.Value | None,
+    ring: int | None,
+    heads: int,
+    kv_heads: int,
+) -> Values:
+    kind = type_of(past)
+    flat = TensorType(kind.shape, _INT32)
+    first = past if ring is None else e.op("Mod", [past, e.constant(ring)], kind, label="first")
+    count = e.op("Shape", [q], TensorType((1,), _INT64), label="count", start=1, end=2)
+    total = e.op("Add", [first, count], kind, label="total")
+    last = e.op("Sub", [total, e.constant(1)], kind, label="last")
+    most = e.op("ReduceMax", [total], TensorType((), _INT64), label="most", keepdims=0)
+    bias = None
+    if mask is not None:
+        bias = e.op(
+            "Where",
+            [mask, *(e.cast(e.constant(np.float32(x)), type_of(q).dtype, f"bias{x}")
+                     for x in (0.0, MASKED))],
+            TensorType(type_of(mask).shape, type_of(q).dtype), label="bias",
+        )  # fmt: skip
+    inputs = [
+        q, k, v, key, value, _int32(e, last, flat, "seqlens_k"),
+        _int32(e, most, TensorType((), _INT32), "total_length"), None, None, None, bias,
+    ]  # fmt: skip
+    return e.ops(
+        f"{MICROSOFT}::GroupQueryAttention", inputs[: 7 if bias is None else 11],
+        node.meta["type"], num_heads=heads, kv_num_heads=kv_heads,
+    )  # fmt: skip
+
+
+def _int32(e: Emitter, x: ir.Value, kind: TensorType, label: str) -> ir.Value:
+    return e.op("Cast", [x], kind, label=label, to=ir.DataType.INT32.value)
+
+
+def _skip_norm(
+    e: Emitter, node: fx.Node, x: ir.Value, skip: ir.Value, weight: ir.Value, eps: float
+) -> Values:
+    normed, total = node.meta["type"]
+    weight = e.cast(weight, normed.dtype, "weight")
+    mean = TensorType((*normed.shape[:-1], 1), torch.float32)
+    first, _, _, last = e.ops(
+        f"{MICROSOFT}::SkipSimplifiedLayerNormalization", [x, skip, weight],
+        (normed, mean, mean, total), epsilon=eps,
+    )  # fmt: skip
+    return first, last
+
+
+def _past_of_mask(e: Emitter, node: fx.Node, mask: ir.Value, ids: ir.Value) -> ir.Value:
+    count = e.op("Shape", [ids], TensorType((1,), _INT64), label="count", start=1, end=2)
+    total = e.op("Shape", [mask], TensorType((1,), _INT64), label="total", start=1, end=2)
+    before = e.op("Sub", [total, count], TensorType((1,), _INT64), label="before")
+    kind = TensorType((type_of(mask).shape[0], f"{e.name}.before"), _INT64)
+    old = e.op("Slice", [mask, e.constant([0]), before, e.constant([1])], kind, label="old")
+    return e.op("ReduceSum", [old, e.constant([1])], node.meta["type"], keepdims=0)
+
+
+def _columns(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
+    out = node.meta["type"]
+    shape = e.op("Shape", [x], TensorType((2,), _INT64), label="shape")
+    return e.op("Expand", [steps(e, x, 1, "steps"), shape], out)
+
+
+def _quantized_linear(
+    e: Emitter,
+    node: fx.Node,
+    x: ir.Value,
+    weight: ir.Value,
+    bias: ir.Value | None,
+    bits: int,
+) -> ir.Value:
+    out: TensorType = node.meta["type"]
+    rows, length = type_of(weight).shape
+    stored = e.packed(weight, dtype=dtype_name(out.dtype), bits=bits, block=BLOCK)
+    inputs = [x, *stored]
+    if bias is not None:
+        inputs += [None, None, e.cast(bias, out.dtype, "bias")]
+    return e.op(
+        f"{MICROSOFT}::MatMulNBits", inputs, out, K=length, N=rows, bits=bits, block_size=BLOCK,
+        accuracy_level=INT8_ACTIVATIONS,
+    )  # fmt: skip
+
+
+def _is_router(node: fx.Node) -> bool:
+    """Routers are small, and a wrong choice of expert is no rounding error."""
+    return str(node.meta["name"]).endswith(".router")
+
+
+def _is_head(node: fx.Node) -> bool:
+    return node.meta["name"] == "head"
+
+
+_FUSED = (
+    #    op                      written by
+    Rule(ops.buffered_attention, _buffered_attention),
+    Rule(ops.skip_norm, _skip_norm),
+    Rule(ops.past_of_mask, _past_of_mask),
+    Rule(ops.columns, _columns),
+)
+
+#: weights stay in the checkpoint; experts that cannot be written out are looped over
+ORT = (*_FUSED, Rule(ops.moe, lower_unrolled, unrolls), *STANDARD)
+#: weights are rewritten, in the dtype of the graph and the layout of the MoE operator
+ORT_PACKED = (*_FUSED, Rule(ops.moe, lower_fused), *STANDARD)
+
+
+def _quantized(bits: int) -> tuple[Rule, ...]:
+    return (
+        Rule(ops.moe, partial(lower_quantized, bits=bits)),
+        Rule(ops.linear, lower_linear, _is_router),
+        Rule(ops.linear, partial(_quantized_linear, bits=8), _is_head),
+        Rule(ops.linear, partial(_quantized_linear, bits=bits)),
+        *ORT_PACKED,
+    )
+
+
+ORT_INT8, ORT_INT4 = _quantized(8), _quantized(4)

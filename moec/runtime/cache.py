@@ -23,6 +23,12 @@ class Cache:
     tensors: dict[str, Tensor]
     capacity: int
 
+    def of(self, rows: slice) -> dict[str, Tensor]:
+        """The tensors of some rows, without a copy."""
+        if rows == slice(None):
+            return self.tensors
+        return {name: tensor[rows] for name, tensor in self.tensors.items()}
+
 
 def slots(chunk: int | None, capacity: int) -> int:
     """Cache slots of a layer for `capacity` positions: a ring needs no more than its chunk."""

@@ -72,16 +72,32 @@ def ort_engine(
         arrays = {name: feeds[name].contiguous().numpy() for name in given}
         return dict(zip(outputs, map(torch.from_numpy, session.run(outputs, arrays)), strict=True))
 
+    # A model has its inputs, outputs and buffers in one binding, which keeps what did not change.
+    binding = session.io_binding()
+    bound: dict[str, Tensor] = {}
+    placed: dict[str, Tensor] = {}
+
     def run_bound(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        binding = session.io_binding()
-        held = {name: feeds[name].contiguous() for name in inputs | (optional & feeds.keys())}
-        for name, tensor in held.items():
-            binding.bind_input(name, *_place(tensor))
-        for name in outputs:  # results come in the order of these calls
-            binding.bind_output(name, *(_place(held[kept[name]]) if name in kept else ("cpu",)))
+        nonlocal binding
+        given = inputs | (optional & feeds.keys())
+        if bound.keys() - given:  # an input that is left out this time must not stay
+            binding = session.io_binding()
+            bound.clear()
+            placed.clear()
+        for name in given:
+            if bound.get(name) is not feeds[name]:  # buffers stay from step to step
+                bound[name] = feeds[name]
+                binding.bind_input(name, *_place(feeds[name]))
+        for name in outputs:  # results come in the order of the first of these calls
+            past = kept.get(name)
+            if past is None:
+                binding.bind_output(name, "cpu")
+            elif placed.get(name) is not bound[past]:
+                placed[name] = bound[past]
+                binding.bind_output(name, *_place(bound[past]))
         session.run_with_iobinding(binding)
         return {
-            name: held[kept[name]] if name in kept else torch.from_numpy(each.numpy())
+            name: bound[kept[name]] if name in kept else torch.from_numpy(each.numpy())
             for name, each in zip(outputs, binding.get_outputs(), strict=True)
         }
 
@@ -90,6 +106,7 @@ def ort_engine(
 
 def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
     """Where `tensor` lies, for IOBinding: device, its number, element type, shape, address."""
+    assert tensor.is_contiguous()
     device = tensor.device
     kind = DTYPES[tensor.dtype].value
     return device.type, device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr()

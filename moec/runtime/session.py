@@ -129,6 +129,9 @@ class Session:
         cache.
         """
         check_ids(ids, self.spec.text.vocab)
+        if ids.shape[1] == 1 and bool(lengths.all()):  # a decode step copies nothing
+            ((_, _, out),) = self.walk(ids, lengths, cache, features, every=False)
+            return out["logits"][:, 0]
         last = torch.zeros(len(ids), self.spec.text.vocab)
         for rows, columns, out in self.walk(ids, lengths, cache, features, every=False):
             ends = (lengths[rows] > columns.start) & (lengths[rows] <= columns.stop)
@@ -235,11 +238,11 @@ class Session:
         features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         feeds = {
-            "input_ids": ids,
+            "input_ids": ids.contiguous(),
             "past_lengths": cache.lengths[rows],
             "lengths": lengths,
             "logit_index": logit_index,
-            **{name: tensor[rows] for name, tensor in cache.tensors.items()},
+            **cache.of(rows),
         }
         if features is not None:
             # The graph counts image tokens in padding too: put another token there.

@@ -17,6 +17,7 @@ from moec.graph_builder.types import TensorType, times
 
 _INT64, _BOOL = torch.int64, torch.bool
 Compute = Callable[[ir.Value, ir.Value, str], ir.Value]
+OneExpert = Callable[[Emitter, ir.Value, ir.Value], ir.Value]
 
 
 def lower_moe(
@@ -31,16 +32,46 @@ def lower_moe(
     """x [T, D], scores and experts [T, k] -> [T, D]."""
 
     def loop(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
-        kind = type_of(scaled)
-        active_kind = TensorType((f"{e.name}.active",), _INT64)
-        active = e.op("Unique", [chosen], active_kind, label="active", sorted=1)
-        size = e.op("Shape", [active], TensorType((1,), _INT64), label="count", start=0, end=1)
-        trips = e.op("Squeeze", [size], TensorType((), _INT64), label="trips")
-        start = e.op("Mul", [scaled, zero(e, kind.dtype)], kind, label="start")
-        body = _body(e.body("expert"), scaled, chosen, active, gate_up, down)
-        return e.op("Loop", [trips, None, start], kind, label=label, body=body)
+        dtype = type_of(scaled).dtype
+
+        def one(e: Emitter, expert: ir.Value, total: ir.Value) -> ir.Value:
+            def slab(fused: ir.Value, label: str) -> ir.Value:
+                kind = type_of(fused)
+                shape = kind.like(*kind.shape[1:])
+                one = e.op("Gather", [fused, expert], shape, label=label, axis=0)
+                return e.cast(one, dtype, f"{label}.cast")
+
+            weights = slab(gate_up, "gate_up"), slab(down, "down")
+            return one_expert(e, scaled, chosen, expert, *weights, total, "sum")
+
+        return loop_over_chosen(e, scaled, chosen, label, one)
 
     return over_rows(e, node, x, scores, experts, loop)
+
+
+def loop_over_chosen(
+    e: Emitter, scaled: ir.Value, chosen: ir.Value, label: str, one: OneExpert
+) -> ir.Value:
+    """Rows [T, D] of which each is what its expert of chosen [T] makes of `scaled`.
+
+    `one` fills in the rows of one expert; it gets the body's emitter, the expert and the rows.
+    """
+    kind = type_of(scaled)
+    active_kind = TensorType((f"{e.name}.active",), _INT64)
+    active = e.op("Unique", [chosen], active_kind, label="active", sorted=1)
+    size = e.op("Shape", [active], TensorType((1,), _INT64), label="count", start=0, end=1)
+    trips = e.op("Squeeze", [size], TensorType((), _INT64), label="trips")
+    start = e.op("Mul", [scaled, zero(e, kind.dtype)], kind, label="start")
+
+    inner = e.body("expert")
+    step = value(f"{inner.name}/step", TensorType((), _INT64))
+    go_on = value(f"{inner.name}/go_on", TensorType((), _BOOL))
+    total = value(f"{inner.name}/total", kind)
+    expert = inner.op("Gather", [active, step], TensorType((), _INT64), label="id", axis=0)
+    filled = one(inner, expert, total)
+    stay = inner.op("Identity", [go_on], TensorType((), _BOOL), label="stay")
+    body = inner.graph([stay, filled], [step, go_on, total])
+    return e.op("Loop", [trips, None, start], kind, label=label, body=body)
 
 
 def over_rows(
@@ -82,33 +113,6 @@ def zero(e: Emitter, dtype: torch.dtype) -> ir.Value:
     return e.cast(e.constant(np.float32(0)), dtype, "zero")
 
 
-def _body(
-    e: Emitter,
-    scaled: ir.Value,
-    chosen: ir.Value,
-    active: ir.Value,
-    gate_up: ir.Value,
-    down: ir.Value,
-) -> ir.Graph:
-    """One expert: gather its tokens and weights, SwiGLU, scatter the result to the tokens' rows."""
-    kind, stored = type_of(scaled), type_of(gate_up).dtype
-    _, dim, width = type_of(gate_up).shape
-    step = value(f"{e.name}/step", TensorType((), _INT64))
-    go_on = value(f"{e.name}/go_on", TensorType((), _BOOL))
-    sum_in = value(f"{e.name}/sum_in", kind)
-
-    expert = e.op("Gather", [active, step], TensorType((), _INT64), label="id", axis=0)
-
-    def slab(fused: ir.Value, label: str, *shape: int) -> ir.Value:
-        one = e.op("Gather", [fused, expert], TensorType(shape, stored), label=label, axis=0)
-        return e.cast(one, kind.dtype, f"{label}.cast")
-
-    weights = slab(gate_up, "gate_up", dim, width), slab(down, "down", width // 2, dim)
-    sum_out = one_expert(e, scaled, chosen, expert, *weights, sum_in, "sum")
-    stay = e.op("Identity", [go_on], TensorType((), _BOOL), label="stay")
-    return ir.Graph([step, go_on, sum_in], [stay, sum_out], nodes=e.nodes, name="expert")
-
-
 def one_expert(
     e: Emitter,
     scaled: ir.Value,
@@ -120,17 +124,32 @@ def one_expert(
     label: str,
 ) -> ir.Value:
     """`total` with the rows of one expert filled in; its weights are [D, 2F] and [F, D]."""
-    kind = type_of(scaled)
-    dim, width = type_of(gate_up).shape
-    mine = f"{e.name}.tokens{label}"
+    rows = rows_of(e, chosen, expert)
+    y = expert_ffn(e, take_rows(e, scaled, rows), gate_up, down)
+    return e.op("ScatterND", [total, rows, y], type_of(scaled), label=label)
+
+
+def rows_of(e: Emitter, chosen: ir.Value, expert: ir.Value) -> ir.Value:
+    """Which of chosen [T] are `expert`: indices [t, 1], as GatherND and ScatterND want them."""
+    mine = f"{e.name}.tokens"
     hits = e.op("Equal", [chosen, expert], TensorType(type_of(chosen).shape, _BOOL), label="hits")
     across = e.op("NonZero", [hits], TensorType((1, mine), _INT64), label="across")
-    rows = e.op("Transpose", [across], TensorType((mine, 1), _INT64), label="row_ids", perm=[1, 0])
-    x = e.op("GatherND", [scaled, rows], kind.like(mine, dim), label="x")
+    return e.op("Transpose", [across], TensorType((mine, 1), _INT64), label="rows", perm=[1, 0])
+
+
+def take_rows(e: Emitter, x: ir.Value, rows: ir.Value) -> ir.Value:
+    """x [T, D], rows [t, 1] -> [t, D]."""
+    kind = type_of(x)
+    return e.op("GatherND", [x, rows], kind.like(type_of(rows).shape[0], kind.shape[1]), label="x")
+
+
+def expert_ffn(e: Emitter, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+    """SwiGLU of one expert: x [t, D], gate_up [D, 2F], down [F, D] -> [t, D]."""
+    kind, (dim, width) = type_of(x), type_of(gate_up).shape
+    mine = kind.shape[0]
     half = kind.like(mine, width // 2)
     h = e.op("MatMul", [x, gate_up], kind.like(mine, width), label="h")
     gate, up = e.ops("Split", [h], (half, half), "split", axis=-1, num_outputs=2)
     gain = e.op("Sigmoid", [gate], half, label="sigmoid")
     act = e.op("Mul", [e.op("Mul", [gate, gain], half, label="silu"), up], half, label="act")
-    y = e.op("MatMul", [act, down], kind.like(mine, dim), label="y")
-    return e.op("ScatterND", [total, rows, y], kind, label=label)
+    return e.op("MatMul", [act, down], kind.like(mine, dim), label="y")

@@ -146,6 +146,14 @@ class Emitter:
         to = TensorType(have.shape, dtype)
         return self.op("Cast", [x], to, label, to=DTYPES[dtype].value)
 
+    def expert(self, fused: ir.Value, index: int, dtype: torch.dtype) -> ir.Value:
+        """Expert `index` of a fused tensor in `dtype`: its slice of the bytes, cast if need be."""
+        return self.cast(self.weights.slice(fused, index), dtype, f"{fused.name}.cast")
+
+    def graph(self, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value] = ()) -> ir.Graph:
+        """What this emitter wrote, as a subgraph; it may use values of the graph around it."""
+        return ir.Graph(inputs, outputs, nodes=self.nodes, name=self.name)
+
     def body(self, label: str) -> "Emitter":
         """An emitter for a subgraph of this node: own nodes, the same constants."""
         return Emitter(f"{self.name}/{label}", [], self.constants, self.weights)

@@ -13,10 +13,11 @@ from torch import fx
 from moec.exporters.onnx.fused_experts import (
     BLOCK,
     INT8_ACTIVATIONS,
+    are_few,
     lower_fused,
+    lower_guarded,
     lower_quantized,
-    lower_unrolled,
-    unrolls,
+    lower_tree,
 )
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype_name, type_of
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
@@ -124,8 +125,10 @@ def _is_router(node: fx.Node) -> bool:
     return str(node.meta["name"]).endswith(".router")
 
 
-def _is_head(node: fx.Node) -> bool:
-    return node.meta["name"] == "head"
+def _is_sensitive(node: fx.Node) -> bool:
+    """Attention and head: an eighth of what a token reads, and most of what four bits cost."""
+    name = str(node.meta["name"])
+    return name == "head" or ".attn." in name
 
 
 _FUSED = (
@@ -136,8 +139,13 @@ _FUSED = (
     Rule(ops.columns, _columns),
 )
 
-#: weights stay in the checkpoint; experts that cannot be written out are looped over
-ORT = (*_FUSED, Rule(ops.moe, lower_unrolled, unrolls), *STANDARD)
+#: weights stay in the checkpoint
+ORT = (
+    *_FUSED,
+    Rule(ops.moe, lower_guarded, are_few),
+    Rule(ops.moe, lower_tree),
+    *STANDARD,
+)
 #: weights are rewritten, in the dtype of the graph and the layout of the MoE operator
 ORT_PACKED = (*_FUSED, Rule(ops.moe, lower_fused), *STANDARD)
 
@@ -146,7 +154,7 @@ def _quantized(bits: int) -> tuple[Rule, ...]:
     return (
         Rule(ops.moe, partial(lower_quantized, bits=bits)),
         Rule(ops.linear, lower_linear, _is_router),
-        Rule(ops.linear, partial(_quantized_linear, bits=8), _is_head),
+        Rule(ops.linear, partial(_quantized_linear, bits=8), _is_sensitive),
         Rule(ops.linear, partial(_quantized_linear, bits=bits)),
         *ORT_PACKED,
     )

@@ -30,8 +30,13 @@ PROVE_ON_WEIGHTS = 4 * 10**9
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Placement = Annotated[
-    str, typer.Option(help="in-place (no copy), link (hard links beside the model) or copy.")
+    str | None,
+    typer.Option(
+        help="in-place (no copy), link (hard links beside the model), copy, or, for target ort, "
+        "pack (rewritten once in the layout that runs fastest). Default in-place where it can be."
+    ),
 ]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 @app.command()
@@ -39,10 +44,10 @@ def build(
     variant: Annotated[str | None, typer.Option(help="A preset: see `spec list`.")] = None,
     spec: Annotated[Path | None, typer.Option(help="A spec file, .yaml or .json.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder.")] = None,
-    target: Annotated[str, typer.Option(help="onnx; others are planned.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    target: Annotated[str, typer.Option(help="onnx or ort; others are planned.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16; int8, int4 (ort).")] = "fp32",
     out: Annotated[Path | None, typer.Option(help="The artefact's folder.")] = None,
-    weights: Placement = "in-place",
+    weights: Placement = None,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Prove the numbers after the build.")
     ] = True,
@@ -71,7 +76,7 @@ def bind(
     artefact: Path,
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder of the same model.")],
     out: Annotated[Path | None, typer.Option(help="Default: replace the artefact.")] = None,
-    weights: Placement = "in-place",
+    weights: Placement = None,
 ) -> None:
     """Attach a checkpoint to an artefact that was built without one."""
     import moec
@@ -89,10 +94,11 @@ def validate(
     seed: Annotated[int | None, typer.Option(help="Of the token draw; default fresh.")] = None,
     twin: Annotated[bool, typer.Option("--twin", help="Prove the twin, not the weights.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Compare an artefact with the eager reference, layer by layer; exit code 1 if it differs."""
-    _prove(artefact, tokens, seed, twin, html, as_json)
+    _prove(artefact, tokens, seed, twin, html, as_json, device)
 
 
 @app.command()
@@ -111,6 +117,7 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
     engine: Annotated[str, typer.Option(help="onnxruntime or eager.")] = "onnxruntime",
     preset: Annotated[str, typer.Option(help="lean or fast.")] = "lean",
+    device: Device = "cpu",
 ) -> None:
     """Continue a prompt of text and images, streaming to the terminal.
 
@@ -147,7 +154,7 @@ def generate(
             sys.stdout.write(stream.send(token) if stream else f"{token} ")
             sys.stdout.flush()
 
-    session = moec.open_session(artefact, engine=engine, preset=preset)
+    session = moec.open_session(artefact, device, engine, preset)
     if prompt and not chat:
         sys.stdout.write(prompt)
     session.generate(
@@ -160,7 +167,7 @@ def generate(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A preset, spec file or checkpoint folder.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or fp8.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, fp8, int8 or int4.")] = "bf16",
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 8192,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     device: Annotated[str | None, typer.Option(help="For the roofline: h200.")] = None,
@@ -206,14 +213,19 @@ def bench(
     batch: Annotated[int, typer.Option(min=1)] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over these.")] = 3,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time opening, first token and decode: ONNX Runtime by preset, and the eager reference."""
+    """Time opening, first token and decode, beside transformers where it is installed.
+
+    ONNX Runtime by preset, the eager reference, transformers eager and compiled: each in a process
+    of its own, in turns.
+    """
     from moec.runtime.bench import bench as measure
     from moec.show import bench_table
 
-    ways = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "lean"))
-    rows = [measure(artefact, *way, batch, prompt_tokens, new_tokens) for way in ways]
+    rows = measure(artefact, batch, prompt_tokens, new_tokens, device, rounds)
     if as_json:
         _print_json([row.to_dict() for row in rows])
     else:
@@ -275,13 +287,14 @@ def _prove(
     on_twin: bool = False,
     html: Path | None = None,
     as_json: bool = False,
+    device: str = "cpu",
 ) -> None:
     import moec
     from moec.runtime.validate import record
     from moec.show import bar, report_table
 
     with bar(console, quiet=as_json) as progress:
-        report = moec.validate(artefact, tokens, seed, on_twin, progress)
+        report = moec.validate(artefact, tokens, seed, on_twin, progress, device)
     record(artefact, report)
     if html:
         try:

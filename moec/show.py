@@ -160,25 +160,25 @@ def plan_table(console: Console, plan: Plan) -> None:
 
 
 def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
-    """Engines side by side."""
+    """Lanes side by side."""
     table = Table()
     columns = (
-        "engine",
-        "preset",
-        "open",
-        "first token",
-        "tokens/s",
-        "own memory",
-        "mapped",
-        "peak",
-    )
+        "engine", "weights", "open", "first token", "tokens/s", "of bandwidth", "own memory",
+        "mapped", "peak", "peak / weights",
+    )  # fmt: skip
     for column in columns:
-        table.add_column(column, justify="left" if column in ("engine", "preset") else "right")
+        table.add_column(column, justify="left" if column in ("engine", "weights") else "right")
     for row in rows:
+        engine = f"{row.engine}, {row.preset}" if row.preset else row.engine
+        if row.error:
+            table.add_row(engine, row.precision, row.error)
+            continue
+        share = row.bandwidth_share
         table.add_row(
-            row.engine, row.preset, f"{row.open_s:.2f} s", f"{1e3 * row.first_token_s:.1f} ms",
-            f"{row.decode_tokens_per_s:.1f}", size(row.anonymous_bytes), size(row.mapped_bytes),
-            size(row.peak_bytes),
+            engine, row.precision, f"{row.open_s:.2f} s", f"{1e3 * row.first_token_s:.1f} ms",
+            f"{row.decode_tokens_per_s:.1f}", "-" if share is None else f"{100 * share:.0f} %",
+            size(row.anonymous_bytes), size(row.mapped_bytes), size(row.peak_bytes),
+            f"{row.peak_bytes / row.weights_bytes:.2f}",
         )  # fmt: skip
     console.print(table)
 

@@ -42,7 +42,7 @@ from moec.exporters.onnx.write import (
     save_bound,
     save_checked,
 )
-from moec.exporters.presets import PRESETS
+from moec.exporters.presets import presets
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
 from moec.spec.model import ModelSpec
@@ -182,7 +182,7 @@ def export(
         inputs=(),
         outputs=(),
         packings=packings,
-        presets=PRESETS,
+        presets=presets(quantized=any(p.bits for p in packings.values())),
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )

@@ -2,19 +2,24 @@
 
 `lean` never copies a weight: they stay mapped from their files, and casts run next to their use.
 `fast` is ONNX Runtime's own default: it folds casts and prepacks at load, which costs copies of
-the dense weights. docs/performance.md has the figures.
+the dense weights. Quantised weights have to be prepacked, or their products run on dequantised
+ones, twenty times as slow: there `lean` is only spared the folding and the pre-planned arena.
+docs/performance.md has the figures.
 """
 
 from moec.exporters.manifest import Preset
 
-PRESETS = {
-    "lean": Preset(
-        entries={
-            "session.disable_prepacking": "1",
-            "optimization.disable_specified_optimizers": "ConstantFolding",
-        },
-        execution_order="PRIORITY_BASED",
-        enable_mem_pattern=False,
-    ),
-    "fast": Preset(),
-}
+_NO_FOLDING = {"optimization.disable_specified_optimizers": "ConstantFolding"}
+_MAPPED = Preset(
+    entries={"session.disable_prepacking": "1", **_NO_FOLDING},
+    execution_order="PRIORITY_BASED",
+    enable_mem_pattern=False,
+)
+_PREPACKED = Preset(
+    entries=_NO_FOLDING, execution_order="PRIORITY_BASED", enable_mem_pattern=False
+)
+
+
+def presets(quantized: bool) -> dict[str, Preset]:
+    """The presets of an artefact."""
+    return {"lean": _PREPACKED if quantized else _MAPPED, "fast": Preset()}

@@ -1,84 +1,258 @@
-"""Time a session: opening, first token, decode, and what it keeps in memory."""
+"""Time engines on one model: opening, first token, decode, and what each keeps in memory.
+
+Each lane is a process of its own. Lanes take turns, round by round, so that a slow minute of a
+shared machine falls on all of them; figures are medians over the rounds.
+"""
 
 import multiprocessing
+import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from moec.exporters.artefact import open_artefact
 from moec.exporters.memory import memory
 from moec.runtime.session import open_session
+from moec.runtime.transformers import ENGINES as PEERS
+from moec.runtime.transformers import open_transformers
+from moec.spec.errors import MoecError
+from moec.spec.plan import plan
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One engine on one artefact; `preset` is ONNX Runtime's, "" for others."""
+
+    path: str
+    engine: str
+    preset: str = ""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One engine in a process of its own. Memory is that process's after the run.
+    """How a lane did. Memory is its process's after the run.
 
     `anonymous_bytes` is its own memory, copies of weights included; `mapped_bytes` are pages of
-    files, which the system can drop; `peak_bytes` is the most of both.
+    files, which the system can drop; `peak_bytes` is the most of both. `bytes_per_token` is what
+    the model needs to read for a token of one row, `bandwidth_share` that times tokens per second
+    over what this machine read in the same run; None where batches or GPUs make it meaningless.
+    `error` says why there are no figures.
     """
 
+    artefact: str
     engine: str
     preset: str
+    precision: str
     batch: int
     prompt_tokens: int
     new_tokens: int
-    open_s: float
-    first_token_s: float
-    decode_tokens_per_s: float
-    anonymous_bytes: int
-    mapped_bytes: int
-    peak_bytes: int
+    open_s: float = float("nan")
+    first_token_s: float = float("nan")
+    decode_tokens_per_s: float = float("nan")
+    anonymous_bytes: int = 0
+    mapped_bytes: int = 0
+    peak_bytes: int = 0
+    weights_bytes: int = 0
+    bytes_per_token: int = 0
+    bandwidth_share: float | None = None
+    error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)
 
 
+class Engine(Protocol):
+    """What a lane runs: `moec`'s sessions are engines."""
+
+    def prefill(self, ids: Tensor, *, capacity: int) -> tuple[Tensor, Any]:
+        """Logits of each row's last token, and what `decode` goes on from."""
+
+    def decode(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Logits after one more token a row."""
+
+
+def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
+    """The lanes of an artefact: ONNX Runtime by preset, the reference, and transformers if there."""
+    artefact = open_artefact(path)
+    name = str(path)
+    lanes = [
+        Lane(name, "onnxruntime", preset, device) for preset in artefact.manifest.presets or ("lean",)
+    ]
+    if device == "cpu" and not artefact.manifest.packings:
+        lanes.append(Lane(name, "eager"))
+    if artefact.manifest.checkpoint:
+        lanes += [Lane(name, peer, device=device) for peer in PEERS]
+    return lanes
+
+
 def bench(
     path: str | Path,
-    engine: str = "onnxruntime",
-    preset: str = "lean",
     batch: int = 1,
     prompt_tokens: int = 64,
     new_tokens: int = 32,
-) -> Timing:
-    """Open `path`, prefill `batch` rows of random tokens, decode greedily; one warm-up first.
+    device: str = "cpu",
+    rounds: int = 3,
+) -> list[Timing]:
+    """All `lanes_of` an artefact: prefill `batch` rows of random tokens, decode greedily.
 
     Raises:
-        MoecError: `path` cannot be opened with that engine.
+        MoecError: `path` is no artefact. A lane that fails says so in its `error`.
     """
-    open_artefact(path)  # refuse in this process, before another is started
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(
-            _measure, path, engine, preset, batch, prompt_tokens, new_tokens
-        ).result()
+    return race(lanes_of(path, device), batch, prompt_tokens, new_tokens, rounds)
 
 
-def _measure(
-    path: str | Path, engine: str, preset: str, batch: int, prompt_tokens: int, new_tokens: int
+def race(
+    lanes: Sequence[Lane],
+    batch: int = 1,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    rounds: int = 3,
+    open_engine: Callable[[Lane], Engine] | None = None,
+) -> list[Timing]:
+    """Time `lanes` in turns; `open_engine`, which is called in each process, knows other engines."""
+    job = (open_engine or _open, batch, prompt_tokens, new_tokens)
+    with _processes(lanes, job) as pipes:
+        opened = [_answer(pipe) for pipe in pipes]  # and ran once, to fill pages and allocators
+        turns: list[list[Any]] = [[] for _ in lanes]
+        for _ in range(rounds):
+            for pipe, first, mine in zip(pipes, opened, turns, strict=True):
+                if not isinstance(first, str):
+                    pipe.send("go")
+                    mine.append(_answer(pipe))
+        bandwidth = read_bandwidth()
+        memories = []
+        for pipe, first in zip(pipes, opened, strict=True):
+            if not isinstance(first, str):
+                pipe.send("end")
+            memories.append(None if isinstance(first, str) else _answer(pipe))
+    return [
+        _timing(lane, (batch, prompt_tokens, new_tokens), first, mine, held, bandwidth)
+        for lane, first, mine, held in zip(lanes, opened, turns, memories, strict=True)
+    ]
+
+
+def read_bandwidth(size: int = 1 << 28, tries: int = 5) -> float:
+    """Bytes per second that a large sum reads on all cores: the best of a few."""
+    numbers = torch.ones(size)
+    best = float("inf")
+    for _ in range(tries):
+        start = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - start)
+    return 4 * size / best
+
+
+def _timing(
+    lane: Lane,
+    sizes: tuple[int, int, int],
+    opened: Any,
+    turns: list[Any],
+    held: Any,
+    bandwidth: float,
 ) -> Timing:
-    start = time.perf_counter()
-    session = open_session(path, engine=engine, preset=preset)
-    opened = time.perf_counter() - start
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, session.spec.text.vocab, (batch, prompt_tokens), generator=generator)
-    first = decode = 0.0
-    for _ in range(2):  # the first run touches pages and fills allocators
-        start = time.perf_counter()
-        logits, cache = session.prefill(ids, capacity=prompt_tokens + new_tokens)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        for _ in range(new_tokens):
-            logits = session.decode(logits.argmax(-1), cache)
-        decode = time.perf_counter() - start
-    held = memory()
+    manifest = open_artefact(lane.path).manifest
+    batch, prompt, new = sizes
+    ours = lane.engine == "onnxruntime"
+    precision = manifest.precision if ours else manifest.compute
+    stored = sum(shard.size for shard in manifest.weights.shards.values())
+    shown = (lane.path, lane.engine, lane.preset, precision, batch, prompt, new)
+    failed = next((each for each in (opened, *turns, held) if isinstance(each, str)), None)
+    if failed is not None:
+        return Timing(*shown, error=failed)
+    rate = batch * new / statistics.median(decode for _, decode in turns)
+    needed = plan(manifest.spec, precision, context=prompt + new).decode_read_bytes
+    alone = batch == 1 and lane.device == "cpu"
     return Timing(
-        engine, preset, batch, prompt_tokens, new_tokens, opened, first,
-        batch * new_tokens / decode, held.anonymous, held.mapped, held.peak,
-    )  # fmt: skip
+        *shown,
+        open_s=opened,
+        first_token_s=statistics.median(first for first, _ in turns),
+        decode_tokens_per_s=rate,
+        anonymous_bytes=held.anonymous,
+        mapped_bytes=held.mapped,
+        peak_bytes=held.peak,
+        weights_bytes=stored,
+        bytes_per_token=needed,
+        bandwidth_share=needed * rate / bandwidth if alone else None,
+    )
+
+
+@contextmanager
+def _processes(lanes: Sequence[Lane], job: tuple[Any, ...]) -> Iterator[list[Connection]]:
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    try:
+        for lane in lanes:
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_run, args=(theirs, lane, *job), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+            ours.poll(None)  # one opens at a time, so that no lane's opening slows another's
+        yield pipes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _answer(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "its process died, most often for want of memory"
+
+
+def _run(
+    pipe: Connection,
+    lane: Lane,
+    open_engine: Callable[[Lane], Engine],
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+) -> None:
+    try:
+        start = time.perf_counter()
+        engine = open_engine(lane)
+        opened = time.perf_counter() - start
+        vocab = open_artefact(lane.path).manifest.spec.text.vocab
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocab, (batch, prompt_tokens), generator=generator)
+        _turn(engine, ids, new_tokens)
+        pipe.send(opened)
+        while pipe.recv() == "go":
+            pipe.send(_turn(engine, ids, new_tokens))
+        pipe.send(memory())
+    except MoecError as error:
+        pipe.send(str(error))
+    except Exception as error:  # a lane that fails is a row that says so
+        pipe.send(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+
+
+def _turn(engine: Engine, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and for `new_tokens` more of each row."""
+    start = time.perf_counter()
+    logits, cache = engine.prefill(ids, capacity=ids.shape[1] + new_tokens)
+    tokens = logits.argmax(-1)
+    first = time.perf_counter()
+    for _ in range(new_tokens):
+        tokens = engine.decode(tokens, cache).argmax(-1)
+    return first - start, time.perf_counter() - first
+
+
+def _open(lane: Lane) -> Engine:
+    if lane.engine in PEERS:
+        manifest = open_artefact(lane.path).manifest
+        return open_transformers(
+            manifest.checkpoint or "", lane.engine, manifest.compute, lane.device
+        )
+    return open_session(lane.path, lane.device, lane.engine, lane.preset or "lean")

@@ -52,7 +52,9 @@ def draw_images(
     return Images(pixels, ids, ids == image, placed)
 
 
-def tower(artefact: Artefact, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+def tower(
+    artefact: Artefact, device: str, pixels: Tensor, tolerance: Tolerance
+) -> Iterator[Check]:
     """The vision tower stage by stage: patches, every layer, adapter, projector."""
     spec = artefact.manifest.spec
     assert spec.vision is not None
@@ -68,7 +70,7 @@ def tower(artefact: Artefact, pixels: Tensor, tolerance: Tolerance) -> Iterator[
     found, expected = (
         run({"pixel_values": pixels})
         for run in (
-            ort_engine(artefact, taps=taps, part="vision"),
+            ort_engine(artefact, taps=taps, part="vision", device=device),
             eager_engine(spec, artefact.entries(), "fp32", taps, "vision"),
         )
     )
@@ -78,12 +80,12 @@ def tower(artefact: Artefact, pixels: Tensor, tolerance: Tolerance) -> Iterator[
 
 
 def fusion(
-    artefact: Artefact, images: Images, lengths: Tensor, tolerance: Tolerance
+    artefact: Artefact, device: str, images: Images, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Images in text: the fused embeddings, the logits, and the same through the caches."""
     pixels = images.pixels[: images.placed]
     spec, taps = artefact.manifest.spec, ["fused"]
-    session = ort_session(artefact, taps=taps)
+    session = ort_session(artefact, device, taps=taps)
     reference = eager_session(spec, artefact.entries(), "fp32", taps=taps)
     features, results = [], []
     for each in (session, reference):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moec.exporters.artefact import Artefact
 from moec.exporters.onnx.lowering import DTYPES
-from moec.exporters.presets import PRESETS
 from moec.runtime.eager import Run
 from moec.spec.errors import MoecError
 
@@ -36,15 +35,16 @@ def ort_engine(
     """
     onnxruntime = _runtime(device)
     manifest = artefact.manifest
-    _check_kernels(artefact, device)
-    presets = manifest.presets or PRESETS
-    if preset not in presets:
+    check_kernels(artefact, device)
+    if preset not in manifest.presets:
         raise MoecError(
-            f"preset {preset}", "no such preset", " or ".join(presets), "choose one of them"
-        )
+            f"preset {preset}", "no such preset in the artefact's manifest",
+            " or ".join(manifest.presets) or "presets: an older version of moec built it",
+            "choose one of them" if manifest.presets else "build the artefact again",
+        )  # fmt: skip
     artefact.stored()  # refuses unbound artefacts and changed shards with a clear message
     options = onnxruntime.SessionOptions()
-    chosen = presets[preset].model_dump()
+    chosen = manifest.presets[preset].model_dump()
     for key, text in chosen.pop("entries").items():
         options.add_session_config_entry(key, text)
     options.execution_order = getattr(onnxruntime.ExecutionOrder, chosen.pop("execution_order"))
@@ -54,7 +54,7 @@ def ort_engine(
     # Errors only: an input that may be left out, image_features, earns a warning at each start.
     options.log_severity_level = 3
     file = artefact.graph(part)
-    model: str | bytes = _tapped(file, taps) if taps else str(file)
+    model = _with_outputs(file, taps)
     try:
         session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
     except Exception as error:  # the bindings raise a dozen unrelated types
@@ -101,7 +101,7 @@ def ort_engine(
             for name, each in zip(outputs, binding.get_outputs(), strict=True)
         }
 
-    return run_bound if manifest.buffered and part == "model" else run
+    return run_bound if manifest.buffered else run
 
 
 def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
@@ -137,12 +137,12 @@ def _runtime(device: str) -> Any:
             exit_code=3,
         )  # fmt: skip
     if device == "cuda":
-        onnxruntime.preload_dlls(directory="")  # the CUDA libraries that came with torch
+        onnxruntime.preload_dlls()  # the CUDA libraries that came with torch
     return onnxruntime
 
 
-def _check_kernels(artefact: Artefact, device: str) -> None:
-    """Refuse a graph for which `device` has no kernels."""
+def check_kernels(artefact: Artefact, device: str) -> None:
+    """Refuse a graph for which ONNX Runtime has no kernels on `device` (exit code 3)."""
     manifest = artefact.manifest
     runnable = (
         manifest.buffered and manifest.precision in ("fp16", "bf16") and bool(manifest.packings)
@@ -164,10 +164,30 @@ def _check_kernels(artefact: Artefact, device: str) -> None:
         raise MoecError(artefact.path, found, wanted, fix, exit_code=3)
 
 
-def _tapped(file: Path, names: Sequence[str]) -> bytes:
-    """The model in `file` with further outputs, in memory; its weights stay where they are."""
+def _with_outputs(file: Path, taps: Sequence[str]) -> str | bytes:
+    """The model in `file`, its results and `taps` as numpy can hold them: bf16 cast to float32.
+
+    A changed model is in memory; its weights stay where they are.
+    """
     model = ir.load(file)
     known = {each.name: each for node in model.graph for each in node.outputs}
-    model.graph.outputs.extend(known[name] for name in names)
+    model.graph.outputs.extend(known[name] for name in taps)
+    outputs = model.graph.outputs
+    narrow = [
+        i
+        for i, each in enumerate(outputs)
+        if each.dtype == ir.DataType.BFLOAT16 and not str(each.name).startswith("present.")
+    ]
+    if not taps and not narrow:
+        return str(file)
+    for i in narrow:
+        inner = outputs[i]
+        name, inner.name = inner.name, f"{inner.name}/bf16"
+        attributes = [ir.AttrInt64("to", ir.DataType.FLOAT.value)]
+        cast = ir.Node("", "Cast", [inner], attributes, name=f"{name}/float32")
+        cast.outputs[0].name, cast.outputs[0].shape = name, inner.shape
+        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.append(cast)
+        outputs[i] = cast.outputs[0]
     serialized: bytes = ir.to_proto(model).SerializeToString()
     return serialized

@@ -15,6 +15,7 @@ from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.export import export, write_manifest
 from moec.runtime.compare import TOLERANCES, Tolerance, agreement, argmax_agreement, error
 from moec.runtime.image_checks import draw_images, fusion, tower
+from moec.runtime.ort import check_kernels
 from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check, Report
 from moec.runtime.session import eager_session, open_session, ort_session
@@ -25,10 +26,10 @@ from moec.weights.random import write_random_checkpoint
 #: tokens of the longest row where nobody says otherwise; three chunk borders if the chunk allows
 MOST_TOKENS = 512
 
-#: precision -> depth of its twin at most, and tokens of the longest row. In float16 the routers of
-#: random weights flip on near ties, a token in hundreds at each layer, and what follows is another
+#: precision -> depth of its twin at most, and tokens of the longest row. In float16 and below the routers
+#: of random weights flip on near ties, a token in hundreds at each layer, and what follows is another
 #: token: after dozens of layers, or among few tokens, nothing would be left to compare.
-TWINS = {"fp16": (4, 101)}
+TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4"), (4, 101))
 
 Progress = Callable[[str, int, int], None]
 
@@ -39,6 +40,7 @@ def validate(
     seed: int | None = None,
     on_twin: bool = False,
     progress: Progress = lambda stage, done, total: None,
+    device: str = "cpu",
 ) -> Report:
     """Compare the artefact's ONNX model with the float32 eager reference on the same weights.
 
@@ -50,6 +52,7 @@ def validate(
         seed: of the token draw; default fresh, and in the report.
         on_twin: prove the twin although there are weights, because they are too many to run here.
         progress: called with (stage, done, total).
+        device: where the artefact runs, as in `open_session`; the reference runs on the cpu.
 
     Raises:
         MoecError: not an artefact, weights gone or changed, or a package is missing.
@@ -63,9 +66,8 @@ def validate(
     seed = secrets.randbits(31) if seed is None else seed
     unbound = artefact.manifest.weights.mode == "unbound"
     if not unbound and not on_twin:
-        return _validate(artefact, tokens, seed, progress)
-    if artefact.manifest.precision not in TOLERANCES:
-        raise _not_executable(artefact)
+        return _validate(artefact, tokens, seed, progress, device)
+    check_kernels(artefact, device)
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = TWINS.get(artefact.manifest.precision, (None, None))
         small = twin(artefact.manifest.spec, layers)
@@ -76,8 +78,9 @@ def validate(
             target=artefact.manifest.target,
             precision=artefact.manifest.precision,
             out=Path(folder, "twin"),
+            weights="pack" if artefact.manifest.packings else None,
         )
-        report = _validate(built, tokens or longest, seed, progress)
+        report = _validate(built, tokens or longest, seed, progress, device)
         report.twin, report.subject = True, f"{artefact.path} (its twin)"
         report.notes.append(
             f"The artefact's {'weights are not bound' if unbound else 'own weights were not run'}: "
@@ -93,10 +96,11 @@ def record(path: str | Path, report: Report) -> None:
     write_manifest(artefact.path, artefact.manifest.model_copy(update={"parity": report.to_dict()}))
 
 
-def _validate(artefact: Artefact, tokens: int | None, seed: int, progress: Progress) -> Report:
+def _validate(
+    artefact: Artefact, tokens: int | None, seed: int, progress: Progress, device: str
+) -> Report:
     manifest = artefact.manifest
-    if manifest.precision not in TOLERANCES:
-        raise _not_executable(artefact)
+    check_kernels(artefact, device)
     tolerance = TOLERANCES[manifest.precision]
     chunk = manifest.spec.text.chunk
     longest = tokens or min(MOST_TOKENS, 3 * (chunk or 16) + 5)
@@ -104,7 +108,7 @@ def _validate(artefact: Artefact, tokens: int | None, seed: int, progress: Progr
     lengths = torch.tensor([longest, max(1, longest * 5 // 8)])
     ids = torch.randint(0, manifest.spec.text.vocab, (2, longest), generator=generator)
     report = Report(
-        str(artefact.path), "onnxruntime", "eager fp32", manifest.precision, seed, lengths.tolist(),
+        str(artefact.path), "onnxruntime" if device == "cpu" else f"onnxruntime on {device}", "eager fp32", manifest.precision, seed, lengths.tolist(),
         versions=dict(manifest.versions),
     )  # fmt: skip
     if chunk and longest <= chunk:
@@ -112,15 +116,15 @@ def _validate(artefact: Artefact, tokens: int | None, seed: int, progress: Progr
             f"No chunk border was crossed: chunk {chunk}, {longest} tokens; use --tokens for more."
         )
     stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
-        ("layer by layer", lambda: _ladder(artefact, ids, lengths, tolerance)),
-        ("cached decode", lambda: _cached(artefact, ids, lengths, tolerance)),
-        ("generation", lambda: _greedy(artefact, ids, tolerance)),
+        ("layer by layer", lambda: _ladder(artefact, device, ids, lengths, tolerance)),
+        ("cached decode", lambda: _cached(artefact, device, ids, lengths, tolerance)),
+        ("generation", lambda: _greedy(artefact, device, ids, tolerance)),
     ]
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
-        stages.insert(0, ("vision tower", lambda: tower(artefact, images.pixels, tolerance)))
+        stages.insert(0, ("vision tower", lambda: tower(artefact, device, images.pixels, tolerance)))
         if images.placed:
-            stages.append(("images", lambda: fusion(artefact, images, lengths, tolerance)))
+            stages.append(("images", lambda: fusion(artefact, device, images, lengths, tolerance)))
         else:
             report.notes.append(
                 f"No image was placed in the text: {longest} tokens are too few; use --tokens."
@@ -133,7 +137,7 @@ def _validate(artefact: Artefact, tokens: int | None, seed: int, progress: Progr
 
 
 def _ladder(
-    artefact: Artefact, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+    artefact: Artefact, device: str, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Every layer's output and routing, then the logits, of one call without a cache."""
     spec = artefact.manifest.spec
@@ -145,7 +149,7 @@ def _ladder(
     found, expected = (
         session.trace(ids, lengths, taps)
         for session in (
-            ort_session(artefact, taps=taps),
+            ort_session(artefact, device, taps=taps),
             eager_session(spec, artefact.entries(), "fp32", taps=taps),
         )
     )
@@ -177,10 +181,10 @@ def _ladder(
 
 
 def _cached(
-    artefact: Artefact, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+    artefact: Artefact, device: str, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Prefill in uneven pieces and decode around each chunk border, rows of different length."""
-    session = open_session(artefact.path)
+    session = open_session(artefact.path, device)
     chunk = session.spec.text.chunk or 16
     whole = session.logits(ids, lengths=lengths)
     cuts = {
@@ -195,9 +199,11 @@ def _cached(
     yield error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
 
 
-def _greedy(artefact: Artefact, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+def _greedy(
+    artefact: Artefact, device: str, ids: Tensor, tolerance: Tolerance
+) -> Iterator[Check]:
     """Greedy tokens through the caches, and the reference's opinion of each."""
-    session = open_session(artefact.path)
+    session = open_session(artefact.path, device)
     reference = eager_session(session.spec, artefact.entries(), "fp32")
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
     tokens = session.generate(prompt, max_new_tokens=8, stop=())
@@ -206,13 +212,3 @@ def _greedy(artefact: Artefact, ids: Tensor, tolerance: Tolerance) -> Iterator[C
     given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]
     near = best - given <= tolerance.error * logits.abs().max()
     yield agreement("greedy tokens", near, torch.ones_like(near), tolerance)
-
-
-def _not_executable(artefact: Artefact) -> MoecError:
-    return MoecError(
-        artefact.path,
-        f"precision {artefact.manifest.precision}: built, not executable on this machine",
-        f"one of {', '.join(TOLERANCES)}",
-        "build the same model with --precision fp32 and validate that",
-        exit_code=3,
-    )

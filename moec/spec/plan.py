@@ -29,7 +29,10 @@ DEVICES = {
     "h200": Device(139 * 2**30, 4.3e12, {"bf16": 790e12, "fp16": 790e12, "fp8": 1500e12}),
 }
 
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+#: bytes of a weight; integers with a float32 scale for each block of 64
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}
+#: what weights are that stay wide: embedding, router, norms, and with fp8 the head
+_WIDE = {"fp8": 2, "int8": 4, "int4": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ def plan(
     """The text model's cost at `batch` sequences of `context` tokens, and that of image `tiles`.
 
     In fp8 every linear layer and expert takes one byte a weight; embedding, head, router, norms and
-    caches stay bf16. `decode_*` is one step of the whole batch, `prefill_*` one prompt of `context`
+    caches stay bf16. In int8 and int4 embedding, router, norms and caches are fp32, and with int4
+    attention and head are int8. `decode_*` is one step of the whole batch, `prefill_*` one prompt of `context`
     tokens. `full_cache_bytes` is what the cache would take without rings on the chunked layers.
     `vision_*` is the tower with its projector, which fp8 leaves in bf16. With tiles its weights
     count in `fits`; the tiles' tokens are part of the context.
@@ -84,7 +88,7 @@ def plan(
     if precision not in _BYTES:
         raise _bad("precision", precision, ", ".join(_BYTES))
     if device is not None and (device not in DEVICES or precision not in DEVICES[device].flops):
-        raise _bad("device", f"{device} at {precision}", ", ".join(DEVICES) + " at bf16, fp16, fp8")
+        raise _bad("device", f"{device} at {precision}", ", ".join(DEVICES) + " at bf16, fp16 or fp8")
     if context < 1 or batch < 1:
         raise _bad("context and batch", f"{context}, {batch}", "at least 1")
     if tiles < 0 or (tiles and spec.vision is None):
@@ -98,7 +102,7 @@ def plan(
     count, k = text.experts.count, text.experts.top_k
     read = count * (1 - (1 - k / count) ** batch)
     kept = [context if la.chunk is None else min(la.chunk, context) for la in text.all_layers]
-    per_key = 2 * text.kv_width * (4 if precision == "fp32" else 2) * batch
+    per_key = 2 * text.kv_width * (4 if precision in ("fp32", "int8", "int4") else 2) * batch
 
     stepped = [name for name in sizes if text.tie_embeddings or name != "embed.weight"]
     share = {name: 1.0 if not _routed(name) else read / count for name in stepped}
@@ -116,9 +120,9 @@ def plan(
         for n in stepped
         if n != "head.weight"
     )
-    total = sum(sizes[n] * width[n] for n in sizes)
-    tower = "bf16" if precision == "fp8" else precision
-    vision_bytes = _BYTES[tower] * sum(math.prod(s) for s in vision_parameters(spec).values())
+    total = round(sum(sizes[n] * width[n] for n in sizes))
+    tower = {"fp8": "bf16", "int8": "fp32", "int4": "fp32"}.get(precision, precision)
+    vision_bytes = round(_BYTES[tower]) * sum(math.prod(s) for s in vision_parameters(spec).values())
     vision_flops = tiles * _tile_flops(spec)
     resident = total + per_key * sum(kept) + (vision_bytes if tiles else 0)
     on = DEVICES[device] if device else None
@@ -174,11 +178,14 @@ def _routed(name: str) -> bool:
     return name.endswith((".moe.gate_up", ".moe.down"))
 
 
-def _width(name: str, precision: str) -> int:
-    wide = name.endswith(("norm.weight", "router.weight", "bias")) or name.startswith(
-        ("embed", "head")
-    )
-    return 2 if precision == "fp8" and wide else _BYTES[precision]
+def _width(name: str, precision: str) -> float:
+    if precision not in _WIDE:
+        return _BYTES[precision]
+    if name.endswith(("norm.weight", "router.weight", "bias")) or name.startswith("embed"):
+        return _WIDE[precision]
+    if name.startswith("head"):
+        return 2 if precision == "fp8" else _BYTES["int8"]
+    return _BYTES["int8" if precision == "int4" and ".attn." in name else precision]
 
 
 def _pairs(context: int, chunk: int | None) -> float:

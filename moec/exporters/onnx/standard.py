@@ -297,10 +297,13 @@ def _swiglu(e: Emitter, node: fx.Node, gate: ir.Value, up: ir.Value) -> ir.Value
 
 def _route(e: Emitter, node: fx.Node, logits: ir.Value, top_k: int) -> Values:
     scores, experts = node.meta["type"]
+    if type_of(logits).dtype == torch.bfloat16:  # of which runtimes have no TopK; the order is the same
+        logits = e.cast(logits, _FLOAT, "logits")
+        scores = TensorType(scores.shape, _FLOAT)
     best, chosen = e.ops("TopK", [logits, e.constant([top_k])], (scores, experts), "top", axis=-1)
     wide = e.cast(best, _FLOAT, "wide")
     gain = e.op("Sigmoid", [wide], TensorType(scores.shape, _FLOAT), label="sigmoid")
-    return e.cast(gain, scores.dtype, "scores"), chosen
+    return e.cast(gain, node.meta["type"][0].dtype, "scores"), chosen
 
 
 def _to_float32(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from moec.exporters.manifest import NAME, Manifest
 from moec.spec.errors import MoecError
 from moec.spec.fields import read_json
-from moec.spec.parameters import parameters
 from moec.spec.model import ModelSpec
+from moec.spec.parameters import parameters
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import TensorEntry, nbytes, read_shard
 

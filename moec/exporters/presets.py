@@ -15,9 +15,7 @@ _MAPPED = Preset(
     execution_order="PRIORITY_BASED",
     enable_mem_pattern=False,
 )
-_PREPACKED = Preset(
-    entries=_NO_FOLDING, execution_order="PRIORITY_BASED", enable_mem_pattern=False
-)
+_PREPACKED = Preset(entries=_NO_FOLDING, execution_order="PRIORITY_BASED", enable_mem_pattern=False)
 
 
 def presets(quantized: bool) -> dict[str, Preset]:

@@ -57,7 +57,9 @@ class Builder:
 
     def emit_pair(self, op: Op, *args: Any, name: str) -> tuple[fx.Node, fx.Node]:
         """`emit` for an op with two outputs: `name.0` and `name.1`."""
-        first, second = call_each(self._graph, op, *args, name=name, each=(f"{name}.0", f"{name}.1"))
+        first, second = call_each(
+            self._graph, op, *args, name=name, each=(f"{name}.0", f"{name}.1")
+        )
         return first, second
 
     def output(self, outputs: dict[str, fx.Node]) -> fx.GraphModule:

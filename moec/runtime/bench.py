@@ -85,7 +85,8 @@ def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
     artefact = open_artefact(path)
     name = str(path)
     lanes = [
-        Lane(name, "onnxruntime", preset, device) for preset in artefact.manifest.presets or ("lean",)
+        Lane(name, "onnxruntime", preset, device)
+        for preset in artefact.manifest.presets or ("lean",)
     ]
     if device == "cpu" and not artefact.manifest.packings:
         lanes.append(Lane(name, "eager"))

@@ -68,3 +68,15 @@ def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
             name = f"past.{layer.index}.{kind}"
             cache.tensors[name] = functional.pad(cache.tensors[name], (0, 0, 0, more))
     cache.capacity = capacity
+
+
+def spans(chunk: int | None, past: Tensor, count: int) -> dict[str, Tensor]:
+    """Where buffers take `count` more tokens of rows that have `past` [B]: a graph's inputs.
+
+    `ring.*` are those of chunked layers, `global.*` of the others: the slot of each row's last
+    token, int32 [B], and how many slots are in use at most, an int32 scalar.
+    """
+    last = {"global": past + count - 1, "ring": past % (chunk or 1) + count - 1}
+    totals = {at: (slot.max() + 1).int() for at, slot in last.items()}
+    ends = {f"{at}.last": slot.int() for at, slot in last.items()}
+    return ends | {f"{at}.total": total for at, total in totals.items()}

@@ -52,9 +52,7 @@ def draw_images(
     return Images(pixels, ids, ids == image, placed)
 
 
-def tower(
-    artefact: Artefact, device: str, pixels: Tensor, tolerance: Tolerance
-) -> Iterator[Check]:
+def tower(artefact: Artefact, device: str, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """The vision tower stage by stage: patches, every layer, adapter, projector."""
     spec = artefact.manifest.spec
     assert spec.vision is not None

@@ -138,6 +138,7 @@ def _runtime(device: str) -> Any:
         )  # fmt: skip
     if device == "cuda":
         onnxruntime.preload_dlls()  # the CUDA libraries that came with torch
+        onnxruntime.set_default_logger_severity(3)  # it warns of each ScatterND
     return onnxruntime
 
 

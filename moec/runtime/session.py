@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moec.exporters.artefact import Artefact, Entry, open_artefact
 from moec.exporters.manifest import NAME
-from moec.runtime.cache import Cache, Layout, grow, new_cache
+from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
 from moec.runtime.calls import PIECE, buffered_calls, padded_calls
 from moec.runtime.eager import Run, eager_engine
 from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
@@ -244,6 +244,8 @@ class Session:
             "logit_index": logit_index,
             **cache.of(rows),
         }
+        if self.layout == "buffers":
+            feeds |= spans(self.spec.text.chunk, cache.lengths[rows], ids.shape[1])
         if features is not None:
             # The graph counts image tokens in padding too: put another token there.
             image = self.spec.tokens.image

@@ -122,7 +122,9 @@ def _validate(
     ]
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
-        stages.insert(0, ("vision tower", lambda: tower(artefact, device, images.pixels, tolerance)))
+        stages.insert(
+            0, ("vision tower", lambda: tower(artefact, device, images.pixels, tolerance))
+        )
         if images.placed:
             stages.append(("images", lambda: fusion(artefact, device, images, lengths, tolerance)))
         else:
@@ -199,9 +201,7 @@ def _cached(
     yield error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
 
 
-def _greedy(
-    artefact: Artefact, device: str, ids: Tensor, tolerance: Tolerance
-) -> Iterator[Check]:
+def _greedy(artefact: Artefact, device: str, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Greedy tokens through the caches, and the reference's opinion of each."""
     session = open_session(artefact.path, device)
     reference = eager_session(session.spec, artefact.entries(), "fp32")

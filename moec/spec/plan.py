@@ -88,7 +88,9 @@ def plan(
     if precision not in _BYTES:
         raise _bad("precision", precision, ", ".join(_BYTES))
     if device is not None and (device not in DEVICES or precision not in DEVICES[device].flops):
-        raise _bad("device", f"{device} at {precision}", ", ".join(DEVICES) + " at bf16, fp16 or fp8")
+        raise _bad(
+            "device", f"{device} at {precision}", ", ".join(DEVICES) + " at bf16, fp16 or fp8"
+        )
     if context < 1 or batch < 1:
         raise _bad("context and batch", f"{context}, {batch}", "at least 1")
     if tiles < 0 or (tiles and spec.vision is None):
@@ -122,7 +124,9 @@ def plan(
     )
     total = round(sum(sizes[n] * width[n] for n in sizes))
     tower = {"fp8": "bf16", "int8": "fp32", "int4": "fp32"}.get(precision, precision)
-    vision_bytes = round(_BYTES[tower]) * sum(math.prod(s) for s in vision_parameters(spec).values())
+    vision_bytes = round(_BYTES[tower]) * sum(
+        math.prod(s) for s in vision_parameters(spec).values()
+    )
     vision_flops = tiles * _tile_flops(spec)
     resident = total + per_key * sum(kept) + (vision_bytes if tiles else 0)
     on = DEVICES[device] if device else None

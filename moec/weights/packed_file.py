@@ -56,9 +56,7 @@ def _layout(
         name: kind
         for packing in packings.values()
         for entry in [entries[packing.source]]
-        for name, kind in zip(
-            packing.names(entry.dtype), packing.shapes(entry.shape), strict=True
-        )
+        for name, kind in zip(packing.names(entry.dtype), packing.shapes(entry.shape), strict=True)
     }
     rows, at = {}, 0
     for name, (shape, dtype) in sorted(kinds.items(), key=lambda each: -_CODES[each[1][1]][1]):

@@ -24,7 +24,7 @@ from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops
 from moec.graph_builder.types import TensorType
 
-_INT32, _INT64 = torch.int32, torch.int64
+_INT64 = torch.int64
 #: what a masked key gets added to its score: finite in float16, out of sight in float32
 MASKED = -30000.0
 
@@ -37,39 +37,22 @@ def _buffered_attention(
     v: ir.Value,
     key: ir.Value,
     value: ir.Value,
-    past: ir.Value,
+    last: ir.Value,
+    total: ir.Value,
     mask: ir.Value | None,
-    ring: int | None,
+    chunk: int | None,
     heads: int,
     kv_heads: int,
 ) -> Values:
-    kind = type_of(past)
-    flat = TensorType(kind.shape, _INT32)
-    first = past if ring is None else e.op("Mod", [past, e.constant(ring)], kind, label="first")
-    count = e.op("Shape", [q], TensorType((1,), _INT64), label="count", start=1, end=2)
-    total = e.op("Add", [first, count], kind, label="total")
-    last = e.op("Sub", [total, e.constant(1)], kind, label="last")
-    most = e.op("ReduceMax", [total], TensorType((), _INT64), label="most", keepdims=0)
-    bias = None
+    inputs: list[ir.Value | None] = [q, k, v, key, value, last, total]
     if mask is not None:
-        bias = e.op(
-            "Where",
-            [mask, *(e.cast(e.constant(np.float32(x)), type_of(q).dtype, f"bias{x}")
-                     for x in (0.0, MASKED))],
-            TensorType(type_of(mask).shape, type_of(q).dtype), label="bias",
-        )  # fmt: skip
-    inputs = [
-        q, k, v, key, value, _int32(e, last, flat, "seqlens_k"),
-        _int32(e, most, TensorType((), _INT32), "total_length"), None, None, None, bias,
-    ]  # fmt: skip
+        kind = TensorType(type_of(mask).shape, type_of(q).dtype)
+        sides = (e.cast(e.constant(np.float32(x)), kind.dtype, f"{x:.0f}") for x in (0, MASKED))
+        inputs += [None, None, None, e.op("Where", [mask, *sides], kind, label="bias")]
     return e.ops(
-        f"{MICROSOFT}::GroupQueryAttention", inputs[: 7 if bias is None else 11],
-        node.meta["type"], num_heads=heads, kv_num_heads=kv_heads,
+        f"{MICROSOFT}::GroupQueryAttention", inputs, node.meta["type"],
+        num_heads=heads, kv_num_heads=kv_heads,
     )  # fmt: skip
-
-
-def _int32(e: Emitter, x: ir.Value, kind: TensorType, label: str) -> ir.Value:
-    return e.op("Cast", [x], kind, label=label, to=ir.DataType.INT32.value)
 
 
 def _skip_norm(
@@ -85,13 +68,23 @@ def _skip_norm(
     return first, last
 
 
-def _past_of_mask(e: Emitter, node: fx.Node, mask: ir.Value, ids: ir.Value) -> ir.Value:
-    count = e.op("Shape", [ids], TensorType((1,), _INT64), label="count", start=1, end=2)
-    total = e.op("Shape", [mask], TensorType((1,), _INT64), label="total", start=1, end=2)
-    before = e.op("Sub", [total, count], TensorType((1,), _INT64), label="before")
+def _spans_of_mask(e: Emitter, node: fx.Node, mask: ir.Value, ids: ir.Value) -> Values:
+    one = TensorType((1,), _INT64)
+    count = e.op("Shape", [ids], one, label="count", start=1, end=2)
+    total = e.op("Shape", [mask], one, label="mask_total", start=1, end=2)
+    before = e.op("Sub", [total, count], one, label="before")
     kind = TensorType((type_of(mask).shape[0], f"{e.name}.before"), _INT64)
     old = e.op("Slice", [mask, e.constant([0]), before, e.constant([1])], kind, label="old")
-    return e.op("ReduceSum", [old, e.constant([1])], node.meta["type"], keepdims=0)
+    past, last, scalar = node.meta["type"]
+    seen = e.op("ReduceSum", [old, e.constant([1])], past, label="past", keepdims=0)
+    ends = e.op("Add", [seen, count], past, label="ends")
+    slot = e.op("Sub", [ends, e.constant(1)], past, label="slot")
+    wide = e.op("Squeeze", [total], TensorType((), _INT64), label="wide")
+    to = ir.DataType.INT32.value
+    return (
+        seen, e.op("Cast", [slot], last, label="last", to=to),
+        e.op("Cast", [wide], scalar, label="total", to=to),
+    )  # fmt: skip
 
 
 def _columns(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
@@ -111,7 +104,7 @@ def _quantized_linear(
     out: TensorType = node.meta["type"]
     rows, length = type_of(weight).shape
     stored = e.packed(weight, dtype=dtype_name(out.dtype), bits=bits, block=BLOCK)
-    inputs = [x, *stored]
+    inputs: list[ir.Value | None] = [x, *stored]
     if bias is not None:
         inputs += [None, None, e.cast(bias, out.dtype, "bias")]
     return e.op(
@@ -135,7 +128,7 @@ _FUSED = (
     #    op                      written by
     Rule(ops.buffered_attention, _buffered_attention),
     Rule(ops.skip_norm, _skip_norm),
-    Rule(ops.past_of_mask, _past_of_mask),
+    Rule(ops.spans_of_mask, _spans_of_mask),
     Rule(ops.columns, _columns),
 )
 

@@ -297,7 +297,9 @@ def _swiglu(e: Emitter, node: fx.Node, gate: ir.Value, up: ir.Value) -> ir.Value
 
 def _route(e: Emitter, node: fx.Node, logits: ir.Value, top_k: int) -> Values:
     scores, experts = node.meta["type"]
-    if type_of(logits).dtype == torch.bfloat16:  # of which runtimes have no TopK; the order is the same
+    if (
+        type_of(logits).dtype == torch.bfloat16
+    ):  # of which runtimes have no TopK; the order is the same
         logits = e.cast(logits, _FLOAT, "logits")
         scores = TensorType(scores.shape, _FLOAT)
     best, chosen = e.ops("TopK", [logits, e.constant([top_k])], (scores, experts), "top", axis=-1)

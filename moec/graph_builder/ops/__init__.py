@@ -7,7 +7,7 @@ from moec.graph_builder.ops.attention import (
     scale_queries,
     temperature,
 )
-from moec.graph_builder.ops.buffers import buffered_attention, columns, past_of_mask
+from moec.graph_builder.ops.buffers import buffered_attention, columns, spans_of_mask
 from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
 from moec.graph_builder.ops.linear import (
     add,
@@ -45,7 +45,6 @@ __all__ = [
     "linear",
     "moe",
     "pack",
-    "past_of_mask",
     "patch_rope_table",
     "patches",
     "pixel_shuffle",
@@ -57,6 +56,7 @@ __all__ = [
     "scale_queries",
     "select",
     "skip_norm",
+    "spans_of_mask",
     "swiglu",
     "temperature",
     "tile_tokens",

@@ -1,10 +1,11 @@
-"""Attention over key/value buffers that stay in place: each call writes its tokens, then attends.
+"""Attention over key/value buffers that stay in place: a call writes its tokens, then attends.
 
-`past` [B] counts the tokens a row has seen; position p lives in slot p. A chunked layer keeps a ring
-of `chunk` slots, where p lives in slot p mod chunk: as nobody sees past a chunk border, the tokens
-of the current chunk are slots 0 to p mod chunk, and plain causal attention over them is chunked
-attention. So a call must not cross a border of any row's; whoever calls sees to that. With a mask
-instead of a ring the buffer holds every position, and a call may be as long as it likes.
+The S tokens of a row go to slots `last - S + 1` to `last`, and each sees the slots up to its own. A
+global layer has a slot for each position. A chunked layer needs `chunk` slots, position p in slot
+p mod chunk: as nobody sees past a chunk border, the current chunk is slots 0 to p mod chunk, and
+plain causal attention over them is chunked attention. So a call must not cross a border of any
+row's; whoever calls sees to that. With a mask a chunked layer's buffer may hold every position, and
+a call may be as long as it likes.
 """
 
 import torch
@@ -21,9 +22,10 @@ def _rule(
     v: TensorType,
     key: TensorType,
     value: TensorType,
-    past: TensorType,
+    last: TensorType,
+    total: TensorType,
     mask: TensorType | None,
-    ring: int | None,
+    chunk: int | None,
     heads: int,
     kv_heads: int,
 ) -> tuple[TensorType, TensorType, TensorType]:
@@ -36,16 +38,17 @@ def _rule(
     expected = f"[B, {kv_heads}, slots, {size}]"
     need(fits and value == key, name, "key, value", (key, value), expected)
     need(q.dtype == k.dtype == key.dtype, name, "dtypes", (q, k, key), "one dtype")
-    need(past.shape == q.shape[:1], name, "past", past.shape, q.shape[:1])
-    need(mask is None or ring is None, name, "ring", ring, "a mask or a ring, not both")
+    need(last == TensorType(q.shape[:1], torch.int32), name, "last", last, f"int32 {q.shape[:1]}")
+    need(total == TensorType((), torch.int32), name, "total", total, "an int32 scalar")
+    need(mask is None or chunk is None, name, "chunk", chunk, "a mask or a chunk, not both")
     if mask is not None:
         need(mask.shape[:3] == (q.shape[0], 1, q.shape[1]), name, "mask", mask.shape, "[B,1,S,K]")
     return q, key, value
 
 
 @op(
-    "buffered_attention(Tensor q, Tensor k, Tensor v, Tensor key, Tensor value, Tensor past, "
-    "Tensor? mask, int? ring, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
+    "buffered_attention(Tensor q, Tensor k, Tensor v, Tensor key, Tensor value, Tensor last, "
+    "Tensor total, Tensor? mask, int? chunk, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
     _rule,
 )
 def buffered_attention(
@@ -54,45 +57,53 @@ def buffered_attention(
     v: Tensor,
     key: Tensor,
     value: Tensor,
-    past: Tensor,
+    last: Tensor,
+    total: Tensor,
     mask: Tensor | None,
-    ring: int | None,
+    chunk: int | None,
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, S, heads*d], k, v [B, S, kv_heads*d], buffers [B, kv_heads, N, d] -> out and buffers.
 
-    The S tokens of each row go to slots past to past + S - 1, all modulo the ring, and every query
-    sees the slots up to its own; `mask` [B, 1, S, K] further limits it to some of the first K.
+    `last` [B] is the slot of each row's last token, `total` more than any of these; `mask`
+    [B, 1, S, K] further limits what is seen to some of the first K slots.
 
     Raises:
-        MoecError: the tokens of a row do not fit its buffer or cross the end of its ring.
+        MoecError: the tokens of a row do not fit its buffer or cross the end of its chunk.
     """
-    steps, slots = q.shape[1], key.shape[2]
-    first = past if ring is None else past % ring  # [B]
-    last = int(first.max()) + steps
-    room = slots if ring is None else min(slots, ring)
-    need(last <= room, "buffered_attention", "past", f"tokens to slot {last}", f"{room} slots")
-    at = first[:, None] + torch.arange(steps, device=q.device)  # [B, S]
+    steps, slots, count = q.shape[1], key.shape[2], int(total)
+    name = "buffered_attention"
+    room = slots if chunk is None else min(slots, chunk)
+    need(count > int(last.max()), name, "total", count, f"more than {int(last.max())}")
+    need(count <= room, name, "last", f"tokens to slot {count - 1}", f"{room} slots")
+    at = last.long()[:, None] + torch.arange(1 - steps, 1, device=q.device)  # [B, S]
     rows = torch.arange(len(q), device=q.device)[:, None]
     key, value = key.clone(), value.clone()
     for buffer, new in ((key, k), (value, v)):
         buffer[rows, :, at] = new.unflatten(2, (kv_heads, -1))  # [B, S, kv_heads, d]
-    seen = torch.arange(last, device=q.device) <= at[..., None]  # [B, S, last]
-    seen = seen[:, None] if mask is None else seen[:, None] & mask[..., :last]
-    flat = [buffer[:, :, :last].transpose(1, 2).flatten(2) for buffer in (key, value)]
+    seen = torch.arange(count, device=q.device) <= at[..., None]  # [B, S, count]
+    seen = seen[:, None] if mask is None else seen[:, None] & mask[..., :count]
+    flat = [buffer[:, :, :count].transpose(1, 2).flatten(2) for buffer in (key, value)]
     return attention.eager(q, *flat, seen, heads, kv_heads), key, value
 
 
-def _mask_lengths_rule(mask: TensorType, ids: TensorType) -> TensorType:
-    need(mask.shape[0] == ids.shape[0], "past_of_mask", "mask", mask.shape, f"[{ids.shape[0]}, K]")
-    return TensorType(ids.shape[:1], torch.int64)
+def _mask_rule(mask: TensorType, ids: TensorType) -> tuple[TensorType, TensorType, TensorType]:
+    rows = ids.shape[:1]
+    need(mask.shape[:1] == rows, "spans_of_mask", "mask", mask.shape, f"[{rows[0]}, K]")
+    scalar = TensorType((), torch.int32)
+    return TensorType(rows, torch.int64), TensorType(rows, torch.int32), scalar
 
 
-@op("past_of_mask(Tensor mask, Tensor ids) -> Tensor", _mask_lengths_rule)
-def past_of_mask(mask: Tensor, ids: Tensor) -> Tensor:
-    """Padding mask [B, K] of all tokens so far, the S of ids [B, S] last -> tokens before [B]."""
-    return mask[:, : mask.shape[1] - ids.shape[1]].sum(1)
+@op("spans_of_mask(Tensor mask, Tensor ids) -> (Tensor, Tensor, Tensor)", _mask_rule)
+def spans_of_mask(mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Padding mask [B, K] of all tokens so far, of which ids [B, S] are the last S.
+
+    Returns the tokens before [B], the slot of the last token [B] and K, as `buffered_attention`
+    wants them: padding on the right takes slots too, until real tokens do.
+    """
+    past = mask[:, : mask.shape[1] - ids.shape[1]].sum(1)
+    return past, (past + ids.shape[1] - 1).int(), torch.tensor(mask.shape[1], dtype=torch.int32)
 
 
 @op(

@@ -1,26 +1,37 @@
 """Keep keys and values in buffers that stay in place, instead of passing new caches on."""
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call_each
+from moec.graph_builder.builder import call_each, tag
 from moec.graph_builder.types import TensorType
 
 
 def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
     """`graph`, changed in place: append, mask, attention and write become `buffered_attention`.
 
-    Caches turn from [batch, slots, kv_heads * head_dim] to [batch, kv_heads, slots, head_dim]; the
-    input `lengths` goes, because every token of a call is one of its row's own.
+    Caches turn from [batch, slots, kv_heads * head_dim] to [batch, kv_heads, slots, head_dim].
+    Inputs `ring.last` [batch] and `ring.total`, of chunked layers, and `global.last` and
+    `global.total` say where tokens go. `lengths` goes: every token of a call is its row's own.
     """
     nodes = list(graph.graph.nodes)
-    past = next(n for n in nodes if n.meta.get("name") == "past_lengths")
+    after = next(n for n in nodes if n.meta.get("name") == "lengths")
+    batch = after.meta["type"].shape
+    spans: dict[int | None, tuple[fx.Node, fx.Node]] = {}
     for node in nodes:
         if node.target != ops.attention.target or node.args[3] is None:
             continue
         q, seen_k, seen_v, mask, heads, kv_heads = node.args
-        (key, k), (value, v) = seen_k.args, seen_v.args
+        (key, k), (value, v), chunk = seen_k.args, seen_v.args, mask.args[2]
+        if chunk not in spans:
+            at = "global" if chunk is None else "ring"
+            spans[chunk] = (
+                _input(graph, after, f"{at}.last", batch),
+                _input(graph, after, f"{at}.total", ()),
+            )
         for buffer in (key, value):
             buffer.meta["type"] = _by_head(buffer.meta["type"], kv_heads)
         writes = [next(u for u in seen.users if u is not node) for seen in (seen_k, seen_v)]
@@ -28,12 +39,19 @@ def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
         names = [each.meta["name"] for each in kept]
         with graph.graph.inserting_before(node):
             results = call_each(
-                graph.graph, ops.buffered_attention, q, k, v, key, value, past, None, mask.args[2],
-                heads, kv_heads, name=f"{names[0]}.buffered", each=names,
+                graph.graph, ops.buffered_attention, q, k, v, key, value, *spans[chunk], None,
+                chunk, heads, kv_heads, name=f"{names[0]}.buffered", each=names,
             )  # fmt: skip
         for old, new in zip(kept, results, strict=True):
             old.replace_all_uses_with(new)
     return without_unused(graph, "lengths")
+
+
+def _input(graph: fx.GraphModule, after: fx.Node, name: str, shape: tuple[Any, ...]) -> fx.Node:
+    with graph.graph.inserting_after(after):
+        node = graph.graph.placeholder(name.replace(".", "_"))
+    node.meta["default"] = None
+    return tag(node, name, TensorType(shape, torch.int32))
 
 
 def without_unused(graph: fx.GraphModule, *inputs: str) -> fx.GraphModule:

@@ -1,0 +1,150 @@
+"""Decode on a GPU at Scout's widths: ONNX Runtime beside transformers, eager and compiled.
+
+    python benchmarks/ort_cuda.py [--layers 4] [--json FILE]
+
+A seeded random model of Scout's widths (full vocabulary; 4 layers are 10.9 B parameters, 22 GB in
+bf16) in a temporary folder, packed for target ort. Each engine is a process of its own that has the
+GPU to itself. Time is for a step of the whole batch after prompts of 32 tokens; the bound is what
+the step needs to read at the bandwidth of a large copy in the same run.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import moec
+from benchmarks.fresh_process import call
+from moec.runtime.session import open_session
+from moec.runtime.transformers import ENGINES, open_transformers
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+from moec.weights.random import write_random_checkpoint
+
+BATCHES = (1, 8, 64)
+PROMPT, STEPS = 32, 24
+
+
+def model(layers: int) -> ModelSpec:
+    """Scout with fewer layers."""
+    scout = PRESETS["scout"]
+    text = scout.text.model_copy(update={"layers": layers})
+    changes = {"name": f"scout-{layers}-layers", "provenance": "custom", "vision": None}
+    return scout.model_copy(update={**changes, "text": text})
+
+
+def build(folder: Path, layers: int) -> dict[str, Any]:
+    """Weights and artefact in `folder`; its own figures."""
+    start = time.perf_counter()
+    write_random_checkpoint(model(layers), folder / "weights", device="cuda")
+    drawn = time.perf_counter()
+    art = moec.export(folder / "weights", target="ort", precision="bf16", out=folder / "art")
+    packed = art.manifest.build
+    return {
+        "parameters_written_s": drawn - start,
+        "packed_s": time.perf_counter() - drawn,
+        "packed_bytes": packed.bytes_packed,
+        "peak_bytes": packed.peak_bytes,
+    }
+
+
+def ours(folder: Path) -> dict[str, Any]:
+    """ONNX Runtime on CUDA."""
+    start = time.perf_counter()
+    session = open_session(folder / "art", device="cuda")
+    return {"open_s": time.perf_counter() - start, **_batches(session)}
+
+
+def theirs(folder: Path, engine: str) -> dict[str, Any]:
+    """transformers, eager or compiled."""
+    start = time.perf_counter()
+    peer = open_transformers(folder / "weights", engine, "bf16", "cuda")
+    return {"open_s": time.perf_counter() - start, **_batches(peer)}
+
+
+def _batches(engine: Any) -> dict[str, Any]:
+    """Milliseconds of a decode step by batch: the median, after steps that warm up."""
+    vocab = PRESETS["scout"].text.vocab
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {}
+    for batch in BATCHES:
+        ids = torch.randint(0, vocab, (batch, PROMPT), generator=generator)
+        logits, cache = engine.prefill(ids, capacity=PROMPT + STEPS)
+        tokens, times, chosen = logits.argmax(-1), [], []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            logits = engine.decode(tokens, cache)
+            tokens = logits.argmax(-1)
+            times.append(time.perf_counter() - start)
+            chosen.append(tokens[:8].tolist())
+        found[str(batch)] = 1e3 * sorted(times[8:])[len(times[8:]) // 2]
+        found[f"chosen {batch}"] = chosen
+    return found
+
+
+def bandwidth() -> float:
+    """Bytes per second of a large copy on the GPU, reads and writes counted."""
+    numbers = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(numbers)
+    best = float("inf")
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(numbers)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * numbers.numel() / best
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--layers", type=int, default=4)
+    arguments.add_argument("--json", type=Path)
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = call(build, folder, options.layers)
+        print("build:", made.value or made.error, flush=True)
+        rows = {"moec, ONNX Runtime": call(ours, folder)}
+        print("moec", rows["moec, ONNX Runtime"].error, flush=True)
+        for engine in ENGINES:
+            rows[engine] = call(theirs, folder, engine)
+            print(engine, rows[engine].error, flush=True)
+        rate = call(bandwidth).value
+    spec = model(options.layers)
+    needed = {
+        b: moec.plan(spec, "bf16", context=PROMPT + STEPS, batch=b).decode_read_bytes
+        for b in BATCHES
+    }
+    table = Table(title=f"{spec.name}, bf16, ms a decode step; copy {rate / 1e12:.2f} TB/s")
+    for column in ("engine", "open", *(f"batch {b}" for b in BATCHES)):
+        table.add_column(column, justify="right" if column != "engine" else "left")
+    bound = [f"{1e3 * needed[b] / rate:.2f}" for b in BATCHES]
+    table.add_row("bound: needed bytes", "", *bound)
+    for engine, row in rows.items():
+        if row.error:
+            table.add_row(engine, row.error)
+            continue
+        steps = [f"{row.value[str(b)]:.2f}" for b in BATCHES]
+        table.add_row(engine, f"{row.value['open_s']:.1f} s", *steps)
+    Console(width=110).print(table)
+    mine = rows["moec, ONNX Runtime"].value
+    for engine in ENGINES:
+        if mine and rows[engine].value:
+            for b in BATCHES:
+                pairs = zip(mine[f"chosen {b}"], rows[engine].value[f"chosen {b}"], strict=True)
+                same = sum(x == y for a, c in pairs for x, y in zip(a, c, strict=True))
+                print(f"batch {b}: {same} of {STEPS * min(b, 8)} tokens as {engine}")
+    if options.json:
+        found = {engine: row.value or row.error for engine, row in rows.items()}
+        options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), **found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,7 @@ def tower(artefact: Artefact, device: str, pixels: Tensor, tolerance: Tolerance)
     }
     taps = [name for name in shown.values() if name != "image_features"]
     found, expected = (
-        run({"pixel_values": pixels})
+        {name: each.cpu() for name, each in run({"pixel_values": pixels}).items()}
         for run in (
             ort_engine(artefact, taps=taps, part="vision", device=device),
             eager_engine(spec, artefact.entries(), "fp32", taps, "vision"),

@@ -14,6 +14,7 @@ from moec.runtime.eager import Run
 from moec.spec.errors import MoecError
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
+_KINDS = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
 
 
@@ -62,15 +63,20 @@ def ort_engine(
             file, str(error).splitlines()[0], "a model that ONNX Runtime loads",
             f"python cli.py inspect {artefact.path}", exit_code=1,
         ) from error  # fmt: skip
-    inputs = {port.name for port in session.get_inputs()}
+    shapes = {port.name: port.shape for port in session.get_inputs()}
+    inputs = shapes.keys()
     optional = {port.name for port in session.get_overridable_initializers()}
-    outputs = [port.name for port in session.get_outputs()]
+    outputs = {port.name: (port.shape, _KINDS.get(port.type)) for port in session.get_outputs()}
+    # Sizes by name: read off an input that has them; caches share theirs with one another.
+    named = {dim: (name, i) for name, shape in reversed(shapes.items())
+             for i, dim in enumerate(shape) if isinstance(dim, str)}  # fmt: skip
     kept = {n: n.replace("present", "past", 1) for n in outputs if n.startswith("present.")}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = inputs | (optional & feeds.keys())
         arrays = {name: feeds[name].contiguous().numpy() for name in given}
-        return dict(zip(outputs, map(torch.from_numpy, session.run(outputs, arrays)), strict=True))
+        results = session.run(list(outputs), arrays)
+        return dict(zip(outputs, map(torch.from_numpy, results), strict=True))
 
     # A model has its inputs, outputs and buffers in one binding, which keeps what did not change.
     binding = session.io_binding()
@@ -88,18 +94,30 @@ def ort_engine(
             if bound.get(name) is not feeds[name]:  # buffers stay from step to step
                 bound[name] = feeds[name]
                 binding.bind_input(name, *_place(feeds[name]))
-        for name in outputs:  # results come in the order of the first of these calls
+        fresh: dict[str, Tensor] = {}
+        sizes = {dim: bound[name].shape[i] for dim, (name, i) in named.items()}
+        for name, (shape, kind) in outputs.items():
             past = kept.get(name)
-            if past is None:
-                binding.bind_output(name, "cpu")
-            elif placed.get(name) is not bound[past]:
+            if past is not None and placed.get(name) is not bound[past]:
                 placed[name] = bound[past]
                 binding.bind_output(name, *_place(bound[past]))
+            elif past is None:
+                size = [sizes.get(dim, dim) for dim in shape]
+                if kind is None or any(isinstance(dim, str) for dim in size):
+                    binding.bind_output(name, "cpu")  # only the run knows its size
+                else:
+                    fresh[name] = torch.empty(size, dtype=kind, device=device)
+                    binding.bind_output(name, *_place(fresh[name]))
         session.run_with_iobinding(binding)
-        return {
-            name: bound[kept[name]] if name in kept else torch.from_numpy(each.numpy())
-            for name, each in zip(outputs, binding.get_outputs(), strict=True)
-        }
+        binding.synchronize_outputs()
+        if len(fresh) + len(kept) < len(outputs):
+            found = zip(outputs, binding.get_outputs(), strict=True)
+            fresh |= {
+                name: torch.from_numpy(each.numpy())
+                for name, each in found
+                if name not in kept and name not in fresh
+            }
+        return fresh | {name: bound[past] for name, past in kept.items()}
 
     return run_bound if manifest.buffered else run
 

@@ -35,7 +35,7 @@ def in_pieces(
         fused = (
             None if features is None else features_within(features, images, slice(None), columns)
         )
-        got = session.extend(ids[:, columns], own, cache, fused)
+        got = session.extend(ids[:, columns], own, cache, fused).cpu()
         pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
     found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))
     detail = f"{len(edges) - 1} calls, rows of {lengths.tolist()} tokens"

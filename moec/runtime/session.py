@@ -77,7 +77,7 @@ class Session:
         for rows, columns, out in self.walk(ids, lengths, self._no_cache(ids), features):
             out["logits"] = out["logits"].flatten(0, 1)
             for name, pieces in found.items():
-                pieces.append(out[name][own[rows, columns].flatten()])
+                pieces.append(out[name].cpu()[own[rows, columns].flatten()])
         return {name: torch.cat(pieces) for name, pieces in found.items()}
 
     def _no_cache(self, ids: Tensor) -> Cache:
@@ -115,8 +115,11 @@ class Session:
         return self._see(read_tiles(pixel_values, self.spec))
 
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
-        """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated."""
-        column = torch.as_tensor(tokens)[:, None]
+        """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated.
+
+        The logits lie on the session's device.
+        """
+        column = torch.as_tensor(tokens).cpu()[:, None]
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
 
     def extend(
@@ -135,7 +138,7 @@ class Session:
         last = torch.zeros(len(ids), self.spec.text.vocab)
         for rows, columns, out in self.walk(ids, lengths, cache, features, every=False):
             ends = (lengths[rows] > columns.start) & (lengths[rows] <= columns.stop)
-            last[rows][ends] = out["logits"][ends, 0]
+            last[rows][ends] = out["logits"].cpu()[ends, 0]
         return last
 
     def walk(
@@ -214,7 +217,7 @@ class Session:
         cache = self.new_cache(len(ids), capacity)
         logits = self.extend(ids, counts, cache, features)
         for step in range(max_new_tokens):
-            tokens = sample(logits, temperature, top_k, top_p, generator)
+            tokens = sample(logits.cpu(), temperature, top_k, top_p, generator)
             new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
             for row, token in zip(rows, new, strict=True):
                 row += [] if token is None else [token]
@@ -283,7 +286,7 @@ class Session:
         assert self.vision is not None
         run = self.vision()
         pieces = torch.split(tiles, TILES)
-        return torch.cat([run({"pixel_values": piece})["image_features"] for piece in pieces])
+        return torch.cat([run({"pixel_values": piece})["image_features"].cpu() for piece in pieces])
 
     def _checked(
         self, features: Tensor | None, ids: Tensor, lengths: Tensor

@@ -39,7 +39,7 @@ class Transformers:
         out = self.model(
             ids.to(self.device), past_key_values=states, use_cache=True, logits_to_keep=1
         )
-        return out.logits[:, -1].float().cpu(), _Cache(states, ids.shape[1])
+        return out.logits[:, -1], _Cache(states, ids.shape[1])
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: _Cache) -> Tensor:
@@ -52,7 +52,7 @@ class Transformers:
             position_ids=at,
         )
         cache.position += 1
-        return out.logits[:, -1].float().cpu()  # type: ignore[no-any-return]
+        return out.logits[:, -1]  # type: ignore[no-any-return]
 
 
 def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: str) -> Transformers:

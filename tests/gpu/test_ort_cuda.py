@@ -14,7 +14,7 @@ from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.weights.checkpoint import read_checkpoint
 from moec.weights.random import write_random_checkpoint
-from moec.weights.view import view
+from moec.weights.view import TORCH_DTYPES, view
 
 #: precision -> largest error of a logit over the largest logit, share of equal choices, perplexity
 LIMITS = {"fp16": (1e-2, 0.985, 0.005), "bf16": (6e-2, 0.95, 0.02)}
@@ -55,7 +55,7 @@ def test_rows_of_a_batch_are_rows_alone(session: Session) -> None:
 
 def _decode(session: Session, rows: list[list[int]], steps: Tensor) -> Tensor:
     logits, cache = session.prefill(rows, capacity=520)
-    return torch.stack([logits, *(session.decode(column, cache) for column in steps.T)])
+    return torch.stack([x.cpu() for x in (logits, *(session.decode(t, cache) for t in steps.T))])
 
 
 def test_the_proof_passes(session: Session) -> None:
@@ -67,7 +67,8 @@ def test_the_proof_passes(session: Session) -> None:
 @pytest.fixture(scope="module")
 def scout_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One MoE layer of Scout's widths, with random weights."""
-    text = PRESETS["scout"].text.model_copy(update={"layers": 1, "vocab": 1024})
+    first = {"attention": "L", "rope": "R", "qk_norm": "Q", "temperature": "-", "ffn": "M"}
+    text = PRESETS["scout"].text.model_copy(update={"layers": 1, "vocab": 1024, **first})
     spec = ModelSpec(name="layer", provenance="custom", dtype="bf16", text=text)
     folder = tmp_path_factory.mktemp("layer")
     write_random_checkpoint(spec, folder, torch.seed() % 2**31, device="cuda")
@@ -91,7 +92,7 @@ def test_experts_of_every_token_count_to_70(
         out = session.trace(ids[:, :count], torch.tensor([count]), [*names, "layers.0.moe.routed"])
         x, chosen = out[names[0]].cuda().float(), out[names[1]][:, 0].cuda()
         score = out[names[2]].cuda().float().amax(1, keepdim=True).sigmoid()
-        x = (x * score).to(gate_up.dtype).float()
+        x = (x * score).to(TORCH_DTYPES[precision]).float()
         expected = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             mine = chosen == expert

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moec
-from benchmarks.fresh_process import call
+from fresh_process import call
 from moec.runtime.session import open_session
 from moec.runtime.transformers import ENGINES, open_transformers
 from moec.spec.model import ModelSpec

@@ -15,13 +15,13 @@ from pathlib import Path
 from rich.console import Console
 
 import moec
-from moec.runtime.bench import bench
+from moec.runtime.bench import Lane, race
 from moec.show import bench_table
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.weights.random import write_random_checkpoint
 
-WAYS = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "lean"))
+WAYS = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", ""))
 
 
 def model() -> ModelSpec:
@@ -43,7 +43,8 @@ def main() -> None:
         write_random_checkpoint(model(), Path(folder, "weights"))
         artefact = moec.export(Path(folder, "weights"), out=Path(folder, "artefact"))
         report = moec.validate(artefact.path, tokens=24)
-        rows = [bench(artefact.path, *way, prompt_tokens=128, new_tokens=32) for way in WAYS]
+        lanes = [Lane(str(artefact.path), *way) for way in WAYS]
+        rows = race(lanes, prompt_tokens=128, new_tokens=32)
     bench_table(Console(), rows)
     verdict = "PASSED" if report.passed else "FAILED"
     print(f"parity with the eager reference before timing: {verdict}")

@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 import torch
-import torchvision_ops  # noqa: F401  before transformers
+import moec.runtime.torchvision_ops  # noqa: F401  before transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Llama4TextConfig

@@ -114,7 +114,7 @@ def eager(folder: str) -> Run:
 def transformers(folder: str) -> Run:
     """The peer: its tower and projector, in float32 with torch's fused attention."""
     import torch
-    import torchvision_ops  # noqa: F401  before transformers
+    import moec.runtime.torchvision_ops  # noqa: F401  before transformers
     from transformers import Llama4ForConditionalGeneration
 
     model = Llama4ForConditionalGeneration.from_pretrained(

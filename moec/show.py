@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -161,26 +162,25 @@ def plan_table(console: Console, plan: Plan) -> None:
 
 def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
     """Lanes side by side."""
-    table = Table()
-    columns = (
-        "engine", "weights", "open", "first token", "tokens/s", "of bandwidth", "own memory",
-        "mapped", "peak", "peak / weights",
-    )  # fmt: skip
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    columns = ("engine", "open", "first token", "tokens/s", "bandwidth", "own memory", "peak")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("engine", "weights") else "right")
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    failed = []
     for row in rows:
-        engine = f"{row.engine}, {row.preset}" if row.preset else row.engine
+        engine = " ".join(filter(None, (row.engine, row.preset, row.precision)))
         if row.error:
-            table.add_row(engine, row.precision, row.error)
+            failed.append(f"{engine}: {row.error}")
             continue
         share = row.bandwidth_share
         table.add_row(
-            engine, row.precision, f"{row.open_s:.2f} s", f"{1e3 * row.first_token_s:.1f} ms",
+            engine, f"{row.open_s:.2f} s", f"{1e3 * row.first_token_s:.1f} ms",
             f"{row.decode_tokens_per_s:.1f}", "-" if share is None else f"{100 * share:.0f} %",
-            size(row.anonymous_bytes), size(row.mapped_bytes), size(row.peak_bytes),
-            f"{row.peak_bytes / row.weights_bytes:.2f}",
+            size(row.anonymous_bytes), size(row.peak_bytes),
         )  # fmt: skip
     console.print(table)
+    for line in failed:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def spec_table(console: Console, specs: Iterable[ModelSpec]) -> None:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import benchmarks.torchvision_ops  # noqa: F401  before any test imports transformers
 import moec
+import moec.runtime.torchvision_ops  # noqa: F401  before any test imports transformers
 from moec.weights.random import write_random_checkpoint
 from tests.damage import EMBED, FIRST, INDEX, SECOND, SPEC
 
@@ -40,6 +40,13 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` as a float32 artefact, weights in place."""
     out = tmp_path_factory.mktemp("artefacts") / "tiny"
     return moec.export(TINY, precision="fp32", out=out).path
+
+
+@pytest.fixture(scope="session")
+def tiny_ort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` as a float32 artefact of target ort, weights in place."""
+    out = tmp_path_factory.mktemp("artefacts") / "tiny-ort"
+    return moec.export(TINY, target="ort", precision="fp32", out=out).path
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from moec.exporters.manifest import (
     Weights,
 )
 from moec.exporters.memory import memory
+from moec.exporters.onnx.ort import check_sizes
 from moec.exporters.onnx.standard import OPSET
 from moec.exporters.onnx.write import (
     DIALECTS,
@@ -62,6 +63,7 @@ TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
         "int4": (None, "ort-int4"),
     },
 }
+_BITS = {"int8": 8, "int4": 4}
 PLANNED = ("tensorrt", "tensorrt-rtx", "torch")
 #: the file of weights that a build rewrites
 PACKED = "weights.safetensors"
@@ -160,6 +162,8 @@ def export(
             checkpoint = read_checkpoint(source)
             _refuse_inside(path, checkpoint.folder)
         entries = match(spec, checkpoint) if checkpoint else {}
+        if target == "ort":
+            check_sizes(spec, _BITS.get(precision))
     compute = COMPUTE.get(precision, precision)
     with stages("graph"):
         graphs = graphs_of(spec, compute, dialect)

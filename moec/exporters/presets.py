@@ -18,6 +18,10 @@ _MAPPED = Preset(
 _PREPACKED = Preset(entries=_NO_FOLDING, execution_order="PRIORITY_BASED", enable_mem_pattern=False)
 
 
+#: the names
+PRESETS = ("lean", "fast")
+
+
 def presets(quantized: bool) -> dict[str, Preset]:
     """The presets of an artefact."""
-    return {"lean": _PREPACKED if quantized else _MAPPED, "fast": Preset()}
+    return dict(zip(PRESETS, (_PREPACKED if quantized else _MAPPED, Preset()), strict=True))

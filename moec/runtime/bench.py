@@ -120,7 +120,7 @@ def race(
     open_engine: Callable[[Lane], Engine] | None = None,
 ) -> list[Timing]:
     """Time `lanes` in turns; `open_engine`, which is called in each process, knows other engines."""
-    job = (open_engine or _open, batch, prompt_tokens, new_tokens)
+    job = (open_engine or open_lane, batch, prompt_tokens, new_tokens)
     with _processes(lanes, job) as pipes:
         opened = [_answer(pipe) for pipe in pipes]  # and ran once, to fill pages and allocators
         turns: list[list[Any]] = [[] for _ in lanes]
@@ -162,8 +162,8 @@ def _timing(
 ) -> Timing:
     manifest = open_artefact(lane.path).manifest
     batch, prompt, new = sizes
-    ours = lane.engine == "onnxruntime"
-    precision = manifest.precision if ours else manifest.compute
+    wide = lane.engine in (*PEERS, "eager")
+    precision = manifest.compute if wide else manifest.precision
     stored = sum(shard.size for shard in manifest.weights.shards.values())
     shown = (lane.path, lane.engine, lane.preset, precision, batch, prompt, new)
     failed = next((each for each in (opened, *turns, held) if isinstance(each, str)), None)
@@ -250,7 +250,8 @@ def _turn(engine: Engine, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     return first - start, time.perf_counter() - first
 
 
-def _open(lane: Lane) -> Engine:
+def open_lane(lane: Lane) -> Engine:
+    """The engine of a lane."""
     if lane.engine in PEERS:
         manifest = open_artefact(lane.path).manifest
         return open_transformers(

@@ -55,12 +55,12 @@ def ort_engine(
     # Errors only: an input that may be left out, image_features, earns a warning at each start.
     options.log_severity_level = 3
     file = artefact.graph(part)
-    model = _with_outputs(file, taps)
     try:
+        model = _with_outputs(file, taps)
         session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
     except Exception as error:  # the bindings raise a dozen unrelated types
         raise MoecError(
-            file, str(error).splitlines()[0], "a model that ONNX Runtime loads",
+            file, next(iter(str(error).splitlines()), type(error).__name__), "a model that ONNX Runtime loads",
             f"python cli.py inspect {artefact.path}", exit_code=1,
         ) from error  # fmt: skip
     shapes = {port.name: port.shape for port in session.get_inputs()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moec.spec.errors import MoecError
+from moec.spec.files import load_spec
 from moec.weights.view import TORCH_DTYPES
 
 #: eager PyTorch, and the same model through torch.compile
@@ -35,7 +36,7 @@ class Transformers:
         """ids [B, S] -> logits of each row's last token, and the cache after it."""
         from transformers import StaticCache
 
-        states = StaticCache(config=self.model.config, max_cache_len=capacity)
+        states = StaticCache(config=self.model.config.get_text_config(), max_cache_len=capacity)
         out = self.model(
             ids.to(self.device), past_key_values=states, use_cache=True, logits_to_keep=1
         )
@@ -62,13 +63,15 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
         MoecError: transformers is not installed (exit code 3).
     """
     try:
-        from transformers import Llama4ForCausalLM
-    except ImportError:
+        import moec.runtime.torchvision_ops  # noqa: F401  before transformers
+        from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
+    except ImportError as error:
         raise MoecError(
-            "transformers", "not installed", "transformers 5 or newer, to compare with",
+            "transformers", error, "transformers 5 or newer, to compare with",
             "pip install transformers", exit_code=3,
         ) from None  # fmt: skip
-    model = Llama4ForCausalLM.from_pretrained(checkpoint, dtype=TORCH_DTYPES[dtype])
+    kind = Llama4ForConditionalGeneration if load_spec(checkpoint).vision else Llama4ForCausalLM
+    model = kind.from_pretrained(checkpoint, dtype=TORCH_DTYPES[dtype])
     model = model.eval().to(device)
     step = torch.compile(model) if engine == ENGINES[1] else model
     return Transformers(model, step, device)

@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat without a template": ("generate ARTEFACT --prompt hello --chat", "template"),
     "chat with a broken template": ("generate ARTEFACT --prompt hello --chat", "template"),
     "plan an unknown model": ("plan herd", "herd"),
-    "plan an unknown precision": ("plan scout --precision int4", "int4"),
+    "plan an unknown precision": ("plan scout --precision int3", "int3"),
     "plan an unknown device": ("plan scout --device abacus", "abacus"),
     "plan no context": ("plan scout --context 0", "context"),
     "plan fewer tiles than none": ("plan scout --tiles -1", "tiles"),

@@ -122,8 +122,16 @@ def test_plan_and_bench(built: tuple[Path, str]) -> None:
     plan = json.loads(_cli("plan", "scout", "--precision", "fp8", "--device", "h200", "--json"))
     assert plan["fits"] is True
     assert "decode step" in _cli("plan", "maverick")
-    rows = json.loads(_cli("bench", built[0], "--new-tokens", 3, "--json"))
-    assert {row["engine"] for row in rows} == {"onnxruntime", "eager"}
+    assert (
+        json.loads(_cli("plan", "scout", "--precision", "int4", "--json"))["weights_bytes"] < 7e10
+    )
+    rows = json.loads(_cli("bench", built[0], "--new-tokens", 3, "--rounds", 1, "--json"))
+    lanes = [(row["engine"], row["preset"]) for row in rows]
+    peers = [("transformers", ""), ("transformers, compiled", "")]
+    assert lanes == [("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", ""), *peers]
+    for row in rows:
+        assert not row["error"] and row["decode_tokens_per_s"] > 0 and row["peak_bytes"] > 1e7
+        assert 0 < row["bandwidth_share"] < 1
 
 
 def test_usage_errors_exit_with_2() -> None:

@@ -25,9 +25,19 @@ PROMPTS = (
 LOGITS_LIMIT = 2e-4  # absolute, on logits of about 10
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def session(request: pytest.FixtureRequest, tiny_onnx: Path) -> Session:
-    return moec.open_session(tiny_onnx, engine=request.param)
+@pytest.fixture(scope="module", params=["onnx", "ort", "ort, packed", "eager"])
+def session(
+    request: pytest.FixtureRequest,
+    tiny: Path,
+    tiny_onnx: Path,
+    tiny_ort: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Session:
+    if request.param == "ort, packed":
+        out = tmp_path_factory.mktemp("packed") / "tiny"
+        return moec.open_session(moec.export(tiny, target="ort", weights="pack", out=out).path)
+    engine = "eager" if request.param == "eager" else "onnxruntime"
+    return moec.open_session(tiny_ort if request.param == "ort" else tiny_onnx, engine=engine)
 
 
 def test_logits_and_argmax_are_those_of_transformers(

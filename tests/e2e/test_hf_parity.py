@@ -5,6 +5,7 @@ temperature (docs/numerics.md).
 """
 
 import tempfile
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moec
-from moec.runtime.cache import new_cache
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
@@ -49,18 +49,13 @@ def test_random_models_agree(
         rows = [torch.randint(0, spec.text.vocab, (n,), generator=generator) for n in lengths]
         assume(routers_are_clear(folder / "weights", rows))
         expected = transformers_logits(folder / "weights", rows)
-        moec.export(folder / "weights", out=folder / "artefact")
-        for engine in ("eager", "onnxruntime"):
-            session = moec.open_session(folder / "artefact", engine=engine)
+        for session in _sessions(folder):
             _check_prefill(session, rows, expected)
             _check_pieces(session, rows, expected, cuts)
 
 
-@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("preset", ["scout", "maverick"])
-def test_token_by_token_across_three_chunk_borders(
-    preset: str, engine: str, tmp_path: Path
-) -> None:
+def test_token_by_token_across_three_chunk_borders(preset: str, tmp_path: Path) -> None:
     spec = twin(PRESETS[preset])
     spec = spec.model_copy(
         update={"vision": None, "text": spec.text.model_copy(update={"layers": 8})}
@@ -69,11 +64,21 @@ def test_token_by_token_across_three_chunk_borders(
     chunk = spec.text.chunk or 0
     rows = [torch.randint(0, 256, (n,)) for n in (3 * chunk + 5, 2)]
     expected = transformers_logits(tmp_path / "weights", rows[:1])[0]
-    moec.export(tmp_path / "weights", out=tmp_path / "artefact")
-    session = moec.open_session(tmp_path / "artefact", engine=engine)
-    cache = new_cache(spec, "fp32", 1, 1)
-    steps = [session.decode(token[None], cache)[0] for token in rows[0]]
-    assert relative(torch.stack(steps), expected) < RELATIVE
+    for session in _sessions(tmp_path):
+        cache = session.new_cache(1, 1)
+        steps = [session.decode(token[None], cache)[0] for token in rows[0]]
+        assert relative(torch.stack(steps), expected) < RELATIVE
+
+
+def _sessions(folder: Path) -> Iterator[Session]:
+    """Each engine and target on `folder`/weights."""
+    yield moec.open_session(folder / "weights")
+    fits = moec.load_spec(folder / "weights").text.head_dim % 8 == 0
+    builds = [("onnx", None), *([("ort", None), ("ort", "pack")] if fits else [])]
+    for target, weights in builds:
+        out = folder / f"{target}-{weights}"
+        moec.export(folder / "weights", target=target, weights=weights, out=out)
+        yield moec.open_session(out)
 
 
 def _check_prefill(session: Session, rows: list[Tensor], expected: list[Tensor]) -> None:
@@ -89,7 +94,7 @@ def _check_pieces(
     longest = max(map(len, rows))
     ids = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
-    cache = new_cache(session.spec, session.precision, len(rows), 1)
+    cache = session.new_cache(len(rows), 1)
     edges = [0, *sorted({cut for cut in cuts if cut < longest}), longest]
     for start, end in pairwise(edges):
         own = (lengths - start).clamp(0, end - start)

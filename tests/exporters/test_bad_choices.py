@@ -16,11 +16,16 @@ from tests.trees import tree
     "choice",
     [
         {"target": "tpu"},
-        *({"target": name} for name in ("ort", "tensorrt", "tensorrt-rtx", "torch")),
+        *({"target": name} for name in ("tensorrt", "tensorrt-rtx", "torch")),
         {"precision": "fp8"},
         {"precision": "int4"},
         {"precision": ""},
+        {"precision": "fp8", "target": "ort"},
         {"weights": "teleport"},
+        {"weights": "teleport", "target": "ort"},
+        {"weights": "pack"},
+        {"weights": "in-place", "target": "ort", "precision": "int4"},
+        {"weights": "copy", "target": "ort", "precision": "bf16"},
     ],
     ids=lambda choice: " ".join(f"{key}={value}" for key, value in choice.items()),
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moec.exporters.onnx.write import graphs_of
 from moec.graph_builder import ops
 from moec.graph_builder.parts import build_parts
 from moec.graph_builder.types import TensorType
@@ -115,7 +116,8 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
         node.target
         for name in ("scout", "maverick")
         for precision in ("fp32", "fp16")
-        for graph in build_parts(twin(PRESETS[name]), precision).values()
+        for dialect in ("standard", "ort")
+        for graph in graphs_of(twin(PRESETS[name]), precision, dialect).values()
         for node in graph.graph.nodes
         if node.op == "call_function" and node.target.__name__ != "getitem"
     }

@@ -7,13 +7,14 @@ from torch import Tensor
 
 import moec
 from moec.runtime.sampling import sample
-from moec.runtime.session import PIECE, Session
+from moec.runtime.calls import PIECE
+from moec.runtime.session import Session
 from moec.spec.errors import MoecError
 
 
-@pytest.fixture(scope="module")
-def session(tiny_onnx: Path) -> Session:
-    return moec.open_session(tiny_onnx)
+@pytest.fixture(scope="module", params=["onnx", "ort"])
+def session(request: pytest.FixtureRequest, tiny_onnx: Path, tiny_ort: Path) -> Session:
+    return moec.open_session({"onnx": tiny_onnx, "ort": tiny_ort}[request.param])
 
 
 def test_tensors_give_tensors_and_arrays_give_arrays(session: Session) -> None:
@@ -36,6 +37,29 @@ def test_rows_of_different_length_equal_each_row_alone(session: Session) -> None
         assert np.allclose(last[index], alone[-1], atol=1e-4)
 
 
+def test_a_ragged_batch_decodes_past_three_borders_as_each_row_alone(session: Session) -> None:
+    """Chunks of 128: rows of 1, 7, 130 and 400 tokens, and 390 more of each."""
+    rows = [torch.randint(0, 4096, (n,)) for n in (1, 7, 130, 400)]
+    steps = torch.randint(0, 4096, (4, 390))
+    logits, cache = session.prefill([row.tolist() for row in rows])
+    found = [logits] + [session.decode(column, cache) for column in steps.T]
+    for index, row in enumerate(rows):
+        whole = session.logits(torch.cat([row, steps[index]])[None])[0, len(row) - 1 :]
+        assert torch.allclose(torch.stack(found)[:, index], whole, atol=2e-4)
+
+
+def test_a_row_that_pauses_goes_on_where_it_was(session: Session) -> None:
+    ids = torch.randint(0, 4096, (2, 131))
+    whole = session.logits(ids)
+    _, cache = session.prefill(ids[:, :126], capacity=126)
+    for column in range(126, 131):  # row 0 alone, over a border
+        session.extend(ids[:, column : column + 1], torch.tensor([1, 0]), cache)
+    for column in range(126, 131):
+        got = session.extend(ids[:, column : column + 1], torch.tensor([0, 1]), cache)
+        assert torch.allclose(got[1], whole[1, column], atol=1e-4) and not got[0].any()
+    assert cache.lengths.tolist() == [131, 131]
+
+
 def test_decode_grows_the_caches_and_rings_stay_at_the_chunk(session: Session) -> None:
     ids = torch.randint(0, 4096, (1, 150))
     whole = session.logits(ids)
@@ -43,8 +67,9 @@ def test_decode_grows_the_caches_and_rings_stay_at_the_chunk(session: Session) -
     for position in range(3, 150):
         logits = session.decode(ids[:, position], cache)
     assert torch.allclose(logits[0], whole[0, -1], atol=1e-4)
-    assert cache.tensors["past.0.key"].shape[1] == 128  # a chunk
-    assert cache.tensors["past.3.key"].shape[1] >= 150
+    slots = {"slots": 1, "buffers": 2}[session.layout]
+    assert cache.tensors["past.0.key"].shape[slots] == 128  # a chunk
+    assert cache.tensors["past.3.key"].shape[slots] >= 150
 
 
 def test_long_prompts_go_through_in_pieces(session: Session) -> None:

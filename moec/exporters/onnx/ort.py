@@ -23,6 +23,8 @@ from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops
 from moec.graph_builder.types import TensorType
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
 
 _INT64 = torch.int64
 #: what a masked key gets added to its score: finite in float16, out of sight in float32
@@ -122,6 +124,25 @@ def _is_sensitive(node: fx.Node) -> bool:
     """Attention and head: an eighth of what a token reads, and most of what four bits cost."""
     name = str(node.meta["name"])
     return name == "head" or ".attn." in name
+
+
+def check_sizes(spec: ModelSpec, bits: int | None) -> None:
+    """Refuse what ONNX Runtime's operators cannot hold, before anything is built.
+
+    Raises:
+        MoecError: a size that is no multiple of what they want.
+    """
+    text, block = spec.text, BLOCK if bits else 1
+    for where, size, multiple, operator in (
+        ("text.head_dim", text.head_dim, 8, "GroupQueryAttention"),
+        ("text.dim", text.dim, block, "QMoE"),
+        ("text.experts.hidden", text.experts.hidden, block, "QMoE"),
+    ):
+        if size % multiple:
+            raise MoecError(
+                f"{spec.name}: {where}", size, f"a multiple of {multiple}, for {operator}",
+                "use --target onnx" if multiple == 8 else "use another --precision",
+            )  # fmt: skip
 
 
 _FUSED = (

@@ -1,13 +1,11 @@
 """llama.cpp as a peer: a Llama 4 checkpoint written as GGUF, and a session on it.
 
-Import as `benchmarks.llama_cpp`. Needs gguf (to write) and llama-cpp-python (to run), no more.
+Needs gguf (to write) and llama-cpp-python (to run), which no extra of moec installs.
 """
 
 import ctypes
-import importlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +19,6 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 FILE_TYPES = {"f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-if __name__ == "llama_cpp":
-    raise ImportError("import this file as benchmarks.llama_cpp: llama_cpp is the package it runs")
 
 
 def write_gguf(checkpoint: Path, out: Path, kind: str) -> None:
@@ -67,12 +62,14 @@ class LlamaCpp:
 
         With "f32", flash attention is off: llama.cpp's computes from f16, whatever the cache holds.
         """
-        self._api = api = _installed_llama_cpp()
+        import llama_cpp as api
+
+        self._api = api
         api.llama_log_set(_quiet(api), ctypes.c_void_p())
         api.llama_backend_init()
         model = api.llama_model_default_params()
         model.load_mode, model.n_gpu_layers = api.LLAMA_LOAD_MODE_MMAP, 0
-        self._context = None
+        self._context, self._limit = None, context
         self._model = api.llama_model_load_from_file(str(path).encode(), model)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
@@ -106,6 +103,8 @@ class LlamaCpp:
         self._context = self._model = None
 
     def _run(self, ids: Sequence[int]) -> Floats:
+        if not 0 < len(ids) <= self._limit:  # llama.cpp would abort the process
+            raise ValueError(f"{len(ids)} tokens at once, with a context of {self._limit}")
         tokens = (self._api.llama_token * len(ids))(*map(int, ids))
         status = self._api.llama_decode(
             self._context, self._api.llama_batch_get_one(tokens, len(ids))
@@ -118,17 +117,9 @@ class LlamaCpp:
 
 def system_info() -> str:
     """What the installed llama.cpp was built with."""
-    return str(_installed_llama_cpp().llama_print_system_info().decode().strip(" |"))
+    import llama_cpp
 
-
-def _installed_llama_cpp() -> Any:
-    """The package, and not this file where a script of this folder put the folder on the path."""
-    here, path = Path(__file__).resolve().parent, sys.path[:]
-    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != here]
-    try:
-        return importlib.import_module("llama_cpp")
-    finally:
-        sys.path[:] = path
+    return str(llama_cpp.llama_print_system_info().decode().strip(" |"))
 
 
 _callbacks: list[Any] = []

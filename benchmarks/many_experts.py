@@ -38,9 +38,9 @@ from unrolled_experts import unrolled_experts
 import moec
 from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.memory import memory
+from moec.exporters.presets import PRESETS as SESSION_PRESETS
 from moec.runtime.cache import Cache
 from moec.runtime.eager import eager_engine
-from moec.exporters.presets import PRESETS as SESSION_PRESETS
 from moec.runtime.ort import ort_engine
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec

@@ -12,11 +12,13 @@ installed; its q4_0 holds attention in 4 bits, our int4 in 8.
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from fresh_process import call
 from llamacpp_peer import LlamaCpp, write_gguf
 from rich.box import SIMPLE
 from rich.console import Console
@@ -72,6 +74,26 @@ def open_engine(lane: Lane) -> Engine:
     return _Llama(Path(lane.path).with_suffix(".gguf"))
 
 
+def build(weights: Path, out: Path) -> str:
+    """An artefact in the precision that `out` is called, proven; what to say of it."""
+    art = moec.export(weights, target="ort", precision=out.name, out=out)
+    report = moec.validate(out, tokens=24)
+    made = art.manifest.build
+    verdict = "PASSED" if report.passed else f"FAILED at {report.first_divergence}"
+    return (
+        f"built in {sum(made.seconds.values()):.1f} s, {size(made.bytes_packed)} rewritten, "
+        f"parity with the eager reference {verdict}"
+    )
+
+
+def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function` in a process of its own, which takes its memory along."""
+    outcome = call(function, *arguments)
+    if outcome.error:
+        raise SystemExit(f"{function.__name__}: {outcome.error}")
+    return outcome.value
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
@@ -80,23 +102,15 @@ def main() -> None:
     llama = find_spec("llama_cpp") and find_spec("gguf")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_random_checkpoint(model(), folder / "weights")
+        _in_process(write_random_checkpoint, model(), folder / "weights")
         lanes = []
         for precision, kind in PEERS.items():
             out = folder / precision
-            art = moec.export(folder / "weights", target="ort", precision=precision, out=out)
-            report = moec.validate(out, tokens=24)
-            build = art.manifest.build
-            print(
-                f"{precision}: built in {sum(build.seconds.values()):.1f} s, "
-                f"{size(build.bytes_packed)} rewritten, parity with the eager reference "
-                f"{'PASSED' if report.passed else 'FAILED'}",
-                flush=True,
-            )
+            print(f"{precision}: {_in_process(build, folder / 'weights', out)}", flush=True)
             presets = ("lean", "fast") if precision == "fp32" else ("lean",)
             lanes += [Lane(str(out), "onnxruntime", preset) for preset in presets]
             if llama:
-                write_gguf(folder / "weights", out.with_suffix(".gguf"), kind)
+                _in_process(write_gguf, folder / "weights", out.with_suffix(".gguf"), kind)
                 lanes.append(Lane(str(out), "llama.cpp"))
         lanes += [Lane(str(folder / "fp32"), peer) for peer in ENGINES]
         rows = race(lanes, 1, PROMPT, NEW, options.rounds, open_engine)

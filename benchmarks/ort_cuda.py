@@ -4,8 +4,8 @@
 
 A seeded random model of Scout's widths (full vocabulary; 4 layers are 10.9 B parameters, 22 GB in
 bf16) in a temporary folder, packed for target ort. Each engine is a process of its own that has the
-GPU to itself, and its logits are first compared with transformers' in float32. Time is for a step of the whole batch after prompts of 32 tokens; the bound is what
-the step needs to read at the bandwidth of a large copy in the same run.
+GPU to itself, and its logits are first compared with transformers' in float32. Time is for a step
+of the whole batch after prompts of 32 tokens; the bound is what the step needs to read at the bandwidth of a large copy in the same run.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from fresh_process import call
 from rich.console import Console
 from rich.table import Table
 
 import moec
-from fresh_process import call
 from moec.runtime.session import open_session
 from moec.runtime.transformers import ENGINES, open_transformers
 from moec.spec.model import ModelSpec

@@ -10,12 +10,12 @@ import warnings
 from typing import Any
 
 import torch
-import moec.runtime.torchvision_ops  # noqa: F401  before transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4 import modeling_llama4
 
+import moec.runtime.torchvision_ops  # noqa: F401  before transformers
 from moec.spec.config_json import write_config
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import text_parameters

@@ -114,8 +114,9 @@ def eager(folder: str) -> Run:
 def transformers(folder: str) -> Run:
     """The peer: its tower and projector, in float32 with torch's fused attention."""
     import torch
-    import moec.runtime.torchvision_ops  # noqa: F401  before transformers
     from transformers import Llama4ForConditionalGeneration
+
+    import moec.runtime.torchvision_ops  # noqa: F401  before transformers
 
     model = Llama4ForConditionalGeneration.from_pretrained(
         Path(folder, "weights"), dtype=torch.float32, attn_implementation="sdpa"

@@ -410,7 +410,8 @@ def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
         raise MoecError(f"--target {target}", found, " or ".join(TARGETS), "use --target onnx")
     if precision not in TARGETS[target]:
         raise MoecError(
-            f"--precision {precision} --target {target}", _NOT_YET.get(precision, "no such precision"),
+            f"--precision {precision} --target {target}",
+            _NOT_YET.get(precision, "no such precision"),
             " or ".join(TARGETS[target]), "use --precision fp32",
         )  # fmt: skip
     stays, packed = TARGETS[target][precision]

@@ -17,9 +17,9 @@ CONTEXT = 131_072
 def write_genai(
     folder: Path, final: Path, manifest: Manifest, weights: Path, tokenizer: Path | None
 ) -> None:
-    """Write `folder`, which will be `final`; weights stay below `weights`, tokenizer files are copied.
+    """Write `folder`, which will be `final`: configuration, and copies of tokenizer files.
 
-    genai joins the weights' folder to its own, so that it must be relative.
+    Weights stay below `weights`. genai joins the weights' folder to its own, so that it must be relative.
     """
     entries = {
         **manifest.presets["lean"].entries,

@@ -3,7 +3,8 @@
 `lean` never copies a weight: they stay mapped from their files, and casts run next to their use.
 `fast` is ONNX Runtime's own default: it folds casts and prepacks at load, which costs copies of
 the dense weights. Quantised weights have to be prepacked, or their products run on dequantised
-ones, twenty times as slow: there `lean` is only spared the folding and the pre-planned arena.
+ones, twenty times as slow: there `lean` is only spared the folding and the pre-planned arena, and a
+third preset, `exact`, has those slow products, in float32, which is what a proof wants.
 docs/performance.md has the figures.
 """
 
@@ -18,10 +19,11 @@ _MAPPED = Preset(
 _PREPACKED = Preset(entries=_NO_FOLDING, execution_order="PRIORITY_BASED", enable_mem_pattern=False)
 
 
-#: the names
-PRESETS = ("lean", "fast")
+#: the names that every artefact has, and one of those with quantised weights
+PRESETS, EXACT = ("lean", "fast"), "exact"
 
 
 def presets(quantized: bool) -> dict[str, Preset]:
     """The presets of an artefact."""
-    return dict(zip(PRESETS, (_PREPACKED if quantized else _MAPPED, Preset()), strict=True))
+    found = dict(zip(PRESETS, (_PREPACKED if quantized else _MAPPED, Preset()), strict=True))
+    return {**found, EXACT: _MAPPED} if quantized else found

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moec.exporters.artefact import open_artefact
 from moec.exporters.memory import memory
+from moec.exporters.presets import PRESETS
 from moec.runtime.session import open_session
 from moec.runtime.transformers import ENGINES as PEERS
 from moec.runtime.transformers import open_transformers
@@ -81,13 +82,10 @@ class Engine(Protocol):
 
 
 def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
-    """The lanes of an artefact: ONNX Runtime by preset, the reference, and transformers if there."""
+    """The lanes of an artefact: ONNX Runtime by preset, the reference, and transformers."""
     artefact = open_artefact(path)
     name = str(path)
-    lanes = [
-        Lane(name, "onnxruntime", preset, device)
-        for preset in artefact.manifest.presets or ("lean",)
-    ]
+    lanes = [Lane(name, "onnxruntime", preset, device) for preset in PRESETS]
     if device == "cpu" and not artefact.manifest.packings:
         lanes.append(Lane(name, "eager"))
     if artefact.manifest.checkpoint:
@@ -119,7 +117,7 @@ def race(
     rounds: int = 3,
     open_engine: Callable[[Lane], Engine] | None = None,
 ) -> list[Timing]:
-    """Time `lanes` in turns; `open_engine`, which is called in each process, knows other engines."""
+    """Time `lanes` in turns; `open_engine`, called in each process, may know other engines."""
     job = (open_engine or open_lane, batch, prompt_tokens, new_tokens)
     with _processes(lanes, job) as pipes:
         opened = [_answer(pipe) for pipe in pipes]  # and ran once, to fill pages and allocators

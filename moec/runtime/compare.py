@@ -28,10 +28,10 @@ TOLERANCES = {
     "fp32": Tolerance(error=1e-4, agreement=1.0, order=torch.inf),
     "fp16": Tolerance(error=3e-2, agreement=0.98, order=2),
     "bf16": Tolerance(error=2e-1, agreement=0.9, order=2),
-    # Against what the packed weights mean; activations are rounded to int8 in blocks.
-    "int8": Tolerance(error=1e-1, agreement=0.95, order=2),
-    "int4": Tolerance(error=1e-1, agreement=0.95, order=2),
 }
+#: of products that round activations to int8, in blocks: of the better half of the tokens, since a
+#: rounding that flips a router changes a token altogether
+FAST_PRODUCTS = Tolerance(error=1e-1, agreement=0.5, order=2)
 
 
 def error(

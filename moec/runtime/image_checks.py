@@ -6,13 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.exporters.artefact import Artefact
 from moec.runtime.compare import Tolerance, argmax_agreement, error
 from moec.runtime.eager import eager_engine
-from moec.runtime.ort import ort_engine
 from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check
-from moec.runtime.session import eager_session, ort_session
+from moec.runtime.subject import Subject
 from moec.spec.model import ModelSpec
 
 #: tiles that the rows of the drawn text hold, where they fit
@@ -52,9 +50,9 @@ def draw_images(
     return Images(pixels, ids, ids == image, placed)
 
 
-def tower(artefact: Artefact, device: str, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+def tower(subject: Subject, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """The vision tower stage by stage: patches, every layer, adapter, projector."""
-    spec = artefact.manifest.spec
+    spec, entries = subject.artefact.manifest.spec, subject.artefact.entries()
     assert spec.vision is not None
     shown = {
         "vision.tokens": "vision.tokens",
@@ -68,8 +66,8 @@ def tower(artefact: Artefact, device: str, pixels: Tensor, tolerance: Tolerance)
     found, expected = (
         {name: each.cpu() for name, each in run({"pixel_values": pixels}).items()}
         for run in (
-            ort_engine(artefact, taps=taps, part="vision", device=device),
-            eager_engine(spec, artefact.entries(), "fp32", taps, "vision"),
+            subject.tower(taps),
+            eager_engine(spec, entries, "fp32", taps, "vision"),
         )
     )
     for name, tap in shown.items():
@@ -78,15 +76,14 @@ def tower(artefact: Artefact, device: str, pixels: Tensor, tolerance: Tolerance)
 
 
 def fusion(
-    artefact: Artefact, device: str, images: Images, lengths: Tensor, tolerance: Tolerance
+    subject: Subject, images: Images, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Images in text: the fused embeddings, the logits, and the same through the caches."""
     pixels = images.pixels[: images.placed]
-    spec, taps = artefact.manifest.spec, ["fused"]
-    session = ort_session(artefact, device, taps=taps)
-    reference = eager_session(spec, artefact.entries(), "fp32", taps=taps)
+    spec, taps = subject.artefact.manifest.spec, ["fused"]
+    session = subject.session(taps)
     features, results = [], []
-    for each in (session, reference):
+    for each in (session, subject.reference(taps)):
         features.append(each.image_features(pixels))
         results.append(each.trace(images.ids, lengths, taps, features[-1]))
     # Images alone: beside trained embeddings their features may be too small to show an error.

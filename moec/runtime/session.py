@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moec.exporters.artefact import Artefact, Entry, open_artefact
 from moec.exporters.manifest import NAME
-from moec.exporters.presets import PRESETS
+from moec.exporters.presets import EXACT, PRESETS
 from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
 from moec.runtime.calls import PIECE, buffered_calls, padded_calls
 from moec.runtime.eager import Run, eager_engine
@@ -329,7 +329,7 @@ def open_session(
     for name, given, known in (
         ("device", device, ("cpu", "cuda")),
         ("engine", engine, (None, "onnxruntime", "eager")),
-        ("preset", preset, PRESETS),
+        ("preset", preset, (*PRESETS, EXACT)),
     ):
         if given not in known:
             expected = " or ".join(filter(None, known))

@@ -63,8 +63,9 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
         MoecError: transformers is not installed (exit code 3).
     """
     try:
-        import moec.runtime.torchvision_ops  # noqa: F401  before transformers
         from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
+
+        import moec.runtime.torchvision_ops  # noqa: F401  before transformers
     except ImportError as error:
         raise MoecError(
             "transformers", error, "transformers 5 or newer, to compare with",
@@ -72,6 +73,6 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
         ) from None  # fmt: skip
     kind = Llama4ForConditionalGeneration if load_spec(checkpoint).vision else Llama4ForCausalLM
     model = kind.from_pretrained(checkpoint, dtype=TORCH_DTYPES[dtype])
-    model = model.eval().to(device)
+    model = model.to(device).eval()  # type: ignore[no-untyped-call]
     step = torch.compile(model) if engine == ENGINES[1] else model
     return Transformers(model, step, device)

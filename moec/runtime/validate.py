@@ -13,12 +13,20 @@ from torch import Tensor
 
 from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.export import export, write_manifest
-from moec.runtime.compare import TOLERANCES, Tolerance, agreement, argmax_agreement, error
+from moec.exporters.presets import EXACT
+from moec.runtime.compare import (
+    FAST_PRODUCTS,
+    TOLERANCES,
+    Tolerance,
+    agreement,
+    argmax_agreement,
+    error,
+)
 from moec.runtime.image_checks import draw_images, fusion, tower
 from moec.runtime.ort import check_kernels
 from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check, Report
-from moec.runtime.session import eager_session, open_session, ort_session
+from moec.runtime.subject import Subject
 from moec.spec.errors import MoecError
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
@@ -26,9 +34,9 @@ from moec.weights.random import write_random_checkpoint
 #: tokens of the longest row where nobody says otherwise; three chunk borders if the chunk allows
 MOST_TOKENS = 512
 
-#: precision -> depth of its twin at most, and tokens of the longest row. In float16 and below the routers
-#: of random weights flip on near ties, a token in hundreds at each layer, and what follows is another
-#: token: after dozens of layers, or among few tokens, nothing would be left to compare.
+#: precision -> depth of its twin at most, and tokens of the longest row. In float16 and below the
+#: routers of random weights flip on near ties, a token in hundreds at each layer, and what follows
+#: is another token: after dozens of layers, or among few, nothing would be left to compare.
 TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4"), (4, 101))
 
 Progress = Callable[[str, int, int], None]
@@ -101,36 +109,40 @@ def _validate(
 ) -> Report:
     manifest = artefact.manifest
     check_kernels(artefact, device)
-    tolerance = TOLERANCES[manifest.precision]
+    # Quantised weights are proven by products in float32 on what they mean, and what their fast
+    # products add is a check of its own.
+    exact = EXACT in manifest.presets
+    subject = Subject(artefact, device, EXACT if exact else "lean")
+    tolerance = TOLERANCES[manifest.compute]
     chunk = manifest.spec.text.chunk
     longest = tokens or min(MOST_TOKENS, 3 * (chunk or 16) + 5)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([longest, max(1, longest * 5 // 8)])
     ids = torch.randint(0, manifest.spec.text.vocab, (2, longest), generator=generator)
     report = Report(
-        str(artefact.path), "onnxruntime" if device == "cpu" else f"onnxruntime on {device}", "eager fp32", manifest.precision, seed, lengths.tolist(),
-        versions=dict(manifest.versions),
+        str(artefact.path), "onnxruntime" if device == "cpu" else f"onnxruntime on {device}",
+        "eager fp32", manifest.precision, seed, lengths.tolist(), versions=dict(manifest.versions),
     )  # fmt: skip
     if chunk and longest <= chunk:
         report.notes.append(
             f"No chunk border was crossed: chunk {chunk}, {longest} tokens; use --tokens for more."
         )
     stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
-        ("layer by layer", lambda: _ladder(artefact, device, ids, lengths, tolerance)),
-        ("cached decode", lambda: _cached(artefact, device, ids, lengths, tolerance)),
-        ("generation", lambda: _greedy(artefact, device, ids, tolerance)),
+        ("layer by layer", lambda: _ladder(subject, ids, lengths, tolerance)),
+        ("cached decode", lambda: _cached(subject, ids, lengths, tolerance)),
+        ("generation", lambda: _greedy(subject, ids, tolerance)),
     ]
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
-        stages.insert(
-            0, ("vision tower", lambda: tower(artefact, device, images.pixels, tolerance))
-        )
+        stages.insert(0, ("vision tower", lambda: tower(subject, images.pixels, tolerance)))
         if images.placed:
-            stages.append(("images", lambda: fusion(artefact, device, images, lengths, tolerance)))
+            stages.append(("images", lambda: fusion(subject, images, lengths, tolerance)))
         else:
             report.notes.append(
                 f"No image was placed in the text: {longest} tokens are too few; use --tokens."
             )
+    if exact:
+        stages.append(("fast products", lambda: _fast(subject, ids, lengths)))
     for done, (name, checks) in enumerate(stages):
         progress(name, done, len(stages))
         report.checks += checks()
@@ -139,10 +151,10 @@ def _validate(
 
 
 def _ladder(
-    artefact: Artefact, device: str, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+    subject: Subject, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Every layer's output and routing, then the logits, of one call without a cache."""
-    spec = artefact.manifest.spec
+    spec = subject.artefact.manifest.spec
     layers = spec.text.all_layers
     routers = {i: f"layers.{i}.moe.router" for i in (la.index for la in layers if la.moe)}
     hidden = ["embed", *(f"layers.{layer.index}.out" for layer in layers)]
@@ -150,10 +162,7 @@ def _ladder(
     taps = [*hidden, *routers.values(), *chosen.values()]
     found, expected = (
         session.trace(ids, lengths, taps)
-        for session in (
-            ort_session(artefact, device, taps=taps),
-            eager_session(spec, artefact.entries(), "fp32", taps=taps),
-        )
+        for session in (subject.session(taps), subject.reference(taps))
     )
     own = torch.arange(ids.shape[1]) < lengths[:, None]
     yield error("embed", found["embed"], expected["embed"], tolerance)
@@ -183,10 +192,10 @@ def _ladder(
 
 
 def _cached(
-    artefact: Artefact, device: str, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+    subject: Subject, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Prefill in uneven pieces and decode around each chunk border, rows of different length."""
-    session = open_session(artefact.path, device)
+    session = subject.session()
     chunk = session.spec.text.chunk or 16
     whole = session.logits(ids, lengths=lengths)
     cuts = {
@@ -201,10 +210,10 @@ def _cached(
     yield error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
 
 
-def _greedy(artefact: Artefact, device: str, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+def _greedy(subject: Subject, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Greedy tokens through the caches, and the reference's opinion of each."""
-    session = open_session(artefact.path, device)
-    reference = eager_session(session.spec, artefact.entries(), "fp32")
+    session = subject.session()
+    reference = subject.reference()
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
     tokens = session.generate(prompt, max_new_tokens=8, stop=())
     logits = reference.logits(tokens)[0, prompt.shape[1] - 1 : -1]
@@ -212,3 +221,15 @@ def _greedy(artefact: Artefact, device: str, ids: Tensor, tolerance: Tolerance) 
     given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]
     near = best - given <= tolerance.error * logits.abs().max()
     yield agreement("greedy tokens", near, torch.ones_like(near), tolerance)
+
+
+def _fast(subject: Subject, ids: Tensor, lengths: Tensor) -> Iterator[Check]:
+    """The preset that users run, whose products round activations to int8, against the exact one."""
+    exact, fast = (
+        Subject(subject.artefact, subject.device, preset)
+        .session()
+        .trace(ids, lengths, [])["logits"]
+        for preset in (subject.preset, "lean")
+    )
+    yield error("logits, int8 activations", fast, exact, FAST_PRODUCTS)
+    yield argmax_agreement("argmax, int8 activations", fast, exact, FAST_PRODUCTS)

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, uint8
+import torch
+from torch import Tensor
 
 from moec.spec.errors import MoecError
 from moec.weights.packing import Packing, arrange, store
@@ -43,7 +45,7 @@ def write_packed(
                     )  # fmt: skip
                 for i, part in enumerate(parts):
                     file.seek(places[i])
-                    places[i] += file.write(part.flatten().view(uint8).numpy().data)
+                    places[i] += file.write(part.flatten().view(torch.uint8).numpy().data)
             done += entry.nbytes
             progress(done, total)
 
@@ -51,14 +53,15 @@ def write_packed(
 def _layout(
     packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]
 ) -> tuple[bytes, dict[str, int]]:
-    """The header, and where each tensor starts; wide elements come first, so that all are aligned."""
+    """The header, and where each tensor starts: wide elements first, so that all are aligned."""
     kinds = {
         name: kind
         for packing in packings.values()
         for entry in [entries[packing.source]]
         for name, kind in zip(packing.names(entry.dtype), packing.shapes(entry.shape), strict=True)
     }
-    rows, at = {}, 0
+    rows: dict[str, dict[str, Any]] = {}
+    at = 0
     for name, (shape, dtype) in sorted(kinds.items(), key=lambda each: -_CODES[each[1][1]][1]):
         end = at + nbytes(shape, dtype)
         rows[name] = {"dtype": _CODES[dtype][0], "shape": shape, "data_offsets": (at, end)}
@@ -73,4 +76,4 @@ def _pieces(packing: Packing, entry: TensorEntry) -> Iterator[Tensor]:
     matrices = [entry] if len(entry.shape) < 3 else (entry[i] for i in range(entry.shape[0]))
     for matrix in map(view, matrices):
         rows = arrange(packing, matrix)
-        yield from rows.split(max(1, PIECE // rows.shape[-1])) if rows.dim() > 1 else [rows]
+        yield from torch.split(rows, max(1, PIECE // rows.shape[-1])) if rows.dim() > 1 else [rows]

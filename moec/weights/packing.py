@@ -17,6 +17,7 @@ from moec.weights.shard import TensorEntry
 from moec.weights.view import TORCH_DTYPES, view
 
 Shape = tuple[int, ...]
+_ARRANGED = {"rows": "", "transpose": "transposed, ", "interleave": "gate and up interleaved, "}
 
 
 class Packing(Frozen):
@@ -35,7 +36,7 @@ class Packing(Frozen):
     bits: Literal[4, 8] | None = None
     block: int = Field(default=32, ge=16)
 
-    def names(self, stored: DType) -> tuple[str, ...]:
+    def names(self, stored: str) -> tuple[str, ...]:
         """The tensors that hold the parameter: its own name if nothing changes."""
         if self.bits:
             return f"{self.source}.int{self.bits}", f"{self.source}.scales"
@@ -111,7 +112,7 @@ def quantize(rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     Each block's largest element, whatever its sign, becomes code 0: that end of the range has a
     code more than the other.
     """
-    rows = functional.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))
+    rows = functional.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))  # type: ignore[no-untyped-call]
     centre = 1 << (bits - 1)
     low, high = rows.amin(2), rows.amax(2)  # [N, blocks]
     scales = torch.where(-low > high, low, high) / -centre

@@ -1,5 +1,7 @@
 """Experts for ONNX Runtime: its own MoE operators, or every expert written out on its own bytes."""
 
+from typing import cast
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -28,7 +30,8 @@ INT8_ACTIVATIONS = 4
 
 def are_few(node: fx.Node) -> bool:
     """Whether a question for each expert costs less than finding the chosen ones."""
-    return bool(node.args[3].meta["type"].shape[0] <= FEW)
+    gate_up = cast(fx.Node, node.args[3])
+    return bool(gate_up.meta["type"].shape[0] <= FEW)
 
 
 def lower_guarded(
@@ -40,7 +43,7 @@ def lower_guarded(
     gate_up: ir.Value,
     down: ir.Value,
 ) -> ir.Value:
-    """Each expert behind an If, on the rows that chose it and its slice of the checkpoint's bytes."""
+    """Each expert behind an If: the rows that chose it, on its slice of the checkpoint's bytes."""
     count = type_of(gate_up).shape[0]
 
     def each(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
@@ -57,8 +60,8 @@ def lower_guarded(
         total = e.op("Mul", [scaled, zero(e, kind.dtype)], kind, label="start")
         for i in range(count):
             run, skip = e.body(f"expert.{i}"), e.body(f"no_expert.{i}")
-            weights = (run.expert(fused, i, kind.dtype) for fused in (gate_up, down))
-            filled = one_expert(run, scaled, chosen, e.constant(i), *weights, total, "sum")
+            fc1, fc2 = (run.expert(fused, i, kind.dtype) for fused in (gate_up, down))
+            filled = one_expert(run, scaled, chosen, e.constant(i), fc1, fc2, total, "sum")
             same = skip.op("Identity", [total], kind, label="sum")
             asked = e.op(
                 "Gather", [wanted, e.constant(i)], TensorType((), torch.bool), label="asked", axis=0

@@ -49,7 +49,7 @@ class Rule:
 
 @dataclass(slots=True)
 class Weights:
-    """The weights of a model under construction: all values by name, and how packed ones are made."""
+    """The weights of a model under construction, by name, and how packed ones are made."""
 
     packs: bool
     values: dict[str, ir.Value] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Emitter:
 
     def packed(self, parameter: ir.Value, **how: Any) -> Values:
         """The stored form of a parameter, by the fields of `Packing`."""
-        return self.weights.packed(parameter, Packing(source=parameter.name, **how))
+        return self.weights.packed(parameter, Packing(source=str(parameter.name), **how))
 
     def constant(self, array: np.ndarray[Any, Any] | np.generic | list[int] | int) -> ir.Value:
         """A small int64, bool or float constant, shared by all nodes that want the same one."""
@@ -137,7 +137,7 @@ class Emitter:
         return self.constants[key]
 
     def cast(self, x: ir.Value, dtype: torch.dtype, label: str) -> ir.Value:
-        """x in `dtype`: x itself where it has it already, another weight where weights are packed."""
+        """x in `dtype`: itself where it has it already, another weight where weights are packed."""
         have = type_of(x)
         if self.weights.packs and x.name in self.weights.values:
             return self.packed(x, dtype=dtype_name(dtype))[0]
@@ -239,7 +239,9 @@ def lower(
             if each.name in stored and each.name not in weights.packings:
                 kind = dtype_name(type_of(each).dtype)
                 weights.packings[each.name] = Packing(source=each.name, dtype=kind)
-    domains = {"": opset} | {MICROSOFT: 1 for node in nodes if node.domain == MICROSOFT}
+    domains = {"": opset}
+    if any(node.domain == MICROSOFT for node in nodes):
+        domains[MICROSOFT] = 1
     ir_graph = ir.Graph(
         [*inputs, *used],
         outputs,

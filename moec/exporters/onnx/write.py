@@ -49,7 +49,7 @@ DIALECTS = {
     "standard": Dialect(STANDARD, {}),
     "ort": Dialect(ORT, _ORT_PASSES),
     "ort-packed": Dialect(ORT_PACKED, _ORT_PASSES, packs=True),
-    # The tower stays as precise as it was: it runs once a prompt, and all that follows builds on it.
+    # The tower stays as precise as it was: it runs once a prompt, and all tokens build on it.
     "ort-int8": Dialect(ORT_INT8, _ORT_PASSES, packs=True, vision=ORT_PACKED),
     "ort-int4": Dialect(ORT_INT4, _ORT_PASSES, packs=True, vision=ORT_PACKED),
 }

@@ -5,7 +5,8 @@
 A seeded random model of Scout's widths (full vocabulary; 4 layers are 10.9 B parameters, 22 GB in
 bf16) in a temporary folder, packed for target ort. Each engine is a process of its own that has the
 GPU to itself, and its logits are first compared with transformers' in float32. Time is for a step
-of the whole batch after prompts of 32 tokens; the bound is what the step needs to read at the bandwidth of a large copy in the same run.
+of the whole batch after prompts of 32 tokens; the bound is what the step needs to read at the
+bandwidth of a large copy in the same run.
 """
 
 import argparse

@@ -19,7 +19,7 @@ def write_genai(
 ) -> None:
     """Write `folder`, which will be `final`: configuration, and copies of tokenizer files.
 
-    Weights stay below `weights`. genai joins the weights' folder to its own, so that it must be relative.
+    Weights stay below `weights`, whose path genai joins to its folder: it must be relative.
     """
     entries = {
         **manifest.presets["lean"].entries,

@@ -60,7 +60,8 @@ def ort_engine(
         session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
     except Exception as error:  # the bindings raise a dozen unrelated types
         raise MoecError(
-            file, next(iter(str(error).splitlines()), type(error).__name__), "a model that ONNX Runtime loads",
+            file, next(iter(str(error).splitlines()), type(error).__name__),
+            "a model that ONNX Runtime loads",
             f"python cli.py inspect {artefact.path}", exit_code=1,
         ) from error  # fmt: skip
     shapes = {port.name: port.shape for port in session.get_inputs()}

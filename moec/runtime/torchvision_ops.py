@@ -15,7 +15,8 @@ try:
 except ImportError:
     pass
 except RuntimeError:
-    LIBRARY = torch.library.Library("torchvision", "DEF")
+    LIBRARY = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for op in ("nms", "qnms"):
-        LIBRARY.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        schema = f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     importlib.import_module("torchvision")

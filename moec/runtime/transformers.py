@@ -72,7 +72,7 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
             "pip install transformers", exit_code=3,
         ) from None  # fmt: skip
     kind = Llama4ForConditionalGeneration if load_spec(checkpoint).vision else Llama4ForCausalLM
-    model = kind.from_pretrained(checkpoint, dtype=TORCH_DTYPES[dtype])
-    model = model.to(device).eval()  # type: ignore[no-untyped-call]
+    model: Any = kind.from_pretrained(checkpoint, dtype=TORCH_DTYPES[dtype])
+    model = model.to(device).eval()
     step = torch.compile(model) if engine == ENGINES[1] else model
     return Transformers(model, step, device)

@@ -224,7 +224,7 @@ def _greedy(subject: Subject, ids: Tensor, tolerance: Tolerance) -> Iterator[Che
 
 
 def _fast(subject: Subject, ids: Tensor, lengths: Tensor) -> Iterator[Check]:
-    """The preset that users run, whose products round activations to int8, against the exact one."""
+    """The preset that users run, whose products round activations to int8, against `exact`."""
     exact, fast = (
         Subject(subject.artefact, subject.device, preset)
         .session()

@@ -33,7 +33,7 @@ def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> Non
             entry.nbytes,
             _DTYPES[entry.dtype],
             shape=ir.Shape(entry.shape),
-            name=weight.name,
+            name=str(weight.name),
             base_dir=root,
         )
     bound = [each for each in graph.inputs if each.name and _entry(each.name, entries)]

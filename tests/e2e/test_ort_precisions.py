@@ -1,0 +1,87 @@
+"""The trained checkpoint in every precision of target ort on a CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import moec
+from moec.runtime.session import Session
+
+PERPLEXITY = 13.3217
+#: precision, placement -> largest relative change of perplexity, smallest share of equal choices
+LIMITS = {
+    ("fp16", None): (0.005, 0.99),
+    ("fp16", "pack"): (0.005, 0.99),
+    ("int8", None): (0.01, 0.97),
+    ("int4", None): (0.06, 0.85),
+}
+
+
+@pytest.fixture(scope="module", params=list(LIMITS), ids=lambda each: " ".join(filter(None, each)))
+def case(
+    request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tuple[float, float]]:
+    precision, weights = request.param
+    out = tmp_path_factory.mktemp("ort") / precision
+    art = moec.export(tiny, target="ort", precision=precision, weights=weights, out=out)
+    return art.path, LIMITS[request.param]
+
+
+def test_perplexity_and_choices(
+    case: tuple[Path, tuple[float, float]], golden: dict[str, Tensor]
+) -> None:
+    path, (perplexity, agreement) = case
+    session = moec.open_session(path)
+    windows = golden["eval_ids"]
+    logits = session.logits(windows[:, :-1]).transpose(1, 2)
+    found = functional.cross_entropy(logits, windows[:, 1:]).exp().item()
+    assert abs(found / PERPLEXITY - 1) < perplexity
+    choices = session.logits(golden["input_ids"]).argmax(-1)
+    assert (choices == golden["argmax"]).float().mean() >= agreement
+
+
+def test_the_proof_passes_and_generation_goes_on(
+    case: tuple[Path, tuple[float, float]], golden: dict[str, Tensor]
+) -> None:
+    path, _ = case
+    report = moec.validate(path)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    session = moec.open_session(path)
+    prompt = golden["generate.2"][:9]
+    tokens = session.generate(prompt[None], max_new_tokens=6)
+    assert tokens[0, :9].tolist() == prompt.tolist() and tokens.shape[1] > 9
+
+
+def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:
+    """Proven after the checkpoint is gone; the reference reads the packed weights."""
+    import shutil
+
+    checkpoint = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
+    art = moec.export(checkpoint, target="ort", precision="int4", out=tmp_path / "art")
+    shutil.rmtree(checkpoint)
+    (tmp_path / "art").rename(tmp_path / "moved")
+    assert moec.validate(tmp_path / "moved", tokens=20).passed
+    assert (
+        art.manifest.build.bytes_packed == (tmp_path / "moved/weights.safetensors").stat().st_size
+    )
+    changed = art.manifest.rewritten
+    assert "embed.weight" not in changed and "layers.0.moe.router.weight" in changed
+    assert changed["layers.0.moe.gate_up"].reason == "gate and up interleaved, int4 in blocks of 64"
+    assert changed["layers.0.attn.q.weight"].bits == 8 and changed["layers.0.moe.down"].bits == 4
+
+
+def test_damaged_quantised_weights_fail_the_proof(tiny: Path, tmp_path: Path) -> None:
+    """A scale that is no number: the reference reads it too, and the proof names the layer."""
+    art = moec.export(tiny, target="ort", precision="int8", out=tmp_path / "art")
+    session: Session = moec.open_session(art.path)
+    before = session.logits([[1, 2, 3]])
+    ref = art.manifest.weights.tensors["layers.2.moe.shared.up.weight.scales"]
+    with (art.path / ref.file).open("r+b") as file:
+        file.seek(ref.offset)
+        file.write(b"\xff" * 4)  # a NaN
+    report = moec.validate(art.path, tokens=12)
+    assert not report.passed and report.first_divergence == "layers.2"
+    assert torch.as_tensor(before).isfinite().all()

@@ -132,7 +132,7 @@ def _show(rows: list[Timing]) -> None:
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name, row in by_name.items():
         if row.error:
-            table.add_row(name, row.error)
+            print(f"{name}: {row.error}")
             continue
         table.add_row(
             name, f"{row.open_s:.2f} s", f"{1e3 * row.first_token_s:.0f} ms",

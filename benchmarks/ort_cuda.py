@@ -95,7 +95,7 @@ def _logits(engine: Any) -> Any:
     first, cache = engine.prefill(ids[:, :-4], capacity=PROMPT)
     for column in ids[:, -4:].T:
         last = engine.decode(column, cache)
-    return torch.stack([first.float(), last.float()]).cpu().numpy()
+    return torch.stack([first.float().cpu(), last.float().cpu()]).numpy()
 
 
 def reference(folder: Path) -> Any:

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, Llama4TextConfig
-from transformers.models.llama4 import modeling_llama4
 
-import moec.runtime.torchvision_ops  # noqa: F401  before transformers
+from moec.runtime.torchvision_ops import declare_torchvision_ops
 from moec.spec.config_json import write_config
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import text_parameters
 from moec.spec.presets import PRESETS
+
+declare_torchvision_ops()
+from transformers import AutoModelForCausalLM, Llama4TextConfig  # noqa: E402
+from transformers.models.llama4 import modeling_llama4  # noqa: E402
 
 TOKENS = 128
 

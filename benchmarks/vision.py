@@ -114,9 +114,11 @@ def eager(folder: str) -> Run:
 def transformers(folder: str) -> Run:
     """The peer: its tower and projector, in float32 with torch's fused attention."""
     import torch
-    from transformers import Llama4ForConditionalGeneration
 
-    import moec.runtime.torchvision_ops  # noqa: F401  before transformers
+    from moec.runtime.torchvision_ops import declare_torchvision_ops
+
+    declare_torchvision_ops()
+    from transformers import Llama4ForConditionalGeneration
 
     model = Llama4ForConditionalGeneration.from_pretrained(
         Path(folder, "weights"), dtype=torch.float32, attn_implementation="sdpa"

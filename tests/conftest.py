@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moec
-import moec.runtime.torchvision_ops
+from moec.runtime.torchvision_ops import declare_torchvision_ops
 from moec.weights.random import write_random_checkpoint
 from tests.damage import EMBED, FIRST, INDEX, SECOND, SPEC
 
 pytest.register_assert_rewrite("tests.refusals", "tests.trees")  # asserts that say what differs
+declare_torchvision_ops()  # before any test imports transformers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-scout"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.runtime.torchvision_ops import declare_torchvision_ops
 from moec.spec.errors import MoecError
 from moec.spec.files import load_spec
 from moec.weights.view import TORCH_DTYPES
@@ -62,10 +63,9 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
     Raises:
         MoecError: transformers is not installed (exit code 3).
     """
+    declare_torchvision_ops()
     try:
         from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
-
-        import moec.runtime.torchvision_ops  # noqa: F401  before transformers
     except ImportError as error:
         raise MoecError(
             "transformers", error, "transformers 5 or newer, to compare with",

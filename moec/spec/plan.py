@@ -78,7 +78,8 @@ def plan(
     caches stay bf16. In int8 and int4 embedding, router, norms and caches are fp32, and with int4
     attention and head are int8.
 
-    `decode_*` is one step of the whole batch, `prefill_*` one prompt of `context` tokens. `full_cache_bytes` is what the cache would take without rings on the chunked layers.
+    `decode_*` is one step of the whole batch, `prefill_*` one prompt of `context` tokens.
+    `full_cache_bytes` is what the cache would take without rings on the chunked layers.
     `vision_*` is the tower with its projector, which fp8 leaves in bf16. With tiles its weights
     count in `fits`; the tiles' tokens are part of the context.
 

@@ -1,4 +1,4 @@
-"""Rewritten weights mean what they did: exactly where they were cast, within half a step where not."""
+"""Rewritten weights mean what they did: exactly where cast, within half a step where quantised."""
 
 from pathlib import Path
 

@@ -1,0 +1,105 @@
+"""Why each row of the `ort` tables is there: one model, lowered in every way that was considered.
+
+    python benchmarks/ort_rules.py [--rounds 4] [--json FILE]
+
+A seeded random model of 0.43 B parameters (4 layers of width 1024, 16 experts of 2048) in float32.
+Each way is an artefact of its own, proven before it is timed; lanes take turns.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fresh_process import call
+from presets import model
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+import moec
+from moec.exporters.onnx import write
+from moec.exporters.onnx.experts import lower_moe
+from moec.exporters.onnx.fused_experts import lower_guarded, lower_tree
+from moec.exporters.onnx.lowering import Rule
+from moec.exporters.onnx.ort import ORT
+from moec.exporters.onnx.write import DIALECTS, GENAI, Dialect
+from moec.graph_builder import ops
+from moec.graph_builder.passes.buffers import keep_buffers
+from moec.graph_builder.passes.genai import genai_inputs
+from moec.runtime.bench import Lane, race
+from moec.show import size
+from moec.weights.random import write_random_checkpoint
+
+#: name -> target, precision, placement, what stands in for the `ort` dialect, presets
+WAYS: dict[str, tuple[str, str, str | None, Dialect | None, tuple[str, ...]]] = {
+    "standard: Attention, caches returned": ("onnx", "fp32", None, None, ("lean",)),
+    "experts: loop, slab gathered": (
+        "ort", "fp32", None,
+        Dialect((Rule(ops.moe, lower_moe), *ORT), DIALECTS["ort"].passes), ("lean",),
+    ),
+    "experts: an If each": (
+        "ort", "fp32", None,
+        Dialect((Rule(ops.moe, lower_guarded), *ORT), DIALECTS["ort"].passes), ("lean", "fast"),
+    ),
+    "experts: loop, tree of Ifs": (
+        "ort", "fp32", None,
+        Dialect((Rule(ops.moe, lower_tree), *ORT), DIALECTS["ort"].passes), ("lean", "fast"),
+    ),
+    "experts: an If each, norms apart": (
+        "ort", "fp32", None,
+        Dialect(ORT, {"model": (keep_buffers,), GENAI: (keep_buffers, genai_inputs)}), ("lean",),
+    ),
+    "packed: MoE": ("ort", "fp32", "pack", None, ("lean", "fast")),
+    "int8: QMoE, MatMulNBits": ("ort", "int8", None, None, ("lean", "exact")),
+    "int4: QMoE, MatMulNBits": ("ort", "int4", None, None, ("lean", "exact")),
+}  # fmt: skip
+
+
+def build(weights: Path, out: Path, way: str) -> str:
+    """An artefact of one way; whether its proof passed."""
+    target, precision, placement, dialect, _ = WAYS[way]
+    if dialect:
+        write.DIALECTS["ort"] = dialect
+    moec.export(weights, target=target, precision=precision, weights=placement, out=out)
+    report = moec.validate(out, tokens=24)
+    return "passed" if report.passed else f"FAILED at {report.first_divergence}"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--rounds", type=int, default=4)
+    arguments.add_argument("--json", type=Path)
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec = model().model_copy(update={"dtype": "fp32"})
+        call(write_random_checkpoint, spec, folder / "weights")
+        lanes, ways, proofs = [], [], {}
+        for i, (way, (*_, presets)) in enumerate(WAYS.items()):
+            outcome = call(build, folder / "weights", folder / str(i), way)
+            proofs[way] = outcome.value or outcome.error
+            lanes += [Lane(str(folder / str(i)), "onnxruntime", preset) for preset in presets]
+            ways += [way] * len(presets)
+        rows = race(lanes, 1, 256, 16, options.rounds)
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("way", "preset", "proof", "opens in", "decode", "prefill of 256", "own memory"):
+        table.add_column(
+            column, justify="left" if column in ("way", "preset", "proof") else "right"
+        )
+    found: list[dict[str, Any]] = []
+    for way, row in zip(ways, rows, strict=True):
+        table.add_row(
+            way, row.preset, proofs[way], f"{row.open_s:.2f} s",
+            f"{1e3 / row.decode_tokens_per_s:.1f} ms", f"{1e3 * row.first_token_s:.0f} ms",
+            size(row.anonymous_bytes),
+        )  # fmt: skip
+        found.append({"way": way, "proof": proofs[way], **row.to_dict()})
+    Console(width=120).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

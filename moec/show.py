@@ -52,7 +52,12 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
         table.add_column(column, justify="right" if column == "size" else "left")
     for name, file in manifest.files.items():
         table.add_row(name, size(file.size), "written")
-    origin = {"in-place": "left in place", "link": "hard link", "copy": "copied"}
+    origin = {
+        "in-place": "left in place",
+        "link": "hard link",
+        "copy": "copied",
+        "pack": "rewritten",
+    }
     for name, shard in sorted(manifest.weights.shards.items()):
         table.add_row(name, size(shard.size), origin[manifest.weights.mode])
     console.print(table)
@@ -69,7 +74,9 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
     )
     console.print(
         f"weights {manifest.weights.mode} · {len(manifest.rewritten)} rewritten · "
-        f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied · "
+        f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied"
+        + (f", {size(build.bytes_packed)} rewritten" if build.bytes_packed else "")
+        + " · "
         f"peak memory {size(build.peak_bytes)}",
         highlight=False,
         soft_wrap=True,

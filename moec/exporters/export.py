@@ -211,6 +211,11 @@ def bind(
     stages = _Stages(progress)
     with stages("read"):
         built = open_artefact(artefact)
+        if built.manifest.dialect not in DIALECTS or not built.manifest.presets:
+            raise MoecError(
+                f"{artefact}: dialect {built.manifest.dialect}", "built by another version of moec",
+                " or ".join(DIALECTS), "build the artefact again",
+            )  # fmt: skip
         packs = DIALECTS[built.manifest.dialect].packs
         mode = weights or ("pack" if packs else "in-place")
         _placement(mode, packs)
@@ -416,7 +421,7 @@ def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
         )  # fmt: skip
     stays, packed = TARGETS[target][precision]
     mode = weights or ("in-place" if stays else "pack")
-    dialect = packed if mode == "pack" else stays
+    dialect = packed if mode == "pack" else stays if mode in _PLACEMENTS else None
     if dialect is None and mode in _PLACEMENTS:
         raise MoecError(
             f"--weights {mode} --target {target} --precision {precision}",
@@ -425,8 +430,8 @@ def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
             "in-place, link or copy" if mode == "pack" else "pack",
             "leave --weights out",
         )  # fmt: skip
-    _placement(mode, mode == "pack")
-    assert dialect is not None
+    if dialect is None:
+        raise _no_placement(mode)
     return dialect, mode
 
 
@@ -439,11 +444,13 @@ _NOT_YET = {
 _PLACEMENTS = ("in-place", "link", "copy", "pack")
 
 
+def _no_placement(mode: str) -> MoecError:
+    return MoecError(f"--weights {mode}", mode, ", ".join(_PLACEMENTS), "choose one of them")
+
+
 def _placement(mode: str, packs: bool) -> None:
     if mode not in _PLACEMENTS:
-        raise MoecError(
-            f"--weights {mode}", mode, "in-place, link, copy or pack", "choose one of them"
-        )
+        raise _no_placement(mode)
     if packs != (mode == "pack"):
         raise MoecError(
             f"--weights {mode}", "an artefact built for weights that are "

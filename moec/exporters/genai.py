@@ -27,14 +27,14 @@ def write_genai(
             weights.resolve(), final.resolve()
         ),
     }
-    config = genai_config(manifest.spec, entries)
+    config = genai_config(manifest.spec, manifest.compute, entries)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in _TOKENIZER:
         if tokenizer and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
 
 
-def genai_config(spec: ModelSpec, entries: dict[str, str]) -> dict[str, Any]:
+def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> dict[str, Any]:
     """`genai_config.json`: a "decoder" with shared buffers, as genai has no Llama 4 of its own."""
     text, tokens = spec.text, spec.tokens
     eos = list(tokens.eos)
@@ -49,7 +49,11 @@ def genai_config(spec: ModelSpec, entries: dict[str, str]) -> dict[str, Any]:
             "pad_token_id": pad,
             "decoder": {
                 "filename": "model.onnx",
-                "session_options": {"provider_options": [], "log_severity_level": 3, **entries},
+                "session_options": {
+                    "provider_options": [{"cuda": {}}] if precision == "bf16" else [],
+                    "log_severity_level": 3,
+                    **entries,
+                },
                 "hidden_size": text.dim,
                 "head_size": text.head_dim,
                 "num_attention_heads": text.heads,

@@ -124,15 +124,13 @@ def race(
         turns: list[list[Any]] = [[] for _ in lanes]
         for _ in range(rounds):
             for pipe, first, mine in zip(pipes, opened, turns, strict=True):
-                if not isinstance(first, str):
-                    pipe.send("go")
-                    mine.append(_answer(pipe))
+                if not any(isinstance(each, str) for each in (first, *mine)):
+                    mine.append(_ask(pipe, "go"))
         bandwidth = read_bandwidth()
-        memories = []
-        for pipe, first in zip(pipes, opened, strict=True):
-            if not isinstance(first, str):
-                pipe.send("end")
-            memories.append(None if isinstance(first, str) else _answer(pipe))
+        memories = [
+            None if any(isinstance(each, str) for each in (first, *mine)) else _ask(pipe, "end")
+            for pipe, first, mine in zip(pipes, opened, turns, strict=True)
+        ]
     return [
         _timing(lane, (batch, prompt_tokens, new_tokens), first, mine, held, bandwidth)
         for lane, first, mine, held in zip(lanes, opened, turns, memories, strict=True)
@@ -168,7 +166,10 @@ def _timing(
     if failed is not None:
         return Timing(*shown, error=failed)
     rate = batch * new / statistics.median(decode for _, decode in turns)
-    needed = plan(manifest.spec, precision, context=prompt + new).decode_read_bytes
+    # Weights that stay where they are are read as they are, but by `fast`, which casts them once.
+    mapped = not manifest.packings and (lane.engine == "eager" or lane.preset == "lean")
+    read = manifest.spec.dtype if mapped else precision
+    needed = plan(manifest.spec, read, context=prompt + new).decode_read_bytes
     alone = batch == 1 and lane.device == "cpu"
     return Timing(
         *shown,
@@ -204,10 +205,19 @@ def _processes(lanes: Sequence[Lane], job: tuple[Any, ...]) -> Iterator[list[Con
             process.join()
 
 
+def _ask(pipe: Connection, word: str) -> Any:
+    """What a lane answers to `word`; text says why it cannot."""
+    try:
+        pipe.send(word)
+        return pipe.recv()
+    except (EOFError, OSError):
+        return "its process died, most often for want of memory"
+
+
 def _answer(pipe: Connection) -> Any:
     try:
         return pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         return "its process died, most often for want of memory"
 
 

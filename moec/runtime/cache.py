@@ -66,7 +66,8 @@ def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
         more = slots(layer.chunk, capacity) - slots(layer.chunk, cache.capacity)
         for kind in ("key", "value"):
             name = f"past.{layer.index}.{kind}"
-            cache.tensors[name] = functional.pad(cache.tensors[name], (0, 0, 0, more))
+            if more:
+                cache.tensors[name] = functional.pad(cache.tensors[name], (0, 0, 0, more))
     cache.capacity = capacity
 
 

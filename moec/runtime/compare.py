@@ -45,7 +45,7 @@ def error(
     norm = partial(torch.linalg.vector_norm, ord=tolerance.order)
     if tolerance.agreement < 1:
         off = norm(found - expected, dim=1) / norm(expected, dim=1).clamp(min=1e-30)
-        kept = off.argsort()[: math.floor(len(off) * tolerance.agreement)]
+        kept = off.argsort()[: max(1, math.floor(len(off) * tolerance.agreement))]
         found, expected = found[kept], expected[kept]
     ratio = norm(found - expected) / norm(expected).clamp(min=1e-30)
     return Check(name, "error", float(ratio), tolerance.error, detail)

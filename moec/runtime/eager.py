@@ -28,7 +28,7 @@ def eager_engine(
     `taps` names inner values to return as well.
 
     Weights stay in their files and dtype; each op casts what it uses, so that memory holds one
-    weight at a time.
+    weight at a time. Packed weights are unpacked first, all of them.
     """
     graph = BUILDERS[part](spec, precision)
     fill(graph, entries)

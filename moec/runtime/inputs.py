@@ -63,7 +63,7 @@ def read_tiles(pixel_values: Pixels, spec: ModelSpec) -> Tensor:
         if isinstance(pixel_values, np.ndarray):  # whatever its byte order and strides
             with np.errstate(over="ignore"):  # found below
                 pixel_values = torch.from_numpy(np.array(pixel_values, np.float32, order="C"))
-        tiles = pixel_values.detach().float()
+        tiles = pixel_values.detach().cpu().float().contiguous()
         finite = bool(tiles.isfinite().all())
     except (RuntimeError, NotImplementedError) as error:  # such as sparse, or without memory
         raise _bad_pixels(f"{dtype} {list(size)}: {error}", expected) from None
@@ -83,13 +83,13 @@ def _padded(input_ids: Ids, lengths: Ids | None) -> tuple[Tensor, Tensor]:
     ids = torch.as_tensor(input_ids)
     if ids.dim() != 2 or not ids.numel() or ids.dtype.is_floating_point or ids.dtype in _NO_IDS:
         raise _bad_ids(f"{ids.dtype} {list(ids.shape)}", "integers [batch, sequence], not empty")
-    ids = ids.long()
+    ids = ids.long().cpu()
     counts = torch.full((len(ids),), ids.shape[1]) if lengths is None else torch.as_tensor(lengths)
     if counts.is_floating_point() or counts.shape != ids.shape[:1]:
         raise _bad_ids(f"lengths {counts.tolist()}", "one integer a row")
     if counts.min() < 1 or counts.max() > ids.shape[1]:
         raise _bad_ids(f"lengths {counts.tolist()}", f"one a row, from 1 to {ids.shape[1]}")
-    return ids, counts.long()
+    return ids, counts.long().cpu()
 
 
 def _bad_pixels(found: str, expected: str) -> MoecError:

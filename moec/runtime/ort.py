@@ -34,9 +34,9 @@ def ort_engine(
         MoecError: onnxruntime is not installed (exit code 3), it has no kernels for the artefact's
             precision on `device` (3), or it refuses the model (1).
     """
-    onnxruntime = _runtime(device)
     manifest = artefact.manifest
     check_kernels(artefact, device)
+    onnxruntime = _runtime(device)
     if preset not in manifest.presets:
         raise MoecError(
             f"preset {preset}", "no such preset in the artefact's manifest",
@@ -87,21 +87,22 @@ def ort_engine(
     def run_bound(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         nonlocal binding
         given = inputs | (optional & feeds.keys())
-        if bound.keys() - given:  # an input that is left out this time must not stay
+        other = any(bound.get(past) is not feeds[past] for past in kept.values())
+        if other or bound.keys() - given:  # other buffers, or an input that is left out this time
             binding = session.io_binding()
             bound.clear()
             placed.clear()
         for name in given:
             if bound.get(name) is not feeds[name]:  # buffers stay from step to step
-                bound[name] = feeds[name]
                 binding.bind_input(name, *_place(feeds[name]))
+                bound[name] = feeds[name]
         fresh: dict[str, Tensor] = {}
         sizes = {dim: bound[name].shape[i] for dim, (name, i) in named.items()}
         for name, (shape, kind) in outputs.items():
             past = kept.get(name)
             if past is not None and placed.get(name) is not bound[past]:
-                placed[name] = bound[past]
                 binding.bind_output(name, *_place(bound[past]))
+                placed[name] = bound[past]
             elif past is None:
                 size = [sizes.get(dim, dim) for dim in shape]
                 if kind is None or any(isinstance(dim, str) for dim in size):
@@ -109,6 +110,7 @@ def ort_engine(
                 else:
                     fresh[name] = torch.empty(size, dtype=kind, device=device)
                     binding.bind_output(name, *_place(fresh[name]))
+        binding.synchronize_inputs()
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         if len(fresh) + len(kept) < len(outputs):
@@ -164,6 +166,9 @@ def _runtime(device: str) -> Any:
 def check_kernels(artefact: Artefact, device: str) -> None:
     """Refuse a graph for which ONNX Runtime has no kernels on `device` (exit code 3)."""
     manifest = artefact.manifest
+    if device not in _PROVIDERS:
+        expected = " or ".join(_PROVIDERS)
+        raise MoecError(f"device {device}", "no such device", expected, "choose one of them")
     runnable = (
         manifest.buffered and manifest.precision in ("fp16", "bf16") and bool(manifest.packings)
         if device == "cuda"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.export import export, write_manifest
+from moec.exporters.onnx.fused_experts import BLOCK
 from moec.exporters.presets import EXACT
 from moec.runtime.compare import (
     FAST_PRODUCTS,
@@ -78,7 +79,8 @@ def validate(
     check_kernels(artefact, device)
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = TWINS.get(artefact.manifest.precision, (None, None))
-        small = twin(artefact.manifest.spec, layers)
+        quantized = any(packing.bits for packing in artefact.manifest.packings.values())
+        small = twin(artefact.manifest.spec, layers, BLOCK if quantized else 16)
         progress("twin", 0, 1)
         write_random_checkpoint(small, Path(folder, "weights"), seed)
         built = export(

@@ -5,10 +5,11 @@ from moec.spec.model import ModelSpec
 CHUNK = 8
 
 
-def twin(spec: ModelSpec, layers: int | None = None) -> ModelSpec:
+def twin(spec: ModelSpec, layers: int | None = None, block: int = 16) -> ModelSpec:
     """`spec` shrunk in width; depth, patterns, expert count, head ratio and switches are kept.
 
-    With `layers`, the decoder and the tower are no deeper than that.
+    With `layers`, the decoder and the tower are no deeper than that. Widths are multiples of
+    `block`, for weights that are quantised in blocks.
 
     The chunk shrinks to 8 tokens and everything counted in positions with it, so that a proof of a
     few dozen tokens crosses several chunk borders and temperature steps; an image tile shrinks to 4
@@ -19,7 +20,7 @@ def twin(spec: ModelSpec, layers: int | None = None) -> ModelSpec:
     small = text.model_copy(
         update={
             "layers": min(layers or text.layers, text.layers),
-            "dim": 32,
+            "dim": 2 * block,
             "heads": text.heads // text.kv_heads * 2,
             "kv_heads": 2,
             "head_dim": 8,
@@ -28,8 +29,8 @@ def twin(spec: ModelSpec, layers: int | None = None) -> ModelSpec:
             "chunk": text.chunk and CHUNK,
             "temperature_floor": CHUNK,
             "rope_scaling": scaling and scaling.model_copy(update={"original_positions": CHUNK}),
-            "dense_hidden": 32,
-            "experts": text.experts.model_copy(update={"hidden": 16, "shared_hidden": 16}),
+            "dense_hidden": 2 * block,
+            "experts": text.experts.model_copy(update={"hidden": block, "shared_hidden": block}),
         }
     )
     vision = spec.vision and spec.vision.model_copy(

@@ -24,7 +24,7 @@ def write_packed(
     entries: Mapping[str, TensorEntry],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Pack each parameter from `entries` into `path`; memory holds a piece of one at a time.
+    """Pack each parameter from `entries` into `path`; memory holds a matrix, at most twice.
 
     Raises:
         MoecError: a weight that is not finite; a file with holes would pass for a whole one.

@@ -59,15 +59,10 @@ class Packing(Frozen):
     @property
     def reason(self) -> str:
         """Why the bytes are not the checkpoint's own, in a few words."""
-        arranged = {
-            "rows": "",
-            "transpose": "transposed, ",
-            "interleave": "gate and up interleaved, ",
-        }
         kind = (
             f"int{self.bits} in blocks of {self.block}" if self.bits else f"stored as {self.dtype}"
         )
-        return arranged[self.arrange] + kind
+        return _ARRANGED[self.arrange] + kind
 
 
 def arrange(packing: Packing, matrix: Tensor) -> Tensor:

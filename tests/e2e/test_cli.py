@@ -118,6 +118,20 @@ def test_spec_commands(tmp_path: Path) -> None:
     assert "no difference" in _cli("spec", "diff", tmp_path / "mine.yaml", "maverick")
 
 
+def test_build_for_onnxruntime_in_four_bits(tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    printed = _cli(
+        "build", "--checkpoint", TINY, "--target", "ort", "--precision", "int4", "--out", out
+    )
+    assert (
+        "PASSED" in printed and "weights.safetensors" in printed and "int8 activations" in printed
+    )
+    assert "4.3 MB rewritten" in printed or "rewritten" in printed
+    _cli("inspect", out, "--verify")
+    _cli("validate", out, "--device", "abacus", code=2)
+    assert "main" in _cli("generate", out, "--prompt", "def main(", "--max-new-tokens", 4)
+
+
 def test_plan_and_bench(built: tuple[Path, str]) -> None:
     plan = json.loads(_cli("plan", "scout", "--precision", "fp8", "--device", "h200", "--json"))
     assert plan["fits"] is True

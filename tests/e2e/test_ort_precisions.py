@@ -9,6 +9,9 @@ from torch.nn import functional
 
 import moec
 from moec.runtime.session import Session
+from moec.spec.presets import PRESETS
+from moec.spec.twin import twin
+from moec.weights.random import write_random_checkpoint
 
 PERPLEXITY = 13.3217
 #: precision, placement -> largest relative change of perplexity, smallest share of equal choices
@@ -53,6 +56,32 @@ def test_the_proof_passes_and_generation_goes_on(
     prompt = golden["generate.2"][:9]
     tokens = session.generate(prompt[None], max_new_tokens=6)
     assert tokens[0, :9].tolist() == prompt.tolist() and tokens.shape[1] > 9
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weightless_builds_are_proven_on_a_twin(precision: str, tmp_path: Path) -> None:
+    spec = moec.load_spec("scout")
+    text = spec.text.model_copy(update={"layers": 4})
+    art = moec.export(
+        spec.model_copy(update={"text": text}),
+        target="ort",
+        precision=precision,
+        out=tmp_path / "a",
+    )
+    report = moec.validate(art.path)
+    assert report.passed and report.twin, [c for c in report.checks if not c.passed]
+
+
+def test_a_tied_head_is_the_embedding_in_reference_and_engine(tmp_path: Path) -> None:
+    spec = twin(PRESETS["scout"], 4, block=64)
+    text = spec.text.model_copy(update={"tie_embeddings": True})
+    write_random_checkpoint(spec.model_copy(update={"text": text}), tmp_path / "weights")
+    for weights, precision in (("pack", "fp32"), (None, "int8")):
+        out = tmp_path / precision
+        moec.export(
+            tmp_path / "weights", target="ort", precision=precision, weights=weights, out=out
+        )
+        assert moec.validate(out).passed
 
 
 def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:

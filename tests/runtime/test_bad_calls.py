@@ -93,6 +93,7 @@ def test_a_proof_on_tokens_that_cannot_be_is_refused(built: Path, setting: dict[
         ({"preset": "ludicrous"}, "ludicrous", 2),
         ({"engine": "eager", "preset": "ludicrous"}, "ludicrous", 2),
         ({"device": "cuda"}, "cuda", 3),
+        ({"device": "abacus"}, "abacus", 2),
     ],
     ids=str,
 )

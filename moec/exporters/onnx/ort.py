@@ -4,6 +4,7 @@ Each row that is not in `standard` is there for a measured reason: docs/performa
 """
 
 from functools import partial
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -115,9 +116,10 @@ def _quantized_linear(
     )  # fmt: skip
 
 
-def _is_router(node: fx.Node) -> bool:
-    """Routers are small, and a wrong choice of expert is no rounding error."""
-    return str(node.meta["name"]).endswith(".router")
+def _stays_wide(node: fx.Node) -> bool:
+    """Routers are small, and a wrong choice is no rounding error; a tied head is the embedding."""
+    weight = cast(fx.Node, node.args[1]).meta["name"]
+    return str(node.meta["name"]).endswith(".router") or weight == "embed.weight"
 
 
 def _is_sensitive(node: fx.Node) -> bool:
@@ -167,7 +169,7 @@ ORT_PACKED = (*_FUSED, Rule(ops.moe, lower_fused), *STANDARD)
 def _quantized(bits: int) -> tuple[Rule, ...]:
     return (
         Rule(ops.moe, partial(lower_quantized, bits=bits)),
-        Rule(ops.linear, lower_linear, _is_router),
+        Rule(ops.linear, lower_linear, _stays_wide),
         Rule(ops.linear, partial(_quantized_linear, bits=8), _is_sensitive),
         Rule(ops.linear, partial(_quantized_linear, bits=bits)),
         *ORT_PACKED,

@@ -8,7 +8,7 @@ Four builds of each model, each in a new process, timed once its imports are don
 - `by moec, weights`: a checkpoint of full size (sparse files: 217 and 803 GB that take no room),
   weights in place. What it reads and writes shows that no weight is read or copied;
 - `ort, weights`: the same for target ort, decoder and vision tower and genai's graph (limits of its
-  own: 5 s in all, 1 GB);
+  own: 5 and 10 s in all, 1 GB);
 - `by torch.onnx`: the peer, without weights; see benchmarks/torch_export.py.
 
 Exit code 1 if a build by moec fails or misses a limit.
@@ -38,7 +38,9 @@ VARIANTS = ("scout", "maverick")
 BARE, BOUND, FUSED, PEER = "by moec", "by moec, weights", "ort, weights", "by torch.onnx"
 #: what a build by moec must stay below; MB and GB are decimal
 PLAIN = {"graph_s": 3.0, "onnx_s": 3.0, "peak_gb": 0.6, "written_mb": 20.0}
-LIMITS = {BARE: PLAIN, BOUND: PLAIN, FUSED: {"total_s": 5.0, "peak_gb": 1.0}, PEER: {}}
+LIMITS = {BARE: PLAIN, BOUND: PLAIN, FUSED: {"peak_gb": 1.0}, PEER: {}}
+#: and the seconds in all of a build for target ort, which has a branch for each expert
+FUSED_S = {"scout": 5.0, "maverick": 10.0}
 
 Figures = dict[str, float]
 
@@ -61,6 +63,8 @@ class Row:
     def missed(self) -> list[str]:
         """The limits that this build is not below. The peer has none."""
         limits = LIMITS[self.build]
+        if self.build == FUSED:
+            limits = {**limits, "total_s": FUSED_S[self.model]}
         figures = {name: getattr(self, name) for name in limits}
         return [name for name, x in figures.items() if x is None or x >= limits[name]]
 

@@ -14,6 +14,8 @@ from moec.runtime.eager import Run
 from moec.spec.errors import MoecError
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
+#: the first version of onnxruntime that quantised artefacts were run on; 1.30 refuses them
+QUANTIZED_FROM = (1, 32)
 _KINDS = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
 
@@ -37,6 +39,7 @@ def ort_engine(
     manifest = artefact.manifest
     check_kernels(artefact, device)
     onnxruntime = _runtime(device)
+    _check_version(artefact, onnxruntime.__version__)
     if preset not in manifest.presets:
         raise MoecError(
             f"preset {preset}", "no such preset in the artefact's manifest",
@@ -161,6 +164,17 @@ def _runtime(device: str) -> Any:
         onnxruntime.preload_dlls()  # the CUDA libraries that came with torch
         onnxruntime.set_default_logger_severity(3)  # it warns of each ScatterND
     return onnxruntime
+
+
+def _check_version(artefact: Artefact, version: str) -> None:
+    """Refuse quantised experts where QMoE has no accuracy_level yet (exit code 3)."""
+    quantized = any(packing.bits for packing in artefact.manifest.packings.values())
+    if quantized and tuple(map(int, version.split(".")[:2])) < QUANTIZED_FROM:
+        raise MoecError(
+            artefact.path, f"quantised experts, and onnxruntime {version}",
+            f"onnxruntime {'.'.join(map(str, QUANTIZED_FROM))} or newer",
+            "pip install --upgrade onnxruntime, or build with --precision fp32", exit_code=3,
+        )  # fmt: skip
 
 
 def check_kernels(artefact: Artefact, device: str) -> None:

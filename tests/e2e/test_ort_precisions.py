@@ -2,18 +2,25 @@
 
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import moec
+from moec.runtime.ort import QUANTIZED_FROM
 from moec.runtime.session import Session
+from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
 
 PERPLEXITY = 13.3217
+quantized = pytest.mark.skipif(
+    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < QUANTIZED_FROM,
+    reason="onnxruntime is too old for quantised experts",
+)
 #: precision, placement -> largest relative change of perplexity, smallest share of equal choices
 LIMITS = {
     ("fp16", None): (0.005, 0.99),
@@ -23,7 +30,13 @@ LIMITS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(LIMITS), ids=lambda each: " ".join(filter(None, each)))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(each, marks=quantized if each[0].startswith("int") else ()) for each in LIMITS
+    ],
+    ids=lambda each: " ".join(filter(None, each)),
+)
 def case(
     request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, tuple[float, float]]:
@@ -58,6 +71,7 @@ def test_the_proof_passes_and_generation_goes_on(
     assert tokens[0, :9].tolist() == prompt.tolist() and tokens.shape[1] > 9
 
 
+@quantized
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weightless_builds_are_proven_on_a_twin(precision: str, tmp_path: Path) -> None:
     spec = moec.load_spec("scout")
@@ -72,6 +86,7 @@ def test_weightless_builds_are_proven_on_a_twin(precision: str, tmp_path: Path) 
     assert report.passed and report.twin, [c for c in report.checks if not c.passed]
 
 
+@quantized
 def test_a_tied_head_is_the_embedding_in_reference_and_engine(tmp_path: Path) -> None:
     spec = twin(PRESETS["scout"], 4, block=64)
     text = spec.text.model_copy(update={"tie_embeddings": True})
@@ -84,6 +99,7 @@ def test_a_tied_head_is_the_embedding_in_reference_and_engine(tmp_path: Path) ->
         assert moec.validate(out).passed
 
 
+@quantized
 def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:
     """Proven after the checkpoint is gone; the reference reads the packed weights."""
     import shutil
@@ -102,6 +118,7 @@ def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:
     assert changed["layers.0.attn.q.weight"].bits == 8 and changed["layers.0.moe.down"].bits == 4
 
 
+@quantized
 def test_damaged_quantised_weights_fail_the_proof(tiny: Path, tmp_path: Path) -> None:
     """A scale that is no number: the reference reads it too, and the proof names the layer."""
     art = moec.export(tiny, target="ort", precision="int8", out=tmp_path / "art")
@@ -114,3 +131,13 @@ def test_damaged_quantised_weights_fail_the_proof(tiny: Path, tmp_path: Path) ->
     report = moec.validate(art.path, tokens=12)
     assert not report.passed and report.first_divergence == "layers.2"
     assert torch.as_tensor(before).isfinite().all()
+
+
+def test_a_runtime_that_is_too_old_is_named(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    art = moec.export(tiny, target="ort", precision="int8", out=tmp_path / "art")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.30.0")
+    with pytest.raises(MoecError, match=r"1\.32 or newer") as caught:
+        moec.open_session(art.path)
+    assert caught.value.exit_code == 3

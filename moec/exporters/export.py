@@ -44,6 +44,7 @@ from moec.exporters.onnx.write import (
     save_checked,
 )
 from moec.exporters.presets import presets
+from moec.exporters.targets import BITS, check_placement, choose
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
 from moec.spec.model import ModelSpec
@@ -52,19 +53,6 @@ from moec.weights.name_map import match
 from moec.weights.packed_file import write_packed
 from moec.weights.shard import TensorEntry, read_shard
 
-#: target -> precision -> dialect for weights that stay, dialect for weights that are rewritten
-TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
-    "onnx": dict.fromkeys(("fp32", "fp16", "bf16"), ("standard", None)),
-    "ort": {
-        "fp32": ("ort", "ort-packed"),
-        "fp16": ("ort", "ort-packed"),
-        "bf16": (None, "ort-packed"),
-        "int8": (None, "ort-int8"),
-        "int4": (None, "ort-int4"),
-    },
-}
-_BITS = {"int8": 8, "int4": 4}
-PLANNED = ("tensorrt", "tensorrt-rtx", "torch")
 #: the file of weights that a build rewrites
 PACKED = "weights.safetensors"
 #: files beside the weights that a runtime may want
@@ -163,7 +151,7 @@ def export(
             _refuse_inside(path, checkpoint.folder)
         entries = match(spec, checkpoint) if checkpoint else {}
         if target == "ort":
-            check_sizes(spec, _BITS.get(precision))
+            check_sizes(spec, BITS.get(precision))
     compute = COMPUTE.get(precision, precision)
     with stages("graph"):
         graphs = graphs_of(spec, compute, dialect)
@@ -218,7 +206,7 @@ def bind(
             )  # fmt: skip
         packs = DIALECTS[built.manifest.dialect].packs
         mode = weights or ("pack" if packs else "in-place")
-        _placement(mode, packs)
+        check_placement(mode, packs)
         path = Path(out or artefact)
         refuse_foreign(path)
         read = read_checkpoint(checkpoint)
@@ -402,61 +390,6 @@ def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) 
             done += len(data)
             progress(f"copy {source.name}", done, size)
     return size
-
-
-def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
-    """The dialect of a build, and where its weights go.
-
-    Raises:
-        MoecError: no such target, precision or placement, or they do not go together.
-    """
-    if target not in TARGETS:
-        found = "planned, not in this version" if target in PLANNED else "no such target"
-        raise MoecError(f"--target {target}", found, " or ".join(TARGETS), "use --target onnx")
-    if precision not in TARGETS[target]:
-        raise MoecError(
-            f"--precision {precision} --target {target}",
-            _NOT_YET.get(precision, "no such precision"),
-            " or ".join(TARGETS[target]), "use --precision fp32",
-        )  # fmt: skip
-    stays, packed = TARGETS[target][precision]
-    mode = weights or ("in-place" if stays else "pack")
-    dialect = packed if mode == "pack" else stays if mode in _PLACEMENTS else None
-    if dialect is None and mode in _PLACEMENTS:
-        raise MoecError(
-            f"--weights {mode} --target {target} --precision {precision}",
-            "no graph for weights that are rewritten" if mode == "pack"
-            else "a precision whose weights must be rewritten",
-            "in-place, link or copy" if mode == "pack" else "pack",
-            "leave --weights out",
-        )  # fmt: skip
-    if dialect is None:
-        raise _no_placement(mode)
-    return dialect, mode
-
-
-#: precisions of the design that are not there, or not in every target
-_NOT_YET = {
-    "fp8": "planned; the published onnxruntime-gpu wheels refuse fp8 experts (QMoE quant_type fp8)",
-    "int8": "weight-only integers are there with --target ort",
-    "int4": "weight-only integers are there with --target ort",
-}
-_PLACEMENTS = ("in-place", "link", "copy", "pack")
-
-
-def _no_placement(mode: str) -> MoecError:
-    return MoecError(f"--weights {mode}", mode, ", ".join(_PLACEMENTS), "choose one of them")
-
-
-def _placement(mode: str, packs: bool) -> None:
-    if mode not in _PLACEMENTS:
-        raise _no_placement(mode)
-    if packs != (mode == "pack"):
-        raise MoecError(
-            f"--weights {mode}", "an artefact built for weights that are "
-            + ("rewritten" if packs else "left as they are"),
-            "pack" if packs else "in-place, link or copy", "leave --weights out",
-        )  # fmt: skip
 
 
 def _refuse_inside(out: Path, checkpoint: Path) -> None:

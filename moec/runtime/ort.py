@@ -189,7 +189,7 @@ def check_kernels(artefact: Artefact, device: str) -> None:
         else manifest.compute != "bf16"
     )
     if not runnable:
-        found = f"target {manifest.target}, precision {manifest.precision}"
+        found = f"target {manifest.target}, precision {manifest.precision}, on {device}"
         wanted = (
             "target ort in bf16, or in fp16 with packed weights: attention on CUDA has no others"
             if device == "cuda"

@@ -41,6 +41,9 @@ class Session:
     images, row by row, in the order of the image tokens that they replace (`moec.encode` makes
     both). The ids hold a fixed number of image tokens for each tile. Without `pixel_values` an
     image token is a token like others.
+
+    A session is for one thread at a time. With buffers (target ort) a call writes into the cache
+    that it is given.
     """
 
     spec: ModelSpec

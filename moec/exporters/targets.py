@@ -1,0 +1,74 @@
+"""What can be built: targets, precisions, and where weights go; and what to say of the rest."""
+
+from moec.spec.errors import MoecError
+
+#: target -> precision -> dialect for weights that stay, dialect for weights that are rewritten
+TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
+    "onnx": dict.fromkeys(("fp32", "fp16", "bf16"), ("standard", None)),
+    "ort": {
+        "fp32": ("ort", "ort-packed"),
+        "fp16": ("ort", "ort-packed"),
+        "bf16": (None, "ort-packed"),
+        "int8": (None, "ort-int8"),
+        "int4": (None, "ort-int4"),
+    },
+}
+#: bits of the weights, for precisions whose weights alone are narrow
+BITS = {"int8": 8, "int4": 4}
+PLANNED = ("tensorrt", "tensorrt-rtx", "torch")
+
+
+def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
+    """The dialect of a build, and where its weights go.
+
+    Raises:
+        MoecError: no such target, precision or placement, or they do not go together.
+    """
+    if target not in TARGETS:
+        found = "planned, not in this version" if target in PLANNED else "no such target"
+        raise MoecError(f"--target {target}", found, " or ".join(TARGETS), "use --target onnx")
+    if precision not in TARGETS[target]:
+        raise MoecError(
+            f"--precision {precision} --target {target}",
+            _NOT_YET.get(precision, "no such precision"),
+            " or ".join(TARGETS[target]), "use --precision fp32",
+        )  # fmt: skip
+    stays, packed = TARGETS[target][precision]
+    mode = weights or ("in-place" if stays else "pack")
+    dialect = packed if mode == "pack" else stays if mode in _PLACEMENTS else None
+    if dialect is None and mode in _PLACEMENTS:
+        raise MoecError(
+            f"--weights {mode} --target {target} --precision {precision}",
+            "no graph for weights that are rewritten" if mode == "pack"
+            else "a precision whose weights must be rewritten",
+            "in-place, link or copy" if mode == "pack" else "pack",
+            "leave --weights out",
+        )  # fmt: skip
+    if dialect is None:
+        raise _unknown_placement(mode)
+    return dialect, mode
+
+
+#: precisions of the design that are not there, or not in every target
+_NOT_YET = {
+    "fp8": "planned; the published onnxruntime-gpu wheels refuse fp8 experts (QMoE quant_type fp8)",
+    "int8": "weight-only integers are there with --target ort",
+    "int4": "weight-only integers are there with --target ort",
+}
+_PLACEMENTS = ("in-place", "link", "copy", "pack")
+
+
+def _unknown_placement(mode: str) -> MoecError:
+    return MoecError(f"--weights {mode}", mode, ", ".join(_PLACEMENTS), "choose one of them")
+
+
+def check_placement(mode: str, packs: bool) -> None:
+    """Refuse a placement that is none, or not one for a graph that `packs`."""
+    if mode not in _PLACEMENTS:
+        raise _unknown_placement(mode)
+    if packs != (mode == "pack"):
+        raise MoecError(
+            f"--weights {mode}", "an artefact built for weights that are "
+            + ("rewritten" if packs else "left as they are"),
+            "pack" if packs else "in-place, link or copy", "leave --weights out",
+        )  # fmt: skip

@@ -37,15 +37,14 @@ def write_genai(
 def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> dict[str, Any]:
     """`genai_config.json`: a "decoder" with shared buffers, as genai has no Llama 4 of its own."""
     text, tokens = spec.text, spec.tokens
-    eos = list(tokens.eos)
-    pad = tokens.pad if tokens.pad is not None else (eos[0] if eos else 0)
+    pad = tokens.padding
     return {
         "model": {
             "type": "decoder",
             "context_length": min(text.max_positions, CONTEXT),
             "vocab_size": text.vocab,
             "bos_token_id": tokens.bos if tokens.bos is not None else pad,
-            "eos_token_id": eos or [pad],
+            "eos_token_id": list(tokens.eos) or [pad],
             "pad_token_id": pad,
             "decoder": {
                 "filename": "model.onnx",

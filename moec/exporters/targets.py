@@ -35,8 +35,10 @@ def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
         )  # fmt: skip
     stays, packed = TARGETS[target][precision]
     mode = weights or ("in-place" if stays else "pack")
-    dialect = packed if mode == "pack" else stays if mode in _PLACEMENTS else None
-    if dialect is None and mode in _PLACEMENTS:
+    if mode not in _PLACEMENTS:
+        raise _unknown_placement(mode)
+    dialect = packed if mode == "pack" else stays
+    if dialect is None:
         raise MoecError(
             f"--weights {mode} --target {target} --precision {precision}",
             "no graph for weights that are rewritten" if mode == "pack"
@@ -44,8 +46,6 @@ def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
             "in-place, link or copy" if mode == "pack" else "pack",
             "leave --weights out",
         )  # fmt: skip
-    if dialect is None:
-        raise _unknown_placement(mode)
     return dialect, mode
 
 

@@ -125,10 +125,10 @@ def race(
         for _ in range(rounds):
             for pipe, first, mine in zip(pipes, opened, turns, strict=True):
                 if not any(isinstance(each, str) for each in (first, *mine)):
-                    mine.append(_ask(pipe, "go"))
+                    mine.append(_answer(pipe, "go"))
         bandwidth = read_bandwidth()
         memories = [
-            None if any(isinstance(each, str) for each in (first, *mine)) else _ask(pipe, "end")
+            None if any(isinstance(each, str) for each in (first, *mine)) else _answer(pipe, "end")
             for pipe, first, mine in zip(pipes, opened, turns, strict=True)
         ]
     return [
@@ -205,17 +205,11 @@ def _processes(lanes: Sequence[Lane], job: tuple[Any, ...]) -> Iterator[list[Con
             process.join()
 
 
-def _ask(pipe: Connection, word: str) -> Any:
-    """What a lane answers to `word`; text says why it cannot."""
+def _answer(pipe: Connection, word: str | None = None) -> Any:
+    """What a lane says next, after `word` if there is one; text says why it says nothing."""
     try:
-        pipe.send(word)
-        return pipe.recv()
-    except (EOFError, OSError):
-        return "its process died, most often for want of memory"
-
-
-def _answer(pipe: Connection) -> Any:
-    try:
+        if word:
+            pipe.send(word)
         return pipe.recv()
     except (EOFError, OSError):
         return "its process died, most often for want of memory"

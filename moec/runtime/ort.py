@@ -85,16 +85,16 @@ def ort_engine(
     # A model has its inputs, outputs and buffers in one binding, which keeps what did not change.
     binding = session.io_binding()
     bound: dict[str, Tensor] = {}
-    placed: dict[str, Tensor] = {}
 
     def run_bound(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         nonlocal binding
         given = inputs | (optional & feeds.keys())
-        other = any(bound.get(past) is not feeds[past] for past in kept.values())
-        if other or bound.keys() - given:  # other buffers, or an input that is left out this time
+        # Anew with other buffers, and where an input is left out this time.
+        anew = any(bound.get(past) is not feeds[past] for past in kept.values())
+        anew = anew or bool(bound.keys() - given)
+        if anew:
             binding = session.io_binding()
             bound.clear()
-            placed.clear()
         for name in given:
             if bound.get(name) is not feeds[name]:  # buffers stay from step to step
                 binding.bind_input(name, *_place(feeds[name]))
@@ -103,9 +103,8 @@ def ort_engine(
         sizes = {dim: bound[name].shape[i] for dim, (name, i) in named.items()}
         for name, (shape, kind) in outputs.items():
             past = kept.get(name)
-            if past is not None and placed.get(name) is not bound[past]:
+            if past is not None and anew:
                 binding.bind_output(name, *_place(bound[past]))
-                placed[name] = bound[past]
             elif past is None:
                 size = [sizes.get(dim, dim) for dim in shape]
                 if kind is None or any(isinstance(dim, str) for dim in size):

@@ -232,7 +232,7 @@ class Session:
                 break
             logits = self.extend(tokens[:, None], alive.long(), cache)
         longest = max(map(len, rows))
-        pad = next((t for t in (self.spec.tokens.pad, *self.spec.tokens.eos) if t is not None), 0)
+        pad = self.spec.tokens.padding
         return _like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))
 
     def _step(

@@ -216,6 +216,11 @@ class Tokens(Frozen):
     image_start: int | None = None
     image_end: int | None = None
 
+    @property
+    def padding(self) -> int:
+        """The token that fills up rows: pad, else an eos, else 0."""
+        return next((t for t in (self.pad, *self.eos) if t is not None), 0)
+
 
 class ModelSpec(Frozen):
     """A whole model. `provenance` says how far to trust it: `estimated` is our guess."""

@@ -46,7 +46,7 @@ class Builder:
             weight = nn.Parameter(
                 torch.empty(shape, dtype=self._dtype, device="meta"), requires_grad=False
             )
-            _submodule(self._root, owner).register_parameter(leaf, weight)
+            submodule(self._root, owner).register_parameter(leaf, weight)
             node = self._graph.get_attr(name)
             self._known[name] = tag(node, name, TensorType(shape, self._dtype))
         return self._known[name]
@@ -71,7 +71,7 @@ class Builder:
 
 def call(graph: fx.Graph, op: Op, *args: Any, name: str) -> fx.Node:
     """A node that calls `op`, after its shape rule has agreed to the operands."""
-    types = op.rule(*(arg.meta["type"] if isinstance(arg, fx.Node) else arg for arg in args))
+    types = op.rule(*fx.map_arg(args, lambda node: node.meta["type"]))
     return tag(graph.call_function(op.target, args), name, types)
 
 
@@ -92,7 +92,8 @@ def tag(node: fx.Node, name: str, kind: Any) -> fx.Node:
     return node
 
 
-def _submodule(root: nn.Module, path: str) -> nn.Module:
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at `path` below `root`; made if it is not there."""
     module = root
     for part in filter(None, path.split(".")):
         if part not in module._modules:

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from moec.spec.errors import MoecError
 from moec.spec.fields import REQUIRED, Fields, read_json
+from moec.spec.frozen import DType
 from moec.spec.model import (
-    DType,
     Experts,
     ModelSpec,
     RopeScaling,
@@ -20,6 +20,7 @@ from moec.spec.model import (
     Tokens,
     VisionSpec,
 )
+from moec.spec.quantization_json import read_scheme, write_scheme
 
 #: What a field means where a released config leaves it out (transformers' Llama4TextConfig).
 PUBLISHED = {
@@ -57,17 +58,10 @@ def read_config(path: Path) -> ModelSpec:
     raw = read_json(path)
     top = Fields(str(path), raw)
     kind = top.take("model_type", str)
-    if "quantization_config" in raw:
-        scheme = raw["quantization_config"]
-        method = scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else scheme
-        raise top.error(
-            "quantization_config",
-            f"quantised ({method})",
-            "bf16, fp16 or fp32 weights",
-        )
+    quantization = top.left.pop("quantization_config", None)
     try:
         if kind == "llama4_text":
-            return ModelSpec(
+            spec = ModelSpec(
                 name=path.parent.resolve().name,
                 provenance="custom",
                 notes=_notes(raw),
@@ -75,6 +69,7 @@ def read_config(path: Path) -> ModelSpec:
                 text=_text(top),
                 tokens=_tokens(Fields(str(path), {}), raw, image=None),
             )
+            return _with_scheme(spec, quantization, path)
         if kind == "llama4":
             text = Fields(f"{path}: text_config", top.take("text_config", dict))
             vision = Fields(f"{path}: vision_config", top.take("vision_config", dict))
@@ -91,7 +86,7 @@ def read_config(path: Path) -> ModelSpec:
             top.require("tie_word_embeddings", spec.text.tie_embeddings, default=False)
             # Copies of the text config's ids that some writers put at the top level.
             top.finish(INERT | {"bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"})
-            return spec
+            return _with_scheme(spec, quantization, path)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the values together"
@@ -100,6 +95,10 @@ def read_config(path: Path) -> ModelSpec:
             "correct config.json",
         ) from None  # fmt: skip
     raise top.error("model_type", repr(kind), "'llama4' or 'llama4_text'")
+
+
+def _with_scheme(spec: ModelSpec, quantization: object, path: Path) -> ModelSpec:
+    return spec.model_copy(update={"scheme": read_scheme(quantization, path, spec)})
 
 
 def _text(at: Fields) -> TextSpec:
@@ -355,11 +354,13 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "use_qk_norm": say["qk_norm"],
         "vocab_size": text.vocab,
     }
+    scheme = {"quantization_config": write_scheme(spec)} if spec.scheme else {}
     if spec.vision is None:
-        return {"architectures": ["Llama4ForCausalLM"], **text_config}
+        return {"architectures": ["Llama4ForCausalLM"], **text_config, **scheme}
     vision = spec.vision
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
+        **scheme,
         "boi_token_index": spec.tokens.image_start,
         "eoi_token_index": spec.tokens.image_end,
         "image_token_index": spec.tokens.image,

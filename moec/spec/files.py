@@ -3,15 +3,17 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from moec.spec.config_json import read_config
 from moec.spec.errors import MoecError
+from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
+from moec.spec.scheme import SCHEMES, Scheme
 
 
 def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
@@ -25,7 +27,7 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
     if str(source) and os.path.isdir(path):
         return read_config(path / "config.json")
     if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
-        return _read_file(path)
+        return _read_file(path, ModelSpec, "a spec by the schema")
     raise MoecError(
         source,
         "neither a preset, nor a spec file, nor a checkpoint folder",
@@ -34,7 +36,25 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
     )
 
 
-def _read_file(path: Path) -> ModelSpec:
+def load_scheme(source: str | Path | Scheme) -> Scheme:
+    """An FP8 scheme by name, or from a file (.yaml, .yml, .json)."""
+    if isinstance(source, Scheme):
+        return source
+    if str(source) in SCHEMES:
+        return SCHEMES[str(source)]
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
+        return _read_file(path, Scheme, "a scheme: name, rules, block, cache; see docs/formats.md")
+    raise MoecError(
+        f"--scheme {source}", "neither a scheme nor a file of one",
+        f"{', '.join(SCHEMES)}, or a .yaml or .json file", "choose one of them",
+    )  # fmt: skip
+
+
+_Data = TypeVar("_Data", bound=Frozen)
+
+
+def _read_file(path: Path, kind: type[_Data], expected: str) -> _Data:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -42,15 +62,15 @@ def _read_file(path: Path) -> ModelSpec:
         summary = " ".join(str(error).split())
         raise MoecError(path, summary, "a readable JSON or YAML file", "correct it") from None
     try:
-        return ModelSpec.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "top level"
         raise MoecError(
             f"{path}: {field}",
             f"{first['msg']} (value {str(first['input'])[:80]})",
-            "a spec by the schema",
-            "python cli.py spec schema",
+            expected,
+            "python cli.py spec schema" if kind is ModelSpec else "correct it",
         ) from None
 
 

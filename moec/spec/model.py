@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-DType = Literal["fp32", "fp16", "bf16"]
+from moec.spec.frozen import DType, Frozen
+from moec.spec.scheme import Scheme
 
 #: pattern field -> the characters it may hold, with their meaning
 ALPHABETS = {
@@ -22,12 +23,6 @@ ALPHABETS = {
     "temperature": {"T": "queries scaled by position", "-": "none"},
     "ffn": {"M": "mixture of experts and a shared expert", "D": "dense SwiGLU"},
 }
-
-
-class Frozen(BaseModel):
-    """Base of every spec: immutable, and unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RopeScaling(Frozen):
@@ -223,12 +218,16 @@ class Tokens(Frozen):
 
 
 class ModelSpec(Frozen):
-    """A whole model. `provenance` says how far to trust it: `estimated` is our guess."""
+    """A whole model. `provenance` says how far to trust it: `estimated` is our guess.
+
+    With a `scheme` some weights are FP8, and `dtype` is that of the others.
+    """
 
     name: str = Field(min_length=1)
     provenance: Literal["released", "estimated", "custom"]
     notes: tuple[str, ...] = ()
     dtype: DType = Field(description="of the weights on disk")
+    scheme: Scheme | None = None
     text: TextSpec
     vision: VisionSpec | None = None
     tokens: Tokens = Tokens()

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moec.spec.errors import MoecError
-from moec.spec.files import load_spec
+from moec.spec.files import load_scheme, load_spec
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import text_parameters, vision_parameters
+from moec.spec.scheme import Scheme
+from moec.spec.tensors import quantized, scale_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,10 @@ DEVICES = {
 
 #: bytes of a weight; integers with a float32 scale for each block of 64
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}
-#: what weights are that stay wide: embedding, router, norms, and with fp8 the head
-_WIDE = {"fp8": 2, "int8": 4, "int4": 4}
+#: what weights are that stay wide: embedding, router, norms
+_WIDE = {"int8": 4, "int4": 4}
+#: the scheme of wide weights, where nobody names one: every linear layer
+SCHEME = "dynamic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +70,19 @@ class Plan:
 
 def plan(
     spec: str | Path | ModelSpec,
-    precision: str = "bf16",
+    precision: str | None = None,
     context: int = 8192,
     batch: int = 1,
     device: str | None = None,
     tiles: int = 0,
+    scheme: str | Path | Scheme | None = None,
 ) -> Plan:
     """The text model's cost at `batch` sequences of `context` tokens, and that of image `tiles`.
 
-    In fp8 every linear layer and expert takes one byte a weight; embedding, head, router, norms and
-    caches stay bf16. In int8 and int4 embedding, router, norms and caches are fp32, and with int4
-    attention and head are int8.
+    The default precision is "fp8" for a model that is, else "bf16". In fp8 weights and caches are
+    as the scheme says: the model's own, or `scheme`, default "dynamic": every linear layer and
+    expert takes one byte a weight; embedding, head, router, norms and caches stay bf16. In int8 and
+    int4 embedding, router, norms and caches are fp32, and with int4 attention and head are int8.
 
     `decode_*` is one step of the whole batch, `prefill_*` one prompt of `context` tokens.
     `full_cache_bytes` is what the cache would take without rings on the chunked layers.
@@ -87,6 +93,11 @@ def plan(
         MoecError: unknown precision or device, a size below 1, or tiles without a tower.
     """
     spec = load_spec(spec)
+    precision = precision or ("fp8" if spec.scheme else "bf16")
+    if precision == "fp8":
+        spec = spec.model_copy(update={"scheme": spec.scheme or load_scheme(scheme or SCHEME)})
+    elif scheme or spec.scheme:
+        raise _bad("precision", f"{precision}, with an FP8 scheme", "fp8")
     if precision not in _BYTES:
         raise _bad("precision", precision, ", ".join(_BYTES))
     if device is not None and (device not in DEVICES or precision not in DEVICES[device].flops):
@@ -102,11 +113,15 @@ def plan(
         raise _bad("tiles", found, f"no more than the {context * batch} tokens of all contexts")
     text = spec.text
     sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
-    width = {name: _width(name, precision) for name in sizes}
+    width = {name: _width(name, precision) for name in sizes if precision != "fp8"}
+    width = width or _fp8_widths(spec, sizes)
     count, k = text.experts.count, text.experts.top_k
     read = count * (1 - (1 - k / count) ** batch)
     kept = [context if la.chunk is None else min(la.chunk, context) for la in text.all_layers]
-    per_key = 2 * text.kv_width * (4 if precision in ("fp32", "int8", "int4") else 2) * batch
+    element = 4 if precision in ("fp32", "int8", "int4") else 2
+    if spec.scheme and spec.scheme.cache:
+        element = 1
+    per_key = 2 * text.kv_width * element * batch
 
     stepped = [name for name in sizes if text.tie_embeddings or name != "embed.weight"]
     share = {name: 1.0 if not _routed(name) else read / count for name in stepped}
@@ -190,8 +205,19 @@ def _width(name: str, precision: str) -> float:
     if name.endswith(("norm.weight", "router.weight", "bias")) or name.startswith("embed"):
         return _WIDE[precision]
     if name.startswith("head"):
-        return 2 if precision == "fp8" else _BYTES["int8"]
+        return _BYTES["int8"]
     return _BYTES["int8" if precision == "int4" and ".attn." in name else precision]
+
+
+def _fp8_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:
+    """Bytes of a weight, its share of the scales included."""
+    scheme, rules, shapes = spec.scheme, quantized(spec), text_parameters(spec)
+    assert scheme is not None
+    found: dict[str, float] = dict.fromkeys(sizes, _BYTES[spec.dtype])
+    for name in rules.keys() & sizes.keys():
+        scales = math.prod(scale_shape(shapes[name], rules[name].weight, scheme.block))
+        found[name] = 1 + scales * _BYTES[scheme.scales] / sizes[name]
+    return found
 
 
 def _pairs(context: int, chunk: int | None) -> float:

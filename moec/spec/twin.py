@@ -1,6 +1,10 @@
 """The twin of a model: the same layers, patterns and switches, small enough to run anywhere."""
 
+from fnmatch import fnmatchcase
+
 from moec.spec.model import ModelSpec
+from moec.spec.scheme import Scheme
+from moec.spec.tensors import eligible
 
 CHUNK = 8
 
@@ -45,7 +49,7 @@ def twin(spec: ModelSpec, layers: int | None = None, block: int = 16) -> ModelSp
             "adapter_out": 32,
         }
     )
-    return spec.model_copy(
+    small_spec = spec.model_copy(
         update={
             "name": f"{spec.name}-twin",
             "provenance": "custom",
@@ -64,3 +68,15 @@ def twin(spec: ModelSpec, layers: int | None = None, block: int = 16) -> ModelSp
             ),
         }
     )
+    scheme = spec.scheme and _scheme(spec.scheme, small_spec)
+    return small_spec.model_copy(update={"scheme": scheme})
+
+
+def _scheme(scheme: Scheme, spec: ModelSpec) -> Scheme:
+    """`scheme` with blocks of 16 at most, and without patterns for layers that are not there."""
+    names = eligible(spec)
+    rules = []
+    for rule in scheme.rules:
+        of = tuple(each for each in rule.of if any(fnmatchcase(name, each) for name in names))
+        rules += [rule.model_copy(update={"of": of})] if of else []
+    return scheme.model_copy(update={"rules": tuple(rules), "block": min(scheme.block, 16)})

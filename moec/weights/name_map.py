@@ -1,107 +1,60 @@
-"""Parameter names to checkpoint keys: one table, used in both directions.
+"""Match the tensors of a checkpoint with those of a spec: each key once, each tensor once."""
 
-`{i}` stands for a layer. Keys are those of the Hugging Face layout; every row is a view, so that no
-byte is copied: our linear weights are [out, in] and our fused experts [expert, in, out], as theirs.
-"""
-
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from moec.spec.errors import MoecError
+from moec.spec.files import load_spec
+from moec.spec.hf_names import keys
 from moec.spec.model import ModelSpec
-from moec.spec.parameters import parameters
-from moec.weights.checkpoint import Checkpoint
+from moec.spec.tensors import tensors
+from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.shard import TensorEntry
-
-_SWIGLU = ("gate", "up", "down")
-
-TEXT = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "layers.{i}.attn.norm.weight": "model.layers.{i}.input_layernorm.weight",
-    **{
-        f"layers.{{i}}.attn.{x}.{kind}": f"model.layers.{{i}}.self_attn.{x}_proj.{kind}"
-        for x in "qkvo"
-        for kind in ("weight", "bias")
-    },
-    "layers.{i}.ffn.norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    **{
-        f"layers.{{i}}.ffn.{x}.weight": f"model.layers.{{i}}.feed_forward.{x}_proj.weight"
-        for x in _SWIGLU
-    },
-    "layers.{i}.moe.router.weight": "model.layers.{i}.feed_forward.router.weight",
-    "layers.{i}.moe.gate_up": "model.layers.{i}.feed_forward.experts.gate_up_proj",
-    "layers.{i}.moe.down": "model.layers.{i}.feed_forward.experts.down_proj",
-    **{
-        f"layers.{{i}}.moe.shared.{x}.weight": (
-            f"model.layers.{{i}}.feed_forward.shared_expert.{x}_proj.weight"
-        )
-        for x in _SWIGLU
-    },
-}
-
-_BIASED = ("weight", "bias")
-VISION = {
-    "projector.weight": "multi_modal_projector.linear_1.weight",
-    "vision.patch.weight": "vision_model.patch_embedding.linear.weight",
-    "vision.class_token": "vision_model.class_embedding",
-    "vision.positions": "vision_model.positional_embedding_vlm",
-    **{
-        f"vision.{x}.{k}": f"vision_model.layernorm_{x}.{k}"
-        for x in ("pre", "post")
-        for k in _BIASED
-    },
-    **{
-        f"vision.layers.{{i}}.attn.{x}.{k}": (
-            f"vision_model.model.layers.{{i}}.self_attn.{x}_proj.{k}"
-        )
-        for x in "qkvo"
-        for k in _BIASED
-    },
-    **{
-        f"vision.layers.{{i}}.{ours}.{k}": f"vision_model.model.layers.{{i}}.{theirs}.{k}"
-        for ours, theirs in (
-            ("attn.norm", "input_layernorm"),
-            ("mlp.norm", "post_attention_layernorm"),
-            ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"),
-        )
-        for k in _BIASED
-    },
-    "vision.adapter.fc1.weight": "vision_model.vision_adapter.mlp.fc1.weight",
-    "vision.adapter.fc2.weight": "vision_model.vision_adapter.mlp.fc2.weight",
-}
+from moec.weights.view import TORCH_DTYPES, view
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tensor of a checkpoint: our parameter, its key there, the shape both must have."""
+    """One tensor of a checkpoint: our name, its key there, the shape and dtype both must have."""
 
-    parameter: str
+    name: str
     key: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 def rows(spec: ModelSpec) -> list[Row]:
-    """The whole checkpoint of `spec`: multimodal (`language_model.` prefix) or text only."""
-    prefix = "language_model." if spec.vision else ""
-    return [Row(name, _key(name, prefix), shape) for name, shape in parameters(spec).items()]
+    """The whole checkpoint of `spec`."""
+    theirs = keys(spec)
+    return [Row(name, theirs[name], *kind) for name, kind in tensors(spec).items()]
 
 
-def _key(parameter: str, prefix: str) -> str:
-    match = re.search(r"(?<=layers\.)\d+", parameter)
-    index = match.group() if match else ""
-    template = re.sub(r"layers\.\d+", "layers.{i}", parameter)
-    key = prefix + TEXT[template] if template in TEXT else VISION[template]
-    return key.replace("{i}", index)
+def read_model(folder: str | Path) -> tuple[ModelSpec, Checkpoint, dict[str, TensorEntry]]:
+    """The spec, the shards and the bytes of every tensor of a checkpoint folder.
+
+    Raises:
+        MoecError: anything wrong with config.json, index, shards or tensors.
+    """
+    spec, checkpoint = load_spec(folder), read_checkpoint(folder)
+    spec = _with_scales(spec, checkpoint)
+    return spec, checkpoint, match(spec, checkpoint)
+
+
+def _with_scales(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """`spec` with the dtype that the checkpoint's scales have: no config says it."""
+    if spec.scheme is None:
+        return spec
+    found = (checkpoint.tensors.get(row.key) for row in rows(spec) if _is_scale(row.name))
+    dtype = next((each.dtype for each in found if each and each.dtype in TORCH_DTYPES), "fp32")
+    return spec.model_copy(update={"scheme": spec.scheme.model_copy(update={"scales": dtype})})
 
 
 def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """The bytes of every parameter of `spec`. Each key is used once, each parameter filled once.
+    """The bytes of every tensor of `spec`. Each key is used once, each tensor filled once.
 
     Raises:
-        MoecError: a tensor is missing, unexpected, or has another shape or dtype than the spec.
+        MoecError: a tensor is missing, unexpected, has another shape or dtype than the spec, or
+            is a scale that is not above zero and finite.
     """
     found, expected = dict(checkpoint.tensors), rows(spec)
     entries = {}
@@ -111,23 +64,46 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
             raise MoecError(
                 f"{checkpoint.folder}: {row.key}",
                 "no such tensor",
-                f"{spec.dtype} {list(row.shape)}",
+                f"{row.dtype} {list(row.shape)}",
                 "fetch the missing shard, or compare config.json with the weights",
             )
-        if (entry.dtype, entry.shape) != (spec.dtype, row.shape):
+        if _is_scale(row.name):
+            entry = _checked_scale(row, entry)
+        if (entry.dtype, entry.shape) != (row.dtype, row.shape):
             raise MoecError(
                 f"{entry.file}: {row.key}",
                 f"{entry.dtype} {list(entry.shape)}",
-                f"{spec.dtype} {list(row.shape)}, from config.json",
+                f"{row.dtype} {list(row.shape)}, from config.json",
                 "compare config.json with the weights: they are not of one model",
             )
-        entries[row.parameter] = entry
+        entries[row.name] = entry
     if found:
         name = min(found)
+        what = "scale of a weight that config.json leaves wide" if _is_scale(name) else "tensor"
         raise MoecError(
             f"{found[name].file}: {name}",
-            f"unexpected tensor ({len(found)} in all)",
+            f"unexpected {what} ({len(found)} in all)",
             f"the {len(expected)} tensors of this config",
             "compare config.json with the weights: they are not of one model",
         )
     return entries
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith("_scale")
+
+
+def _checked_scale(row: Row, entry: TensorEntry) -> TensorEntry:
+    """`entry` in our shape of it: sizes of 1 come and go between formats. Its values are read."""
+    if [n for n in entry.shape if n > 1] != [n for n in row.shape if n > 1]:
+        return entry
+    entry = replace(entry, shape=row.shape)
+    if entry.dtype == row.dtype:
+        values = view(entry).float()
+        bad = values[~(values.isfinite() & (values > 0))]
+        if len(bad):
+            raise MoecError(
+                f"{entry.file}: {row.key}", f"{bad[0].item()} ({len(bad)} of {values.numel()})",
+                "scales that are finite and above 0", "fetch the shard again",
+            )  # fmt: skip
+    return entry

@@ -1,7 +1,12 @@
-"""Write packed weights to one safetensors file, a few rows at a time."""
+"""Write packed weights to one safetensors file: a few rows at a time, on all cores, resumable."""
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +14,27 @@ import torch
 from torch import Tensor
 
 from moec.spec.errors import MoecError
+from moec.weights import fp8
 from moec.weights.packing import Packing, arrange, store
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
-from moec.weights.view import view
+from moec.weights.view import STORED, view
 
+#: the file's name in an artefact
+PACKED = "weights.safetensors"
 #: elements that are packed at once: bounds the memory of the arithmetic
 PIECE = 1 << 22
+#: bytes between two entries of the journal, each of which waits for the disk
+LANDED = 1 << 28
 _CODES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Rows `start` to `stop` of one matrix of a parameter, number `matrix` in a fused one."""
+
+    matrix: int
+    start: int
+    stop: int
 
 
 def write_packed(
@@ -23,43 +42,242 @@ def write_packed(
     packings: Mapping[str, Packing],
     entries: Mapping[str, TensorEntry],
     progress: Callable[[int, int], None],
-) -> None:
-    """Pack each parameter from `entries` into `path`; memory holds a matrix, at most twice.
+    constants: Mapping[str, Tensor] | None = None,
+) -> int:
+    """Pack each parameter from `entries` into `path`, and `constants` as they are.
+
+    Memory holds a matrix, at most twice, for each core. A journal beside `path` says what has
+    landed: if this is cut off, the same call goes on from there. Returns the bytes of weights that
+    this call read.
 
     Raises:
         MoecError: a weight that is not finite; a file with holes would pass for a whole one.
     """
-    header, offsets = _layout(packings, entries)
-    done, total = 0, sum(entries[p.source].nbytes for p in packings.values())
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for packing in packings.values():
+    constants = constants or {}
+    header, offsets, size = _layout(packings, entries, constants)
+    journal = _journal(path)
+    done = _landed(path, journal, _fingerprint(header, packings, entries))
+    total = sum(entries[p.source].nbytes for p in packings.values())
+    before = at = sum(entries[packings[name].source].nbytes for name in done)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pending: list[str] = []
+    with (
+        path.open("r+b" if done else "wb") as file,
+        journal.open("a", encoding="utf-8") as log,
+        ThreadPoolExecutor(workers) as pool,
+        _one_thread_each(),
+    ):
+        handle = file.fileno()
+
+        def land() -> None:
+            os.fsync(handle)
+            log.write("".join(f"{name}\n" for name in pending))
+            log.flush()
+            pending.clear()
+
+        if not done:
+            os.truncate(handle, size)
+            _write(handle, header, 0)
+        for name, tensor in constants.items():
+            _write(handle, tensor.contiguous().flatten().view(torch.uint8).numpy(), offsets[name])
+        waiting = 0
+        for name, packing in _in_file_order(packings, entries):
+            if name in done:
+                continue
             entry = entries[packing.source]
-            places = [offsets[name] for name in packing.names(entry.dtype)]
-            for rows in _pieces(packing, entry):
-                parts = store(packing, rows)
-                if not all(bool(part.isfinite().all()) for part in parts):
-                    raise MoecError(
-                        f"{entry.file}: {entry.name}", f"values that {packing.dtype} cannot hold",
-                        "finite weights", "fetch the shard again, or choose another --precision",
-                    )  # fmt: skip
-                for i, part in enumerate(parts):
-                    file.seek(places[i])
-                    places[i] += file.write(part.flatten().view(torch.uint8).numpy().data)
-            done += entry.nbytes
-            progress(done, total)
+            places = [offsets[part] for part in packing.names(entry.dtype)]
+            write = _write_fp8 if packing.fp8 else _write_rows
+            for read in write(handle, packing, entry, places, pool):
+                at += read
+                progress(at, total)
+            pending.append(name)
+            waiting += entry.nbytes
+            if waiting >= LANDED:
+                land()
+                waiting = 0
+        land()
+    journal.unlink()
+    return total - before
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Each worker is a thread already: torch's own would get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_fp8(
+    handle: int,
+    packing: Packing,
+    entry: TensorEntry,
+    places: list[int],
+    pool: ThreadPoolExecutor,
+) -> Iterator[int]:
+    """Scales in a first pass, codes in a second; yields bytes that have been packed."""
+    block, fused = packing.block, len(entry.shape) == 3
+    along = {"tensor": "all", "expert": "all", "block": "block"}.get(
+        packing.fp8 or "", "column" if fused else "row"
+    )
+    parts = list(_places(entry, block if along == "block" else 1))
+
+    def largest(place: _Place) -> Tensor:
+        return fp8.magnitudes(_rows(entry, place), along, block)
+
+    found = list(pool.map(largest, parts))
+    matrices = entry.shape[0] if fused else 1
+    by_matrix = [
+        [size for place, size in zip(parts, found, strict=True) if place.matrix == i]
+        for i in range(matrices)
+    ]
+    join = torch.cat if along in ("row", "block") else lambda sizes: torch.stack(sizes).amax(0)
+    size = torch.stack([join(sizes) for sizes in by_matrix])
+    if packing.fp8 == "tensor":
+        size = size.amax().expand(matrices)
+    _refuse_odd(packing, entry, size)
+    scale = fp8.scales(size).to(STORED[packing.dtype])
+    stored = scale[0] if packing.fp8 == "tensor" or not fused else scale
+    _write(handle, stored.contiguous().flatten().view(torch.uint8).numpy(), places[1])
+
+    def pack(place: _Place) -> int:
+        rows, mine = _rows(entry, place), scale[place.matrix].float()
+        if along in ("row", "block"):
+            step = block if along == "block" else 1
+            mine = mine[place.start // step : -(-place.stop // step)]
+        out = torch.empty(rows.shape, dtype=STORED["fp8"])
+        fp8.codes(rows, mine, along, block, out)
+        columns = entry.shape[-1]
+        first = place.matrix * entry.shape[-2] + place.start
+        _write(handle, out.view(torch.uint8).numpy(), places[0] + first * columns)
+        return rows.nbytes
+
+    yield from pool.map(pack, parts)
+
+
+def _write_rows(
+    handle: int,
+    packing: Packing,
+    entry: TensorEntry,
+    places: list[int],
+    pool: ThreadPoolExecutor,
+) -> Iterator[int]:
+    """Matrix by matrix, arranged, cast or quantised in pieces; yields bytes that were packed."""
+    matrices = [entry] if len(entry.shape) < 3 else [entry[i] for i in range(entry.shape[0])]
+    sizes = [nbytes(*kind) // len(matrices) for kind in packing.shapes(entry.shape)]
+
+    def pack(index: int) -> int:
+        at = [place + index * size for place, size in zip(places, sizes, strict=True)]
+        rows = arrange(packing, view(matrices[index]))
+        for piece in _pieces(rows):
+            for i, part in enumerate(store(packing, piece)):
+                _refuse_odd(packing, entry, part)
+                at[i] += _write(handle, part.flatten().view(torch.uint8).numpy(), at[i])
+        return matrices[index].nbytes
+
+    yield from pool.map(pack, range(len(matrices)))
+
+
+def _refuse_odd(packing: Packing, entry: TensorEntry, values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise MoecError(
+            f"{entry.file}: {entry.name}", f"values that {packing.dtype} cannot hold",
+            "finite weights", "fetch the shard again, or choose another --precision",
+        )  # fmt: skip
+
+
+def _places(entry: TensorEntry, multiple: int) -> Iterator[_Place]:
+    *fused, rows, columns = entry.shape
+    step = max(multiple, PIECE // columns // multiple * multiple)
+    for matrix in range(fused[0] if fused else 1):
+        for start in range(0, rows, step):
+            yield _Place(matrix, start, min(start + step, rows))
+
+
+def _rows(entry: TensorEntry, place: _Place) -> Tensor:
+    matrix = entry[place.matrix] if len(entry.shape) == 3 else entry
+    return view(matrix)[place.start : place.stop]
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(rows, max(1, PIECE // rows.shape[-1])) if rows.dim() > 1 else (rows,)
+
+
+def _write(handle: int, data: Any, offset: int) -> int:
+    """Write all of `data` at `offset`; the file's own position is nobody's."""
+    left = memoryview(data).cast("B")
+    size = len(left)
+    while left:
+        count = os.pwrite(handle, left, offset)
+        left, offset = left[count:], offset + count
+    return size
+
+
+def _in_file_order(
+    packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]
+) -> list[tuple[str, Packing]]:
+    """Packings in the order in which their sources lie on disk."""
+
+    def place(item: tuple[str, Packing]) -> tuple[str, int]:
+        entry = entries[item[1].source]
+        return str(entry.file), entry.offset
+
+    return sorted(packings.items(), key=place)
+
+
+def _fingerprint(
+    header: bytes, packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]
+) -> str:
+    """What a file would hold: its layout, how it is made, and from which state of which files."""
+    digest = hashlib.sha256(header)
+    digest.update("".join(p.model_dump_json() for p in packings.values()).encode())
+    for file in sorted({entry.file for entry in entries.values()}):
+        status = file.stat()
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.journal")
+
+
+def under_way(path: Path) -> tuple[Path, ...]:
+    """What is needed to go on with `path`, if a call was cut off after something had landed."""
+    journal = _journal(path)
+    if path.is_file() and journal.is_file() and journal.read_bytes().count(b"\n") > 1:
+        return path, journal
+    return ()
+
+
+def _landed(path: Path, journal: Path, fingerprint: str) -> set[str]:
+    """What an earlier call for the same file has written; anything else of it is removed."""
+    lines = journal.read_text(encoding="utf-8").split("\n") if journal.is_file() else []
+    if path.is_file() and lines and lines[0] == fingerprint:
+        return set(lines[1:-1])  # what follows the last line break was cut off
+    journal.write_text(f"{fingerprint}\n", encoding="utf-8")
+    return set()
 
 
 def _layout(
-    packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]
-) -> tuple[bytes, dict[str, int]]:
-    """The header, and where each tensor starts: wide elements first, so that all are aligned."""
-    kinds = {
+    packings: Mapping[str, Packing],
+    entries: Mapping[str, TensorEntry],
+    constants: Mapping[str, Tensor],
+) -> tuple[bytes, dict[str, int], int]:
+    """The header, where each tensor starts, and the file's size.
+
+    Wide elements come first, so that all are aligned.
+    """
+    kinds: dict[str, tuple[tuple[int, ...], str]] = {
         name: kind
         for packing in packings.values()
         for entry in [entries[packing.source]]
         for name, kind in zip(packing.names(entry.dtype), packing.shapes(entry.shape), strict=True)
     }
+    names = {dtype: name for name, dtype in STORED.items()}
+    kinds |= {name: (tuple(each.shape), names[each.dtype]) for name, each in constants.items()}
     rows: dict[str, dict[str, Any]] = {}
     at = 0
     for name, (shape, dtype) in sorted(kinds.items(), key=lambda each: -_CODES[each[1][1]][1]):
@@ -69,11 +287,5 @@ def _layout(
     header = json.dumps(rows).encode()
     header += b" " * (-len(header) % 64 + 56)  # with its own length: a multiple of 64
     start = 8 + len(header)
-    return header, {name: start + row["data_offsets"][0] for name, row in rows.items()}
-
-
-def _pieces(packing: Packing, entry: TensorEntry) -> Iterator[Tensor]:
-    matrices = [entry] if len(entry.shape) < 3 else (entry[i] for i in range(entry.shape[0]))
-    for matrix in map(view, matrices):
-        rows = arrange(packing, matrix)
-        yield from torch.split(rows, max(1, PIECE // rows.shape[-1])) if rows.dim() > 1 else [rows]
+    whole = len(header).to_bytes(8, "little") + header
+    return whole, {name: start + row["data_offsets"][0] for name, row in rows.items()}, start + at

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from moec.spec.model import DType, Frozen
+from moec.spec.frozen import DType, Frozen
+from moec.spec.tensors import scale_of, scale_shape
 from moec.weights.shard import TensorEntry
 from moec.weights.view import TORCH_DTYPES, view
 
@@ -26,20 +27,24 @@ class Packing(Frozen):
     `arrange` is "rows" (as it is), "transpose" (each expert [in, out] -> [out, in]) or "interleave"
     (the same for experts whose columns are gate, then up: row 2i is gate i, row 2i + 1 is up i).
     With `bits`, rows are quantised in blocks of `block` along their length, symmetrically: unsigned
-    integers around 2^(bits-1), low nibble first, times a scale of `dtype` for each block. Without,
-    the elements are of `dtype`.
+    integers around 2^(bits-1), low nibble first, times a scale of `dtype` for each block. With
+    `fp8` the parameter keeps its shape in E4M3 codes, and scales of `dtype` are as finely divided
+    as that says, in squares of `block` for "block". With neither, the elements are of `dtype`.
     """
 
     source: str
     arrange: Literal["rows", "transpose", "interleave"] = "rows"
     dtype: DType
     bits: Literal[4, 8] | None = None
-    block: int = Field(default=32, ge=16)
+    fp8: Literal["tensor", "expert", "channel", "block"] | None = None
+    block: int = Field(default=32, ge=1)
 
     def names(self, stored: str) -> tuple[str, ...]:
         """The tensors that hold the parameter: its own name if nothing changes."""
         if self.bits:
             return f"{self.source}.int{self.bits}", f"{self.source}.scales"
+        if self.fp8:
+            return self.source, scale_of(self.source)
         kept = self.arrange == "rows" and self.dtype == stored
         return (self.source if kept else f"{self.source}.{self.dtype}",)
 
@@ -47,6 +52,8 @@ class Packing(Frozen):
         """Shape and dtype of each of these tensors, for a parameter of `shape`."""
         if self.arrange != "rows":
             shape = (*shape[:-2], shape[-1], shape[-2])
+        if self.fp8:
+            return (shape, "fp8"), (scale_shape(shape, self.fp8, self.block), self.dtype)
         if not self.bits:
             return ((shape, self.dtype),)
         *lead, rows, length = shape
@@ -59,9 +66,12 @@ class Packing(Frozen):
     @property
     def reason(self) -> str:
         """Why the bytes are not the checkpoint's own, in a few words."""
-        kind = (
-            f"int{self.bits} in blocks of {self.block}" if self.bits else f"stored as {self.dtype}"
-        )
+        kind = f"stored as {self.dtype}"
+        if self.bits:
+            kind = f"int{self.bits} in blocks of {self.block}"
+        if self.fp8:
+            squares = f", squares of {self.block}" if self.fp8 == "block" else ""
+            kind = f"fp8, scales by {self.fp8}{squares}"
         return _ARRANGED[self.arrange] + kind
 
 

@@ -9,6 +9,7 @@ from moec.graph_builder.ops.attention import (
 )
 from moec.graph_builder.ops.buffers import buffered_attention, columns, spans_of_mask
 from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
+from moec.graph_builder.ops.fp8 import FP8, dequantize, fp8_moe, quantize, token_scale
 from moec.graph_builder.ops.linear import (
     add,
     gelu,
@@ -26,6 +27,7 @@ from moec.graph_builder.ops.tokens import embedding, fuse, pack, positions, sele
 from moec.graph_builder.ops.vision import patch_rope_table, patches, pixel_shuffle, tile_tokens
 
 __all__ = [
+    "FP8",
     "OPS",
     "Op",
     "add",
@@ -36,7 +38,9 @@ __all__ = [
     "cache_index",
     "cache_write",
     "columns",
+    "dequantize",
     "embedding",
+    "fp8_moe",
     "fuse",
     "gelu",
     "head_norm",
@@ -49,6 +53,7 @@ __all__ = [
     "patches",
     "pixel_shuffle",
     "positions",
+    "quantize",
     "rms_norm",
     "rope",
     "rope_table",
@@ -61,5 +66,6 @@ __all__ = [
     "temperature",
     "tile_tokens",
     "to_float32",
+    "token_scale",
     "unpack",
 ]

@@ -4,6 +4,8 @@ SwiGLU is not linear, so scaling the output instead would be another model. A sc
 gives exactly zero, which is why running only the chosen experts equals the dense sum over all.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,21 @@ def moe(x: Tensor, scores: Tensor, experts: Tensor, gate_up: Tensor, down: Tenso
 
     Sum over each token's k experts e of SwiGLU_e(score * x). Only chosen experts are read.
     """
+
+    def ffn(expert: int, rows: Tensor) -> Tensor:
+        gate, up = (rows @ gate_up[expert].to(x.dtype)).chunk(2, -1)
+        return swiglu.eager(gate, up) @ down[expert].to(x.dtype)
+
+    return over_chosen(x, scores, experts, ffn)
+
+
+def over_chosen(
+    x: Tensor, scores: Tensor, experts: Tensor, ffn: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Sum over each token's experts of ffn(expert, score * x), for those that a token chose."""
     scaled = x[:, None] * scores[..., None]  # [T, k, D]
     out = torch.zeros_like(scaled)
     for expert in experts.unique().tolist():
         chosen = experts == expert  # [T, k]
-        gate, up = (scaled[chosen] @ gate_up[expert].to(x.dtype)).chunk(2, -1)
-        out[chosen] = swiglu.eager(gate, up) @ down[expert].to(x.dtype)
+        out[chosen] = ffn(expert, scaled[chosen])
     return out.sum(1)

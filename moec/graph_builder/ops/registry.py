@@ -60,4 +60,6 @@ def need(holds: bool, op_name: str, operand: str, found: object, expected: objec
 
 
 def _type_of(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return list(map(_type_of, arg))
     return TensorType(tuple(arg.shape), arg.dtype) if isinstance(arg, torch.Tensor) else arg

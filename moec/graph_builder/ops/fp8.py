@@ -1,0 +1,205 @@
+"""FP8 arithmetic (E4M3: 4 bits of exponent, 3 of fraction, no infinity, at most 448).
+
+A value is code times scale. Rounding to a code is to the nearest, ties to even, and saturates. A
+scale is a scalar, a vector along `axis`, or has all dimensions, each as long as the values' or that
+length in blocks of `block`: ONNX's rules, with blocks along more than one dimension.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moec.graph_builder.ops.linear import swiglu
+from moec.graph_builder.ops.moe import over_chosen
+from moec.graph_builder.ops.registry import need, op
+from moec.graph_builder.types import Dim, TensorType
+from moec.spec.scheme import INPUTS, LARGEST, STATIC
+from moec.weights.view import TORCH_DTYPES
+
+FP8 = torch.float8_e4m3fn
+#: no dynamic scale is below: a token of zeros has one too
+SMALLEST_SCALE = 1e-12
+
+
+def _blocks(size: Dim, block: int) -> Dim:
+    return size if isinstance(size, str) else -(-size // block)
+
+
+def _need_scale(name: str, x: TensorType, scale: TensorType, axis: int, block: int) -> None:
+    rank = len(scale.shape)
+    if rank == 1:
+        fits = 0 <= axis < len(x.shape) and scale.shape[0] == x.shape[axis]
+    else:
+        fits = rank in (0, len(x.shape)) and all(
+            have in (size, _blocks(size, block) if block else size)
+            for have, size in zip(scale.shape, x.shape, strict=False)
+        )
+    expected = f"one for {x.shape}, along axis {axis}, or in blocks of {block}"
+    need(fits, name, "scale", scale.shape, expected)
+
+
+def _quantize_rule(x: TensorType, scale: TensorType, axis: int, block: int) -> TensorType:
+    _need_scale("quantize", x, scale, axis, block)
+    return TensorType(x.shape, FP8)
+
+
+@op("quantize(Tensor x, Tensor scale, int axis, int block) -> Tensor", _quantize_rule)
+def quantize(x: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
+    """x over scale, in float32, to E4M3 codes of the same shape."""
+    return (x.float() / spread(scale, x.shape, axis, block)).clamp(-LARGEST, LARGEST).to(FP8)
+
+
+def _dequantize_rule(
+    codes: TensorType, scale: TensorType, axis: int, block: int, dtype: str
+) -> TensorType:
+    need(codes.dtype == FP8, "dequantize", "codes", codes, "E4M3")
+    _need_scale("dequantize", codes, scale, axis, block)
+    return TensorType(codes.shape, TORCH_DTYPES[dtype])
+
+
+@op(
+    "dequantize(Tensor codes, Tensor scale, int axis, int block, str dtype) -> Tensor",
+    _dequantize_rule,
+)
+def dequantize(codes: Tensor, scale: Tensor, axis: int, block: int, dtype: str) -> Tensor:
+    """codes times scale, in float32, then in `dtype`."""
+    return codes.float().mul_(spread(scale, codes.shape, axis, block)).to(TORCH_DTYPES[dtype])
+
+
+def spread(scale: Tensor, shape: torch.Size, axis: int, block: int) -> Tensor:
+    """`scale` in float32, so that it broadcasts over `shape`."""
+    scale = scale.float()
+    if scale.dim() == 1:
+        return scale.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    for i, size in enumerate(shape[: scale.dim()]):
+        if scale.shape[i] != size:
+            scale = scale.repeat_interleave(block, i).narrow(i, 0, size)
+    return scale
+
+
+def _token_scale_rule(x: TensorType, group: int, bound: float | None) -> TensorType:
+    need(group >= 0, "token_scale", "group", group, "0 or more")
+    need(bound is None or bound > 0, "token_scale", "bound", bound, "above 0")
+    rows, width = x.shape
+    return TensorType((rows, _blocks(width, group)) if group else (rows,), torch.float32)
+
+
+@op("token_scale(Tensor x, int group, float? bound) -> Tensor", _token_scale_rule)
+def token_scale(x: Tensor, group: int, bound: float | None) -> Tensor:
+    """The scale at which each token's largest element of x [T, D], or `bound`, is code 448.
+
+    float32 [T]; with `group` one for each so many elements, [T, D / group].
+    """
+    wide = x.float().abs()
+    if group:
+        wide = functional.pad(wide, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    largest = wide.amax(-1)
+    if bound is not None:
+        largest = largest.clamp(max=bound)
+    return (largest / LARGEST).clamp(min=SMALLEST_SCALE)
+
+
+def rounded(
+    x: Tensor, scale: Tensor | None, inputs: str, block: int, bound: float | None
+) -> Tensor:
+    """x [T, D] on the grid that `inputs` of a scheme say, in x's dtype; `scale` is static."""
+    if inputs == "none":
+        return x
+    if scale is None:
+        scale = token_scale.eager(x, block if inputs == "group" else 0, bound)
+    name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == x.dtype)
+    return dequantize.eager(quantize.eager(x, scale, 0, block), scale, 0, block, name)
+
+
+Types = list[TensorType]
+
+
+def _moe_rule(
+    x: TensorType,
+    scores: TensorType,
+    experts: TensorType,
+    gate_up: Types,
+    gate_up_scale: Types,
+    down: Types,
+    down_scale: Types,
+    gate_up_input: TensorType | None,
+    down_input: TensorType | None,
+    inputs: str,
+    block: int,
+    bound: float | None,
+) -> TensorType:
+    name = "fp8_moe"
+    fits = scores.shape == experts.shape and scores.shape[0] == x.shape[0]
+    need(fits, name, "scores, experts", (scores, experts), f"[{x.shape[0]}, k]")
+    need(inputs in INPUTS, name, "inputs", inputs, " or ".join(INPUTS))
+    given = gate_up_input is not None and down_input is not None
+    need(given == (inputs in STATIC), name, "input scales", inputs, f"scales for {STATIC} alone")
+    for label, codes, scales, inner in (
+        ("gate_up", gate_up, gate_up_scale, x.shape[1]),
+        ("down", down, down_scale, None),
+    ):
+        need(len(codes) == len(scales), name, f"{label}_scale", len(scales), len(codes))
+        fused = len(codes) == 1
+        for each, scale in zip(codes, scales, strict=True):
+            need(each.dtype == FP8, name, label, each, "E4M3")
+            need(len(each.shape) == (3 if fused else 2), name, label, each.shape, "fused or apart")
+            need(inner in (None, each.shape[1]), name, label, each.shape, f"{inner} inputs")
+            one = each.like(*each.shape[-2:])
+            kind = scale.like(*scale.shape[1:]) if fused and scale.shape else scale
+            _need_scale(name, one, kind, 1 if fused else 0, block)
+    return x
+
+
+@op(
+    "fp8_moe(Tensor x, Tensor scores, Tensor experts, Tensor[] gate_up, Tensor[] gate_up_scale, "
+    "Tensor[] down, Tensor[] down_scale, Tensor? gate_up_input, Tensor? down_input, str inputs, "
+    "int block, float? bound) -> Tensor",
+    _moe_rule,
+)
+def fp8_moe(
+    x: Tensor,
+    scores: Tensor,
+    experts: Tensor,
+    gate_up: list[Tensor],
+    gate_up_scale: list[Tensor],
+    down: list[Tensor],
+    down_scale: list[Tensor],
+    gate_up_input: Tensor | None,
+    down_input: Tensor | None,
+    inputs: str,
+    block: int,
+    bound: float | None,
+) -> Tensor:
+    """`moe` on FP8 weights, whose products see inputs rounded as a scheme's `inputs` say.
+
+    Weights are one fused tensor [E, in, out], with scales [], [E], [E, out] or in blocks; or they
+    are apart: gate_0, up_0, gate_1, ... and down_0, ..., each [out, in] with scales [], [out] or in
+    blocks. The scaled input is rounded, and what SwiGLU makes of it. Static scales are [] or [E].
+    """
+
+    def ffn(expert: int, rows: Tensor) -> Tensor:
+        def product(
+            rows: Tensor, codes: list[Tensor], scales: list[Tensor], static: Tensor | None
+        ) -> Tensor:
+            if static is not None and static.dim():
+                static = static[expert]
+            rows = rounded(rows, static, inputs, block, bound)
+            return rows @ expert_weight(codes, scales, expert, len(experts_of), block).to(x.dtype)
+
+        experts_of = down if len(down) > 1 else down[0]
+        gate, up = product(rows, gate_up, gate_up_scale, gate_up_input).chunk(2, -1)
+        return product(swiglu.eager(gate, up), down, down_scale, down_input)
+
+    return over_chosen(x, scores, experts, ffn)
+
+
+def expert_weight(
+    codes: list[Tensor], scales: list[Tensor], expert: int, count: int, block: int
+) -> Tensor:
+    """The weight [in, out] of one of `count` experts, float32; as `fp8_moe` has them."""
+    if len(codes) == 1:
+        scale = scales[0][expert] if scales[0].dim() else scales[0]
+        return dequantize.eager(codes[0][expert], scale, 1, block, "fp32")
+    parts = len(codes) // count
+    mine = range(expert * parts, (expert + 1) * parts)
+    return torch.cat([dequantize.eager(codes[i], scales[i], 0, block, "fp32") for i in mine]).t()

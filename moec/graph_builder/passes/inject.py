@@ -1,0 +1,26 @@
+"""Replace inner values of a graph by inputs, so that each stretch runs on values that are given."""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from moec.graph_builder.builder import tag
+
+
+def inject(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """`graph`, changed in place: whoever used a value of `names` now uses input "NAME.given".
+
+    The values themselves are still computed, for `tap` to make visible.
+    """
+    wanted = set(names)
+    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    for node in list(graph.graph.nodes):
+        if node.op == "placeholder" or node.meta.get("name") not in wanted:
+            continue
+        with graph.graph.inserting_before(first):
+            given = graph.graph.placeholder(f"{node.meta['name'].replace('.', '_')}_given")
+        given.meta["default"] = None
+        tag(given, f"{node.meta['name']}.given", node.meta["type"])
+        node.replace_all_uses_with(given)
+    graph.recompile()
+    return graph

@@ -1,0 +1,163 @@
+"""Put FP8 where the scheme of a spec says: codes and scales for weights, rounding for inputs."""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moec.graph_builder import ops
+from moec.graph_builder.builder import call, submodule, tag
+from moec.graph_builder.types import TensorType
+from moec.spec.model import ModelSpec
+from moec.spec.scheme import STATIC, Rule, Scheme
+from moec.spec.tensors import input_scale_of, quantized, scale_of, separate, tensors
+from moec.weights.view import STORED, TORCH_DTYPES
+
+
+def quantize(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
+    """`graph`, a part of `spec` with wide weights, changed in place; none without a scheme.
+
+    A `linear` gets a `dequantize` for its weight, and for its input `quantize` and `dequantize`,
+    with `token_scale` before them where scales are dynamic. `moe` becomes `fp8_moe`. With FP8
+    caches, keys and values are rounded before they are appended, and stored as codes.
+    """
+    if spec.scheme is None:
+        return graph
+    rewrite = _Rewrite(graph, spec.scheme, spec, quantized(spec))
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function":
+            with graph.graph.inserting_before(node):
+                rewrite(node)
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
+
+
+class _Rewrite:
+    """One run of the pass over `graph`."""
+
+    def __init__(
+        self, graph: fx.GraphModule, scheme: Scheme, spec: ModelSpec, rules: dict[str, Rule]
+    ) -> None:
+        self.root, self.graph = graph, graph.graph
+        self.scheme, self.rules, self.kinds = scheme, rules, tensors(spec)
+        self.experts = spec.text.experts.count
+        self.inputs: dict[tuple[fx.Node, str], fx.Node] = {}  # rounded once for q, k and v
+
+    def __call__(self, node: fx.Node) -> None:
+        args: Any = node.args
+        if node.target == ops.linear.target and args[1].meta["name"] in self.rules:
+            self.linear(node, args[1].meta["name"])
+        elif node.target == ops.moe.target and args[3].meta["name"] in self.rules:
+            self.moe(node)
+        elif node.target == ops.cache_append.target and self.scheme.cache:
+            self.append(node)
+
+    def linear(self, node: fx.Node, weight: str) -> None:
+        args: Any = node.args
+        x, old, bias = args
+        rule, dtype = self.rules[weight], _name(x)
+        scale = self.parameter(scale_of(weight))
+        wide = self.dequantize(self.parameter(weight), scale, 0, f"{weight}.wide", dtype)
+        node.args = (self.rounded(x, weight, rule), wide, bias)
+        self.forget(old)
+
+    def rounded(self, x: fx.Node, weight: str, rule: Rule) -> fx.Node:
+        """x as the product with `weight` sees it."""
+        if rule.inputs == "none":
+            return x
+        static = rule.inputs in STATIC
+        key = (x, weight if static else rule.inputs)
+        if key not in self.inputs:
+            name = weight.removesuffix(".weight") if static else x.meta["name"]
+            if static:
+                scale = self.parameter(input_scale_of(weight))
+            else:
+                group = self.scheme.block if rule.inputs == "group" else 0
+                scale = call(
+                    self.graph, ops.token_scale, x, group, self.scheme.bound, name=f"{name}.scale"
+                )
+            self.inputs[key] = self.on_grid(x, scale, name)
+        return self.inputs[key]
+
+    def on_grid(self, x: fx.Node, scale: fx.Node, name: str) -> fx.Node:
+        codes = self.quantize(x, scale, f"{name}.codes")
+        return self.dequantize(codes, scale, 0, f"{name}.rounded", _name(x))
+
+    def moe(self, node: fx.Node) -> None:
+        args: Any = node.args
+        *routed, gate_up, down = args
+        weights: list[object] = []
+        for old in (gate_up, down):
+            names = self.parts(old.meta["name"])
+            weights += [
+                [self.parameter(each) for each in names],
+                [self.parameter(scale_of(each)) for each in names],
+            ]
+        rule = self.rules[gate_up.meta["name"]]
+        inputs = [
+            self.parameter(input_scale_of(old.meta["name"])) if rule.inputs in STATIC else None
+            for old in (gate_up, down)
+        ]
+        new = call(
+            self.graph, ops.fp8_moe, *routed, *weights, *inputs, rule.inputs, self.scheme.block,
+            self.scheme.bound, name=node.meta["name"],
+        )  # fmt: skip
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        self.forget(gate_up, down)
+
+    def parts(self, fused: str) -> tuple[str, ...]:
+        """The tensors that hold fused experts."""
+        if not self.scheme.separate_experts:
+            return (fused,)
+        return tuple(part for e in range(self.experts) for part in separate(fused, e))
+
+    def append(self, node: fx.Node) -> None:
+        """FP8 caches: what is seen is rounded, old and new, and what is kept is codes."""
+        args: Any = node.args
+        past, new = args
+        label = node.meta["name"].removesuffix(".seen")  # layers.{i}.attn.k
+        scale, dtype = self.parameter(scale_of(label)), _name(new)
+        past.meta["type"] = TensorType(past.meta["type"].shape, ops.FP8)
+        wide = self.dequantize(past, scale, 0, f"{label}.cache.past", dtype)
+        node.args = (wide, self.on_grid(new, scale, f"{label}.cache"))
+        write = next(user for user in node.users if user.target == ops.cache_write.target)
+        kept = write.meta["name"]
+        write.meta["name"] = f"{label}.cache.kept"
+        with self.graph.inserting_after(write):
+            codes = self.quantize(write, scale, kept)
+        write.replace_all_uses_with(codes, lambda user: user is not codes)
+
+    def quantize(self, x: fx.Node, scale: fx.Node, name: str) -> fx.Node:
+        return call(self.graph, ops.quantize, x, scale, 0, self.scheme.block, name=name)
+
+    def dequantize(
+        self, codes: fx.Node, scale: fx.Node, axis: int, name: str, dtype: str
+    ) -> fx.Node:
+        block = self.scheme.block
+        return call(self.graph, ops.dequantize, codes, scale, axis, block, dtype, name=name)
+
+    def parameter(self, name: str) -> fx.Node:
+        """A node for the stored tensor `name`."""
+        shape, dtype = self.kinds[name]
+        owner, _, leaf = name.rpartition(".")
+        meta = torch.empty(shape, dtype=STORED[dtype], device="meta")
+        module = submodule(self.root, owner)
+        module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
+        return tag(self.graph.get_attr(name), name, TensorType(shape, meta.dtype))
+
+    def forget(self, *wide: fx.Node) -> None:
+        for node in wide:
+            if node.users:  # another user still wants it wide
+                continue
+            name = str(node.target)
+            self.graph.erase_node(node)
+            if name not in self.kinds:
+                owner, _, leaf = name.rpartition(".")
+                delattr(self.root.get_submodule(owner), leaf)
+
+
+def _name(x: fx.Node) -> str:
+    return next(name for name, each in TORCH_DTYPES.items() if each == x.meta["type"].dtype)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moec.exporters.export import bind, export
-    from moec.graph_builder.decoder import build_decoder as build_graph
+    from moec.graph_builder.parts import build_graph
+    from moec.runtime.calibrate import calibrate
     from moec.runtime.prompt import encode
     from moec.runtime.session import open_session
     from moec.runtime.validate import validate
@@ -17,6 +18,7 @@ __all__ = [
     "MoecError",
     "bind",
     "build_graph",
+    "calibrate",
     "encode",
     "export",
     "load_spec",
@@ -28,7 +30,8 @@ __all__ = [
 _HOMES = {
     "MoecError": "moec.spec.errors",
     "bind": "moec.exporters.export",
-    "build_graph": "moec.graph_builder.decoder:build_decoder",
+    "build_graph": "moec.graph_builder.parts",
+    "calibrate": "moec.runtime.calibrate",
     "encode": "moec.runtime.prompt",
     "export": "moec.exporters.export",
     "load_spec": "moec.spec.files",

@@ -37,6 +37,9 @@ Placement = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Scales = Annotated[
+    Path | None, typer.Option(help="What calibrate wrote, for schemes with static scales.")
+]
 
 
 @app.command()
@@ -45,9 +48,23 @@ def build(
     spec: Annotated[Path | None, typer.Option(help="A spec file, .yaml or .json.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder.")] = None,
     target: Annotated[str, typer.Option(help="onnx or ort; others are planned.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16; int8, int4 (ort).")] = "fp32",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32 (default), fp16, bf16; fp8 (default for fp8 weights); int8, int4."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The artefact's folder.")] = None,
     weights: Placement = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="How weights become fp8: meta (default), dynamic, modelopt, deepseek, "
+            "or a .yaml or .json file."
+        ),
+    ] = None,
+    scales: Scales = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Keys and values: fp8 or wide; default as the scheme says.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Prove the numbers after the build.")
     ] = True,
@@ -64,7 +81,9 @@ def build(
     from moec.show import artefact_tables, bar
 
     with bar(console) as progress:
-        art = moec.export(given[0], target, precision, out, weights, progress)
+        art = moec.export(
+            given[0], target, precision, out, weights, progress, scheme, scales, cache
+        )
     artefact_tables(console, art)
     if check:
         size = sum(shard.size for shard in art.manifest.weights.shards.values())
@@ -77,14 +96,50 @@ def bind(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder of the same model.")],
     out: Annotated[Path | None, typer.Option(help="Default: replace the artefact.")] = None,
     weights: Placement = None,
+    scales: Scales = None,
 ) -> None:
     """Attach a checkpoint to an artefact that was built without one."""
     import moec
     from moec.show import artefact_tables, bar
 
     with bar(console) as progress:
-        art = moec.bind(artefact, checkpoint, out, weights, progress)
+        art = moec.bind(artefact, checkpoint, out, weights, progress, scales)
     artefact_tables(console, art)
+
+
+@app.command()
+def calibrate(
+    checkpoint: Path,
+    tokens: Annotated[Path, typer.Option(help="Token ids, .npy or .json; or text, .txt.")],
+    out: Annotated[Path, typer.Option(help="The file to write, .json.")],
+    percentile: Annotated[
+        float, typer.Option(help="Of the magnitudes at each site; 100 is the largest.")
+    ] = 100.0,
+) -> None:
+    """Find static scales: how large inputs of products, keys and values get on some tokens."""
+    import moec
+    from moec.show import bar
+
+    if not out.absolute().parent.is_dir():
+        raise MoecError(f"--out {out}", "no such folder", "a file in a folder", "choose another")
+    with bar(console) as progress:
+        found = moec.calibrate(checkpoint, tokens, percentile, progress)
+    try:
+        out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+    except OSError as error:
+        raise MoecError(
+            f"--out {out}", error.strerror, "a file that can be written", "choose another"
+        ) from None
+    sites = len(found.inputs) + len(found.caches)
+    console.print(
+        f"{out}: {sites} sites of {found.model} over {found.tokens:,} tokens", highlight=False
+    )
+    if found.unseen:
+        console.print(
+            f"warning: {len(found.unseen)} experts saw no token, and got the largest magnitude of "
+            f"their layer: {', '.join(found.unseen[:8])}{', ...' if found.unseen[8:] else ''}",
+            style="yellow", highlight=False,
+        )  # fmt: skip
 
 
 @app.command()
@@ -95,10 +150,23 @@ def validate(
     twin: Annotated[bool, typer.Option("--twin", help="Prove the twin, not the weights.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
     device: Device = "cpu",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Also say what the precision costs: bf16 (the weights that it was built "
+            "from), or the folder of wide weights."
+        ),
+    ] = None,
+    eval_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval", help="Tokens for that, as for calibrate; default drawn from the reference."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare an artefact with the eager reference, layer by layer; exit code 1 if it differs."""
-    _prove(artefact, tokens, seed, twin, html, as_json, device)
+    _prove(artefact, tokens, seed, twin, html, as_json, device, reference, eval_file)
 
 
 @app.command()
@@ -167,18 +235,25 @@ def generate(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A preset, spec file or checkpoint folder.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, fp8, int8 or int4.")] = "bf16",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16, bf16 (default), fp8 (default for fp8 weights), int8, int4."),
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 8192,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     device: Annotated[str | None, typer.Option(help="For the roofline: h200.")] = None,
     tiles: Annotated[int, typer.Option(help="Image tiles in the prompts.")] = 0,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="With fp8: dynamic (default), meta, modelopt, deepseek, FILE."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model costs before anyone builds it."""
     import moec
     from moec.show import plan_table
 
-    result = moec.plan(model, precision, context, batch, device, tiles)
+    result = moec.plan(model, precision, context, batch, device, tiles, scheme)
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -288,13 +363,15 @@ def _prove(
     html: Path | None = None,
     as_json: bool = False,
     device: str = "cpu",
+    reference: str | None = None,
+    rows: Path | None = None,
 ) -> None:
     import moec
     from moec.runtime.validate import record
     from moec.show import bar, report_table
 
     with bar(console, quiet=as_json) as progress:
-        report = moec.validate(artefact, tokens, seed, on_twin, progress, device)
+        report = moec.validate(artefact, tokens, seed, on_twin, progress, device, reference, rows)
     record(artefact, report)
     if html:
         try:

@@ -17,6 +17,7 @@ from moec.spec.plan import Plan
 
 if TYPE_CHECKING:
     from moec.exporters.artefact import Artefact
+    from moec.exporters.manifest import Build
     from moec.runtime.bench import Timing
 
 
@@ -76,6 +77,7 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
         f"weights {manifest.weights.mode} · {len(manifest.rewritten)} rewritten · "
         f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied"
         + (f", {size(build.bytes_packed)} rewritten" if build.bytes_packed else "")
+        + _rate(build)
         + " · "
         f"peak memory {size(build.peak_bytes)}",
         highlight=False,
@@ -85,6 +87,13 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
         console.print(
             f"no weights yet: python cli.py bind {art.path} --checkpoint DIR", highlight=False
         )
+
+
+def _rate(build: "Build") -> str:
+    seconds = build.seconds.get("weights", 0)
+    if not build.bytes_read or not seconds:
+        return ""
+    return f" from {size(build.bytes_read)} at {size(build.bytes_read / seconds)}/s"
 
 
 def report_table(console: Console, report: dict[str, Any]) -> None:
@@ -98,6 +107,8 @@ def report_table(console: Console, report: dict[str, Any]) -> None:
     for check in _folded(report["checks"]):
         table.add_row(*cells(check), style=None if check["passed"] else "bold red")
     console.print(table)
+    if report.get("cost"):
+        cost_table(console, report["cost"])
     for note in report["notes"]:
         console.print(f"note: {note}", highlight=False)
     verdict = "PASSED" if report["passed"] else f"FAILED, first at {report['first_divergence']}"
@@ -106,6 +117,27 @@ def report_table(console: Console, report: dict[str, Any]) -> None:
         style="green" if report["passed"] else "bold red",
         highlight=False,
     )
+
+
+def cost_table(console: Console, cost: dict[str, Any]) -> None:
+    """What a precision costs: perplexity, KL, routers, and the error of each layer's output."""
+    table = Table(title=f"against {cost['reference']}: {cost['tokens']:,} tokens, {cost['text']}")
+    table.add_column("")
+    table.add_column("found", justify="right")
+    table.add_column("detail")
+    before, after = cost["reference_perplexity"], cost["perplexity"]
+    table.add_row(
+        "perplexity", f"{after:.4f}", f"{100 * (after / before - 1):+.2f} %, from {before:.4f}"
+    )
+    table.add_row("KL", f"{cost['kl']:.2e}", f"nats a token; 99 % below {cost['kl_99']:.2e}")
+    table.add_row("same choice", f"{100 * cost['same_choice']:.2f} %", "of the likeliest token")
+    if cost["flips"]:
+        at = max(cost["flips"], key=cost["flips"].__getitem__)
+        detail = f"of tokens and layers; most {100 * cost['flips'][at]:.2f} %, in {at}"
+        table.add_row("router flips", f"{100 * cost['router_flips']:.2f} %", detail)
+    for name, found in cost["layers"].items():
+        table.add_row(name, f"{found:.2e}", "relative error of its output")
+    console.print(table)
 
 
 #: rows of a proof that come once a layer -> what many that pass are shown as

@@ -12,6 +12,7 @@ from moec.spec.errors import MoecError
 from moec.spec.fields import read_json
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
+from moec.spec.tensors import Kind, tensors
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import TensorEntry, nbytes, read_shard
 
@@ -54,10 +55,12 @@ class Artefact:
         stored, spec = self.stored(), self.manifest.spec
         found: dict[str, Entry] = {}
         for name, packing in self.manifest.rewritten.items():
+            if packing.fp8:  # the graph itself says what codes and scales mean
+                continue
             shape = parameters(spec)[name]
             parts = tuple(stored[part] for part in packing.names(spec.dtype))
             found[name] = Packed(packing, shape, parts)
-        return found | {name: stored[name] for name in parameters(spec) if name in stored}
+        return found | {name: stored[name] for name in tensors(spec) if name in stored}
 
     def stored(self) -> dict[str, TensorEntry]:
         """The bytes of every stored tensor, checked against the shards as they are now.
@@ -122,17 +125,13 @@ class Artefact:
 def stored_kinds(
     spec: ModelSpec, packings: Mapping[str, Packing]
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor that holds weights of `spec`; all parameters if unpacked."""
-    shapes = parameters(spec)
-    if not packings:
-        return {name: (shape, spec.dtype) for name, shape in shapes.items()}
-    return {
-        name: kind
-        for packing in packings.values()
-        for name, kind in zip(
-            packing.names(spec.dtype), packing.shapes(shapes[packing.source]), strict=True
-        )
-    }
+    """Shape and dtype of every tensor that holds weights of `spec`; its own ones if unpacked."""
+    shapes, found = parameters(spec), {**tensors(spec)}
+    for packing in packings.values():
+        found.pop(packing.source, None)
+        names, kinds = packing.names(spec.dtype), packing.shapes(shapes[packing.source])
+        found.update(zip(names, map(Kind._make, kinds), strict=True))
+    return {name: (kind.shape, kind.dtype) for name, kind in found.items()}
 
 
 def open_artefact(path: str | Path) -> Artefact:

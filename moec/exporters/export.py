@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
 from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.folder import refuse_foreign, writing
@@ -43,18 +45,20 @@ from moec.exporters.onnx.write import (
     save_bound,
     save_checked,
 )
+from moec.exporters.precision import fp8_packings, in_precision
 from moec.exporters.presets import presets
 from moec.exporters.targets import BITS, check_placement, choose
+from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
 from moec.spec.model import ModelSpec
-from moec.weights.checkpoint import Checkpoint, read_checkpoint
-from moec.weights.name_map import match
-from moec.weights.packed_file import write_packed
+from moec.spec.scheme import Scheme
+from moec.spec.tensors import tensors
+from moec.weights.checkpoint import Checkpoint
+from moec.weights.name_map import read_model
+from moec.weights.packed_file import PACKED, write_packed
 from moec.weights.shard import TensorEntry, read_shard
 
-#: the file of weights that a build rewrites
-PACKED = "weights.safetensors"
 #: files beside the weights that a runtime may want
 COMPANIONS = (
     "config.json",
@@ -96,6 +100,7 @@ class _Bound:
     weights: Weights
     copied: int = 0
     packed: int = 0
+    read: int = 0
 
 
 @contextmanager
@@ -117,10 +122,13 @@ def _no_collection() -> Iterator[None]:
 def export(
     source: str | Path | ModelSpec,
     target: str = "onnx",
-    precision: str = "fp32",
+    precision: str | None = None,
     out: str | Path | None = None,
     weights: str | None = None,
     progress: Progress = lambda stage, done, total: None,
+    scheme: str | Path | Scheme | None = None,
+    scales: str | Path | Calibration | None = None,
+    cache: str | None = None,
 ) -> Artefact:
     """Build an artefact of `source`: a checkpoint folder, or a preset, spec file or spec (unbound).
 
@@ -128,28 +136,38 @@ def export(
         target: "onnx" (plain ONNX) or "ort" (ONNX Runtime's own operators).
         precision: what the graph computes in, "fp32", "fp16" or "bf16"; weights stay in the dtype
             that they are stored in, unless they are packed. "int8" and "int4" (ort) compute in
-            fp32 on packed weights.
+            fp32 on packed weights; so does "fp8", on weights and inputs rounded to E4M3. Default
+            "fp8" where the source's weights are, else "fp32".
         out: the artefact's folder; default build/NAME-TARGET-PRECISION.
         weights: "in-place" (the checkpoint's own bytes, not copied), "link" (hard links beside the
-            model), "copy", or "pack" (ort: rewritten once in the layout that runs fastest).
+            model), "copy", or "pack" (rewritten once: in the layout that runs fastest, or in FP8).
             Default "in-place" where the precision allows it, else "pack". Without a checkpoint
             there is nothing to place, but "pack" still says what the graph will want.
         progress: called with (stage, done, total).
+        scheme: how wide weights become FP8: "meta" (default), "dynamic", "modelopt", "deepseek",
+            or a file. FP8 checkpoints come with theirs.
+        scales: what `calibrate` found, for schemes with static scales.
+        cache: "fp8" or "wide": how keys and values are kept; default as the scheme says.
 
     Raises:
         MoecError: anything wrong with source, weights or out; nothing is left behind.
     """
-    dialect, mode = choose(target, precision, weights)
     stages = _Stages(progress)
     with stages("read"):
-        spec = load_spec(source)
+        checkpoint, entries = None, dict[str, TensorEntry]()
+        if not isinstance(source, ModelSpec) and os.path.isdir(source):
+            spec, checkpoint, entries = read_model(source)
+        else:
+            spec = load_spec(source)
+        if precision is None:
+            precision = "fp8" if spec.scheme else "fp32"
+        spec = in_precision(spec, precision, scheme, cache)
+        dialect, mode = choose(target, precision, weights, spec.scheme)
         path = Path(out or f"build/{spec.name}-{target}-{precision}")
         refuse_foreign(path)
-        checkpoint = None
-        if not isinstance(source, ModelSpec) and os.path.isdir(source):
-            checkpoint = read_checkpoint(source)
+        if checkpoint:
             _refuse_inside(path, checkpoint.folder)
-        entries = match(spec, checkpoint) if checkpoint else {}
+        constants = _constants(spec, mode, scales) if checkpoint else {}
         if target == "ort":
             check_sizes(spec, BITS.get(precision))
     compute = COMPUTE.get(precision, precision)
@@ -162,6 +180,8 @@ def export(
         }
         models = {part: each.model for part, each in lowered.items()}
         packings = {name: p for each in lowered.values() for name, p in each.packings.items()}
+        if spec.scheme and mode == "pack":
+            packings = fp8_packings(spec)
     manifest = Manifest(
         spec=spec,
         target=target,
@@ -178,7 +198,7 @@ def export(
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )
-    return _write(path, models, manifest, checkpoint, entries, mode, stages)
+    return _write(path, models, manifest, checkpoint, entries, mode, stages, constants)
 
 
 @_no_collection()
@@ -188,10 +208,12 @@ def bind(
     out: str | Path | None = None,
     weights: str | None = None,
     progress: Progress = lambda stage, done, total: None,
+    scales: str | Path | Calibration | None = None,
 ) -> Artefact:
     """Attach `checkpoint` to an artefact that was built without one, or bind it anew.
 
-    The result goes to `out`, or replaces the artefact. The graph stays as it was built.
+    The result goes to `out`, or replaces the artefact. The graph stays as it was built. `scales`
+    as in `export`.
 
     Raises:
         MoecError: the checkpoint is not of the artefact's model, or is broken.
@@ -204,15 +226,19 @@ def bind(
                 f"{artefact}: dialect {built.manifest.dialect}", "built by another version of moec",
                 " or ".join(DIALECTS), "build the artefact again",
             )  # fmt: skip
-        packs = DIALECTS[built.manifest.dialect].packs
+        packs = bool(built.manifest.packings)
         mode = weights or ("pack" if packs else "in-place")
         check_placement(mode, packs)
         path = Path(out or artefact)
         refuse_foreign(path)
-        read = read_checkpoint(checkpoint)
+        spec, read, entries = read_model(checkpoint)
         _refuse_inside(path, read.folder)
-        spec = load_spec(checkpoint)
-        odd = [row for row in diff(spec, built.manifest.spec) if row[0] != "provenance"]
+        wanted = built.manifest.spec
+        if packs:  # wide weights, which this artefact makes narrow
+            wanted = wanted.model_copy(update={"scheme": None})
+        elif spec.scheme and wanted.scheme:
+            spec = in_precision(spec, "fp8", None, "fp8" if wanted.scheme.cache else "wide")
+        odd = [row for row in diff(spec, wanted) if row[0] != "provenance"]
         if odd:
             field_path, found, expected = odd[0]
             raise MoecError(
@@ -221,9 +247,9 @@ def bind(
                 f"{expected}, as {artefact} was built ({len(odd)} fields differ)",
                 f"python cli.py build --checkpoint {checkpoint}",
             )
-        entries = match(spec, read)
+        constants = _constants(built.manifest.spec, mode, scales)
         models = {part: ir.load(built.graph(part)) for part in built.parts}
-    return _write(path, models, built.manifest, read, entries, mode, stages)
+    return _write(path, models, built.manifest, read, entries, mode, stages, constants)
 
 
 def _write(
@@ -234,6 +260,7 @@ def _write(
     entries: dict[str, TensorEntry],
     mode: str,
     stages: _Stages,
+    constants: dict[str, Tensor],
 ) -> Artefact:
     with writing(path) as folder:
         targets = {folder / f"{part}.onnx": model for part, model in models.items()}
@@ -245,9 +272,10 @@ def _write(
         if checkpoint:
             with stages("weights"):
                 if mode == "pack":
-                    bound = _pack(checkpoint, entries, manifest, folder, stages.progress)
+                    bound = _pack(checkpoint, entries, manifest, folder, stages.progress, constants)
                 else:
-                    bound = _place(checkpoint, entries, mode, folder, stages.progress)
+                    used = {name: entries[name] for name in tensors(manifest.spec)}
+                    bound = _place(checkpoint, used, mode, folder, stages.progress)
             with stages("write"):
                 for target, model in targets.items():
                     save_bound(model, target, bound.entries, bound.root)
@@ -274,6 +302,7 @@ def _write(
                     + (bound.copied + bound.packed if bound else 0),
                     bytes_copied=bound.copied if bound else 0,
                     bytes_packed=bound.packed if bound else 0,
+                    bytes_read=bound.read if bound else 0,
                 ),
             }
         )
@@ -348,10 +377,12 @@ def _pack(
     manifest: Manifest,
     folder: Path,
     progress: Progress,
+    constants: dict[str, Tensor],
 ) -> _Bound:
     """Write every weight in the layout that the graph wants, and the companions beside it."""
     path = folder / PACKED
-    write_packed(path, manifest.packings, entries, partial(progress, "pack"))
+    stage = partial(progress, "pack")
+    read = write_packed(path, manifest.packings, entries, stage, constants)
     _companions(checkpoint.folder, folder)
     shard = read_shard(path)
     refs = {
@@ -360,8 +391,21 @@ def _pack(
     }
     shards = {PACKED: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
     return _Bound(
-        shard.tensors, folder, Weights(mode="pack", shards=shards, tensors=refs), packed=shard.size
+        shard.tensors, folder, Weights(mode="pack", shards=shards, tensors=refs),
+        packed=shard.size, read=read,
+    )  # fmt: skip
+
+
+def _constants(
+    spec: ModelSpec, mode: str, scales: str | Path | Calibration | None
+) -> dict[str, Tensor]:
+    """The static scales that a packed file has beside the weights."""
+    if mode != "pack" or spec.scheme is None:
+        return {}
+    found = (
+        scales if scales is None or isinstance(scales, Calibration) else read_calibration(scales)
     )
+    return {name: torch.tensor(each) for name, each in static_scales(spec, found).items()}
 
 
 def _companions(source: Path, folder: Path) -> None:

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moec.spec.model import Frozen, ModelSpec
+from moec.spec.frozen import Frozen
+from moec.spec.model import ModelSpec
 from moec.weights.packing import Packing
 
 FORMAT = "moec/1"
@@ -12,7 +13,7 @@ NAME = "manifest.json"
 
 WeightMode = Literal["unbound", "in-place", "link", "copy", "pack"]
 #: precisions whose weights alone are narrow -> what the graph computes in
-COMPUTE = {"int8": "fp32", "int4": "fp32"}
+COMPUTE = {"int8": "fp32", "int4": "fp32", "fp8": "fp32"}
 
 
 class File(Frozen):
@@ -77,7 +78,7 @@ class Build(Frozen):
     """How the build went: seconds per stage, peak resident bytes of the process, bytes on disk.
 
     `bytes_written` counts all of them, `bytes_copied` weights as they were, `bytes_packed` weights
-    that were rewritten.
+    that were rewritten, from `bytes_read` of them.
     """
 
     seconds: dict[str, float]
@@ -85,6 +86,7 @@ class Build(Frozen):
     bytes_written: int
     bytes_copied: int
     bytes_packed: int = 0
+    bytes_read: int = 0
 
 
 class Manifest(Frozen):

@@ -1,14 +1,19 @@
 """What can be built: targets, precisions, and where weights go; and what to say of the rest."""
 
 from moec.spec.errors import MoecError
+from moec.spec.scheme import Scheme
 
 #: target -> precision -> dialect for weights that stay, dialect for weights that are rewritten
 TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
-    "onnx": dict.fromkeys(("fp32", "fp16", "bf16"), ("standard", None)),
+    "onnx": {
+        **dict.fromkeys(("fp32", "fp16", "bf16"), ("standard", None)),
+        "fp8": ("standard", "standard"),
+    },
     "ort": {
         "fp32": ("ort", "ort-packed"),
         "fp16": ("ort", "ort-packed"),
         "bf16": (None, "ort-packed"),
+        "fp8": ("ort", "ort"),
         "int8": (None, "ort-int8"),
         "int4": (None, "ort-int4"),
     },
@@ -18,8 +23,12 @@ BITS = {"int8": 8, "int4": 4}
 PLANNED = ("tensorrt", "tensorrt-rtx", "torch")
 
 
-def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
+def choose(
+    target: str, precision: str, weights: str | None, scheme: Scheme | None = None
+) -> tuple[str, str]:
     """The dialect of a build, and where its weights go.
+
+    FP8 weights stay where a checkpoint has them, and are written where `scheme` is an artefact's.
 
     Raises:
         MoecError: no such target, precision or placement, or they do not go together.
@@ -34,6 +43,16 @@ def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
             " or ".join(TARGETS[target]), "use --precision fp32",
         )  # fmt: skip
     stays, packed = TARGETS[target][precision]
+    if scheme and scheme.layout == "moec":
+        stays = None
+    elif scheme:
+        packed = None
+    if scheme and scheme.cache and target == "ort":
+        raise MoecError(
+            f"--target ort with FP8 caches (scheme {scheme.name})",
+            "GroupQueryAttention, which has none on a CPU", "--cache wide, or --target onnx",
+            "add --cache wide",
+        )  # fmt: skip
     mode = weights or ("in-place" if stays else "pack")
     if mode not in _PLACEMENTS:
         raise _unknown_placement(mode)
@@ -51,7 +70,6 @@ def choose(target: str, precision: str, weights: str | None) -> tuple[str, str]:
 
 #: precisions of the design that are not there, or not in every target
 _NOT_YET = {
-    "fp8": "planned; the published onnxruntime-gpu wheels refuse fp8 experts (QMoE quant_type fp8)",
     "int8": "weight-only integers are there with --target ort",
     "int4": "weight-only integers are there with --target ort",
 }

@@ -44,7 +44,8 @@ def new_cache(
     device: str = "cpu",
 ) -> Cache:
     """An empty cache with room for `capacity` positions a row; 0 keeps nothing."""
-    dtype, text = TORCH_DTYPES[precision], spec.text
+    text, narrow = spec.text, spec.scheme is not None and spec.scheme.cache
+    dtype = torch.float8_e4m3fn if narrow else TORCH_DTYPES[precision]
 
     def shape(chunk: int | None) -> tuple[int, ...]:
         count = slots(chunk, capacity)

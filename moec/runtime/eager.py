@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from moec.exporters.artefact import Entry
-from moec.graph_builder.parts import BUILDERS
+from moec.graph_builder.parts import build_graph
+from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.tap import tap
 from moec.spec.model import ModelSpec
 from moec.weights.packing import Packed
@@ -22,16 +23,18 @@ def eager_engine(
     precision: str = "fp32",
     taps: Sequence[str] = (),
     part: str = "model",
+    given: Sequence[str] = (),
 ) -> Run:
     """Run a part of `spec`, "model" or "vision", in `precision` on the CPU.
 
-    `taps` names inner values to return as well.
+    `taps` names inner values to return as well, `given` those that callers feed: see `inject`.
 
     Weights stay in their files and dtype; each op casts what it uses, so that memory holds one
     weight at a time. Packed weights are unpacked first, all of them.
     """
-    graph = BUILDERS[part](spec, precision)
+    graph = build_graph(spec, precision, part)
     fill(graph, entries)
+    inject(graph, given)
     if taps:
         tap(graph, taps)
     nodes = list(graph.graph.nodes)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moec.exporters.artefact import Artefact
 from moec.exporters.onnx.lowering import DTYPES
+from moec.graph_builder.ops import FP8
 from moec.runtime.eager import Run
 from moec.spec.errors import MoecError
 
@@ -78,9 +79,9 @@ def ort_engine(
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = inputs | (optional & feeds.keys())
-        arrays = {name: feeds[name].contiguous().numpy() for name in given}
-        results = session.run(list(outputs), arrays)
-        return dict(zip(outputs, map(torch.from_numpy, results), strict=True))
+        values = {name: _value(onnxruntime, feeds[name]) for name in given}
+        results = session.run_with_ort_values(list(outputs), values)
+        return dict(zip(outputs, map(_tensor, results), strict=True))
 
     # A model has its inputs, outputs and buffers in one binding, which keeps what did not change.
     binding = session.io_binding()
@@ -125,6 +126,21 @@ def ort_engine(
         return fresh | {name: bound[past] for name, past in kept.items()}
 
     return run_bound if manifest.buffered else run
+
+
+def _value(onnxruntime: Any, tensor: Tensor) -> Any:
+    """`tensor` for a session on the CPU, without a copy; numpy has no FP8."""
+    kind = DTYPES[tensor.dtype].value
+    if tensor.dtype == FP8:
+        tensor = tensor.view(torch.uint8)
+    array = tensor.contiguous().numpy()
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+
+
+def _tensor(value: Any) -> Tensor:
+    """A result on the CPU, without a copy."""
+    found = torch.from_numpy(value.numpy())
+    return found.view(FP8) if value.data_type() == "tensor(float8e4m3fn)" else found
 
 
 def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:

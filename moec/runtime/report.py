@@ -42,6 +42,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    cost: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

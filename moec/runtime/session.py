@@ -20,10 +20,8 @@ from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.ort import ort_engine
 from moec.runtime.sampling import sample
 from moec.spec.errors import MoecError
-from moec.spec.files import load_spec
 from moec.spec.model import ModelSpec
-from moec.weights.checkpoint import read_checkpoint
-from moec.weights.name_map import match
+from moec.weights.name_map import read_model
 from moec.weights.view import TORCH_DTYPES
 
 #: image tiles that go through the vision tower at once, for the same reason
@@ -348,8 +346,8 @@ def open_session(
                 path, "a checkpoint", "an artefact for engine onnxruntime",
                 f"python cli.py build --checkpoint {path}",
             )  # fmt: skip
-        spec = load_spec(path)
-        return eager_session(spec, match(spec, read_checkpoint(path)), "fp32")
+        spec, _, entries = read_model(path)
+        return eager_session(spec, entries, "fp32")
     artefact = open_artefact(path)
     if engine == "eager":
         manifest = artefact.manifest

@@ -1,10 +1,14 @@
 """What a proof runs: an artefact in ONNX Runtime, on a device, with one preset throughout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from moec.exporters.artefact import Artefact
-from moec.runtime.eager import Run
+from moec.runtime.cache import new_cache
+from moec.runtime.eager import Run, eager_engine
 from moec.runtime.ort import ort_engine
 from moec.runtime.session import Session, eager_session, ort_session
 
@@ -30,3 +34,30 @@ class Subject:
         return eager_session(
             self.artefact.manifest.spec, self.artefact.entries(), "fp32", taps=taps
         )
+
+    def reference_from(
+        self, ids: Tensor, lengths: Tensor, given: Mapping[str, Tensor], taps: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """What the reference makes of rows ids [B, S] if the inner values `given` are as given.
+
+        So each stretch between two of them is compared by itself: an error cannot add to others.
+        Values are [own tokens, ...], as `Session.trace` returns them.
+        """
+        spec = self.artefact.manifest.spec
+        run = eager_engine(spec, self.artefact.entries(), "fp32", taps, given=tuple(given))
+        own = torch.arange(ids.shape[1]) < lengths[:, None]
+        cache = new_cache(spec, "fp32", len(ids), 0)
+        feeds = {
+            "input_ids": ids,
+            "past_lengths": cache.lengths,
+            "lengths": lengths,
+            "logit_index": torch.arange(ids.shape[1]).repeat(len(ids), 1),
+            **cache.tensors,
+        }
+        for name, rows in given.items():
+            padded = torch.zeros(own.numel(), *rows.shape[1:])
+            padded[own.flatten()] = rows
+            feeds[f"{name}.given"] = padded
+        found = run(feeds)
+        found["logits"] = found["logits"].flatten(0, 1)
+        return {name: found[name][own.flatten()] for name in (*taps, "logits")}

@@ -15,20 +15,26 @@ from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.export import export, write_manifest
 from moec.exporters.onnx.fused_experts import BLOCK
 from moec.exporters.presets import EXACT
+from moec.runtime.calibrate import calibrate
 from moec.runtime.compare import (
     FAST_PRODUCTS,
+    FP8_NOISE,
+    SAME_INPUTS,
     TOLERANCES,
     Tolerance,
     agreement,
     argmax_agreement,
     error,
 )
+from moec.runtime.cost import cost
 from moec.runtime.image_checks import draw_images, fusion, tower
 from moec.runtime.ort import check_kernels
 from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check, Report
 from moec.runtime.subject import Subject
 from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+from moec.spec.tensors import quantized
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
 
@@ -38,7 +44,7 @@ MOST_TOKENS = 512
 #: precision -> depth of its twin at most, and tokens of the longest row. In float16 and below the
 #: routers of random weights flip on near ties, a token in hundreds at each layer, and what follows
 #: is another token: after dozens of layers, or among few, nothing would be left to compare.
-TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4"), (4, 101))
+TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4", "fp8"), (4, 101))
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,6 +56,8 @@ def validate(
     on_twin: bool = False,
     progress: Progress = lambda stage, done, total: None,
     device: str = "cpu",
+    reference: str | None = None,
+    rows: Tensor | str | Path | None = None,
 ) -> Report:
     """Compare the artefact's ONNX model with the float32 eager reference on the same weights.
 
@@ -62,6 +70,8 @@ def validate(
         on_twin: prove the twin although there are weights, because they are too many to run here.
         progress: called with (stage, done, total).
         device: where the artefact runs, as in `open_session`; the reference runs on the cpu.
+        reference: also say what the precision costs, against these wide weights: see `cost`.
+        rows: tokens for that.
 
     Raises:
         MoecError: not an artefact, weights gone or changed, or a package is missing.
@@ -74,22 +84,26 @@ def validate(
     artefact = open_artefact(path)
     seed = secrets.randbits(31) if seed is None else seed
     unbound = artefact.manifest.weights.mode == "unbound"
+    if reference is None and rows is not None:
+        raise MoecError("--eval", "no --reference", "a reference", "add --reference bf16")
+    if reference is not None:
+        if unbound or on_twin:
+            raise MoecError(
+                f"--reference {reference}", "a proof of the twin, whose weights are random",
+                "an artefact with weights", "leave --reference out, or bind a checkpoint",
+            )  # fmt: skip
+        report = _validate(artefact, tokens, seed, progress, device)
+        report.cost = cost(artefact, reference, rows, device, seed, progress).to_dict()
+        return report
     if not unbound and not on_twin:
         return _validate(artefact, tokens, seed, progress, device)
     check_kernels(artefact, device)
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = TWINS.get(artefact.manifest.precision, (None, None))
-        quantized = any(packing.bits for packing in artefact.manifest.packings.values())
-        small = twin(artefact.manifest.spec, layers, BLOCK if quantized else 16)
+        blocks = any(packing.bits for packing in artefact.manifest.packings.values())
+        small = twin(artefact.manifest.spec, layers, BLOCK if blocks else 16)
         progress("twin", 0, 1)
-        write_random_checkpoint(small, Path(folder, "weights"), seed)
-        built = export(
-            Path(folder, "weights"),
-            target=artefact.manifest.target,
-            precision=artefact.manifest.precision,
-            out=Path(folder, "twin"),
-            weights="pack" if artefact.manifest.packings else None,
-        )
+        built = _build_twin(artefact, small, Path(folder), seed)
         report = _validate(built, tokens or longest, seed, progress, device)
         report.twin, report.subject = True, f"{artefact.path} (its twin)"
         report.notes.append(
@@ -98,6 +112,31 @@ def validate(
             f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}."
         )
     return report
+
+
+def _build_twin(artefact: Artefact, small: ModelSpec, folder: Path, seed: int) -> Artefact:
+    """`small` with random weights, built as `artefact` was."""
+    manifest, scheme = artefact.manifest, small.scheme
+    ours = scheme if scheme and scheme.layout == "moec" else None  # from wide weights
+    weights, scales = folder / "weights", None
+    write_random_checkpoint(
+        small.model_copy(update={"scheme": None}) if ours else small, weights, seed
+    )
+    if ours and ours.static:
+        tokens = torch.randint(
+            0, small.text.vocab, (4, 64), generator=torch.Generator().manual_seed(seed)
+        )
+        scales = calibrate(weights, tokens)
+    return export(
+        weights,
+        target=manifest.target,
+        precision=manifest.precision,
+        out=folder / "twin",
+        weights="pack" if manifest.packings else None,
+        scheme=ours,
+        scales=scales,
+        cache=None if scheme is None or ours else "fp8" if scheme.cache else "wide",
+    )
 
 
 def record(path: str | Path, report: Report) -> None:
@@ -115,7 +154,7 @@ def _validate(
     # products add is a check of its own.
     exact = EXACT in manifest.presets
     subject = Subject(artefact, device, EXACT if exact else "lean")
-    tolerance = TOLERANCES[manifest.compute]
+    tolerance = FP8_NOISE if manifest.spec.scheme else TOLERANCES[manifest.compute]
     chunk = manifest.spec.text.chunk
     longest = tokens or min(MOST_TOKENS, 3 * (chunk or 16) + 5)
     generator = torch.Generator().manual_seed(seed)
@@ -136,7 +175,9 @@ def _validate(
     ]
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
-        stages.insert(0, ("vision tower", lambda: tower(subject, images.pixels, tolerance)))
+        narrow = any(name.startswith("vision.") for name in quantized(manifest.spec))
+        limits = tolerance if narrow else TOLERANCES[manifest.compute]
+        stages.insert(0, ("vision tower", lambda: tower(subject, images.pixels, limits)))
         if images.placed:
             stages.append(("images", lambda: fusion(subject, images, lengths, tolerance)))
         else:
@@ -162,10 +203,10 @@ def _ladder(
     hidden = ["embed", *(f"layers.{layer.index}.out" for layer in layers)]
     chosen = {i: f"layers.{i}.moe.route.1" for i in routers}
     taps = [*hidden, *routers.values(), *chosen.values()]
-    found, expected = (
-        session.trace(ids, lengths, taps)
-        for session in (subject.session(taps), subject.reference(taps))
-    )
+    found = subject.session(taps).trace(ids, lengths, taps)
+    expected = subject.reference(taps).trace(ids, lengths, taps)
+    if spec.scheme:
+        yield from _each_layer(subject, ids, lengths, found, hidden)
     own = torch.arange(ids.shape[1]) < lengths[:, None]
     yield error("embed", found["embed"], expected["embed"], tolerance)
     for layer in layers:
@@ -191,6 +232,17 @@ def _ladder(
         border = (at >= chunk) & ((at % chunk == 0) | (at % chunk == chunk - 1)) | (at == chunk - 1)
         detail = f"{int(border.sum())} positions beside {int((lengths.max() - 1) // chunk)} borders"
         yield error("logits, chunk borders", a[border], b[border], tolerance, detail)
+
+
+def _each_layer(
+    subject: Subject, ids: Tensor, lengths: Tensor, found: dict[str, Tensor], hidden: list[str]
+) -> Iterator[Check]:
+    """Every layer by itself: the reference starts from what the engine made of the layer before."""
+    given = {name: found[name] for name in hidden}
+    expected = subject.reference_from(ids, lengths, given, hidden)
+    for name in (*hidden[1:], "logits"):
+        label = f"{name.removesuffix('.out')}, same inputs"
+        yield error(label, found[name], expected[name], SAME_INPUTS)
 
 
 def _cached(

@@ -150,6 +150,11 @@ def expert_ffn(e: Emitter, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir
     half = kind.like(mine, width // 2)
     h = e.op("MatMul", [x, gate_up], kind.like(mine, width), label="h")
     gate, up = e.ops("Split", [h], (half, half), "split", axis=-1, num_outputs=2)
-    gain = e.op("Sigmoid", [gate], half, label="sigmoid")
-    act = e.op("Mul", [e.op("Mul", [gate, gain], half, label="silu"), up], half, label="act")
-    return e.op("MatMul", [act, down], kind.like(mine, dim), label="y")
+    return e.op("MatMul", [swiglu(e, gate, up), down], kind.like(mine, dim), label="y")
+
+
+def swiglu(e: Emitter, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """silu(gate) * up."""
+    kind = type_of(gate)
+    gain = e.op("Sigmoid", [gate], kind, label="sigmoid")
+    return e.op("Mul", [e.op("Mul", [gate, gain], kind, label="silu"), up], kind, label="act")

@@ -30,6 +30,7 @@ DTYPES = {
     torch.int32: ir.DataType.INT32,
     torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 #: operators of this domain are written "com.microsoft::Name"
 MICROSOFT = "com.microsoft"
@@ -224,7 +225,7 @@ def lower(
             outputs = _outputs(node, values)
         elif node.op == "call_function" and node.target in by_target:
             rule = _first(by_target[node.target], node)
-            args = [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
+            args = fx.map_arg(node.args, values.__getitem__)
             values[node] = rule.lower(
                 Emitter(node.meta["name"], nodes, constants, weights), node, *args
             )

@@ -11,15 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.fused_experts import (
-    BLOCK,
-    INT8_ACTIVATIONS,
-    are_few,
-    lower_fused,
-    lower_guarded,
-    lower_quantized,
-    lower_tree,
-)
+from moec.exporters.onnx.expert_branches import are_few, lower_guarded, lower_tree
+from moec.exporters.onnx.fused_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype_name, type_of
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops

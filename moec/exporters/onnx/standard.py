@@ -12,6 +12,12 @@ import torch
 from torch import fx
 
 from moec.exporters.onnx.experts import lower_moe
+from moec.exporters.onnx.fp8 import (
+    lower_dequantize,
+    lower_fp8_moe,
+    lower_quantize,
+    lower_token_scale,
+)
 from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.vision import (
     lower_fuse,
@@ -339,6 +345,10 @@ STANDARD = (
     Rule(ops.gelu, _gelu),
     Rule(ops.route, _route),
     Rule(ops.moe, lower_moe),
+    Rule(ops.token_scale, lower_token_scale),
+    Rule(ops.quantize, lower_quantize),
+    Rule(ops.dequantize, lower_dequantize),
+    Rule(ops.fp8_moe, lower_fp8_moe),
     Rule(ops.to_float32, _to_float32),
     Rule(ops.patches, lower_patches),
     Rule(ops.tile_tokens, lower_tile_tokens),

@@ -14,7 +14,7 @@ from moec.exporters.onnx.binding import bind
 from moec.exporters.onnx.lowering import MICROSOFT, Lowered, Rule, lower
 from moec.exporters.onnx.ort import ORT, ORT_INT4, ORT_INT8, ORT_PACKED
 from moec.exporters.onnx.standard import OPSET, STANDARD
-from moec.graph_builder.parts import BUILDERS, parts_of
+from moec.graph_builder.parts import build_graph, parts_of
 from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.genai import genai_inputs
 from moec.graph_builder.passes.skip_norm import join_skip_norms
@@ -60,7 +60,7 @@ def graphs_of(spec: ModelSpec, precision: str, dialect: str) -> dict[str, fx.Gra
     passes = DIALECTS[dialect].passes
     graphs = {}
     for part in (*parts_of(spec), *(each for each in passes if each == GENAI)):
-        graphs[part] = BUILDERS["model" if part == GENAI else part](spec, precision)
+        graphs[part] = build_graph(spec, precision, "model" if part == GENAI else part)
         for change in passes.get(part, ()):
             graphs[part] = change(graphs[part])
     return graphs

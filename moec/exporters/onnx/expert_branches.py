@@ -1,0 +1,167 @@
+"""Experts in plain ONNX, each written out on its own bytes: a branch for each, taken if chosen.
+
+A few stand one behind the other, each in an If; many are leaves of a tree of Ifs, in a loop over
+those that were chosen. Either way an expert is a slice of the file, which no operator copies.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from moec.exporters.onnx.experts import (
+    expert_ffn,
+    loop_over_chosen,
+    over_rows,
+    rows_of,
+    take_rows,
+    zero,
+)
+from moec.exporters.onnx.lowering import Emitter, type_of
+from moec.graph_builder.types import TensorType
+
+_INT64 = torch.int64
+#: up to so many experts each has an If of its own; more are found by a tree of them
+FEW = 32
+
+#: what an expert makes of its rows [t, D]: written by an emitter, for an expert's number
+Ffn = Callable[[Emitter, int, ir.Value], ir.Value]
+
+
+def are_few(node: fx.Node) -> bool:
+    """Whether a question for each expert costs less than finding the chosen ones."""
+    gate_up = cast(fx.Node, node.args[3])
+    return bool(gate_up.meta["type"].shape[0] <= FEW)
+
+
+def lower_guarded(
+    e: Emitter,
+    node: fx.Node,
+    x: ir.Value,
+    scores: ir.Value,
+    experts: ir.Value,
+    gate_up: ir.Value,
+    down: ir.Value,
+) -> ir.Value:
+    """`moe` of few experts, weights in the checkpoint."""
+    count = type_of(gate_up).shape[0]
+    return guarded(e, node, x, scores, experts, count, _wide(gate_up, down))
+
+
+def lower_tree(
+    e: Emitter,
+    node: fx.Node,
+    x: ir.Value,
+    scores: ir.Value,
+    experts: ir.Value,
+    gate_up: ir.Value,
+    down: ir.Value,
+) -> ir.Value:
+    """`moe` of many experts, weights in the checkpoint."""
+    count = type_of(gate_up).shape[0]
+    return tree(e, node, x, scores, experts, count, _wide(gate_up, down))
+
+
+def _wide(gate_up: ir.Value, down: ir.Value) -> Ffn:
+    def ffn(e: Emitter, expert: int, rows: ir.Value) -> ir.Value:
+        dtype = type_of(rows).dtype
+        return expert_ffn(e, rows, *(e.expert(fused, expert, dtype) for fused in (gate_up, down)))
+
+    return ffn
+
+
+def guarded(
+    e: Emitter,
+    node: fx.Node,
+    x: ir.Value,
+    scores: ir.Value,
+    experts: ir.Value,
+    count: int,
+    ffn: Ffn,
+) -> ir.Value:
+    """Each of `count` experts behind an If: the rows that chose it."""
+
+    def each(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
+        kind = type_of(scaled)
+        choice = choice_of(e, chosen, count, torch.int32)
+        most = e.op(
+            "ReduceMax", [choice, e.constant([0])], TensorType((count,), torch.int32),
+            label="most", keepdims=0,
+        )  # fmt: skip
+        wanted = e.op(
+            "Cast", [most], TensorType((count,), torch.bool), label="wanted",
+            to=ir.DataType.BOOL.value,
+        )  # fmt: skip
+        total = e.op("Mul", [scaled, zero(e, kind.dtype)], kind, label="start")
+        for i in range(count):
+            run, skip = e.body(f"expert.{i}"), e.body(f"no_expert.{i}")
+            rows = rows_of(run, chosen, e.constant(i))
+            y = ffn(run, i, take_rows(run, scaled, rows))
+            filled = run.op("ScatterND", [total, rows, y], kind, label="sum")
+            same = skip.op("Identity", [total], kind, label="sum")
+            asked = e.op(
+                "Gather", [wanted, e.constant(i)], TensorType((), torch.bool), label="asked", axis=0
+            )
+            total = e.op(
+                "If", [asked], kind, label=label if i + 1 == count else "sum",
+                then_branch=run.graph([filled]), else_branch=skip.graph([same]),
+            )  # fmt: skip
+        return total
+
+    return over_rows(e, node, x, scores, experts, each)
+
+
+def tree(
+    e: Emitter,
+    node: fx.Node,
+    x: ir.Value,
+    scores: ir.Value,
+    experts: ir.Value,
+    count: int,
+    ffn: Ffn,
+) -> ir.Value:
+    """A loop over the chosen of `count` experts; a tree of Ifs finds each one's branch."""
+
+    def branch(e: Emitter, rows: ir.Value, expert: ir.Value, low: int, high: int) -> ir.Value:
+        """The output of `expert`, one of low to high - 1, for its rows [t, D]."""
+        kind = type_of(rows)
+        if high - low == 1:
+            return ffn(e, low, rows)
+        middle = (low + high) // 2
+        left, right = e.body(f"{low}-{middle - 1}"), e.body(f"{middle}-{high - 1}")
+        below = e.op(
+            "Less", [expert, e.constant(middle)], TensorType((), torch.bool), label="below"
+        )
+        branches = (
+            left.graph([branch(left, rows, expert, low, middle)]),
+            right.graph([branch(right, rows, expert, middle, high)]),
+        )
+        return e.op(
+            "If", [below], kind, label="y", then_branch=branches[0], else_branch=branches[1]
+        )
+
+    def loop(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
+        def one(e: Emitter, expert: ir.Value, total: ir.Value) -> ir.Value:
+            rows = rows_of(e, chosen, expert)
+            y = branch(e, take_rows(e, scaled, rows), expert, 0, count)
+            return e.op("ScatterND", [total, rows, y], type_of(total), label="sum")
+
+        return loop_over_chosen(e, scaled, chosen, label, one)
+
+    return over_rows(e, node, x, scores, experts, loop)
+
+
+def choice_of(e: Emitter, chosen: ir.Value, count: int, dtype: torch.dtype) -> ir.Value:
+    """One row of router logits for each [T] of `chosen`: 1 at its expert, 0 elsewhere, [T, E].
+
+    The operators take the largest and normalise its weight to 1. So a tie falls as in `route`.
+    """
+    rows = type_of(chosen).shape[0]
+    column = TensorType((rows, 1), _INT64)
+    deep = e.op("Unsqueeze", [chosen, e.constant([1])], column, label="choice.column")
+    every = e.constant(np.arange(count))
+    kind = TensorType((rows, count), torch.bool)
+    return e.cast(e.op("Equal", [deep, every], kind, label="choice.hits"), dtype, "choice")

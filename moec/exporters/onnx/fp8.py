@@ -1,0 +1,221 @@
+"""FP8 in plain ONNX: QuantizeLinear and DequantizeLinear, around products in float32.
+
+ONNX has a scale, scales along an axis, or blocks along one dimension; squares of blocks are spread
+along the other first. Of FP8 tensors a runtime may do little: neither gather nor join them. So
+experts are branches, each on its own slice of the file.
+"""
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from moec.exporters.onnx.expert_branches import FEW, guarded, tree
+from moec.exporters.onnx.experts import swiglu
+from moec.exporters.onnx.lowering import DTYPES, Emitter, type_of
+from moec.graph_builder.ops.fp8 import FP8, SMALLEST_SCALE
+from moec.graph_builder.types import Dim, TensorType
+from moec.spec.scheme import LARGEST
+
+_FLOAT, _INT64 = torch.float32, torch.int64
+
+
+def lower_token_scale(
+    e: Emitter, node: fx.Node, x: ir.Value, group: int, bound: float | None
+) -> ir.Value:
+    """x [T, D] -> [T], or [T, D / group]."""
+    return _token_scale(e, x, group, bound, node.meta["type"], "")
+
+
+def _token_scale(
+    e: Emitter, x: ir.Value, group: int, bound: float | None, out: TensorType, label: str
+) -> ir.Value:
+    stem = f"{label}." if label else ""
+    kind = type_of(x)
+    size = e.op(
+        "Abs", [e.cast(x, _FLOAT, f"{stem}wide")], TensorType(kind.shape, _FLOAT), f"{stem}abs"
+    )
+    if group:
+        size = _in_groups(e, size, group, stem)
+    most = e.op("ReduceMax", [size, e.constant([-1])], out, f"{stem}most", keepdims=0)
+    if bound is not None:
+        most = e.op("Min", [most, e.constant(np.float32(bound))], out, f"{stem}bounded")
+    scale = e.op("Div", [most, e.constant(np.float32(LARGEST))], out, f"{stem}share")
+    return e.op("Max", [scale, e.constant(np.float32(SMALLEST_SCALE))], out, label)
+
+
+def _in_groups(e: Emitter, x: ir.Value, group: int, stem: str) -> ir.Value:
+    """x [T, D] -> [T, groups, group], with zeros at the end."""
+    rows, width = type_of(x).shape
+    count = -(-width // group)
+    if width % group:
+        more = e.constant([0, 0, 0, count * group - width])
+        x = e.op("Pad", [x, more], TensorType((rows, count * group), _FLOAT), f"{stem}padded")
+    kind = TensorType((rows, count, group), _FLOAT)
+    return e.op("Reshape", [x, e.constant([0, count, group])], kind, f"{stem}groups")
+
+
+def lower_quantize(
+    e: Emitter, node: fx.Node, x: ir.Value, scale: ir.Value, axis: int, block: int
+) -> ir.Value:
+    """x to codes of the same shape."""
+    return _quantize(e, e.cast(x, _FLOAT, "wide"), scale, axis, block, "")
+
+
+def _quantize(
+    e: Emitter, x: ir.Value, scale: ir.Value, axis: int, block: int, label: str
+) -> ir.Value:
+    out = TensorType(type_of(x).shape, FP8)
+    scale, how = _scale(e, out, scale, axis, block, label)
+    fp8 = {"output_dtype": DTYPES[FP8].value, "saturate": 1}
+    return e.op("QuantizeLinear", [x, scale], out, label, **how, **fp8)
+
+
+def lower_dequantize(
+    e: Emitter, node: fx.Node, codes: ir.Value, scale: ir.Value, axis: int, block: int, dtype: str
+) -> ir.Value:
+    """Codes to numbers of the same shape."""
+    out: TensorType = node.meta["type"]
+    return _dequantize(e, codes, scale, axis, block, out.dtype, "")
+
+
+def _dequantize(
+    e: Emitter,
+    codes: ir.Value,
+    scale: ir.Value,
+    axis: int,
+    block: int,
+    dtype: torch.dtype,
+    label: str,
+) -> ir.Value:
+    out = TensorType(type_of(codes).shape, _FLOAT)
+    scale, how = _scale(e, out, scale, axis, block, label)
+    if dtype == _FLOAT:
+        return e.op("DequantizeLinear", [codes, scale], out, label, **how)
+    wide = e.op("DequantizeLinear", [codes, scale], out, f"{label or 'codes'}.float32", **how)
+    return e.op("Cast", [wide], TensorType(out.shape, dtype), label, to=DTYPES[dtype].value)
+
+
+def _scale(
+    e: Emitter, of: TensorType, scale: ir.Value, axis: int, block: int, label: str
+) -> tuple[ir.Value, dict[str, int]]:
+    """`scale` for values of shape `of` as ONNX wants it, and the attributes that say how."""
+    shown = f"{label}.scale" if label else "scale"
+    scale = e.cast(scale, _FLOAT, f"{shown}.float32")
+    shape = type_of(scale).shape
+    if not shape:
+        return scale, {}
+    if len(shape) == 1:
+        return scale, {"axis": axis}
+    rows, columns = of.shape
+    if shape[0] != rows:
+        scale = _spread(e, scale, rows, block, shown)
+    if shape[1] != columns:
+        return scale, {"axis": 1, "block_size": block}
+    raise AssertionError(f"{shown}: {shape} for {of.shape}")  # blocks of one have no scheme
+
+
+def _spread(e: Emitter, scale: ir.Value, rows: Dim, block: int, label: str) -> ir.Value:
+    """scale [n, m] -> [rows, m]: each row `block` times."""
+    count, columns = type_of(scale).shape
+
+    def kind(*shape: Dim) -> TensorType:
+        return TensorType(shape, _FLOAT)
+
+    deep = e.op("Unsqueeze", [scale, e.constant([1])], kind(count, 1, columns), f"{label}.deep")
+    wide = e.op(
+        "Expand", [deep, e.constant([count, block, columns])], kind(count, block, columns),
+        f"{label}.wide",
+    )  # fmt: skip
+    flat = e.op(
+        "Reshape", [wide, e.constant([-1, columns])], kind(count * block, columns), f"{label}.flat"
+    )
+    if count * block == rows:
+        return flat
+    ends = e.constant([0]), e.constant([rows]), e.constant([0])
+    return e.op("Slice", [flat, *ends], kind(rows, columns), f"{label}.rows")
+
+
+def lower_fp8_moe(
+    e: Emitter,
+    node: fx.Node,
+    x: ir.Value,
+    scores: ir.Value,
+    experts: ir.Value,
+    gate_up: list[ir.Value],
+    gate_up_scale: list[ir.Value],
+    down: list[ir.Value],
+    down_scale: list[ir.Value],
+    gate_up_input: ir.Value | None,
+    down_input: ir.Value | None,
+    inputs: str,
+    block: int,
+    bound: float | None,
+) -> ir.Value:
+    """Each chosen expert on its own codes, fused or apart."""
+    count = len(down) if len(down) > 1 else type_of(down[0]).shape[0]
+
+    def ffn(e: Emitter, expert: int, rows: ir.Value) -> ir.Value:
+        dtype = type_of(rows).dtype
+
+        def product(
+            rows: ir.Value, codes: list[ir.Value], scales: list[ir.Value],
+            static: ir.Value | None, label: str,
+        ) -> list[ir.Value]:  # fmt: skip
+            if static is not None and type_of(static).shape:
+                static = e.weights.slice(static, expert)
+            rows = _rounded(e, rows, static, inputs, block, bound, f"{label}.input")
+            if len(codes) == 1:
+                one, scale = (_of_expert(e, each[0], expert) for each in (codes, scales))
+                weight = _dequantize(e, one, scale, 1, block, dtype, f"{label}.weight")
+                return [_matmul(e, rows, weight, label)]
+            parts = len(codes) // count
+            found = []
+            for i in range(expert * parts, (expert + 1) * parts):
+                name = f"{label}.{i % parts}" if parts > 1 else label
+                weight = _dequantize(e, codes[i], scales[i], 0, block, dtype, f"{name}.weight")
+                out = type_of(rows).like(type_of(rows).shape[0], type_of(weight).shape[0])
+                found.append(e.op("Gemm", [rows, weight], out, name, transB=1))
+            return found
+
+        halves = product(rows, gate_up, gate_up_scale, gate_up_input, "gate_up")
+        if len(halves) == 1:
+            tokens, width = type_of(halves[0]).shape
+            half = type_of(rows).like(tokens, width // 2)
+            halves = list(e.ops("Split", halves, (half, half), "halves", axis=-1, num_outputs=2))
+        act = swiglu(e, *halves)
+        return product(act, down, down_scale, down_input, "down")[0]
+
+    write = guarded if count <= FEW else tree
+    return write(e, node, x, scores, experts, count, ffn)
+
+
+def _of_expert(e: Emitter, fused: ir.Value, expert: int) -> ir.Value:
+    return e.weights.slice(fused, expert) if type_of(fused).shape else fused
+
+
+def _matmul(e: Emitter, x: ir.Value, weight: ir.Value, label: str) -> ir.Value:
+    kind = type_of(x)
+    return e.op("MatMul", [x, weight], kind.like(kind.shape[0], type_of(weight).shape[1]), label)
+
+
+def _rounded(
+    e: Emitter,
+    x: ir.Value,
+    static: ir.Value | None,
+    inputs: str,
+    block: int,
+    bound: float | None,
+    label: str,
+) -> ir.Value:
+    """x [t, D] on the grid that a scheme's `inputs` say."""
+    if inputs == "none":
+        return x
+    scale = static
+    if scale is None:
+        group = block if inputs == "group" else 0
+        tokens, width = type_of(x).shape
+        kind = TensorType((tokens, -(-width // group)) if group else (tokens,), _FLOAT)
+        scale = _token_scale(e, x, group, bound, kind, f"{label}.scale")
+    codes = _quantize(e, e.cast(x, _FLOAT, f"{label}.wide"), scale, 0, block, f"{label}.codes")
+    return _dequantize(e, codes, scale, 0, block, type_of(x).dtype, f"{label}.rounded")

@@ -1,0 +1,68 @@
+"""What a precision makes of a spec: its scheme, and how weights get there."""
+
+from pathlib import Path
+
+from moec.spec.errors import MoecError
+from moec.spec.files import load_scheme
+from moec.spec.model import ModelSpec
+from moec.spec.parameters import parameters
+from moec.spec.scheme import Scheme
+from moec.spec.tensors import quantized
+from moec.weights.packing import Packing
+
+#: the scheme of wide weights that become FP8, where nobody names one
+DEFAULT = "meta"
+
+
+def in_precision(
+    spec: ModelSpec, precision: str, scheme: str | Path | Scheme | None, cache: str | None
+) -> ModelSpec:
+    """The spec that an artefact of `spec` has: with a scheme in fp8, without elsewhere.
+
+    Raises:
+        MoecError: a scheme, or FP8 caches, where there cannot be one.
+    """
+    if precision != "fp8":
+        odd = next((n for n, v in (("scheme", scheme), ("cache", cache)) if v is not None), None)
+        if odd:
+            raise MoecError(
+                f"--{odd}", f"--precision {precision}", "--precision fp8", "add --precision fp8"
+            )
+        if spec.scheme:
+            found = f"{spec.name}, whose weights are FP8 ({spec.scheme.name})"
+            raise MoecError(
+                f"--precision {precision}", found, "--precision fp8",
+                "add --precision fp8, or build from bf16 weights",
+            )  # fmt: skip
+        return spec
+    if spec.scheme and scheme is not None:
+        raise MoecError(
+            f"--scheme {scheme}", f"{spec.name}, which is FP8 already ({spec.scheme.name})",
+            "no --scheme", "leave it out, or quantise bf16 weights",
+        )  # fmt: skip
+    chosen = spec.scheme or load_scheme(DEFAULT if scheme is None else scheme)
+    if cache not in (None, "fp8", "wide"):
+        raise MoecError(f"--cache {cache}", "no such kind", "fp8 or wide", "choose one of them")
+    if cache == "fp8" and spec.scheme and not spec.scheme.cache:
+        raise MoecError(
+            "--cache fp8", f"{spec.name}, a checkpoint without scales for keys and values",
+            "a checkpoint that has them, or weights that moec quantises",
+            "leave --cache out, or build from bf16 weights",
+        )  # fmt: skip
+    if cache:
+        chosen = chosen.model_copy(update={"cache": cache == "fp8"})
+    done = spec.model_copy(update={"scheme": chosen})
+    quantized(done)  # refuses rules that are for no weight
+    return done
+
+
+def fp8_packings(spec: ModelSpec) -> dict[str, Packing]:
+    """How wide weights of `spec` are stored by its scheme."""
+    scheme, rules = spec.scheme, quantized(spec)
+    assert scheme is not None
+    return {
+        name: Packing(source=name, dtype=scheme.scales, fp8=rules[name].weight, block=scheme.block)
+        if name in rules
+        else Packing(source=name, dtype=spec.dtype)
+        for name in parameters(spec)
+    }

@@ -1,0 +1,167 @@
+"""Find how large the inputs of products get: what static FP8 scales are made of."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moec.graph_builder import ops
+from moec.graph_builder.ops.moe import over_chosen
+from moec.graph_builder.parts import build_graph
+from moec.runtime.cache import new_cache
+from moec.runtime.eager import fill
+from moec.runtime.token_file import read_token_file
+from moec.spec.calibration import Calibration
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+from moec.weights.name_map import read_model
+
+#: bins of an octave, which bound the error of a percentile to 1.1 %, and octaves around 1
+_BINS, _LOW, _HIGH = 64, -40, 24
+
+
+class _Magnitudes:
+    """Largest magnitude of all that `add` saw, and a histogram where a percentile is wanted."""
+
+    def __init__(self, percentile: float) -> None:
+        self.share, self.largest, self.seen = percentile / 100, 0.0, 0
+        self.bins = torch.zeros((_HIGH - _LOW) * _BINS, dtype=torch.int64)
+
+    def add(self, x: Tensor) -> None:
+        if not x.numel():
+            return
+        size = x.detach().abs().flatten()
+        self.largest = max(self.largest, size.max().item())
+        self.seen += size.numel()
+        if self.share < 1:
+            at = ((size.float().clamp(min=1e-30).log2() - _LOW) * _BINS).long()
+            self.bins += at.clamp(0, len(self.bins) - 1).bincount(minlength=len(self.bins))
+
+    @property
+    def found(self) -> float:
+        """The magnitude that the share of all elements does not exceed."""
+        if self.share >= 1:
+            return self.largest
+        at = int((self.bins.cumsum(0) >= self.share * self.seen).nonzero()[0])
+        return float(min(self.largest, 2.0 ** ((at + 1) / _BINS + _LOW)))
+
+
+class _Observer(fx.Interpreter):
+    """Runs the wide graph and notes what goes into products and caches."""
+
+    def __init__(self, graph: fx.GraphModule, experts: int, percentile: float) -> None:
+        super().__init__(graph)
+        self.new: Callable[[], _Magnitudes] = lambda: _Magnitudes(percentile)
+        self.experts = experts
+        self.inputs: dict[str, list[_Magnitudes]] = {}
+        self.caches: dict[str, _Magnitudes] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        if n.target == ops.linear.target:
+            self._site(n.args[1], 1)[0].add(args[0])
+        elif n.target == ops.cache_append.target:
+            name = str(n.meta["name"]).removesuffix(".seen")
+            self.caches.setdefault(name, self.new()).add(args[1])
+        elif n.target == ops.moe.target:
+            return self._moe(n, *args)
+        return super().run_node(n)
+
+    def _site(self, weight: Any, count: int) -> list[_Magnitudes]:
+        name = weight.meta["name"]
+        return self.inputs.setdefault(name, [self.new() for _ in range(count)])
+
+    def _moe(
+        self, n: fx.Node, x: Tensor, scores: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        into, between = (self._site(weight, self.experts) for weight in n.args[3:5])
+
+        def ffn(expert: int, rows: Tensor) -> Tensor:
+            into[expert].add(rows)
+            gate, up = (rows @ gate_up[expert].to(x.dtype)).chunk(2, -1)
+            act: Tensor = ops.swiglu.eager(gate, up)
+            between[expert].add(act)
+            return act @ down[expert].to(x.dtype)
+
+        return over_chosen(x, scores, experts, ffn)
+
+
+def calibrate(
+    checkpoint: str | Path,
+    tokens: str | Path | Tensor,
+    percentile: float = 100.0,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    batch: int = 4,
+) -> Calibration:
+    """Run `checkpoint`, wide weights, over rows of tokens, in float32.
+
+    Args:
+        tokens: int64 [rows, length], or a file of them: see `read_token_file`.
+        percentile: of the magnitudes at each site; 100 is the largest.
+        progress: called with (stage, done, total).
+        batch: rows that go through at once.
+
+    Raises:
+        MoecError: weights that are FP8 already, no such tokens, or values that are not finite.
+    """
+    folder = Path(checkpoint)
+    spec, _, entries = read_model(folder)
+    if spec.scheme:
+        raise MoecError(
+            folder, f"FP8 weights ({spec.scheme.name})", "wide weights",
+            "calibrate the checkpoint that they were made from",
+        )  # fmt: skip
+    if not 0 < percentile <= 100:
+        raise MoecError("--percentile", percentile, "above 0, at most 100", "leave it out")
+    rows = tokens if isinstance(tokens, Tensor) else read_token_file(tokens, spec, folder)
+    graph = build_graph(spec)
+    fill(graph, entries)
+    observer = _Observer(graph, spec.text.experts.count, percentile)
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch):
+            progress("calibrate", start, len(rows))
+            observer.run(*_feeds(spec, graph, rows[start : start + batch]))
+    progress("calibrate", len(rows), len(rows))
+    return _result(spec.name, observer, rows.numel(), percentile)
+
+
+def _feeds(spec: ModelSpec, graph: fx.GraphModule, ids: Tensor) -> list[Tensor]:
+    count, length = ids.shape
+    cache = new_cache(spec, "fp32", count, 0)
+    given = {
+        "input_ids": ids,
+        "past_lengths": cache.lengths,
+        "lengths": torch.full((count,), length),
+        "logit_index": torch.full((count, 1), length - 1),
+        **cache.tensors,
+    }
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return [given.get(node.meta["name"], node.meta["default"]) for node in places]
+
+
+def _result(model: str, observer: _Observer, tokens: int, percentile: float) -> Calibration:
+    inputs: dict[str, float | tuple[float, ...]] = {}
+    unseen: list[str] = []
+    for name, sites in observer.inputs.items():
+        found = [site.found if site.seen else None for site in sites]
+        if len(sites) == 1:
+            inputs[name] = sites[0].found
+            continue
+        most = max(size for size in found if size is not None)
+        inputs[name] = tuple(most if size is None else size for size in found)
+        unseen += [f"{name}[{i}]" for i, size in enumerate(found) if size is None]
+    caches = {name: site.found for name, site in observer.caches.items()}
+    for name, site in [*observer.caches.items(), *((n, s[0]) for n, s in observer.inputs.items())]:
+        if not site.largest < torch.inf:
+            raise MoecError(
+                f"calibration of {model}: {name}", "values that are not finite", "finite weights",
+                f"python cli.py validate, on an artefact of {model}",
+            )  # fmt: skip
+    return Calibration(
+        model=model, tokens=tokens, percentile=percentile, inputs=inputs, caches=caches,
+        unseen=tuple(unseen),
+    )  # fmt: skip

@@ -20,8 +20,8 @@ from rich.table import Table
 
 import moec
 from moec.exporters.onnx import write
+from moec.exporters.onnx.expert_branches import lower_guarded, lower_tree
 from moec.exporters.onnx.experts import lower_moe
-from moec.exporters.onnx.fused_experts import lower_guarded, lower_tree
 from moec.exporters.onnx.lowering import Rule
 from moec.exporters.onnx.ort import ORT
 from moec.exporters.onnx.write import DIALECTS, GENAI, Dialect

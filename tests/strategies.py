@@ -3,6 +3,19 @@
 from hypothesis import strategies as st
 
 from moec.spec.model import Experts, ModelSpec, RopeScaling, TextSpec, Tokens, VisionSpec
+from moec.spec.scheme import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    INPUTS,
+    SHARED,
+    STATIC,
+    WEIGHTS,
+    Layout,
+    Scheme,
+)
+
+LAYOUTS: tuple[Layout, ...] = ("moec", "compressed-tensors", "modelopt", "fbgemm_fp8")
 
 
 @st.composite
@@ -61,6 +74,41 @@ def specs(draw: st.DrawFn, layers: st.SearchStrategy[int] | None = None) -> Mode
             ),
         ),
     )
+
+
+@st.composite
+def schemes(draw: st.DrawFn, spec: ModelSpec, layouts: tuple[Layout, ...] = LAYOUTS) -> Scheme:
+    """A scheme for some of the linear layers of `spec`: experts, when it has any, often alone."""
+    groups = [EXPERTS, SHARED] if "M" in spec.text.ffn else []
+    groups += [DENSE] if "D" in spec.text.ffn else []
+    chosen = draw(st.lists(st.sampled_from([*groups, ATTENTION]), min_size=1, unique=True))
+    layout = draw(st.sampled_from(layouts))
+    dynamic = layout in ("compressed-tensors", "fbgemm_fp8")
+    weights = ["expert", "channel"] if dynamic else list(WEIGHTS)
+    inputs = [each for each in INPUTS if not (dynamic and each in STATIC)]
+    return Scheme.model_validate(
+        {
+            "name": "random",
+            "layout": layout,
+            "rules": [
+                {
+                    "of": [pattern for group in chosen for pattern in group],
+                    "weight": draw(st.sampled_from(weights)),
+                    "inputs": draw(st.sampled_from(inputs)),
+                }
+            ],
+            "block": draw(st.sampled_from([4, 8, 16])),
+            "bound": draw(st.sampled_from([None, 1.5])),
+            "cache": draw(st.booleans()) and layout != "fbgemm_fp8",
+        }
+    )
+
+
+@st.composite
+def fp8_specs(draw: st.DrawFn) -> ModelSpec:
+    """A text model with a scheme, in any layout."""
+    spec = draw(specs())
+    return spec.model_copy(update={"scheme": draw(schemes(spec))})
 
 
 @st.composite

@@ -17,10 +17,10 @@ from tests.trees import tree
     [
         {"target": "tpu"},
         *({"target": name} for name in ("tensorrt", "tensorrt-rtx", "torch")),
-        {"precision": "fp8"},
+        {"precision": "nvfp4"},
         {"precision": "int4"},
         {"precision": ""},
-        {"precision": "fp8", "target": "ort"},
+        {"precision": "fp16", "scheme": "meta"},
         {"weights": "teleport"},
         {"weights": "teleport", "target": "ort"},
         {"weights": "pack"},

@@ -18,9 +18,10 @@ from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
+from moec.spec.scheme import SCHEMES
 from moec.spec.twin import twin
 from moec.weights.view import TORCH_DTYPES
-from tests.strategies import specs, vision_specs
+from tests.strategies import fp8_specs, specs, vision_specs
 
 
 class _Recorder(fx.Interpreter):
@@ -85,7 +86,7 @@ def _pixels(spec: ModelSpec, tiles: int) -> list[torch.Tensor]:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    spec=st.one_of(specs(), vision_specs()),
+    spec=st.one_of(specs(), vision_specs(), fp8_specs()),
     precision=st.sampled_from(["fp32", "fp16", "bf16"]),
     sizes=st.tuples(st.integers(1, 3), st.integers(3, 7), st.integers(1, 3), st.integers(0, 12)),
 )
@@ -117,7 +118,10 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
         for name in ("scout", "maverick")
         for precision in ("fp32", "fp16")
         for dialect in ("standard", "ort")
-        for graph in graphs_of(twin(PRESETS[name]), precision, dialect).values()
+        for scheme in (None, SCHEMES["dynamic"])
+        for graph in graphs_of(
+            twin(PRESETS[name].model_copy(update={"scheme": scheme})), precision, dialect
+        ).values()
         for node in graph.graph.nodes
         if node.op == "call_function" and node.target.__name__ != "getitem"
     }

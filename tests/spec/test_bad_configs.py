@@ -71,7 +71,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "an image that patches do not cover": (config("vision_config.image_size", 57), "57"),
     "a quantised checkpoint": (
         config("quantization_config", {"quant_method": "fp8"}),
-        "quantised (fp8)",
+        "quant_method",
     ),
     "a quantised checkpoint, badly said": (config("quantization_config", "fp8"), "quantization"),
     "a quantised text model": (

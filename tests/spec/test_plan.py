@@ -22,7 +22,7 @@ def test_decode_bounds(
     model: str, precision: str, batch: int, context: int, milliseconds: float
 ) -> None:
     found = plan(model, precision, context, batch, "h200")
-    assert found.decode_ms == pytest.approx(milliseconds, abs=0.02)
+    assert found.decode_ms == pytest.approx(milliseconds, rel=2e-3)  # scales: 0.1 %
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_rings_keep_the_cache_of_chunked_layers_fixed() -> None:
 
 
 def test_weights_and_fit() -> None:
-    assert plan("scout", "fp8").weights_bytes == pytest.approx(109.8e9, rel=1e-3)
+    assert plan("scout", "fp8").weights_bytes == pytest.approx(109.92e9, rel=1e-4)  # 0.09 of scales
     assert plan("scout", "fp8", device="h200").fits is True
     assert plan("scout", "bf16", device="h200").fits is False
     assert plan("scout", "bf16").fits is None

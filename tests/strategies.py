@@ -9,13 +9,21 @@ from moec.spec.scheme import (
     EXPERTS,
     INPUTS,
     SHARED,
-    STATIC,
     WEIGHTS,
     Layout,
     Scheme,
 )
+from moec.spec.tensors import eligible, quantized
 
 LAYOUTS: tuple[Layout, ...] = ("moec", "compressed-tensors", "modelopt", "fbgemm_fp8")
+#: what our own schemes can say of weights, inputs and bounds
+OURS: tuple[list[str], list[str], list[float | None]] = (list(WEIGHTS), list(INPUTS), [None, 1.5])
+#: what the config of each checkpoint format can say of weights, inputs and bounds
+SAYABLE: dict[Layout, tuple[list[str], list[str], list[float | None]]] = {
+    "compressed-tensors": (["expert", "channel"], ["none", "token"], [None]),
+    "modelopt": (["tensor"], ["tensor"], [None]),
+    "fbgemm_fp8": (["channel"], ["token"], [1200.0, 1.5]),
+}
 
 
 @st.composite
@@ -83,9 +91,7 @@ def schemes(draw: st.DrawFn, spec: ModelSpec, layouts: tuple[Layout, ...] = LAYO
     groups += [DENSE] if "D" in spec.text.ffn else []
     chosen = draw(st.lists(st.sampled_from([*groups, ATTENTION]), min_size=1, unique=True))
     layout = draw(st.sampled_from(layouts))
-    dynamic = layout in ("compressed-tensors", "fbgemm_fp8")
-    weights = ["expert", "channel"] if dynamic else list(WEIGHTS)
-    inputs = [each for each in INPUTS if not (dynamic and each in STATIC)]
+    weights, inputs, bounds = SAYABLE.get(layout, OURS)
     return Scheme.model_validate(
         {
             "name": "random",
@@ -98,7 +104,7 @@ def schemes(draw: st.DrawFn, spec: ModelSpec, layouts: tuple[Layout, ...] = LAYO
                 }
             ],
             "block": draw(st.sampled_from([4, 8, 16])),
-            "bound": draw(st.sampled_from([None, 1.5])),
+            "bound": draw(st.sampled_from(bounds)),
             "cache": draw(st.booleans()) and layout != "fbgemm_fp8",
         }
     )
@@ -137,3 +143,24 @@ def vision_specs(draw: st.DrawFn) -> ModelSpec:
     image = draw(st.integers(0, text.text.vocab - 1))
     tokens = text.tokens.model_copy(update={"image": image, "image_start": 3, "image_end": 4})
     return text.model_copy(update={"vision": vision, "tokens": tokens})
+
+
+@st.composite
+def checkpoint_specs(draw: st.DrawFn) -> ModelSpec:
+    """A model as an FP8 checkpoint can hold it: a scheme with patterns, or any layers by name."""
+    spec = draw(st.one_of(specs(), vision_specs()))
+    scheme = draw(schemes(spec, tuple(SAYABLE)))
+    names = list(quantized(spec.model_copy(update={"scheme": scheme})))
+    if draw(st.booleans()):
+        fused = "gate_up"  # goes with the down projection
+        apart = [name for name in eligible(spec) if not name.endswith(fused)]
+        names = draw(st.lists(st.sampled_from(apart), min_size=1, unique=True))
+        names += [name[:-4] + fused for name in names if name.endswith("moe.down")]
+    weights, inputs, bounds = SAYABLE[scheme.layout]
+    rule = {
+        "of": names,
+        "weight": draw(st.sampled_from(weights)),
+        "inputs": draw(st.sampled_from(inputs)),
+    }
+    said = scheme.model_dump() | {"rules": [rule], "bound": draw(st.sampled_from(bounds))}
+    return spec.model_copy(update={"scheme": Scheme.model_validate(said)})

@@ -95,6 +95,7 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
         "compressed-tensors", spec, lambda module: _listed(module, targets, _regex)
         and not _listed(module, ignored, _regex),
         weight, "token" if inputs else "none", cache=cache is not None,
+        scales=spec.dtype,  # as the library writes them; weights have the last word
     )  # fmt: skip
 
 

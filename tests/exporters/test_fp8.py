@@ -1,0 +1,157 @@
+"""FP8 artefacts of random models against the eager graph, for every scheme, layout and target."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import moec
+from moec.exporters.artefact import open_artefact
+from moec.exporters.export import export
+from moec.runtime.calibrate import calibrate
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+from moec.spec.scheme import SCHEMES
+from moec.weights.random import write_random_checkpoint
+from tests.strategies import schemes, specs
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],  # a smaller example would take minutes to find
+)  # fmt: skip
+@given(data=st.data(), spec=specs(), target=st.sampled_from(["onnx", "ort"]))
+def test_every_layer_is_the_eager_graphs(data: st.DataObject, spec: ModelSpec, target: str) -> None:
+    if target == "ort":  # GroupQueryAttention wants heads of a multiple of 8
+        spec = spec.model_copy(update={"text": spec.text.model_copy(update={"head_dim": 8})})
+    scheme = data.draw(schemes(spec), "scheme")
+    if target == "ort":
+        scheme = scheme.model_copy(update={"cache": False})
+    ours = scheme.layout == "moec"
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights"
+        stored = spec.model_copy(update={"scheme": None if ours else scheme})
+        write_random_checkpoint(stored, weights, seed=data.draw(st.integers(0, 2**31)))
+        scales = calibrate(weights, torch.randint(0, spec.text.vocab, (3, 30))) if ours else None
+        art = export(
+            weights, target, "fp8", Path(folder) / "art",
+            scheme=scheme if ours else None, scales=scales,
+        )  # fmt: skip
+        assert art.manifest.weights.mode == ("pack" if ours else "in-place")
+        report = moec.validate(art.path, tokens=3 * (spec.text.chunk or 8) + 2)
+        alone = [check for check in report.checks if "same inputs" in check.name]
+        assert len(alone) == spec.text.layers + 1
+        assert all(check.passed for check in alone), [c for c in alone if not c.passed]
+        if scheme.rules[0].inputs == "none" and not scheme.cache:
+            assert report.passed, [check for check in report.checks if not check.passed]
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with experts apart, as Meta's FP8 one has them."""
+    spec = moec.load_spec("tiny-scout")
+    scheme = SCHEMES["meta"].model_copy(update={"layout": "compressed-tensors", "scales": "bf16"})
+    folder = tmp_path_factory.mktemp("compressed") / "checkpoint"
+    write_random_checkpoint(spec.model_copy(update={"scheme": scheme}), folder, seed=3)
+    return folder
+
+
+def test_fp8_weights_stay_where_they_are(compressed: Path, tmp_path: Path) -> None:
+    art = export(compressed, out=tmp_path / "art")
+    build, weights = art.manifest.build, art.manifest.weights
+    assert (art.manifest.precision, weights.mode) == ("fp8", "in-place")
+    assert build.bytes_copied == build.bytes_packed == 0 and build.bytes_written < 3e6
+    assert weights.folder == str(compressed)
+    linked = export(compressed, out=tmp_path / "linked", weights="link")
+    assert linked.model.parent.joinpath("model.safetensors").samefile(
+        compressed / "model.safetensors"
+    )
+
+
+def test_an_unbound_artefact_of_the_same_scheme_binds_an_fp8_checkpoint(
+    compressed: Path, tmp_path: Path
+) -> None:
+    art = export(moec.load_spec(compressed), out=tmp_path / "art", precision="fp8")
+    assert art.manifest.weights.mode == "unbound" and moec.validate(art.path).twin
+    bound = moec.bind(art.path, compressed)
+    assert bound.manifest.weights.mode == "in-place"
+
+
+def test_wide_weights_bind_to_an_fp8_artefact_and_are_packed(tiny: Path, tmp_path: Path) -> None:
+    art = export("tiny-scout", precision="fp8", scheme="dynamic", out=tmp_path / "art")
+    assert set(art.manifest.packings) and art.manifest.weights.mode == "unbound"
+    bound = moec.bind(art.path, tiny)
+    direct = export(tiny, precision="fp8", scheme="dynamic", out=tmp_path / "direct")
+    files = [each.path / "weights.safetensors" for each in (bound, direct)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert bound.manifest.rewritten["layers.0.moe.down"].reason == "fp8, scales by channel"
+
+
+def test_caches_are_fp8_or_wide_as_asked(tiny: Path, tmp_path: Path) -> None:
+    scales = calibrate(tiny, torch.randint(0, 4096, (2, 40)))
+    kinds = {}
+    for cache in (None, "wide", "fp8"):
+        art = export(
+            tiny, precision="fp8", scheme="modelopt" if cache is None else "meta",
+            scales=scales, cache=cache, out=tmp_path / str(cache),
+        )  # fmt: skip
+        kinds[cache] = {port.dtype for port in art.manifest.inputs if port.name.startswith("past.")}
+        tokens = moec.open_session(art.path).generate([[1, 2, 3]], max_new_tokens=140)
+        eager = moec.open_session(art.path, engine="eager").generate(
+            [[1, 2, 3]], max_new_tokens=140
+        )
+        assert tokens.shape == eager.shape and (tokens == eager)[0, :12].all()
+    assert kinds == {None: {"float8e4m3fn"}, "wide": {"float"}, "fp8": {"float8e4m3fn"}}
+
+
+REFUSED = {
+    "static scales without calibration": ({"scheme": "modelopt"}, "calibrate"),
+    "fp8 caches without calibration": ({"cache": "fp8"}, "calibrate"),
+    "fp8 caches of target ort": (
+        {"target": "ort", "scheme": "modelopt"},
+        "--cache wide",
+    ),
+    "weights in place that are wide": ({"weights": "in-place"}, "must be rewritten"),
+    "a scheme file that is not there": ({"scheme": "none.yaml"}, "none.yaml"),
+    "a cache of an unknown kind": ({"cache": "int4"}, "fp8 or wide"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_choice_that_cannot_be_built_is_refused(what: str, tiny: Path, tmp_path: Path) -> None:
+    choice, named = REFUSED[what]
+    with pytest.raises(MoecError) as caught:
+        export(tiny, **{"precision": "fp8", "out": tmp_path / "art", **choice})  # type: ignore[arg-type]
+    assert named in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "choice, named",
+    [
+        ({"precision": "fp32"}, "--precision fp8"),
+        ({"scheme": "meta"}, "FP8 already"),
+        ({"weights": "pack"}, "rewritten"),
+        ({"cache": "fp8"}, "without scales"),
+    ],
+)
+def test_what_an_fp8_checkpoint_cannot_become_is_refused(
+    choice: dict[str, str], named: str, compressed: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MoecError) as caught:
+        export(compressed, out=tmp_path / "art", **choice)  # type: ignore[arg-type]
+    assert named in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_scale_fails_the_proof(tiny: Path, tmp_path: Path) -> None:
+    art = export(tiny, precision="fp8", scheme="dynamic", out=tmp_path / "art")
+    ref = open_artefact(art.path).manifest.weights.tensors["layers.2.moe.shared.up.weight_scale"]
+    with (art.path / ref.file).open("r+b") as file:
+        file.seek(ref.offset)
+        file.write(b"\xff" * 4)  # a NaN
+    report = moec.validate(art.path, tokens=12)
+    assert not report.passed and report.first_divergence == "layers.2, same inputs"

@@ -17,6 +17,8 @@ from moec.spec.twin import twin
 SPEC = twin(PRESETS["tiny-scout"])
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
+#: and a checkpoint of one file
+ONLY = "model.safetensors"
 EMBED = "language_model.model.embed_tokens.weight"
 NORMS = tuple(f"language_model.model.layers.{i}.input_layernorm.weight" for i in (0, 1))
 
@@ -159,6 +161,17 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
         kept = {key: name for key, name in index["weight_map"].items() if name != FIRST}
         index["weight_map"] = kept | dict.fromkeys(held, FIRST)
         (folder / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def only_shard(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    """Change the tensors of a checkpoint that is one file."""
+
+    def damage(folder: Path) -> None:
+        held = load_file(folder / ONLY)
+        change(held)
+        save_file({key: t.clone().contiguous() for key, t in held.items()}, folder / ONLY)
 
     return damage
 

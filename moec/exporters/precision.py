@@ -41,6 +41,11 @@ def in_precision(
             "no --scheme", "leave it out, or quantise bf16 weights",
         )  # fmt: skip
     chosen = spec.scheme or load_scheme(DEFAULT if scheme is None else scheme)
+    if not spec.scheme and chosen.layout != "moec":
+        raise MoecError(
+            f"--scheme {chosen.name}: layout", f"{chosen.layout}, of a checkpoint that is FP8",
+            "moec, for wide weights", "leave layout out",
+        )  # fmt: skip
     if cache not in (None, "fp8", "wide"):
         raise MoecError(f"--cache {cache}", "no such kind", "fp8 or wide", "choose one of them")
     if cache == "fp8" and spec.scheme and not spec.scheme.cache:

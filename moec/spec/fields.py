@@ -55,6 +55,10 @@ class Fields:
             raise self.error(key, "a number beyond all bounds", names)
         return value
 
+    def inner(self, key: str) -> "Fields":
+        """The object in field `key`."""
+        return Fields(f"{self.where}.{key}", self.take(key, dict), self.next_step)
+
     def size(self, key: str, most: int = 2**31 - 1) -> int:
         """Field `key`, an integer from 1 to `most`, which no model comes near."""
         value: int = self.take(key, int)

@@ -94,6 +94,8 @@ def plan(
     """
     spec = load_spec(spec)
     precision = precision or ("fp8" if spec.scheme else "bf16")
+    if spec.scheme and scheme is not None:
+        raise _bad("scheme", f"{scheme} for FP8 weights ({spec.scheme.name})", "no --scheme")
     if precision == "fp8":
         spec = spec.model_copy(update={"scheme": spec.scheme or load_scheme(scheme or SCHEME)})
     elif scheme or spec.scheme:

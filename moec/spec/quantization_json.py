@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.spec.errors import MoecError
-from moec.spec.fields import Fields, read_json
+from moec.spec.fields import REQUIRED, Fields, read_json
 from moec.spec.hf_names import key_of, prefixed
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Layout, Scheme
@@ -25,9 +25,8 @@ _Chosen = Callable[[str], bool]
 
 _INERT = frozenset(
     """
-    global_compression_ratio quantization_status sparsity_config transform_config version
-    output_activations observer observer_kwargs actorder scale_dtype zp_dtype moe_sparsity_config
-    producer dequantize kv_cache_quant_algo kv_cache_scheme modules_to_not_convert_note
+    global_compression_ratio quantization_status version observer observer_kwargs actorder
+    scale_dtype zp_dtype moe_sparsity_config producer dequantize modules_to_not_convert_note
     """.split()
 )
 
@@ -51,10 +50,12 @@ def read_scheme(raw: Any, config: Path, spec: ModelSpec) -> Scheme | None:
     method = fields.take("quant_method", str)
     if method not in _READERS:
         raise fields.error("quant_method", repr(method), " or ".join(map(repr, _READERS)))
+    scheme = _READERS[method](fields, spec)
     try:
-        return _READERS[method](fields, spec)
-    except re.error as error:
-        raise fields.error("ignore", f"{error.pattern!r}: {error}", "expressions") from None
+        quantized(spec.model_copy(update={"scheme": scheme}))
+    except MoecError as error:
+        raise MoecError(f"{where}, {error.where}", error.found, error.expected, _NEXT) from None
+    return scheme
 
 
 _NEXT = "use a bf16 checkpoint and --precision fp8, which quantises it"
@@ -65,8 +66,8 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
     groups = at.take("config_groups", dict)
     if len(groups) != 1:
         raise at.error("config_groups", f"{len(groups)} groups", "one")
-    ((name, raw),) = groups.items()
-    group = Fields(f"{at.where}.config_groups.{name}", raw, _NEXT)
+    (name,) = groups
+    group = Fields(f"{at.where}.config_groups", groups, _NEXT).inner(name)
     group.require("format", "float-quantized", default="float-quantized")
     weights = Fields(f"{group.where}.weights", group.take("weights", dict), _NEXT)
     inputs = group.take("input_activations", dict, default=None)
@@ -85,14 +86,30 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
             raise fields.error("strategy", repr(strategy), " or ".join(map(repr, strategies)))
         fields.left["strategy"] = strategy
         fields.finish(_INERT | {"strategy", "group_size", "block_structure"})
-    targets = group.take("targets", list)
-    ignored = at.take("ignore", list, default=[])
+    targets, ignored = _names(group, "targets", REQUIRED), _names(at, "ignore")
+    _checked(group, "targets", targets)
+    _checked(at, "ignore", ignored)
     cache = at.take("kv_cache_scheme", dict, default=None)
+    if cache is not None:
+        keys = Fields(f"{at.where}.kv_cache_scheme", cache, _NEXT)
+        keys.require("num_bits", 8)
+        keys.require("type", "float")
+        keys.require("symmetric", True, default=True)
+        keys.require("dynamic", False, default=False)
+        keys.require("strategy", "tensor", default="tensor")
+        keys.finish(_INERT | {"group_size", "block_structure"})
+    for each, key in ((group, "output_activations"), (at, "transform_config")):
+        if said := each.take(key, dict, default={}):
+            raise each.error(key, str(said)[:80], "nothing: it would change the arithmetic")
+    sparse = Fields(
+        f"{at.where}.sparsity_config", at.take("sparsity_config", dict, default={}), _NEXT
+    )
+    sparse.require("format", "dense", default="dense")
     group.finish(_INERT)
     at.finish(_INERT)
     weight = "expert" if weights.left["strategy"] == "tensor" else "channel"
     return _scheme(
-        "compressed-tensors", spec, lambda module: _listed(module, targets, _regex)
+        at, "ignore", "compressed-tensors", spec, lambda module: _listed(module, targets, _regex)
         and not _listed(module, ignored, _regex),
         weight, "token" if inputs else "none", cache=cache is not None,
         scales=spec.dtype,  # as the library writes them; weights have the last word
@@ -107,22 +124,25 @@ def _modelopt(at: Fields, spec: ModelSpec) -> Scheme:
     said = at.take("kv_cache_scheme", dict, default=None)  # the same, where config.json says it
     if said is not None and (said.get("num_bits"), said.get("type")) != (8, "float"):
         raise at.error("kv_cache_scheme", str(said), "num_bits 8 and type 'float', or none")
-    found = [at.take(key, list, default=[]) for key in ("exclude_modules", "ignore")]
+    names = "exclude_modules" if "exclude_modules" in at else "ignore"
+    excluded = _names(at, "exclude_modules") + _names(at, "ignore")
     at.finish(_INERT | {"config_groups", "group_size"})
-    excluded = found[0] + found[1]
     return _scheme(
-        "modelopt", spec, lambda module: not _listed(module, excluded, fnmatchcase),
+        at, names, "modelopt", spec, lambda module: not _listed(module, excluded, fnmatchcase),
         "tensor", "tensor", cache=bool(cache or said),
     )  # fmt: skip
 
 
 def _fbgemm(at: Fields, spec: ModelSpec) -> Scheme:
     bound = at.take("activation_scale_ub", float, default=1200.0)
-    kept = at.take("modules_to_not_convert", list, default=[])
+    if not bound > 0:
+        raise at.error("activation_scale_ub", str(bound), "above 0")
+    kept = _names(at, "modules_to_not_convert", ["lm_head"])  # transformers leaves it wide
+    _checked(at, "modules_to_not_convert", [f"re:{each}" for each in kept])
     at.finish(_INERT)
     return _scheme(
-        "fbgemm_fp8", spec, lambda module: not _listed(module, kept, _prefix),
-        "channel", "token", bound=bound,
+        at, "modules_to_not_convert", "fbgemm_fp8", spec,
+        lambda module: not _listed(module, kept, _prefix), "channel", "token", bound=bound,
     )  # fmt: skip
 
 
@@ -137,8 +157,29 @@ def write_scheme(spec: ModelSpec) -> dict[str, Any]:
     """The `quantization_config` that `read_scheme` reads back as the scheme of `spec`.
 
     Raises:
-        MoecError: the scheme is an artefact's own, which no checkpoint format can say.
+        MoecError: the scheme is an artefact's own, or otherwise what no checkpoint format can say.
     """
+    said = _said(spec)
+    wide = spec.model_copy(update={"scheme": None})
+    found = spec.model_copy(update={"scheme": read_scheme(said, Path("config.json"), wide)})
+    if _meaning(found) != _meaning(spec):
+        assert spec.scheme is not None
+        raise MoecError(
+            f"spec {spec.name}", f"scheme {spec.scheme.name}",
+            f"what {spec.scheme.layout} can say of weights, inputs and caches",
+            "keep the model as a spec file",
+        )  # fmt: skip
+    return said
+
+
+def _meaning(spec: ModelSpec) -> object:
+    scheme = spec.scheme
+    assert scheme is not None
+    rules = {name: (rule.weight, rule.inputs) for name, rule in quantized(spec).items()}
+    return rules, scheme.cache, scheme.bound
+
+
+def _said(spec: ModelSpec) -> dict[str, Any]:
     scheme, rules = spec.scheme, quantized(spec)
     if scheme is None or scheme.layout == "moec":
         raise MoecError(
@@ -200,12 +241,39 @@ def _prefix(module: str, pattern: str) -> bool:
     return module.endswith(pattern) or re.match(f"(?:{pattern}){border}", module) is not None
 
 
+def _names(at: Fields, key: str, default: Any = ()) -> list[str]:
+    found: list[str] = list(at.take(key, list, default=default))
+    for each in found:
+        if not isinstance(each, str):
+            raise at.error(key, repr(each), "names or patterns")
+    return found
+
+
+def _checked(at: Fields, key: str, patterns: Iterable[str]) -> None:
+    """Refuse expressions that cannot be compiled."""
+    for each in patterns:
+        if each.startswith("re:"):
+            try:
+                re.compile(each[3:])
+            except (re.error, OverflowError, RecursionError) as error:
+                raise at.error(key, f"{each[3:83]!r}: {error}", "expressions") from None
+
+
 def _scheme(
-    layout: Layout, spec: ModelSpec, chosen: _Chosen, weight: str, inputs: str, **more: Any
+    at: Fields,
+    field: str,
+    layout: Layout,
+    spec: ModelSpec,
+    chosen: _Chosen,
+    weight: str,
+    inputs: str,
+    **more: Any,
 ) -> Scheme:
     names = eligible(spec)
     separated = layout == "compressed-tensors"
     kept = [name for name in names if _is_chosen(name, spec, chosen, separated)]
+    if not kept:
+        raise at.error(field, "all linear layers are left out", "at least one that is FP8")
     return Scheme.model_validate(
         {
             "name": layout,

@@ -73,13 +73,14 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
             raise MoecError(
                 f"{entry.file}: {row.key}",
                 f"{entry.dtype} {list(entry.shape)}",
-                f"{row.dtype} {list(row.shape)}, from config.json",
+                f"{row.dtype} {list(row.shape)}, "
+                + ("all scales of one dtype" if _is_scale(row.name) else "from config.json"),
                 "compare config.json with the weights: they are not of one model",
             )
         entries[row.name] = entry
     if found:
         name = min(found)
-        what = "scale of a weight that config.json leaves wide" if _is_scale(name) else "tensor"
+        what = "scale, of something that config.json leaves wide" if _is_scale(name) else "tensor"
         raise MoecError(
             f"{found[name].file}: {name}",
             f"unexpected {what} ({len(found)} in all)",
@@ -95,7 +96,7 @@ def _is_scale(name: str) -> bool:
 
 def _checked_scale(row: Row, entry: TensorEntry) -> TensorEntry:
     """`entry` in our shape of it: sizes of 1 come and go between formats. Its values are read."""
-    if [n for n in entry.shape if n > 1] != [n for n in row.shape if n > 1]:
+    if [n for n in entry.shape if n != 1] != [n for n in row.shape if n != 1]:
         return entry
     entry = replace(entry, shape=row.shape)
     if entry.dtype == row.dtype:

@@ -56,8 +56,9 @@ from moec.spec.scheme import Scheme
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.name_map import read_model
-from moec.weights.packed_file import PACKED, write_packed
+from moec.weights.packed_file import PACKED, discard, write_packed
 from moec.weights.shard import TensorEntry, read_shard
+from moec.weights.view import STORED
 
 #: files beside the weights that a runtime may want
 COMPANIONS = (
@@ -263,6 +264,8 @@ def _write(
     constants: dict[str, Tensor],
 ) -> Artefact:
     with writing(path) as folder:
+        if not (checkpoint and mode == "pack"):
+            discard(folder / PACKED)
         targets = {folder / f"{part}.onnx": model for part, model in models.items()}
         if manifest.weights.mode == "unbound":
             with stages("check"):
@@ -405,7 +408,12 @@ def _constants(
     found = (
         scales if scales is None or isinstance(scales, Calibration) else read_calibration(scales)
     )
-    return {name: torch.tensor(each) for name, each in static_scales(spec, found).items()}
+    dtype = STORED[spec.scheme.scales]
+    least = torch.finfo(dtype).smallest_normal
+    return {
+        name: torch.tensor(each, dtype=dtype).clamp(min=least)
+        for name, each in static_scales(spec, found).items()
+    }
 
 
 def _companions(source: Path, folder: Path) -> None:

@@ -45,9 +45,10 @@ def _largest(size: Tensor, along: str, block: int) -> Tensor:
     return padded.view(rows_at, block, columns_at, block).amax((1, 3))
 
 
-def scales(magnitude: Tensor) -> Tensor:
-    """Scales for magnitudes; 1 for weights that are all zero."""
-    return torch.where(magnitude > 0, magnitude / LARGEST, 1.0)
+def scales(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales for magnitudes, in `dtype`, never subnormal; 1 for weights that are all zero."""
+    found = (magnitude / LARGEST).clamp(min=torch.finfo(dtype).smallest_normal)
+    return torch.where(magnitude > 0, found, 1.0).to(dtype)
 
 
 def codes(rows: Tensor, scale: Tensor, along: str, block: int, out: Tensor) -> None:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,24 +57,26 @@ def write_packed(
     constants = constants or {}
     header, offsets, size = _layout(packings, entries, constants)
     journal = _journal(path)
-    done = _landed(path, journal, _fingerprint(header, packings, entries))
+    fingerprint = _fingerprint(header, packings, entries)
+    done = _landed(path, journal, fingerprint, size, set(packings))
     total = sum(entries[p.source].nbytes for p in packings.values())
     before = at = sum(entries[packings[name].source].nbytes for name in done)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pending: list[str] = []
+    landing: list[Future[None]] = []  # waits for the disk while the next ones are packed
     with (
         path.open("r+b" if done else "wb") as file,
         journal.open("a", encoding="utf-8") as log,
         ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(1) as disk,
         _one_thread_each(),
     ):
         handle = file.fileno()
 
-        def land() -> None:
+        def land(names: list[str]) -> None:
             os.fsync(handle)
-            log.write("".join(f"{name}\n" for name in pending))
+            log.write("".join(f"{name}\n" for name in names))
             log.flush()
-            pending.clear()
 
         if not done:
             os.truncate(handle, size)
@@ -94,9 +96,11 @@ def write_packed(
             pending.append(name)
             waiting += entry.nbytes
             if waiting >= LANDED:
-                land()
-                waiting = 0
-        land()
+                landing.append(disk.submit(land, pending))
+                pending, waiting = [], 0
+        landing.append(disk.submit(land, pending))
+        for each in landing:
+            each.result()
     journal.unlink()
     return total - before
 
@@ -140,7 +144,8 @@ def _write_fp8(
     if packing.fp8 == "tensor":
         size = size.amax().expand(matrices)
     _refuse_odd(packing, entry, size)
-    scale = fp8.scales(size).to(STORED[packing.dtype])
+    scale = fp8.scales(size, STORED[packing.dtype])
+    _refuse_odd(packing, entry, scale)
     stored = scale[0] if packing.fp8 == "tensor" or not fused else scale
     _write(handle, stored.contiguous().flatten().view(torch.uint8).numpy(), places[1])
 
@@ -184,8 +189,9 @@ def _write_rows(
 
 def _refuse_odd(packing: Packing, entry: TensorEntry, values: Tensor) -> None:
     if not bool(values.isfinite().all()):
+        what = f"values that {packing.dtype} cannot hold"
         raise MoecError(
-            f"{entry.file}: {entry.name}", f"values that {packing.dtype} cannot hold",
+            f"{entry.file}: {entry.name}", "infinity or NaN" if packing.fp8 else what,
             "finite weights", "fetch the shard again, or choose another --precision",
         )  # fmt: skip
 
@@ -209,6 +215,11 @@ def _rows(entry: TensorEntry, place: _Place) -> Tensor:
         at = 0
         while at < len(data) and (count := file.readinto(data[at:])):
             at += count
+    if at < len(data):
+        raise MoecError(
+            entry.file, f"ended before {entry.name}", "a file that stays as it is",
+            "fetch the shard again",
+        )  # fmt: skip
     return rows
 
 
@@ -250,6 +261,12 @@ def _fingerprint(
     return digest.hexdigest()
 
 
+def discard(path: Path) -> None:
+    """Remove packed weights that were under way."""
+    for file in under_way(path):
+        file.unlink()
+
+
 def _journal(path: Path) -> Path:
     return path.with_name(f"{path.name}.journal")
 
@@ -262,13 +279,19 @@ def under_way(path: Path) -> tuple[Path, ...]:
     return ()
 
 
-def _landed(path: Path, journal: Path, fingerprint: str) -> set[str]:
+def _landed(path: Path, journal: Path, fingerprint: str, size: int, known: set[str]) -> set[str]:
     """What an earlier call for the same file has written; anything else of it is removed."""
-    lines = journal.read_text(encoding="utf-8").split("\n") if journal.is_file() else []
-    if path.is_file() and lines and lines[0] == fingerprint:
-        return set(lines[1:-1])  # what follows the last line break was cut off
-    journal.write_text(f"{fingerprint}\n", encoding="utf-8")
-    return set()
+    try:
+        first, *lines = journal.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):
+        first, lines = "", []
+    done = set(lines[:-1])  # what follows the last line break was cut off
+    whole = path.is_file() and path.stat().st_size == size
+    if not whole or first != fingerprint or not done <= known:
+        done = set()
+    text = "".join(f"{line}\n" for line in (fingerprint, *sorted(done)))
+    journal.write_text(text, encoding="utf-8")
+    return done
 
 
 def _layout(

@@ -68,7 +68,7 @@ def _narrow(spec: ModelSpec, name: str, weight: Tensor, grid: str) -> Iterator[t
     sizes = torch.stack([fp8.magnitudes(matrix, along, block) for matrix in matrices])
     if grid == "tensor":
         sizes = sizes.amax().expand(len(matrices))
-    scale = fp8.scales(sizes).to(STORED[spec.scheme.scales])
+    scale = fp8.scales(sizes, STORED[spec.scheme.scales])
     codes = torch.empty(weight.shape, dtype=STORED["fp8"])
     for matrix, mine, out in zip(matrices, scale, codes if fused else [codes], strict=True):
         fp8.codes(matrix, mine.float(), along, block, out)

@@ -15,6 +15,7 @@ from moec.runtime.calibrate import calibrate
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import SCHEMES
+from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
 from tests.strategies import schemes, specs
 
@@ -155,3 +156,23 @@ def test_a_damaged_scale_fails_the_proof(tiny: Path, tmp_path: Path) -> None:
         file.write(b"\xff" * 4)  # a NaN
     report = moec.validate(art.path, tokens=12)
     assert not report.passed and report.first_divergence == "layers.2, same inputs"
+
+
+def test_static_scales_are_of_the_dtype_that_the_scheme_says(tiny: Path, tmp_path: Path) -> None:
+    scales = calibrate(tiny, torch.randint(0, 4096, (1, 40)))
+    scheme = SCHEMES["modelopt"].model_copy(update={"scales": "bf16"})
+    art = export(tiny, precision="fp8", scheme=scheme, scales=scales, out=tmp_path / "art")
+    assert art.stored()["layers.0.attn.k_scale"].dtype == "bf16"
+    assert moec.validate(art.path, tokens=20).passed
+
+
+def test_a_single_expert_apart_is_no_fused_one(tmp_path: Path) -> None:
+    spec = twin(moec.load_spec("scout").model_copy(update={"vision": None}), 2)
+    experts = spec.text.experts.model_copy(update={"count": 1})
+    scheme = SCHEMES["meta"].model_copy(update={"layout": "compressed-tensors"})
+    spec = spec.model_copy(
+        update={"text": spec.text.model_copy(update={"experts": experts}), "scheme": scheme}
+    )
+    write_random_checkpoint(spec, tmp_path / "weights")
+    art = export(tmp_path / "weights", out=tmp_path / "art")
+    assert moec.validate(art.path).passed

@@ -153,7 +153,8 @@ def lower_fp8_moe(
     bound: float | None,
 ) -> ir.Value:
     """Each chosen expert on its own codes, fused or apart."""
-    count = len(down) if len(down) > 1 else type_of(down[0]).shape[0]
+    fused = len(type_of(down[0]).shape) == 3
+    count = type_of(down[0]).shape[0] if fused else len(down)
 
     def ffn(e: Emitter, expert: int, rows: ir.Value) -> ir.Value:
         dtype = type_of(rows).dtype
@@ -165,7 +166,7 @@ def lower_fp8_moe(
             if static is not None and type_of(static).shape:
                 static = e.weights.slice(static, expert)
             rows = _rounded(e, rows, static, inputs, block, bound, f"{label}.input")
-            if len(codes) == 1:
+            if fused:
                 one, scale = (_of_expert(e, each[0], expert) for each in (codes, scales))
                 weight = _dequantize(e, one, scale, 1, block, dtype, f"{label}.weight")
                 return [_matmul(e, rows, weight, label)]
@@ -179,7 +180,7 @@ def lower_fp8_moe(
             return found
 
         halves = product(rows, gate_up, gate_up_scale, gate_up_input, "gate_up")
-        if len(halves) == 1:
+        if fused:
             tokens, width = type_of(halves[0]).shape
             half = type_of(rows).like(tokens, width // 2)
             halves = list(e.ops("Split", halves, (half, half), "halves", axis=-1, num_outputs=2))

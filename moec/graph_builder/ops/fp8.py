@@ -46,6 +46,7 @@ def _quantize_rule(x: TensorType, scale: TensorType, axis: int, block: int) -> T
 @op("quantize(Tensor x, Tensor scale, int axis, int block) -> Tensor", _quantize_rule)
 def quantize(x: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
     """x over scale, in float32, to E4M3 codes of the same shape."""
+    # Of what is larger, versions of torch make 448 or NaN.
     return (x.float() / spread(scale, x.shape, axis, block)).clamp(-LARGEST, LARGEST).to(FP8)
 
 
@@ -132,21 +133,32 @@ def _moe_rule(
     fits = scores.shape == experts.shape and scores.shape[0] == x.shape[0]
     need(fits, name, "scores, experts", (scores, experts), f"[{x.shape[0]}, k]")
     need(inputs in INPUTS, name, "inputs", inputs, " or ".join(INPUTS))
-    given = gate_up_input is not None and down_input is not None
-    need(given == (inputs in STATIC), name, "input scales", inputs, f"scales for {STATIC} alone")
-    for label, codes, scales, inner in (
-        ("gate_up", gate_up, gate_up_scale, x.shape[1]),
-        ("down", down, down_scale, None),
+    need(bool(gate_up and down), name, "weights", (gate_up, down), "at least one tensor each")
+    fused = len(down[0].shape) == 3
+    count = down[0].shape[0] if fused else len(down)
+    for static in (gate_up_input, down_input):
+        need((static is not None) == (inputs in STATIC), name, "input scales", static, inputs)
+        need(static is None or static.shape in ((), (count,)), name, "input scales", static, count)
+    dim, width = x.shape[1], down[0].shape[1]
+    # Shapes of one expert's tensors, as they are stored.
+    gate_up_shape, down_shape = ((dim, 2 * width), (width, dim)) if fused else (
+        (width, dim), (dim, width)
+    )  # fmt: skip
+    for label, codes, scales, shape, parts in (
+        ("gate_up", gate_up, gate_up_scale, gate_up_shape, 2),
+        ("down", down, down_scale, down_shape, 1),
     ):
-        need(len(codes) == len(scales), name, f"{label}_scale", len(scales), len(codes))
-        fused = len(codes) == 1
+        expected = 1 if fused else parts * count
+        need(len(codes) == expected, name, label, len(codes), f"{expected} tensors")
+        need(len(scales) == expected, name, f"{label}_scale", len(scales), f"{expected} tensors")
         for each, scale in zip(codes, scales, strict=True):
             need(each.dtype == FP8, name, label, each, "E4M3")
-            need(len(each.shape) == (3 if fused else 2), name, label, each.shape, "fused or apart")
-            need(inner in (None, each.shape[1]), name, label, each.shape, f"{inner} inputs")
-            one = each.like(*each.shape[-2:])
-            kind = scale.like(*scale.shape[1:]) if fused and scale.shape else scale
-            _need_scale(name, one, kind, 1 if fused else 0, block)
+            whole = (count, *shape) if fused else shape
+            need(each.shape == whole, name, label, each.shape, whole)
+            if fused and scale.shape:
+                need(scale.shape[0] == count, name, f"{label}_scale", scale.shape, count)
+                scale = scale.like(*scale.shape[1:])
+            _need_scale(name, each.like(*shape), scale, 1 if fused else 0, block)
     return x
 
 
@@ -176,6 +188,7 @@ def fp8_moe(
     are apart: gate_0, up_0, gate_1, ... and down_0, ..., each [out, in] with scales [], [out] or in
     blocks. The scaled input is rounded, and what SwiGLU makes of it. Static scales are [] or [E].
     """
+    count = len(down[0]) if down[0].dim() == 3 else len(down)
 
     def ffn(expert: int, rows: Tensor) -> Tensor:
         def product(
@@ -184,9 +197,8 @@ def fp8_moe(
             if static is not None and static.dim():
                 static = static[expert]
             rows = rounded(rows, static, inputs, block, bound)
-            return rows @ expert_weight(codes, scales, expert, len(experts_of), block).to(x.dtype)
+            return rows @ expert_weight(codes, scales, expert, count, block).to(x.dtype)
 
-        experts_of = down if len(down) > 1 else down[0]
         gate, up = product(rows, gate_up, gate_up_scale, gate_up_input).chunk(2, -1)
         return product(swiglu.eager(gate, up), down, down_scale, down_input)
 
@@ -197,7 +209,7 @@ def expert_weight(
     codes: list[Tensor], scales: list[Tensor], expert: int, count: int, block: int
 ) -> Tensor:
     """The weight [in, out] of one of `count` experts, float32; as `fp8_moe` has them."""
-    if len(codes) == 1:
+    if codes[0].dim() == 3:
         scale = scales[0][expert] if scales[0].dim() else scales[0]
         return dequantize.eager(codes[0][expert], scale, 1, block, "fp32")
     parts = len(codes) // count

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from moec.graph_builder.builder import tag
+from moec.spec.errors import MoecError
 
 
 def inject(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
@@ -13,6 +14,11 @@ def inject(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     The values themselves are still computed, for `tap` to make visible.
     """
     wanted = set(names)
+    missing = wanted - {node.meta.get("name") for node in graph.graph.nodes}
+    if missing:
+        raise MoecError(
+            "inject", min(missing), "the name of a value in the graph", "see node.meta['name']"
+        )
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
     for node in list(graph.graph.nodes):
         if node.op == "placeholder" or node.meta.get("name") not in wanted:

@@ -70,7 +70,7 @@ class _Rewrite:
         static = rule.inputs in STATIC
         key = (x, weight if static else rule.inputs)
         if key not in self.inputs:
-            name = weight.removesuffix(".weight") if static else x.meta["name"]
+            name = weight.removesuffix(".weight") if static else f"{x.meta['name']}.{rule.inputs}"
             if static:
                 scale = self.parameter(input_scale_of(weight))
             else:

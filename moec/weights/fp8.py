@@ -39,10 +39,7 @@ def _largest(size: Tensor, along: str, block: int) -> Tensor:
         return size.amax(1 if along == "row" else 0)
     if along == "all":
         return size.amax()
-    rows, columns = size.shape
-    padded = functional.pad(size, (0, -columns % block, 0, -rows % block))
-    columns_at, rows_at = padded.shape[1] // block, padded.shape[0] // block
-    return padded.view(rows_at, block, columns_at, block).amax((1, 3))
+    return _squares(size, block).amax((1, 3))
 
 
 def scales(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,14 +57,21 @@ def codes(rows: Tensor, scale: Tensor, along: str, block: int, out: Tensor) -> N
         if along == "row":
             wide /= scale[at : at + count, None]
         elif along == "block":
-            mine = scale[at // block : -(-(at + count) // block)]
-            wide /= mine.repeat_interleave(block, 0)[:count].repeat_interleave(block, 1)[
-                :, : rows.shape[1]
-            ]
+            wide = _squares(wide, block)
+            wide /= scale[at // block : -(-(at + count) // block), None, :, None]
+            wide = wide.flatten(2).flatten(0, 1)[:count, : rows.shape[1]]
         else:
             wide /= scale
         out[at : at + count].copy_(wide)
         at += count
+
+
+def _squares(rows: Tensor, block: int) -> Tensor:
+    """rows [n, m], filled up with zeros where need be -> [n / block, block, m / block, block]."""
+    missing = -rows.shape[0] % block, -rows.shape[1] % block
+    if any(missing):
+        rows = functional.pad(rows, (0, missing[1], 0, missing[0]))
+    return rows.view(rows.shape[0] // block, block, rows.shape[1] // block, block)
 
 
 def _steps(rows: Tensor, along: str, block: int) -> Iterator[Tensor]:

@@ -24,6 +24,10 @@ from moec.weights.view import STORED, view
 PACKED = "weights.safetensors"
 #: elements that are packed at once: bounds the memory of the arithmetic
 PIECE = 1 << 22
+#: bytes that the disk is asked for before they are wanted
+AHEAD = 1 << 26
+#: bytes of experts that are held at once; of one, if it is larger
+TOGETHER = 1 << 28
 #: bytes between two entries of the journal, each of which waits for the disk
 LANDED = 1 << 28
 _CODES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
@@ -75,6 +79,7 @@ def write_packed(
 
         def land(names: list[str]) -> None:
             os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             log.write("".join(f"{name}\n" for name in names))
             log.flush()
 
@@ -128,40 +133,65 @@ def _write_fp8(
     along = {"tensor": "all", "expert": "all", "block": "block"}.get(
         packing.fp8 or "", "column" if fused else "row"
     )
-    parts = list(_places(entry, block if along == "block" else 1))
+    count = entry.shape[0] if fused else 1
+    elements, dtype = math.prod(entry.shape) // count, STORED[entry.dtype]
+    step = max(1, TOGETHER // (entry.nbytes // count))
+    groups = [range(i, min(i + step, count)) for i in range(0, count, step)]
+    # Memory that all groups use in turn: fresh pages cost as much as the work on them.
+    held = torch.empty(len(groups[0]) * elements, dtype=dtype)
+    done = torch.empty(held.shape, dtype=STORED["fp8"])
 
-    def largest(place: _Place) -> Tensor:
-        return fp8.magnitudes(_rows(entry, place), along, block)
-
-    found = list(pool.map(largest, parts))
-    matrices = entry.shape[0] if fused else 1
-    by_matrix = [
-        [size for place, size in zip(parts, found, strict=True) if place.matrix == i]
-        for i in range(matrices)
-    ]
-    join = torch.cat if along in ("row", "block") else lambda sizes: torch.stack(sizes).amax(0)
-    size = torch.stack([join(sizes) for sizes in by_matrix])
-    if packing.fp8 == "tensor":
-        size = size.amax().expand(matrices)
-    _refuse_odd(packing, entry, size)
-    scale = fp8.scales(size, STORED[packing.dtype])
-    _refuse_odd(packing, entry, scale)
-    stored = scale[0] if packing.fp8 == "tensor" or not fused else scale
-    _write(handle, stored.contiguous().flatten().view(torch.uint8).numpy(), places[1])
-
-    def pack(place: _Place) -> int:
-        rows, mine = _rows(entry, place), scale[place.matrix].float()
-        if along in ("row", "block"):
-            step = block if along == "block" else 1
-            mine = mine[place.start // step : -(-place.stop // step)]
-        out = torch.empty(rows.shape, dtype=STORED["fp8"])
-        fp8.codes(rows, mine, along, block, out)
+    def of(scratch: Tensor, place: _Place, group: range) -> Tensor:
         columns = entry.shape[-1]
-        first = place.matrix * entry.shape[-2] + place.start
-        _write(handle, out.view(torch.uint8).numpy(), places[0] + first * columns)
-        return rows.nbytes
+        at = (place.matrix - group.start) * elements + place.start * columns
+        return scratch[at : at + (place.stop - place.start) * columns].view(-1, columns)
 
-    yield from pool.map(pack, parts)
+    def magnitudes(group: range) -> Tensor:
+        """Of each matrix, which stay held."""
+        parts = list(_places(entry, group, block if along == "block" else 1))
+
+        def read(place: _Place) -> Tensor:
+            rows = of(held, place, group)
+            _read(entry, place.matrix * elements + place.start * entry.shape[-1], rows)
+            return fp8.magnitudes(rows, along, block)
+
+        found = list(zip(parts, pool.map(read, parts), strict=True))
+        join = torch.cat if along in ("row", "block") else lambda sizes: torch.stack(sizes).amax(0)
+        sizes = torch.stack([join([size for p, size in found if p.matrix == i]) for i in group])
+        _refuse_odd(packing, entry, sizes)
+        return sizes
+
+    common = None
+    if packing.fp8 == "tensor" and len(groups) > 1:  # read all of them first
+        common = torch.stack([magnitudes(group).amax() for group in groups]).amax()
+    at = places[1]
+    for group in groups:
+        sizes = magnitudes(group)
+        if packing.fp8 == "tensor":
+            sizes = (sizes.amax() if common is None else common).expand(len(group))
+        scales = fp8.scales(sizes, STORED[packing.dtype])
+        _refuse_odd(packing, entry, scales)
+        if packing.fp8 != "tensor" or group.start == 0:
+            stored = scales[0] if packing.fp8 == "tensor" else scales
+            at += _write(handle, stored.flatten().view(torch.uint8).numpy(), at)
+
+        def pack(
+            place: _Place, group: range = group, scales: Tensor = scales
+        ) -> tuple[_Place, Tensor]:
+            rows, out = of(held, place, group), of(done, place, group)
+            mine = scales[place.matrix - group.start].float()
+            if along in ("row", "block"):
+                unit = block if along == "block" else 1
+                mine = mine[place.start // unit : -(-place.stop // unit)]
+            fp8.codes(rows, mine, along, block, out)
+            return place, out
+
+        parts = _places(entry, group, block if along == "block" else 1)
+        for place, out in pool.map(pack, parts):
+            # One thread writes: several would wait for each other, spinning.
+            start = place.matrix * elements + place.start * entry.shape[-1]
+            _write(handle, out.view(torch.uint8).numpy(), places[0] + start)
+            yield out.numel() * dtype.itemsize
 
 
 def _write_rows(
@@ -196,31 +226,31 @@ def _refuse_odd(packing: Packing, entry: TensorEntry, values: Tensor) -> None:
         )  # fmt: skip
 
 
-def _places(entry: TensorEntry, multiple: int) -> Iterator[_Place]:
-    *fused, rows, columns = entry.shape
+def _places(entry: TensorEntry, matrices: range, multiple: int) -> Iterator[_Place]:
+    rows, columns = entry.shape[-2:]
     step = max(multiple, PIECE // columns // multiple * multiple)
-    for matrix in range(fused[0] if fused else 1):
+    for matrix in matrices:
         for start in range(0, rows, step):
             yield _Place(matrix, start, min(start + step, rows))
 
 
-def _rows(entry: TensorEntry, place: _Place) -> Tensor:
-    """Rows of a weight, read and not mapped: a page fault for each 4 kB is slower than a disk."""
-    columns, item = entry.shape[-1], entry.nbytes // math.prod(entry.shape)
-    first = (place.matrix * entry.shape[-2] if len(entry.shape) == 3 else 0) + place.start
-    rows = torch.empty(place.stop - place.start, columns, dtype=STORED[entry.dtype])
-    data = memoryview(rows.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+def _read(entry: TensorEntry, first: int, out: Tensor) -> None:
+    """Elements of a weight from `first` on, read and not mapped: page faults cost more."""
+    data = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+    start, at = entry.offset + first * out.element_size(), 0
     with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.offset + first * columns * item)
-        at = 0
+        file.seek(start)
+        # What comes next is read while this is worked on, and nothing stays in the system's cache:
+        # new pages for it would cost more than the disk, and other processes theirs.
+        os.posix_fadvise(file.fileno(), start + len(data), AHEAD, os.POSIX_FADV_WILLNEED)
         while at < len(data) and (count := file.readinto(data[at:])):
             at += count
+        os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
     if at < len(data):
         raise MoecError(
             entry.file, f"ended before {entry.name}", "a file that stays as it is",
             "fetch the shard again",
         )  # fmt: skip
-    return rows
 
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:

@@ -4,8 +4,8 @@
 
 Writes layers of Scout's widths with random weights, then builds them in a fresh process. `dd` reads
 the same shards and writes as many bytes as the build does, in the same run; caches are dropped
-before each, where that is allowed. "of dd's" is the time that dd takes to read and then to write, as
-a share of the build's.
+before each, where that is allowed. "of dd's" is the time that dd takes to read and then to write,
+as a share of the build's.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 import moec
 from moec.runtime.cost import cost
+from moec.spec.files import load_scheme
 from moec.spec.scheme import ATTENTION, SCHEMES, Scheme
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-scout"
@@ -58,9 +59,11 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "scheme" else "right")
     for name, scheme, cache in cases:
         with tempfile.TemporaryDirectory() as folder:
+            static = load_scheme(scheme).static
             art = moec.export(
-                TINY, target, "fp8", Path(folder) / "art", scheme=scheme, scales=scales, cache=cache
-            )
+                TINY, target, "fp8", Path(folder) / "art", scheme=scheme,
+                scales=scales if static else None, cache=cache,
+            )  # fmt: skip
             found = cost(art, "bf16", windows)
             eager = moec.open_session(art.path, engine="eager").logits(windows[:, :-1])
         nll = functional.cross_entropy(torch.as_tensor(eager).transpose(1, 2), windows[:, 1:])

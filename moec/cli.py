@@ -32,8 +32,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Placement = Annotated[
     str | None,
     typer.Option(
-        help="in-place (no copy), link (hard links beside the model), copy, or, for target ort, "
-        "pack (rewritten once in the layout that runs fastest). Default in-place where it can be."
+        help="in-place (no copy), link (hard links beside the model), copy, or pack (rewritten "
+        "once: for target ort as runs fastest, for fp8 quantised). Default in-place if it can be."
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -120,8 +120,10 @@ def calibrate(
     import moec
     from moec.show import bar
 
-    if not out.absolute().parent.is_dir():
-        raise MoecError(f"--out {out}", "no such folder", "a file in a folder", "choose another")
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise MoecError(f"--out {out}", "a folder, or in one that is not there", "a file to write",
+            "choose another",
+        )  # fmt: skip
     with bar(console) as progress:
         found = moec.calibrate(checkpoint, tokens, percentile, progress)
     try:
@@ -440,5 +442,8 @@ def main() -> None:
         )
         sys.exit(error.exit_code)
     except _Stopped:
-        Console(stderr=True).print("stopped: nothing half-written is left behind", style="yellow")
+        Console(stderr=True).print(
+            "stopped: no half of an artefact is left behind; weights being packed are kept "
+            "for the next build of the same --out", style="yellow", soft_wrap=True,
+        )  # fmt: skip
         sys.exit(2)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moec.runtime.report import cells
+from moec.runtime.report import cells, cost_cells
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import counts
 from moec.spec.plan import Plan
@@ -125,18 +125,8 @@ def cost_table(console: Console, cost: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column("found", justify="right")
     table.add_column("detail")
-    before, after = cost["reference_perplexity"], cost["perplexity"]
-    table.add_row(
-        "perplexity", f"{after:.4f}", f"{100 * (after / before - 1):+.2f} %, from {before:.4f}"
-    )
-    table.add_row("KL", f"{cost['kl']:.2e}", f"nats a token; 99 % below {cost['kl_99']:.2e}")
-    table.add_row("same choice", f"{100 * cost['same_choice']:.2f} %", "of the likeliest token")
-    if cost["flips"]:
-        at = max(cost["flips"], key=cost["flips"].__getitem__)
-        detail = f"of tokens and layers; most {100 * cost['flips'][at]:.2f} %, in {at}"
-        table.add_row("router flips", f"{100 * cost['router_flips']:.2f} %", detail)
-    for name, found in cost["layers"].items():
-        table.add_row(name, f"{found:.2e}", "relative error of its output")
+    for row in cost_cells(cost):
+        table.add_row(*row)
     console.print(table)
 
 

@@ -168,6 +168,10 @@ def export(
         refuse_foreign(path)
         if checkpoint:
             _refuse_inside(path, checkpoint.folder)
+        if scales is not None and not checkpoint:
+            raise MoecError(
+                "--scales", "a build without weights", "a checkpoint", "give it to bind instead"
+            )
         constants = _constants(spec, mode, scales) if checkpoint else {}
         if target == "ort":
             check_sizes(spec, BITS.get(precision))
@@ -237,8 +241,8 @@ def bind(
         wanted = built.manifest.spec
         if packs:  # wide weights, which this artefact makes narrow
             wanted = wanted.model_copy(update={"scheme": None})
-        elif spec.scheme and wanted.scheme:
-            spec = in_precision(spec, "fp8", None, "fp8" if wanted.scheme.cache else "wide")
+        elif spec.scheme and wanted.scheme and not wanted.scheme.cache:
+            spec = in_precision(spec, "fp8", None, "wide")
         odd = [row for row in diff(spec, wanted) if row[0] != "provenance"]
         if odd:
             field_path, found, expected = odd[0]
@@ -403,17 +407,28 @@ def _constants(
     spec: ModelSpec, mode: str, scales: str | Path | Calibration | None
 ) -> dict[str, Tensor]:
     """The static scales that a packed file has beside the weights."""
-    if mode != "pack" or spec.scheme is None:
+    scheme = spec.scheme
+    wanted = mode == "pack" and scheme is not None and scheme.static
+    if scales is not None and not wanted:
+        raise MoecError(
+            "--scales", "a build that has no static scales to find",
+            "a scheme with static scales, on wide weights", "leave --scales out",
+        )  # fmt: skip
+    if scheme is None or not wanted:
         return {}
     found = (
         scales if scales is None or isinstance(scales, Calibration) else read_calibration(scales)
     )
-    dtype = STORED[spec.scheme.scales]
-    least = torch.finfo(dtype).smallest_normal
-    return {
-        name: torch.tensor(each, dtype=dtype).clamp(min=least)
-        for name, each in static_scales(spec, found).items()
-    }
+    dtype, constants = STORED[scheme.scales], dict[str, Tensor]()
+    for name, each in static_scales(spec, found).items():
+        scale = torch.tensor(each, dtype=dtype).clamp(min=torch.finfo(dtype).smallest_normal)
+        if not bool(scale.isfinite().all()):
+            raise MoecError(
+                f"--scales: {name}", f"{each}, which {scheme.scales} cannot hold",
+                "a finite scale", "use scales: fp32 in the scheme, or calibrate again",
+            )  # fmt: skip
+        constants[name] = scale
+    return constants
 
 
 def _companions(source: Path, folder: Path) -> None:

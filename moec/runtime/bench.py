@@ -168,8 +168,11 @@ def _timing(
     rate = batch * new / statistics.median(decode for _, decode in turns)
     # Weights that stay where they are are read as they are, but by `fast`, which casts them once.
     mapped = not manifest.packings and (lane.engine == "eager" or lane.preset == "lean")
-    read = manifest.spec.dtype if mapped else precision
-    needed = plan(manifest.spec, read, context=prompt + new).decode_read_bytes
+    spec = manifest.spec
+    if lane.engine in PEERS:  # they read the checkpoint's weights, and make FP8 ones wide
+        spec = spec.model_copy(update={"scheme": None})
+    read = "fp8" if spec.scheme else spec.dtype if mapped else precision
+    needed = plan(spec, read, context=prompt + new).decode_read_bytes
     alone = batch == 1 and lane.device == "cpu"
     return Timing(
         *shown,

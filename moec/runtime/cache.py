@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.spec.model import ModelSpec
-from moec.weights.view import TORCH_DTYPES
+from moec.weights.view import STORED, TORCH_DTYPES
 
 #: "slots": [batch, slots, kv_heads * head_dim], each call returns new ones.
 #: "buffers": [batch, kv_heads, slots, head_dim], each call writes into them.
@@ -45,7 +45,7 @@ def new_cache(
 ) -> Cache:
     """An empty cache with room for `capacity` positions a row; 0 keeps nothing."""
     text, narrow = spec.text, spec.scheme is not None and spec.scheme.cache
-    dtype = torch.float8_e4m3fn if narrow else TORCH_DTYPES[precision]
+    dtype = STORED["fp8"] if narrow else TORCH_DTYPES[precision]
 
     def shape(chunk: int | None) -> tuple[int, ...]:
         count = slots(chunk, capacity)

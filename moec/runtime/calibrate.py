@@ -12,7 +12,7 @@ from moec.graph_builder.ops.moe import over_chosen
 from moec.graph_builder.parts import build_graph
 from moec.runtime.cache import new_cache
 from moec.runtime.eager import fill
-from moec.runtime.token_file import read_token_file
+from moec.runtime.token_file import read_rows
 from moec.spec.calibration import Calibration
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
@@ -33,7 +33,9 @@ class _Magnitudes:
         if not x.numel():
             return
         size = x.detach().abs().flatten()
-        self.largest = max(self.largest, size.max().item())
+        most = size.max().item()
+        if not most <= self.largest:  # NaN, once seen, stays: nothing is larger than it
+            self.largest = most
         self.seen += size.numel()
         if self.share < 1:
             at = ((size.float().clamp(min=1e-30).log2() - _LOW) * _BINS).long()
@@ -100,7 +102,7 @@ def calibrate(
     """Run `checkpoint`, wide weights, over rows of tokens, in float32.
 
     Args:
-        tokens: int64 [rows, length], or a file of them: see `read_token_file`.
+        tokens: int64 [rows, length], or a file of them: see `read_rows`.
         percentile: of the magnitudes at each site; 100 is the largest.
         progress: called with (stage, done, total).
         batch: rows that go through at once.
@@ -117,7 +119,7 @@ def calibrate(
         )  # fmt: skip
     if not 0 < percentile <= 100:
         raise MoecError("--percentile", percentile, "above 0, at most 100", "leave it out")
-    rows = tokens if isinstance(tokens, Tensor) else read_token_file(tokens, spec, folder)
+    rows = read_rows(tokens, spec, folder)
     graph = build_graph(spec)
     fill(graph, entries)
     observer = _Observer(graph, spec.text.experts.count, percentile)
@@ -144,6 +146,13 @@ def _feeds(spec: ModelSpec, graph: fx.GraphModule, ids: Tensor) -> list[Tensor]:
 
 
 def _result(model: str, observer: _Observer, tokens: int, percentile: float) -> Calibration:
+    every = observer.inputs | {name: [site] for name, site in observer.caches.items()}
+    for name, sites in every.items():
+        if not all(site.largest < torch.inf for site in sites):
+            raise MoecError(
+                f"calibration of {model}: {name}", "values that are not finite", "finite weights",
+                f"python cli.py validate, on an artefact of {model}",
+            )  # fmt: skip
     inputs: dict[str, float | tuple[float, ...]] = {}
     unseen: list[str] = []
     for name, sites in observer.inputs.items():
@@ -155,12 +164,6 @@ def _result(model: str, observer: _Observer, tokens: int, percentile: float) -> 
         inputs[name] = tuple(most if size is None else size for size in found)
         unseen += [f"{name}[{i}]" for i, size in enumerate(found) if size is None]
     caches = {name: site.found for name, site in observer.caches.items()}
-    for name, site in [*observer.caches.items(), *((n, s[0]) for n, s in observer.inputs.items())]:
-        if not site.largest < torch.inf:
-            raise MoecError(
-                f"calibration of {model}: {name}", "values that are not finite", "finite weights",
-                f"python cli.py validate, on an artefact of {model}",
-            )  # fmt: skip
     return Calibration(
         model=model, tokens=tokens, percentile=percentile, inputs=inputs, caches=caches,
         unseen=tuple(unseen),

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from moec.exporters.artefact import Artefact
 from moec.runtime.session import Session, eager_session, ort_session
-from moec.runtime.token_file import read_token_file
+from moec.runtime.token_file import read_rows
 from moec.spec.errors import MoecError
 from moec.spec.files import diff
 from moec.weights.name_map import read_model
@@ -58,7 +58,7 @@ def cost(
 
     Args:
         reference: a checkpoint folder; "bf16", "fp16" or "fp32": the one that was built from.
-        rows: token ids, or a file of them (see `read_token_file`); None: the reference draws them
+        rows: token ids, or a file of them (see `read_rows`); None: the reference draws them
             from itself, at temperature 1.
         device: where the artefact runs.
         seed: of that draw.
@@ -89,18 +89,36 @@ def cost(
     text = "given rows"
     if rows is None:
         rows, text = _draw(wide, seed), f"rows that the reference drew, seed {seed}"
-    elif not isinstance(rows, Tensor):
-        rows, text = read_token_file(rows, spec, folder), str(rows)
+    else:
+        text = text if isinstance(rows, Tensor) else str(rows)
+        rows = read_rows(rows, spec, folder)
+    if rows.shape[1] < 2:
+        raise MoecError(
+            "--eval", f"rows of {rows.shape[1]} token", "2 tokens a row or more", "give longer rows"
+        )
     sums = _Sums(taps, routes)
     for done, row in enumerate(rows):
         progress("cost", done, len(rows))
-        sums.add(row, *(_trace(session, row, [*taps, *routes]) for session in (wide, narrow)))
+        found = [_trace(session, row, [*taps, *routes]) for session in (wide, narrow)]
+        for where, each in zip((folder, artefact.path), found, strict=True):
+            if not bool(each["logits"].isfinite().all()):
+                raise MoecError(
+                    where, "logits that are not finite", "finite weights",
+                    f"python cli.py validate {artefact.path}", exit_code=1,
+                )  # fmt: skip
+        sums.add(row, *found)
     progress("cost", len(rows), len(rows))
     return sums.cost(str(folder), text)
 
 
 def _folder(artefact: Artefact, reference: str) -> Path:
     if reference not in ("bf16", "fp16", "fp32"):
+        if not Path(reference).is_dir():
+            raise MoecError(
+                f"--reference {reference}", "no such folder",
+                "bf16 (the weights that were built from), or the folder of wide weights",
+                "correct --reference",
+            )  # fmt: skip
         return Path(reference)
     known = artefact.manifest.checkpoint
     if known is None or not Path(known).is_dir():

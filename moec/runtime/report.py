@@ -65,6 +65,13 @@ class Report:
 
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained page with every check to `path`."""
+        cost = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in (cost_cells(self.cost) if self.cost else ())
+        )
+        if cost:
+            where = html.escape(f"{self.cost and self.cost['reference']}")
+            cost = f"<h2>What the precision costs, against {where}</h2><table>{cost}</table>"
         rows = "".join(
             f"<tr class={'ok' if check.passed else 'bad'}>"
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(check.to_dict()))
@@ -79,7 +86,7 @@ class Report:
             f"<h1>{html.escape(self.subject)}: {html.escape(verdict)}</h1>"
             f"<p>{self.engine} against {self.reference}, {self.precision}, rows of {self.tokens} "
             f"tokens, seed {self.seed}</p>{notes}<table><tr><th>check<th>found<th>limit"
-            f"<th>detail</tr>{rows}</table>",
+            f"<th>detail</tr>{rows}</table>{cost}",
             encoding="utf-8",
         )
 
@@ -92,3 +99,22 @@ def cells(check: dict[str, Any]) -> tuple[str, str, str, str]:
     if check["kind"] == "error":
         return check["name"], f"{found:.2e}", f"<= {limit:.0e}", check["detail"]
     return check["name"], f"{100 * found:.2f} %", f">= {100 * limit:g} %", check["detail"]
+
+
+def cost_cells(cost: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What a precision costs as people read it: name, found, detail."""
+    before, after = cost["reference_perplexity"], cost["perplexity"]
+    change = f"{100 * (after / before - 1):+.2f} %, from {before:.4f}"
+    found = [
+        ("perplexity", f"{after:.4f}", change),
+        ("KL", f"{cost['kl']:.2e}", f"nats a token; 99 % below {cost['kl_99']:.2e}"),
+        ("same choice", f"{100 * cost['same_choice']:.2f} %", "of the likeliest token"),
+    ]
+    if cost["flips"]:
+        at = max(cost["flips"], key=cost["flips"].__getitem__)
+        detail = f"of tokens and layers; most {100 * cost['flips'][at]:.2f} %, in {at}"
+        found.append(("router flips", f"{100 * cost['router_flips']:.2f} %", detail))
+    return found + [
+        (name, f"{each:.2e}", "relative error of its output")
+        for name, each in cost["layers"].items()
+    ]

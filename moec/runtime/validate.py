@@ -92,8 +92,9 @@ def validate(
                 f"--reference {reference}", "a proof of the twin, whose weights are random",
                 "an artefact with weights", "leave --reference out, or bind a checkpoint",
             )  # fmt: skip
+        found = cost(artefact, reference, rows, device, seed, progress)
         report = _validate(artefact, tokens, seed, progress, device)
-        report.cost = cost(artefact, reference, rows, device, seed, progress).to_dict()
+        report.cost = found.to_dict()
         return report
     if not unbound and not on_twin:
         return _validate(artefact, tokens, seed, progress, device)

@@ -26,7 +26,7 @@ _Chosen = Callable[[str], bool]
 _INERT = frozenset(
     """
     global_compression_ratio quantization_status version observer observer_kwargs actorder
-    scale_dtype zp_dtype moe_sparsity_config producer dequantize modules_to_not_convert_note
+    scale_dtype zp_dtype moe_sparsity_config producer dequantize
     """.split()
 )
 
@@ -69,35 +69,16 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
     (name,) = groups
     group = Fields(f"{at.where}.config_groups", groups, _NEXT).inner(name)
     group.require("format", "float-quantized", default="float-quantized")
-    weights = Fields(f"{group.where}.weights", group.take("weights", dict), _NEXT)
-    inputs = group.take("input_activations", dict, default=None)
-    for fields, dynamic, strategies in (
-        (weights, False, ("channel", "tensor")),
-        (inputs and Fields(f"{group.where}.input_activations", inputs, _NEXT), True, ("token",)),
-    ):
-        if not fields:
-            continue
-        fields.require("num_bits", 8)
-        fields.require("type", "float")
-        fields.require("symmetric", True, default=True)
-        fields.require("dynamic", dynamic, default=False)
-        strategy = fields.take("strategy", str)
-        if strategy not in strategies:
-            raise fields.error("strategy", repr(strategy), " or ".join(map(repr, strategies)))
-        fields.left["strategy"] = strategy
-        fields.finish(_INERT | {"strategy", "group_size", "block_structure"})
+    weights = _number(group.inner("weights"), False, ("channel", "tensor"))
+    inputs = "input_activations" in group
+    if inputs:
+        _number(group.inner("input_activations"), True, ("token",))
     targets, ignored = _names(group, "targets", REQUIRED), _names(at, "ignore")
     _checked(group, "targets", targets)
     _checked(at, "ignore", ignored)
-    cache = at.take("kv_cache_scheme", dict, default=None)
-    if cache is not None:
-        keys = Fields(f"{at.where}.kv_cache_scheme", cache, _NEXT)
-        keys.require("num_bits", 8)
-        keys.require("type", "float")
-        keys.require("symmetric", True, default=True)
-        keys.require("dynamic", False, default=False)
-        keys.require("strategy", "tensor", default="tensor")
-        keys.finish(_INERT | {"group_size", "block_structure"})
+    cache = "kv_cache_scheme" in at
+    if cache:
+        _number(at.inner("kv_cache_scheme"), False, ("tensor",), default="tensor")
     for each, key in ((group, "output_activations"), (at, "transform_config")):
         if said := each.take(key, dict, default={}):
             raise each.error(key, str(said)[:80], "nothing: it would change the arithmetic")
@@ -105,15 +86,28 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
         f"{at.where}.sparsity_config", at.take("sparsity_config", dict, default={}), _NEXT
     )
     sparse.require("format", "dense", default="dense")
-    group.finish(_INERT)
-    at.finish(_INERT)
-    weight = "expert" if weights.left["strategy"] == "tensor" else "channel"
+    group.finish(_INERT | {"input_activations"})  # null where there is none
+    at.finish(_INERT | {"kv_cache_scheme"})
+    weight = "expert" if weights == "tensor" else "channel"
     return _scheme(
         at, "ignore", "compressed-tensors", spec, lambda module: _listed(module, targets, _regex)
         and not _listed(module, ignored, _regex),
-        weight, "token" if inputs else "none", cache=cache is not None,
+        weight, "token" if inputs else "none", cache=cache,
         scales=spec.dtype,  # as the library writes them; weights have the last word
     )  # fmt: skip
+
+
+def _number(at: Fields, dynamic: bool, strategies: tuple[str, ...], default: Any = REQUIRED) -> str:
+    """The strategy of a symmetric E4M3 number, which is one of `strategies`."""
+    at.require("num_bits", 8)
+    at.require("type", "float")
+    at.require("symmetric", True, default=True)
+    at.require("dynamic", dynamic, default=False)
+    strategy: str = at.take("strategy", str, default=default)
+    if strategy not in strategies:
+        raise at.error("strategy", repr(strategy), " or ".join(map(repr, strategies)))
+    at.finish(_INERT | {"group_size", "block_structure"})
+    return strategy
 
 
 def _modelopt(at: Fields, spec: ModelSpec) -> Scheme:

@@ -45,8 +45,10 @@ class Rule(Frozen):
     """Parameters whose names match one of the patterns `of`; "*" stands for any characters."""
 
     of: tuple[str, ...] = Field(min_length=1)
-    weight: Literal["tensor", "expert", "channel", "block"]
-    inputs: Literal["none", "tensor", "expert", "token", "group"] = "none"
+    weight: Literal["tensor", "expert", "channel", "block"] = Field(description=str(WEIGHTS))
+    inputs: Literal["none", "tensor", "expert", "token", "group"] = Field(
+        default="none", description=str(INPUTS)
+    )
 
     def matches(self, parameter: str) -> bool:
         """Whether the rule is for `parameter`."""
@@ -61,7 +63,7 @@ class Scheme(Frozen):
 
     name: str = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
-    block: int = Field(default=128, ge=1)
+    block: int = Field(default=128, ge=2, le=1024)
     bound: float | None = Field(default=None, gt=0, description="dynamic scales look no further")
     cache: bool = False
     layout: Layout = "moec"

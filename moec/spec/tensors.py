@@ -56,6 +56,12 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
                 f"patterns over names such as {', '.join(names[:3])}", "correct the scheme",
             )  # fmt: skip
     found = {name: each for name in names if (each := scheme.rule(name))}
+    static = [n for n, each in found.items() if each.inputs in STATIC and n.startswith("vision.")]
+    if static and scheme.layout == "moec":
+        raise MoecError(
+            f"scheme {scheme.name}: {static[0]}", "static input scales in the vision tower",
+            "dynamic ones: calibration runs on text", "use inputs: token there",
+        )  # fmt: skip
     for layer in spec.text.all_layers:
         both = [found.get(f"layers.{layer.index}.moe.{part}") for part in ("gate_up", "down")]
         if len({each and each.inputs for each in both}) > 1:

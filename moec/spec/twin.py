@@ -1,9 +1,11 @@
 """The twin of a model: the same layers, patterns and switches, small enough to run anywhere."""
 
+import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from moec.spec.model import ModelSpec
-from moec.spec.scheme import Scheme
+from moec.spec.scheme import Rule, Scheme
 from moec.spec.tensors import eligible
 
 CHUNK = 8
@@ -73,10 +75,24 @@ def twin(spec: ModelSpec, layers: int | None = None, block: int = 16) -> ModelSp
 
 
 def _scheme(scheme: Scheme, spec: ModelSpec) -> Scheme:
-    """`scheme` with blocks of 16 at most, and without patterns for layers that are not there."""
-    names = eligible(spec)
-    rules = []
-    for rule in scheme.rules:
-        of = tuple(each for each in rule.of if any(fnmatchcase(name, each) for name in names))
-        rules += [rule.model_copy(update={"of": of})] if of else []
+    """`scheme` with blocks of 16 at most, and without patterns for layers that are not there.
+
+    If that leaves none, patterns for some layers are for all.
+    """
+    rules = _present(scheme.rules, spec)
+    if not rules:
+        rules = _present([_for_all_layers(rule) for rule in scheme.rules], spec)
     return scheme.model_copy(update={"rules": tuple(rules), "block": min(scheme.block, 16)})
+
+
+def _for_all_layers(rule: Rule) -> Rule:
+    of = tuple(re.sub(r"layers\.\d+\.", "layers.*.", pattern) for pattern in rule.of)
+    return rule.model_copy(update={"of": of})
+
+
+def _present(rules: Iterable[Rule], spec: ModelSpec) -> list[Rule]:
+    names, found = eligible(spec), []
+    for rule in rules:
+        of = tuple(each for each in rule.of if any(fnmatchcase(name, each) for name in names))
+        found += [rule.model_copy(update={"of": of})] if of else []
+    return found

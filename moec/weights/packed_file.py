@@ -51,7 +51,8 @@ def write_packed(
 ) -> int:
     """Pack each parameter from `entries` into `path`, and `constants` as they are.
 
-    Memory holds a matrix, at most twice, for each core. A journal beside `path` says what has
+    Memory holds a matrix, at most twice, for each core; of FP8, a group of experts and their codes
+    for all cores together. A journal beside `path` says what has
     landed: if this is cut off, the same call goes on from there. Returns the bytes of weights that
     this call read.
 
@@ -128,7 +129,7 @@ def _write_fp8(
     places: list[int],
     pool: ThreadPoolExecutor,
 ) -> Iterator[int]:
-    """Scales in a first pass, codes in a second; yields bytes that have been packed."""
+    """Group by group of experts, scales, then codes; yields bytes that have been packed."""
     block, fused = packing.block, len(entry.shape) == 3
     along = {"tensor": "all", "expert": "all", "block": "block"}.get(
         packing.fp8 or "", "column" if fused else "row"

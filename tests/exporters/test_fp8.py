@@ -15,6 +15,7 @@ from moec.runtime.calibrate import calibrate
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import SCHEMES
+from moec.spec.tensors import quantized
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
 from tests.strategies import schemes, specs
@@ -36,7 +37,8 @@ def test_every_layer_is_the_eager_graphs(data: st.DataObject, spec: ModelSpec, t
         weights = Path(folder) / "weights"
         stored = spec.model_copy(update={"scheme": None if ours else scheme})
         write_random_checkpoint(stored, weights, seed=data.draw(st.integers(0, 2**31)))
-        scales = calibrate(weights, torch.randint(0, spec.text.vocab, (3, 30))) if ours else None
+        rows = torch.randint(0, spec.text.vocab, (3, 30))
+        scales = calibrate(weights, rows) if ours and scheme.static else None
         art = export(
             weights, target, "fp8", Path(folder) / "art",
             scheme=scheme if ours else None, scales=scales,
@@ -97,7 +99,7 @@ def test_caches_are_fp8_or_wide_as_asked(tiny: Path, tmp_path: Path) -> None:
     for cache in (None, "wide", "fp8"):
         art = export(
             tiny, precision="fp8", scheme="modelopt" if cache is None else "meta",
-            scales=scales, cache=cache, out=tmp_path / str(cache),
+            scales=None if cache == "wide" else scales, cache=cache, out=tmp_path / str(cache),
         )  # fmt: skip
         kinds[cache] = {port.dtype for port in art.manifest.inputs if port.name.startswith("past.")}
         tokens = moec.open_session(art.path).generate([[1, 2, 3]], max_new_tokens=140)
@@ -118,6 +120,8 @@ REFUSED = {
     "weights in place that are wide": ({"weights": "in-place"}, "must be rewritten"),
     "a scheme file that is not there": ({"scheme": "none.yaml"}, "none.yaml"),
     "a cache of an unknown kind": ({"cache": "int4"}, "fp8 or wide"),
+    "scales that nothing wants": ({"scales": "scales.json"}, "leave --scales out"),
+    "scales of another precision": ({"precision": "fp32", "scales": "scales.json"}, "leave"),
 }
 
 
@@ -176,3 +180,25 @@ def test_a_single_expert_apart_is_no_fused_one(tmp_path: Path) -> None:
     write_random_checkpoint(spec, tmp_path / "weights")
     art = export(tmp_path / "weights", out=tmp_path / "art")
     assert moec.validate(art.path).passed
+
+
+def test_a_static_scale_that_its_dtype_cannot_hold_is_refused(tiny: Path, tmp_path: Path) -> None:
+    scales = calibrate(tiny, torch.randint(0, 4096, (1, 40)))
+    huge = scales.model_copy(update={"caches": dict.fromkeys(scales.caches, 1e9)})
+    scheme = SCHEMES["modelopt"].model_copy(update={"scales": "fp16"})
+    with pytest.raises(MoecError, match="fp16 cannot hold"):
+        export(tiny, precision="fp8", scheme=scheme, scales=huge, out=tmp_path / "art")
+
+
+def test_the_twin_has_fp8_layers_although_the_models_first_ones_are_wide(tmp_path: Path) -> None:
+    late = ("layers.6.moe.gate_up", "layers.6.moe.down")
+    rule = SCHEMES["meta"].rules[0].model_copy(update={"of": late})
+    for layout in ("moec", "compressed-tensors"):
+        scheme = SCHEMES["meta"].model_copy(update={"rules": (rule,), "layout": layout})
+        spec = moec.load_spec("tiny-scout").model_copy(update={"scheme": scheme})
+        art = export(spec, precision="fp8", out=tmp_path / layout)
+        small = twin(art.manifest.spec, 4)
+        assert {n for n in quantized(small) if "gate_up" in n} == {
+            f"layers.{i}.moe.gate_up" for i in range(4)
+        }
+        assert moec.validate(art.path).passed

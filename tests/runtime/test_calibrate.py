@@ -1,11 +1,13 @@
 """Calibration against magnitudes found by hand, its file, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import moec
 from moec.runtime.calibrate import _Magnitudes, calibrate
@@ -153,3 +155,27 @@ def test_fp8_weights_and_odd_percentiles_are_refused(
 
 def _with(scheme: Scheme) -> ModelSpec:
     return SPEC.model_copy(update={"scheme": scheme})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "feed_forward.experts.gate_up_proj"])
+def test_weights_that_are_not_finite_are_noticed(
+    bad: float, name: str, weights: Path, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(weights, tmp_path / "weights"))
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in tensors if key.endswith(name) and "layers.1." in key)
+    tensors[key].flatten()[-1] = bad  # of experts the last one
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(MoecError, match="not finite"):
+        calibrate(folder, rows.repeat(8, 1))
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [torch.zeros(0, 4, dtype=torch.int64), torch.ones(2, 3), torch.tensor([[999]]),
+     torch.tensor([[-1]]), torch.ones(1, 2, 3, dtype=torch.int64)],
+)  # fmt: skip
+def test_tensors_that_are_no_tokens_are_refused(tokens: torch.Tensor, weights: Path) -> None:
+    with pytest.raises(MoecError, match="tokens"):
+        calibrate(weights, tokens)

@@ -56,8 +56,10 @@ def test_references_that_are_none_are_refused(tiny: Path, tmp_path: Path) -> Non
     write_random_checkpoint(other, tmp_path / "other")
     with pytest.raises(MoecError, match=r"text\.layers"):
         cost(art, str(tmp_path / "other"))
-    with pytest.raises(MoecError, match="nor a checkpoint folder"):
+    with pytest.raises(MoecError, match="no such folder"):
         cost(art, str(tmp_path / "none"))
+    with pytest.raises(MoecError, match="2 tokens"):
+        cost(art, "bf16", torch.tensor([[5], [6]]))
     shutil.rmtree(checkpoint)
     with pytest.raises(MoecError, match="--reference DIR"):
         cost(art, "bf16")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import moec
-from moec.runtime.token_file import WINDOW, read_token_file
+from moec.runtime.token_file import WINDOW, read_rows
 from moec.spec.errors import MoecError
 
 SPEC = moec.load_spec("tiny-scout")
@@ -16,14 +16,14 @@ SPEC = moec.load_spec("tiny-scout")
 def test_ids_and_text_become_rows(tiny: Path, tmp_path: Path) -> None:
     stream = np.arange(1300, dtype=np.int32)
     np.save(tmp_path / "stream.npy", stream)
-    rows = read_token_file(tmp_path / "stream.npy", SPEC, tiny)
+    rows = read_rows(tmp_path / "stream.npy", SPEC, tiny)
     assert rows.shape == (2, WINDOW) and rows.flatten().tolist() == list(range(2 * WINDOW))
     np.save(tmp_path / "rows.npy", stream[:60].reshape(4, 15))
-    assert read_token_file(tmp_path / "rows.npy", SPEC, tiny).shape == (4, 15)
+    assert read_rows(tmp_path / "rows.npy", SPEC, tiny).shape == (4, 15)
     (tmp_path / "short.json").write_text(json.dumps([3, 1, 2]))
-    assert read_token_file(tmp_path / "short.json", SPEC, tiny).tolist() == [[3, 1, 2]]
+    assert read_rows(tmp_path / "short.json", SPEC, tiny).tolist() == [[3, 1, 2]]
     (tmp_path / "text.txt").write_text("import os\n" * 50)
-    rows = read_token_file(tmp_path / "text.txt", SPEC, tiny)
+    rows = read_rows(tmp_path / "text.txt", SPEC, tiny)
     assert rows.shape[0] == 1 and rows.max() < SPEC.text.vocab
 
 
@@ -49,5 +49,5 @@ def test_other_files_are_refused(what: str, tiny: Path, tmp_path: Path) -> None:
     if content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(MoecError) as caught:
-        read_token_file(tmp_path / name, SPEC, tiny)
+        read_rows(tmp_path / name, SPEC, tiny)
     assert named in str(caught.value)

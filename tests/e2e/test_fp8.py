@@ -10,6 +10,7 @@ import moec
 from moec.exporters.export import export
 from moec.runtime.cost import cost
 from moec.spec.calibration import Calibration
+from moec.spec.scheme import SCHEMES
 
 PERPLEXITY = 13.3217
 #: scheme, caches -> largest change of perplexity, largest share of tokens whose experts are others

@@ -19,6 +19,9 @@ from tests.damage import EMBED, FIRST, INDEX, SECOND, SPEC
 pytest.register_assert_rewrite("tests.refusals", "tests.trees")  # asserts that say what differs
 declare_torchvision_ops()  # before any test imports transformers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: a thread each, or they spin
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-scout"
 

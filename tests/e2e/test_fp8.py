@@ -50,7 +50,7 @@ def test_perplexity_and_routers(
 
 def test_the_command_line_from_calibration_to_cost(
     tiny: Path, golden: dict[str, Tensor], tmp_path: Path, cli: object,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     run = cli
     assert callable(run)
@@ -69,6 +69,7 @@ def test_the_command_line_from_calibration_to_cost(
     parity = moec.exporters.artefact.open_artefact(art).manifest.parity  # type: ignore[attr-defined]
     assert parity and parity["passed"] and parity["cost"]["router_flips"] > 0
     assert parity["cost"]["text"].startswith("rows that the reference drew")
+    monkeypatch.setattr("moec.runtime.bench.PEERS", ())  # which take half a minute to compile
     code, err = run("bench", art, "--prompt-tokens", 8, "--new-tokens", 4, "--rounds", 1)
     assert (code, err) == (0, "")
     code, _ = run("generate", art, "--prompt", "def main(", "--max-new-tokens", 4)

@@ -3,13 +3,18 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of this folder skip themselves where ONNX Runtime has no GPU."""
-    if torch.cuda.is_available():
+    """Tests of this folder skip themselves where there is no GPU, or ONNX Runtime has none."""
+    gpu = torch.cuda.is_available()
+    ort = False
+    if gpu:
         import onnxruntime
 
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            return
-    skip = pytest.mark.skip(reason="needs an NVIDIA GPU and onnxruntime-gpu")
+        ort = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     for item in items:
-        if "tests/gpu" in item.path.as_posix():
-            item.add_marker(skip)
+        path = item.path.as_posix()
+        if "tests/gpu" not in path:
+            continue
+        if not gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        elif not ort and "ort" in item.path.name:
+            item.add_marker(pytest.mark.skip(reason="needs onnxruntime-gpu"))

@@ -1,0 +1,108 @@
+"""The FP8 MoE kernels for few tokens on a GPU, beside what its memory allows.
+
+    python benchmarks/moe_kernels.py [--tokens 1,8,64]
+
+One layer of Scout's sizes (dim 5120, hidden 8192, 16 experts and a shared one), random weights.
+Medians of CUDA graph replays over eight inputs. "share" is of the bandwidth of a large copy in the
+same run; bytes are those that the layer needs: the distinct experts chosen, and the shared one.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moec.kernels import twin
+from moec.kernels.launch import Sizes
+from moec.kernels.torch_moe import DecodeMoe
+
+SCOUT = Sizes(dim=5120, hidden=8192, experts=16)
+
+
+def random_weights(sizes: Sizes, device: str = "cuda") -> dict[str, Tensor]:
+    """Experts in FP8 with a scale for each output, the shared one last."""
+    router = torch.randn(sizes.experts, sizes.dim, device=device) / sizes.dim**0.5
+    found = {"router": router.bfloat16()}
+    for name, out, inner in (
+        ("gate_up", 2 * sizes.hidden, sizes.dim),
+        ("down", sizes.dim, sizes.hidden),
+    ):
+        shape = (sizes.experts + 1, out, inner)
+        codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        scale = torch.empty(shape[:2], device=device)
+        for expert in range(shape[0]):
+            wide = torch.randn(shape[1:], device=device) / inner**0.5
+            scale[expert] = wide.abs().amax(1) / 448
+            codes[expert] = (wide / scale[expert][:, None]).to(codes.dtype)
+        found |= {name: codes, f"{name}_scale": scale}
+    return found
+
+
+def microseconds(call: Callable[[Tensor], object], inputs: list[Tensor], rounds: int = 21) -> float:
+    """Median of one call's time, in a CUDA graph of a call for each input."""
+    for x in inputs:
+        call(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in inputs:
+            call(x)
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(inputs))
+    return sorted(times)[rounds // 2]
+
+
+def copy_rate() -> float:
+    """Bytes a second that a copy of 2 GiB reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    took = microseconds(lambda _: target.copy_(source), [source])
+    return 2 * source.nbytes / took * 1e6
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--tokens", default="1,2,4,8,16,32,64")
+    counts = [int(each) for each in arguments.parse_args().tokens.split(",")]
+    torch.manual_seed(torch.seed() % 2**31)
+    rate = copy_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {rate / 1e12:.2f} TB/s")
+    weights = random_weights(SCOUT)
+    expert = 3 * SCOUT.dim * SCOUT.hidden
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("tokens", "layer", "rate", "share", "its launches", "error", "repeats"):
+        table.add_column(column, justify="right")
+    for tokens in counts:
+        inputs = [torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16() for _ in range(8)]
+        layer = DecodeMoe(SCOUT, tokens, weights)
+        found = layer(inputs[0]).clone()
+        expected = twin.decode_moe(weights, inputs[0])
+        error = ((found.float() - expected).norm() / expected.norm()).item()
+        layer(inputs[1])
+        repeats = torch.equal(layer(inputs[0]), found)
+        chosen = [(x.float() @ weights["router"].float().t()).argmax(1) for x in inputs]
+        needed = expert * sum(len(each.unique()) + 1 for each in chosen) / len(inputs)
+        took = microseconds(layer, inputs)
+        parts = [microseconds(partial(layer.launch, i), inputs) for i in range(len(layer.launches))]
+        layer.values["arrived"].zero_()
+        table.add_row(
+            str(tokens), f"{took:.1f} us", f"{needed / took / 1e6:.2f} TB/s",
+            f"{100 * needed / took * 1e6 / rate:.1f} %", ", ".join(f"{p:.1f}" for p in parts),
+            f"{error:.1e}", "to the bit" if repeats else "NO",
+        )  # fmt: skip
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

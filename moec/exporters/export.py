@@ -199,7 +199,7 @@ def export(
         inputs=(),
         outputs=(),
         packings=packings,
-        presets=presets(quantized=any(p.bits for p in packings.values())),
+        presets=presets(any(p.bits for p in packings.values()), spec.scheme is not None),
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )

@@ -23,7 +23,16 @@ _PREPACKED = Preset(entries=_NO_FOLDING, execution_order="PRIORITY_BASED", enabl
 PRESETS, EXACT = ("lean", "fast"), "exact"
 
 
-def presets(quantized: bool) -> dict[str, Preset]:
-    """The presets of an artefact."""
+#: FP8 is what the graph says: onnxruntime 1.30 joins it with products that take int8 alone
+_AS_WRITTEN = {"session.disable_quant_qdq": "1"}
+
+
+def presets(quantized: bool, fp8: bool = False) -> dict[str, Preset]:
+    """The presets of an artefact, with `quantized` integers or `fp8`."""
     found = dict(zip(PRESETS, (_PREPACKED if quantized else _MAPPED, Preset()), strict=True))
+    if fp8:
+        return {
+            name: preset.model_copy(update={"entries": {**preset.entries, **_AS_WRITTEN}})
+            for name, preset in found.items()
+        }
     return {**found, EXACT: _MAPPED} if quantized else found

@@ -9,6 +9,7 @@ Each way is an artefact of its own, proven before it is timed; lanes take turns.
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.table import Table
 
 import moec
 from moec.exporters.onnx import write
-from moec.exporters.onnx.expert_branches import lower_guarded, lower_tree
+from moec.exporters.onnx.expert_branches import guarded, lower_branches, tree
 from moec.exporters.onnx.experts import lower_moe
 from moec.exporters.onnx.lowering import Rule
 from moec.exporters.onnx.ort import ORT
@@ -41,11 +42,17 @@ WAYS: dict[str, tuple[str, str, str | None, Dialect | None, tuple[str, ...]]] = 
     ),
     "experts: an If each": (
         "ort", "fp32", None,
-        Dialect((Rule(ops.moe, lower_guarded), *ORT), DIALECTS["ort"].passes), ("lean", "fast"),
+        Dialect(
+            (Rule(ops.moe, partial(lower_branches, write=guarded)), *ORT), DIALECTS["ort"].passes
+        ),
+        ("lean", "fast"),
     ),
     "experts: loop, tree of Ifs": (
         "ort", "fp32", None,
-        Dialect((Rule(ops.moe, lower_tree), *ORT), DIALECTS["ort"].passes), ("lean", "fast"),
+        Dialect(
+            (Rule(ops.moe, partial(lower_branches, write=tree)), *ORT), DIALECTS["ort"].passes
+        ),
+        ("lean", "fast"),
     ),
     "experts: an If each, norms apart": (
         "ort", "fp32", None,

@@ -5,7 +5,6 @@ those that were chosen. Either way an expert is a slice of the file, which no op
 """
 
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -31,13 +30,7 @@ FEW = 32
 Ffn = Callable[[Emitter, int, ir.Value], ir.Value]
 
 
-def are_few(node: fx.Node) -> bool:
-    """Whether a question for each expert costs less than finding the chosen ones."""
-    gate_up = cast(fx.Node, node.args[3])
-    return bool(gate_up.meta["type"].shape[0] <= FEW)
-
-
-def lower_guarded(
+def lower_branches(
     e: Emitter,
     node: fx.Node,
     x: ir.Value,
@@ -45,24 +38,11 @@ def lower_guarded(
     experts: ir.Value,
     gate_up: ir.Value,
     down: ir.Value,
+    write: Callable[..., ir.Value] | None = None,
 ) -> ir.Value:
-    """`moe` of few experts, weights in the checkpoint."""
+    """`moe` on weights in the checkpoint, by `branches` or another way to `write` them."""
     count = type_of(gate_up).shape[0]
-    return guarded(e, node, x, scores, experts, count, _wide(gate_up, down))
-
-
-def lower_tree(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    gate_up: ir.Value,
-    down: ir.Value,
-) -> ir.Value:
-    """`moe` of many experts, weights in the checkpoint."""
-    count = type_of(gate_up).shape[0]
-    return tree(e, node, x, scores, experts, count, _wide(gate_up, down))
+    return (write or branches)(e, node, x, scores, experts, count, _wide(gate_up, down))
 
 
 def _wide(gate_up: ir.Value, down: ir.Value) -> Ffn:
@@ -71,6 +51,19 @@ def _wide(gate_up: ir.Value, down: ir.Value) -> Ffn:
         return expert_ffn(e, rows, *(e.expert(fused, expert, dtype) for fused in (gate_up, down)))
 
     return ffn
+
+
+def branches(
+    e: Emitter,
+    node: fx.Node,
+    x: ir.Value,
+    scores: ir.Value,
+    experts: ir.Value,
+    count: int,
+    ffn: Ffn,
+) -> ir.Value:
+    """A branch for each of `count` experts: up to FEW, asking each costs less than finding them."""
+    return (guarded if count <= FEW else tree)(e, node, x, scores, experts, count, ffn)
 
 
 def guarded(

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import FEW, guarded, tree
+from moec.exporters.onnx.expert_branches import branches
 from moec.exporters.onnx.experts import swiglu
 from moec.exporters.onnx.lowering import DTYPES, Emitter, type_of
 from moec.graph_builder.ops.fp8 import FP8, SMALLEST_SCALE
@@ -187,8 +187,7 @@ def lower_fp8_moe(
         act = swiglu(e, *halves)
         return product(act, down, down_scale, down_input, "down")[0]
 
-    write = guarded if count <= FEW else tree
-    return write(e, node, x, scores, experts, count, ffn)
+    return branches(e, node, x, scores, experts, count, ffn)
 
 
 def _of_expert(e: Emitter, fused: ir.Value, expert: int) -> ir.Value:

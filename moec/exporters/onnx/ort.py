@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import are_few, lower_guarded, lower_tree
+from moec.exporters.onnx.expert_branches import lower_branches
 from moec.exporters.onnx.fused_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype_name, type_of
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
@@ -151,8 +151,7 @@ _FUSED = (
 #: weights stay in the checkpoint
 ORT = (
     *_FUSED,
-    Rule(ops.moe, lower_guarded, are_few),
-    Rule(ops.moe, lower_tree),
+    Rule(ops.moe, lower_branches),
     *STANDARD,
 )
 #: weights are rewritten, in the dtype of the graph and the layout of the MoE operator

@@ -47,18 +47,21 @@ def build(
     variant: Annotated[str | None, typer.Option(help="A preset: see `spec list`.")] = None,
     spec: Annotated[Path | None, typer.Option(help="A spec file, .yaml or .json.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder.")] = None,
-    target: Annotated[str, typer.Option(help="onnx or ort; others are planned.")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, ort or torch; others are planned.")] = "onnx",
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32 (default), fp16, bf16; fp8 (default for fp8 weights); int8, int4."),
+        typer.Option(
+            help="fp32 (default), fp16, bf16; fp8 (default for fp8 weights, and all that target "
+            "torch has); int8, int4."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The artefact's folder.")] = None,
     weights: Placement = None,
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="How weights become fp8: meta (default), dynamic, modelopt, deepseek, "
-            "or a .yaml or .json file."
+            help="How weights become fp8: meta (default), dynamic (default for torch), modelopt, "
+            "deepseek, or a .yaml or .json file."
         ),
     ] = None,
     scales: Scales = None,
@@ -185,7 +188,10 @@ def generate(
     top_k: Annotated[int | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
-    engine: Annotated[str, typer.Option(help="onnxruntime or eager.")] = "onnxruntime",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="onnxruntime, torch or eager; default as the target has it."),
+    ] = None,
     preset: Annotated[str, typer.Option(help="lean or fast.")] = "lean",
     device: Device = "cpu",
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moec.exporters.manifest import NAME, Manifest
+from moec.exporters.targets import SUFFIXES
 from moec.spec.errors import MoecError
 from moec.spec.fields import read_json
 from moec.spec.model import ModelSpec
@@ -29,17 +30,22 @@ class Artefact:
 
     @property
     def model(self) -> Path:
-        """The decoder's ONNX file."""
+        """The decoder's file."""
         return self.graph("model")
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that are files here: "model", "vision", "genai/model"."""
-        return tuple(n.removesuffix(".onnx") for n in self.manifest.files if n.endswith(".onnx"))
+        end = self._suffix
+        return tuple(n.removesuffix(end) for n in self.manifest.files if n.endswith(end))
 
     def graph(self, part: str) -> Path:
-        """The ONNX file of a part: "model" or "vision"."""
-        return self.path / f"{part}.onnx"
+        """The file of a part: "model" or "vision"."""
+        return self.path / f"{part}{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return SUFFIXES.get(self.manifest.target, ".onnx")
 
     @property
     def weights_folder(self) -> Path:
@@ -53,14 +59,14 @@ class Artefact:
             MoecError: the artefact has no weights yet, or a shard is gone or changed.
         """
         stored, spec = self.stored(), self.manifest.spec
-        found: dict[str, Entry] = {}
+        found: dict[str, Entry] = {name: stored[name] for name in tensors(spec) if name in stored}
         for name, packing in self.manifest.rewritten.items():
-            if packing.fp8:  # the graph itself says what codes and scales mean
+            if packing.fp8 and packing.arrange == "rows":  # the graph itself says what codes mean
                 continue
             shape = parameters(spec)[name]
             parts = tuple(stored[part] for part in packing.names(spec.dtype))
             found[name] = Packed(packing, shape, parts)
-        return found | {name: stored[name] for name in tensors(spec) if name in stored}
+        return found
 
     def stored(self) -> dict[str, TensorEntry]:
         """The bytes of every stored tensor, checked against the shards as they are now.

@@ -4,50 +4,27 @@ import gc
 import hashlib
 import os
 import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from moec.exporters.artefact import Artefact, open_artefact
+from moec.exporters.backends import BACKENDS, Backend, Model
 from moec.exporters.folder import refuse_foreign, writing
 from moec.exporters.genai import write_genai
-from moec.exporters.manifest import (
-    COMPUTE,
-    NAME,
-    Build,
-    File,
-    Manifest,
-    Ports,
-    ShardRef,
-    TensorRef,
-    WeightMode,
-    Weights,
-)
+from moec.exporters.manifest import NAME, Build, File, Manifest, Ports, Weights, compute_of
 from moec.exporters.memory import memory
-from moec.exporters.onnx.ort import check_sizes
-from moec.exporters.onnx.standard import OPSET
-from moec.exporters.onnx.write import (
-    DIALECTS,
-    GENAI,
-    graphs_of,
-    lower_model,
-    ports,
-    save_bound,
-    save_checked,
-)
-from moec.exporters.precision import fp8_packings, in_precision
-from moec.exporters.presets import presets
-from moec.exporters.targets import BITS, check_placement, choose
+from moec.exporters.onnx.write import GENAI
+from moec.exporters.placement import Progress, pack, place
+from moec.exporters.precision import in_precision
+from moec.exporters.targets import SCHEMES, SUFFIXES, check_placement, choose, default_precision
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
@@ -56,24 +33,9 @@ from moec.spec.scheme import Scheme
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.name_map import read_model
-from moec.weights.packed_file import PACKED, discard, write_packed
-from moec.weights.shard import TensorEntry, read_shard
+from moec.weights.packed_file import PACKED, discard
+from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED
-
-#: files beside the weights that a runtime may want
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-
-#: (stage, done, total) in whatever unit the stage has; called often, must be cheap
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(slots=True)
@@ -90,18 +52,6 @@ class _Stages:
         yield
         self.seconds[name] = time.perf_counter() - start
         self.progress(name, 1, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    """Weights as the artefact will see them: entries below `root`, and what was copied for it."""
-
-    entries: dict[str, TensorEntry]
-    root: Path
-    weights: Weights
-    copied: int = 0
-    packed: int = 0
-    read: int = 0
 
 
 @contextmanager
@@ -134,19 +84,22 @@ def export(
     """Build an artefact of `source`: a checkpoint folder, or a preset, spec file or spec (unbound).
 
     Args:
-        target: "onnx" (plain ONNX) or "ort" (ONNX Runtime's own operators).
+        target: "onnx" (plain ONNX), "ort" (ONNX Runtime's own operators) or "torch" (a torch.export
+            program of fused FP8 ops).
         precision: what the graph computes in, "fp32", "fp16" or "bf16"; weights stay in the dtype
             that they are stored in, unless they are packed. "int8" and "int4" (ort) compute in
-            fp32 on packed weights; so does "fp8", on weights and inputs rounded to E4M3. Default
-            "fp8" where the source's weights are, else "fp32".
+            fp32 on packed weights; so does "fp8", on weights and inputs rounded to E4M3, but for
+            target "torch", which has no other precision and computes in bf16. Default "fp8" there,
+            and where the source's weights are, else "fp32".
         out: the artefact's folder; default build/NAME-TARGET-PRECISION.
         weights: "in-place" (the checkpoint's own bytes, not copied), "link" (hard links beside the
             model), "copy", or "pack" (rewritten once: in the layout that runs fastest, or in FP8).
             Default "in-place" where the precision allows it, else "pack". Without a checkpoint
             there is nothing to place, but "pack" still says what the graph will want.
         progress: called with (stage, done, total).
-        scheme: how wide weights become FP8: "meta" (default), "dynamic", "modelopt", "deepseek",
-            or a file. FP8 checkpoints come with theirs.
+        scheme: how wide weights become FP8: "meta" (default), "dynamic" (default for target
+            "torch", which has no other), "modelopt", "deepseek", or a file. FP8 checkpoints come
+            with theirs.
         scales: what `calibrate` found, for schemes with static scales.
         cache: "fp8" or "wide": how keys and values are kept; default as the scheme says.
 
@@ -161,9 +114,11 @@ def export(
         else:
             spec = load_spec(source)
         if precision is None:
-            precision = "fp8" if spec.scheme else "fp32"
-        spec = in_precision(spec, precision, scheme, cache)
+            precision = default_precision(target, spec.scheme)
+        spec = in_precision(spec, precision, scheme, cache, SCHEMES.get(target, "meta"))
         dialect, mode = choose(target, precision, weights, spec.scheme)
+        backend = BACKENDS[target]
+        backend.check(spec, precision)
         path = Path(out or f"build/{spec.name}-{target}-{precision}")
         refuse_foreign(path)
         if checkpoint:
@@ -173,25 +128,22 @@ def export(
                 "--scales", "a build without weights", "a checkpoint", "give it to bind instead"
             )
         constants = _constants(spec, mode, scales) if checkpoint else {}
-        if target == "ort":
-            check_sizes(spec, BITS.get(precision))
-    compute = COMPUTE.get(precision, precision)
     with stages("graph"):
-        graphs = graphs_of(spec, compute, dialect)
+        graphs = backend.graphs(spec, compute_of(target, precision), dialect)
     with stages("lower"):
         lowered = {
-            part: lower_model(graph, dialect, f"{spec.name} {part}", part)
+            part: backend.lower(graph, dialect, f"{spec.name} {part}", part)
             for part, graph in graphs.items()
         }
-        models = {part: each.model for part, each in lowered.items()}
-        packings = {name: p for each in lowered.values() for name, p in each.packings.items()}
+        models = {part: model for part, (model, _) in lowered.items()}
+        packings = {name: each for _, wanted in lowered.values() for name, each in wanted.items()}
         if spec.scheme and mode == "pack":
-            packings = fp8_packings(spec)
+            packings = backend.fp8_packings(spec)
     manifest = Manifest(
         spec=spec,
         target=target,
         dialect=dialect,
-        opset=OPSET,
+        opset=backend.opset,
         precision=precision,
         checkpoint=None,
         weights=Weights(mode="unbound"),
@@ -199,7 +151,7 @@ def export(
         inputs=(),
         outputs=(),
         packings=packings,
-        presets=presets(any(p.bits for p in packings.values()), spec.scheme is not None),
+        presets=backend.presets(any(p.bits for p in packings.values()), spec.scheme is not None),
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )
@@ -226,11 +178,7 @@ def bind(
     stages = _Stages(progress)
     with stages("read"):
         built = open_artefact(artefact)
-        if built.manifest.dialect not in DIALECTS or not built.manifest.presets:
-            raise MoecError(
-                f"{artefact}: dialect {built.manifest.dialect}", "built by another version of moec",
-                " or ".join(DIALECTS), "build the artefact again",
-            )  # fmt: skip
+        backend = _backend_of(built)
         packs = bool(built.manifest.packings)
         mode = weights or ("pack" if packs else "in-place")
         check_placement(mode, packs)
@@ -253,13 +201,13 @@ def bind(
                 f"python cli.py build --checkpoint {checkpoint}",
             )
         constants = _constants(built.manifest.spec, mode, scales)
-        models = {part: ir.load(built.graph(part)) for part in built.parts}
+        models = {part: backend.load(built, part) for part in built.parts}
     return _write(path, models, built.manifest, read, entries, mode, stages, constants)
 
 
 def _write(
     path: Path,
-    models: dict[str, ir.Model],
+    models: dict[str, Model],
     manifest: Manifest,
     checkpoint: Checkpoint | None,
     entries: dict[str, TensorEntry],
@@ -270,22 +218,23 @@ def _write(
     with writing(path) as folder:
         if not (checkpoint and mode == "pack"):
             discard(folder / PACKED)
-        targets = {folder / f"{part}.onnx": model for part, model in models.items()}
+        backend, suffix = BACKENDS[manifest.target], SUFFIXES[manifest.target]
+        targets = {folder / f"{part}{suffix}": model for part, model in models.items()}
         if manifest.weights.mode == "unbound":
             with stages("check"):
                 for target, model in targets.items():
-                    save_checked(model, target)
+                    backend.save_unbound(model, target)
         bound = None
         if checkpoint:
             with stages("weights"):
                 if mode == "pack":
-                    bound = _pack(checkpoint, entries, manifest, folder, stages.progress, constants)
+                    bound = pack(checkpoint, entries, manifest, folder, stages.progress, constants)
                 else:
                     used = {name: entries[name] for name in tensors(manifest.spec)}
-                    bound = _place(checkpoint, used, mode, folder, stages.progress)
+                    bound = place(checkpoint, used, mode, folder, stages.progress)
             with stages("write"):
                 for target, model in targets.items():
-                    save_bound(model, target, bound.entries, bound.root)
+                    backend.save_bound(model, target, bound.entries, bound.root)
         if GENAI in models:
             root = Path(bound.weights.folder) if bound and bound.weights.folder else path
             companions = checkpoint.folder if checkpoint else None
@@ -300,7 +249,7 @@ def _write(
                 "checkpoint": str(checkpoint.folder.resolve()) if checkpoint else None,
                 "weights": bound.weights if bound else manifest.weights,
                 "files": files,
-                **_ports(models),
+                **_ports({part: backend.ports(model) for part, model in models.items()}),
                 "parity": None,
                 "build": Build(
                     seconds={k: round(v, 3) for k, v in stages.seconds.items()},
@@ -317,12 +266,24 @@ def _write(
     return Artefact(path, done)
 
 
-def _ports(models: dict[str, ir.Model]) -> dict[str, Any]:
+def _backend_of(artefact: Artefact) -> Backend:
+    manifest = artefact.manifest
+    backend = BACKENDS.get(manifest.target)
+    known = backend.dialects if backend else BACKENDS
+    if (
+        not backend
+        or manifest.dialect not in known
+        or (backend.presets(False, False) and not manifest.presets)
+    ):
+        raise MoecError(
+            f"{artefact.path}: dialect {manifest.dialect}", "built by another version of moec",
+            " or ".join(known), "build the artefact again",
+        )  # fmt: skip
+    return backend
+
+
+def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:
     """What the graphs take and give, as fields of the manifest."""
-    by_part = {
-        part: Ports(inputs=ports(model.graph.inputs), outputs=ports(model.graph.outputs))
-        for part, model in models.items()
-    }
     decoder = by_part["model"]
     return {
         "inputs": decoder.inputs,
@@ -336,71 +297,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     draft = folder / f".{NAME}.{os.getpid()}"
     draft.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     draft.replace(folder / NAME)
-
-
-def _place(
-    checkpoint: Checkpoint,
-    entries: dict[str, TensorEntry],
-    mode: str,
-    folder: Path,
-    progress: Progress,
-) -> _Bound:
-    """Leave, link or copy the shards; say where each parameter lies for the finished artefact."""
-    copied = 0
-    if mode == "in-place":
-        root = Path(os.path.commonpath([shard.path.parent for shard in checkpoint.shards]))
-        names = {shard.path: shard.path.relative_to(root).as_posix() for shard in checkpoint.shards}
-        shown = str(root)
-    else:
-        root, shown = folder, None
-        names = {shard.path: shard.name for shard in checkpoint.shards}
-        for shard in checkpoint.shards:
-            (folder / shard.name).parent.mkdir(parents=True, exist_ok=True)
-            if mode == "link":
-                _link(shard.path, folder / shard.name)
-            else:
-                copied += _copy(shard.path, folder / shard.name, progress)
-        _companions(checkpoint.folder, folder)
-    at_root = {
-        name: replace(entry, file=root / names[entry.file]) for name, entry in entries.items()
-    }
-    refs = {
-        name: TensorRef(file=names[entry.file], offset=entry.offset, length=entry.nbytes)
-        for name, entry in entries.items()
-    }
-    shards = {
-        names[shard.path]: ShardRef(size=shard.size, header_sha256=shard.header_sha256)
-        for shard in checkpoint.shards
-    }
-    placed = cast(WeightMode, mode)
-    return _Bound(
-        at_root, root, Weights(mode=placed, folder=shown, shards=shards, tensors=refs), copied
-    )
-
-
-def _pack(
-    checkpoint: Checkpoint,
-    entries: dict[str, TensorEntry],
-    manifest: Manifest,
-    folder: Path,
-    progress: Progress,
-    constants: dict[str, Tensor],
-) -> _Bound:
-    """Write every weight in the layout that the graph wants, and the companions beside it."""
-    path = folder / PACKED
-    stage = partial(progress, "pack")
-    read = write_packed(path, manifest.packings, entries, stage, constants)
-    _companions(checkpoint.folder, folder)
-    shard = read_shard(path)
-    refs = {
-        name: TensorRef(file=PACKED, offset=entry.offset, length=entry.nbytes)
-        for name, entry in shard.tensors.items()
-    }
-    shards = {PACKED: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
-    return _Bound(
-        shard.tensors, folder, Weights(mode="pack", shards=shards, tensors=refs),
-        packed=shard.size, read=read,
-    )  # fmt: skip
 
 
 def _constants(
@@ -429,34 +325,6 @@ def _constants(
             )  # fmt: skip
         constants[name] = scale
     return constants
-
-
-def _companions(source: Path, folder: Path) -> None:
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        raise MoecError(
-            f"--weights link: {source}",
-            error.strerror or error,
-            "weights on the same file system as --out",
-            "use --weights copy, or an --out beside the checkpoint",
-        ) from None
-
-
-def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) -> int:
-    size, done = source.stat().st_size, 0
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while data := reader.read(block):
-            writer.write(data)
-            done += len(data)
-            progress(f"copy {source.name}", done, size)
-    return size
 
 
 def _refuse_inside(out: Path, checkpoint: Path) -> None:

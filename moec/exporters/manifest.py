@@ -13,7 +13,14 @@ NAME = "manifest.json"
 
 WeightMode = Literal["unbound", "in-place", "link", "copy", "pack"]
 #: precisions whose weights alone are narrow -> what the graph computes in
-COMPUTE = {"int8": "fp32", "int4": "fp32", "fp8": "fp32"}
+_COMPUTE = {"int8": "fp32", "int4": "fp32", "fp8": "fp32"}
+#: target -> the same, where it is another
+_COMPUTE_OF = {"torch": {"fp8": "bf16"}}
+
+
+def compute_of(target: str, precision: str) -> str:
+    """What a graph of `precision` computes in: "fp32", "fp16" or "bf16"."""
+    return (_COMPUTE | _COMPUTE_OF.get(target, {})).get(precision, precision)
 
 
 class File(Frozen):
@@ -95,14 +102,15 @@ class Manifest(Frozen):
     `inputs` and `outputs` are the decoder's, `vision` those of the vision tower where there is one.
     `packings` says how each stored weight is made, by the name of its first tensor; it is empty
     where all weights are the checkpoint's own bytes. `presets` are session options for ONNX
-    Runtime. `parity` is the last validation's report, and the only statement about the numbers.
+    Runtime; `opset` is ONNX's. `parity` is the last validation's report, and the only statement
+    about the numbers.
     """
 
     format: Literal["moec/1"] = "moec/1"
     spec: ModelSpec
     target: str
     dialect: str
-    opset: int
+    opset: int | None = None
     precision: str
     checkpoint: str | None
     weights: Weights
@@ -117,9 +125,20 @@ class Manifest(Frozen):
     parity: dict[str, Any] | None = None
 
     @property
+    def engine(self) -> str:
+        """What runs it: "onnxruntime" or "torch"."""
+        return "torch" if self.target == "torch" else "onnxruntime"
+
+    @property
     def compute(self) -> str:
         """What the graph computes in: "fp32", "fp16" or "bf16"."""
-        return COMPUTE.get(self.precision, self.precision)
+        return compute_of(self.target, self.precision)
+
+    def ports(self, part: str = "model") -> Ports:
+        """What a part takes and gives."""
+        if part == "vision" and self.vision:
+            return self.vision
+        return Ports(inputs=self.inputs, outputs=self.outputs)
 
     @property
     def buffered(self) -> bool:

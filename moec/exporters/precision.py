@@ -10,14 +10,17 @@ from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
 from moec.weights.packing import Packing
 
-#: the scheme of wide weights that become FP8, where nobody names one
-DEFAULT = "meta"
-
 
 def in_precision(
-    spec: ModelSpec, precision: str, scheme: str | Path | Scheme | None, cache: str | None
+    spec: ModelSpec,
+    precision: str,
+    scheme: str | Path | Scheme | None,
+    cache: str | None,
+    default: str = "meta",
 ) -> ModelSpec:
     """The spec that an artefact of `spec` has: with a scheme in fp8, without elsewhere.
+
+    `default` is the scheme of wide weights that become FP8, where nobody names one.
 
     Raises:
         MoecError: a scheme, or FP8 caches, where there cannot be one.
@@ -40,7 +43,7 @@ def in_precision(
             f"--scheme {scheme}", f"{spec.name}, which is FP8 already ({spec.scheme.name})",
             "no --scheme", "leave it out, or quantise bf16 weights",
         )  # fmt: skip
-    chosen = spec.scheme or load_scheme(DEFAULT if scheme is None else scheme)
+    chosen = spec.scheme or load_scheme(default if scheme is None else scheme)
     if not spec.scheme and chosen.layout != "moec":
         raise MoecError(
             f"--scheme {chosen.name}: layout", f"{chosen.layout}, of a checkpoint that is FP8",

@@ -17,10 +17,16 @@ TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
         "int8": (None, "ort-int8"),
         "int4": (None, "ort-int4"),
     },
+    # FP8 checkpoints would stay: the target itself says why it takes none
+    "torch": {"fp8": ("torch", "torch")},
 }
+#: target -> how its graphs' files end
+SUFFIXES = {"onnx": ".onnx", "ort": ".onnx", "torch": ".pt2"}
+#: target -> the scheme of wide weights that become FP8, where nobody names one
+SCHEMES = {"onnx": "meta", "ort": "meta", "torch": "dynamic"}
 #: bits of the weights, for precisions whose weights alone are narrow
 BITS = {"int8": 8, "int4": 4}
-PLANNED = ("tensorrt", "tensorrt-rtx", "torch")
+PLANNED = ("tensorrt", "tensorrt-rtx")
 
 
 def choose(
@@ -39,8 +45,8 @@ def choose(
     if precision not in TARGETS[target]:
         raise MoecError(
             f"--precision {precision} --target {target}",
-            _NOT_YET.get(precision, "no such precision"),
-            " or ".join(TARGETS[target]), "use --precision fp32",
+            _NOT_YET.get(precision) or _unknown_precision(precision),
+            " or ".join(TARGETS[target]), f"use --precision {next(iter(TARGETS[target]))}",
         )  # fmt: skip
     stays, packed = TARGETS[target][precision]
     if scheme and scheme.layout == "moec":
@@ -74,6 +80,17 @@ _NOT_YET = {
     "int4": "weight-only integers are there with --target ort",
 }
 _PLACEMENTS = ("in-place", "link", "copy", "pack")
+
+
+def default_precision(target: str, scheme: Scheme | None) -> str:
+    """The precision of a build where nobody names one."""
+    known = TARGETS.get(target, {})
+    return "fp8" if scheme or list(known) == ["fp8"] else "fp32"
+
+
+def _unknown_precision(precision: str) -> str:
+    known = any(precision in each for each in TARGETS.values())
+    return "a precision of other targets" if known else "no such precision"
 
 
 def _unknown_placement(mode: str) -> MoecError:

@@ -3,7 +3,7 @@
 The same description runs under torch, in Triton's interpreter, and compiles ahead of time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moec.kernels import moe_decode
@@ -11,27 +11,20 @@ from moec.spec.errors import MoecError
 
 #: the most tokens that the kernels for few tokens take
 MOST_TOKENS = 64
-#: FP8 products that the tensor core adds up before they go to float32: more would cost digits
-EXACT = 128
+#: inputs or outputs that a step of a product takes at least
+SMALLEST = 32
 #: name of an argument -> what it points at, or its type, as Triton says it
 TYPES = {
-    "x": "*bf16",
-    "router": "*bf16",
-    "logits": "*fp32",
-    "codes": "*fp8e4nv",
-    "scale": "*fp32",
-    "gate_up": "*fp8e4nv",
-    "gate_up_scale": "*fp32",
-    "act": "*bf16",
-    "act_codes": "*fp8e4nv",
-    "largest": "*i32",
-    "down": "*fp8e4nv",
-    "down_scale": "*fp32",
-    "parts": "*fp32",
-    "arrived": "*i32",
-    "out": "*bf16",
-    "tokens": "i32",
+    **dict.fromkeys(("x", "router", "act", "out", "skip", "gain", "total", "normed"), "*bf16"),
+    **dict.fromkeys(("hidden", "qkv", "q", "key", "value"), "*bf16"),
+    **dict.fromkeys(("codes", "gate_up", "act_codes", "down", "weight"), "*fp8e4nv"),
+    **dict.fromkeys(("logits", "scale", "gate_up_scale", "down_scale", "weight_scale"), "*fp32"),
+    **dict.fromkeys(("parts", "most", "sums", "cos", "sin", "temperature"), "*fp32"),
+    **dict.fromkeys(("largest", "arrived", "last"), "*i32"),
+    **dict.fromkeys(("tokens", "steps", "slots"), "i32"),
 }
+#: shape and element type of memory that launches write
+Buffers = dict[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +38,55 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Outputs a program has, inputs a step has, steps under way, warps; for both products."""
+    """Outputs a program has, inputs a step has, steps under way, warps; for both products.
+
+    `ahead` is how many bytes of each row a program asks for before its turn: of the shared expert,
+    or, in `down`, twice as many of any.
+    """
 
     gate_up_rows: int = 64
     gate_up_depth: int = 256
     gate_up_stages: int = 3
     down_rows: int = 64
     down_depth: int = 128
-    down_stages: int = 5
+    down_stages: int = 6
     split: int = 2
     warps: int = 4
+    gate_up_ahead: int = 1024
+    down_ahead: int = 0
+    gate_up_exact: int | None = 256
+    down_exact: int | None = None
+    few: int = 16
 
 
 #: tokens at most -> tiles that were fastest
-TILES = {16: Tiles(), 64: Tiles(gate_up_depth=128, gate_up_stages=5)}
+TILES = {
+    2: Tiles(),
+    16: Tiles(gate_up_ahead=0, down_stages=5),
+    64: Tiles(gate_up_depth=128, gate_up_stages=4, gate_up_exact=128, gate_up_ahead=0, split=1),
+}
 
 
-def tiles_for(tokens: int) -> Tiles:
-    """The tiles for so many tokens."""
-    return next((tiles for most, tiles in TILES.items() if tokens <= most), Tiles())
+def tiles_for(sizes: Sizes, tokens: int) -> Tiles:
+    """The tiles for so many tokens, cut to what divides a small layer."""
+    best = next((tiles for most, tiles in TILES.items() if tokens <= most), Tiles())
+    depth = fit(sizes.hidden, best.split * best.down_depth)
+    split = max(1, depth // best.down_depth)
+    return replace(
+        best,
+        gate_up_rows=fit(sizes.hidden, best.gate_up_rows),
+        gate_up_depth=fit(sizes.dim, best.gate_up_depth),
+        down_rows=fit(sizes.dim, best.down_rows),
+        down_depth=depth // split,
+        split=split,
+        gate_up_ahead=fit(sizes.dim, best.gate_up_ahead),
+        down_ahead=fit(sizes.hidden // split // 2, best.down_ahead),
+    )
+
+
+def fit(size: int, most: int) -> int:
+    """The largest power of 2 that divides `size`, at most `most`."""
+    return min(most, size & -size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +107,7 @@ class Launch:
         return str(self.kernel.fn.__name__)
 
 
-def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> dict[str, tuple[tuple[int, ...], str]]:
+def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
     """Shape and element type of what the launches write; `arrived` must be zero at first."""
     return {
         "logits": ((tokens, sizes.experts), "fp32"),
@@ -96,25 +119,29 @@ def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> dict[str, tuple[tuple[in
         "parts": ((2 * tiles.split, tokens, sizes.dim), "fp32"),
         "arrived": ((sizes.dim // tiles.down_rows,), "i32"),
         "out": ((tokens, sizes.dim), "bf16"),
+        "total": ((tokens, sizes.dim), "bf16"),
     }
 
 
 def decode_moe(
-    sizes: Sizes, tokens: int, tiles: Tiles | None = None, overlap: bool = False
-) -> tuple[Launch, ...]:
+    sizes: Sizes, tokens: int, tiles: Tiles | None = None, overlap: bool = False,
+    eps: float | None = None,
+) -> tuple[Launch, ...]:  # fmt: skip
     """The launches of one layer for `tokens` rows, one after the other.
+
+    With `eps` its input is the RMS norm of total = x + skip, times gain.
 
     With `overlap` each starts while the one before ends (programmatic dependent launch, sm_90 on).
 
     Raises:
         MoecError: sizes that the tiles do not divide, or too many tokens.
     """
-    tiles = tiles or tiles_for(tokens)
+    tiles = tiles or tiles_for(sizes, tokens)
     for name, size, multiple in (
-        ("dim", sizes.dim, tiles.gate_up_depth),
-        ("dim", sizes.dim, tiles.down_rows),
-        ("hidden", sizes.hidden, tiles.gate_up_rows),
-        ("hidden", sizes.hidden, tiles.split * tiles.down_depth),
+        ("dim", sizes.dim, max(SMALLEST, tiles.gate_up_depth)),
+        ("dim", sizes.dim, max(SMALLEST, tiles.down_rows)),
+        ("hidden", sizes.hidden, max(SMALLEST, tiles.gate_up_rows)),
+        ("hidden", sizes.hidden, tiles.split * max(SMALLEST, tiles.down_depth)),
     ):
         if size % multiple or size < multiple:
             raise _refusal(name, size, f"a multiple of {multiple}")
@@ -123,48 +150,54 @@ def decode_moe(
     by_token = tokens <= sizes.experts
     slots = (tokens if by_token else sizes.experts) + 1
     common = {"DIM": sizes.dim, "EXPERTS": sizes.experts, "OVERLAP": overlap}
+    columns = max(16, power_of_2(tokens))
     slotted = common | {
         "HIDDEN": sizes.hidden,
-        "EXPERTS_2": max(16, _power_of_2(sizes.experts)),
-        "TOKENS_2": max(16, _power_of_2(tokens)),
+        "EXPERTS_2": max(16, power_of_2(sizes.experts)),
+        "TOKENS_2": columns,
+        "FEW": tiles.few if columns > tiles.few else 0,
         "BY_TOKEN": by_token,
     }
     options = {"launch_pdl": True} if overlap else {}
     width = min(2048, sizes.hidden & -sizes.hidden)
-    return (
-        Launch(
-            moe_decode.route, (tokens, sizes.experts + 1, 1),
-            ("x", "router", "logits", "codes", "scale", "largest", "tokens"),
-            common | {"DIM_2": _power_of_2(sizes.dim)}, warps=8, options=options,
-        ),
-        Launch(
-            moe_decode.gate_up, (sizes.hidden // tiles.gate_up_rows, slots, 1),
-            ("logits", "codes", "scale", "gate_up", "gate_up_scale", "act", "largest", "tokens"),
-            slotted | _product(tiles.gate_up_rows, tiles.gate_up_depth),
-            tiles.warps, tiles.gate_up_stages, options,
-        ),
-        Launch(
-            moe_decode.encode, (2 * tokens, sizes.hidden // width, 1),
-            ("act", "largest", "act_codes"),
-            {"HIDDEN": sizes.hidden, "OVERLAP": overlap, "WIDTH": width}, warps=4, options=options,
-        ),
-        Launch(
-            moe_decode.down, (sizes.dim // tiles.down_rows, slots, tiles.split),
-            (
-                "logits", "act_codes", "largest", "down", "down_scale", "parts", "arrived", "out",
-                "tokens",
-            ),
-            slotted | _product(tiles.down_rows, tiles.down_depth) | {"SPLIT": tiles.split},
-            tiles.warps, tiles.down_stages, options,
-        ),
+    route = Launch(
+        moe_decode.route, (tokens, sizes.experts + 1, 1),
+        ("x", "skip", "gain", "total", "router", "logits", "codes", "scale", "largest", "tokens"),
+        common | {"DIM_2": power_of_2(sizes.dim), "NORM": eps is not None, "EPS": eps or 0.0},
+        warps=8, options=options,
     )  # fmt: skip
+    gate_up = Launch(
+        moe_decode.gate_up, (sizes.hidden // tiles.gate_up_rows, slots, 1),
+        ("logits", "codes", "scale", "gate_up", "gate_up_scale", "act", "largest", "tokens"),
+        slotted | product(tiles.gate_up_rows, tiles.gate_up_depth, tiles.gate_up_exact)
+        | {"AHEAD": overlap * tiles.gate_up_ahead},
+        tiles.warps, tiles.gate_up_stages, options,
+    )  # fmt: skip
+    encode = Launch(
+        moe_decode.encode, (2 * tokens, sizes.hidden // width, 1),
+        ("act", "largest", "act_codes"),
+        {"HIDDEN": sizes.hidden, "OVERLAP": overlap, "WIDTH": width}, warps=4, options=options,
+    )  # fmt: skip
+    down = Launch(
+        moe_decode.down, (sizes.dim // tiles.down_rows, slots, tiles.split),
+        (
+            "logits", "act_codes", "largest", "down", "down_scale", "parts",
+            "arrived", "out", "tokens",
+        ),
+        slotted | product(tiles.down_rows, tiles.down_depth, tiles.down_exact)
+        | {"SPLIT": tiles.split, "AHEAD": overlap * tiles.down_ahead},
+        tiles.warps, tiles.down_stages, options,
+    )  # fmt: skip
+    return route, gate_up, encode, down
 
 
-def _product(rows: int, depth: int) -> dict[str, int]:
-    return {"ROWS": rows, "DEPTH": depth, "EXACT": min(EXACT, depth)}
+def product(rows: int, depth: int, exact: int | None) -> dict[str, int | None]:
+    """Constants of a kernel whose programs have `rows` outputs and take `depth` inputs a step."""
+    return {"ROWS": rows, "DEPTH": depth, "EXACT": exact and min(exact, depth)}
 
 
-def _power_of_2(size: int) -> int:
+def power_of_2(size: int) -> int:
+    """The smallest power of 2 that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 

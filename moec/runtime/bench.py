@@ -82,10 +82,12 @@ class Engine(Protocol):
 
 
 def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
-    """The lanes of an artefact: ONNX Runtime by preset, the reference, and transformers."""
+    """The lanes of an artefact: its engine by preset, the reference, and transformers."""
     artefact = open_artefact(path)
     name = str(path)
-    lanes = [Lane(name, "onnxruntime", preset, device) for preset in PRESETS]
+    engine = artefact.manifest.engine
+    presets = [preset for preset in PRESETS if preset in artefact.manifest.presets]
+    lanes = [Lane(name, engine, preset, device) for preset in presets or [""]]
     if device == "cpu" and not artefact.manifest.packings:
         lanes.append(Lane(name, "eager"))
     if artefact.manifest.checkpoint:

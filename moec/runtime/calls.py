@@ -6,6 +6,8 @@ from torch import Tensor
 
 #: tokens of a prompt that go through the graph at once; bounds the memory of masks and logits
 PIECE = 1024
+#: the same where kernels make no masks and a call should fill a GPU
+LONG_PIECE = 8192
 
 Call = tuple[slice, slice]
 

@@ -30,8 +30,12 @@ TOLERANCES = {
     "bf16": Tolerance(error=2e-1, agreement=0.9, order=2),
 }
 #: of one layer on inputs that are the same: a rounding to FP8 falls on either side of a tie in a
-#: token of thousands, and changes an element by a sixteenth
-SAME_INPUTS = Tolerance(error=1e-3, agreement=0.95, order=2)
+#: token of thousands, and changes an element by a sixteenth; in bf16 in one of a few tokens, and
+#: some of those change their expert
+SAME_INPUTS = {
+    **dict.fromkeys(("fp32", "fp16"), Tolerance(error=1e-3, agreement=0.95, order=2)),
+    "bf16": Tolerance(error=5e-2, agreement=0.95, order=2),
+}
 #: of all layers, where each such rounding moves others: what is left is as near as FP8 itself is
 FP8_NOISE = Tolerance(error=2e-1, agreement=0.9, order=2)
 #: of products that round activations to int8, in blocks: of the better half of the tokens, since a

@@ -14,11 +14,12 @@ from moec.exporters.artefact import Artefact, Entry, open_artefact
 from moec.exporters.manifest import NAME
 from moec.exporters.presets import EXACT, PRESETS
 from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
-from moec.runtime.calls import PIECE, buffered_calls, padded_calls
+from moec.runtime.calls import LONG_PIECE, PIECE, buffered_calls, padded_calls
 from moec.runtime.eager import Run, eager_engine
 from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.ort import ort_engine
 from moec.runtime.sampling import sample
+from moec.runtime.torch_engine import torch_engine
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
@@ -52,6 +53,7 @@ class Session:
     vision: Callable[[], Run] | None = None  # opens the tower, when it is first wanted
     layout: Layout = "slots"
     device: str = "cpu"
+    piece: int = PIECE
 
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
@@ -161,9 +163,9 @@ class Session:
             grow(self.spec, cache, max(needed, 2 * cache.capacity))
         images = self._checked(features, ids, lengths)
         calls = (
-            buffered_calls(cache.lengths, lengths, width, chunk)
+            buffered_calls(cache.lengths, lengths, width, chunk, self.piece)
             if self.layout == "buffers"
-            else padded_calls(width, PIECE if cache.capacity else width)
+            else padded_calls(width, self.piece if cache.capacity else width)
         )
         for rows, columns in calls:
             piece = ids[rows, columns]
@@ -219,7 +221,9 @@ class Session:
         cache = self.new_cache(len(ids), capacity)
         logits = self.extend(ids, counts, cache, features)
         for step in range(max_new_tokens):
-            tokens = sample(logits.cpu(), temperature, top_k, top_p, generator)
+            # The likeliest token is found where the logits are; draws are made on the CPU.
+            given = logits.cpu() if temperature else logits
+            tokens = sample(given, temperature, top_k, top_p, generator).cpu()
             new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
             for row, token in zip(rows, new, strict=True):
                 row += [] if token is None else [token]
@@ -316,11 +320,13 @@ def features_within(features: Tensor, images: Tensor, rows: slice, columns: slic
 def open_session(
     path: str | Path, device: str = "cpu", engine: str | None = None, preset: str = "lean"
 ) -> Session:
-    """Open an artefact (`engine` "onnxruntime" or "eager") or a checkpoint folder ("eager").
+    """Open an artefact (in its target's engine, or "eager") or a checkpoint folder ("eager").
 
     Args:
-        device: "cpu"; "cuda" for artefacts of target ort in fp16 or bf16.
-        preset: session options, "lean" (weights stay mapped) or "fast" (folded and prepacked).
+        device: "cpu"; "cuda" for artefacts of target torch, and of target ort in fp16 or bf16.
+        engine: "onnxruntime" for targets onnx and ort, "torch" for target torch, or "eager".
+        preset: options of ONNX Runtime, "lean" (weights stay mapped) or "fast" (folded and
+            prepacked).
 
     Raises:
         MoecError: no artefact, no weights, changed weights (exit code 2), or a device or package
@@ -329,7 +335,7 @@ def open_session(
     path = Path(path)
     for name, given, known in (
         ("device", device, ("cpu", "cuda")),
-        ("engine", engine, (None, "onnxruntime", "eager")),
+        ("engine", engine, (None, "onnxruntime", "torch", "eager")),
         ("preset", preset, (*PRESETS, EXACT)),
     ):
         if given not in known:
@@ -337,13 +343,13 @@ def open_session(
             raise MoecError(f"{name} {given}", f"no such {name}", expected, "choose one of them")
     if device == "cuda" and engine == "eager":
         raise MoecError(
-            "device cuda", "engine eager", "engine onnxruntime; the reference runs on the cpu",
+            "device cuda", "engine eager", "another engine; the reference runs on the cpu",
             "leave engine out", exit_code=3,
         )  # fmt: skip
     if not (path / NAME).is_file() and (path / "config.json").is_file():
-        if engine == "onnxruntime":
+        if engine in ("onnxruntime", "torch"):
             raise MoecError(
-                path, "a checkpoint", "an artefact for engine onnxruntime",
+                path, "a checkpoint", f"an artefact for engine {engine}",
                 f"python cli.py build --checkpoint {path}",
             )  # fmt: skip
         spec, _, entries = read_model(path)
@@ -352,7 +358,38 @@ def open_session(
     if engine == "eager":
         manifest = artefact.manifest
         return eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)
-    return ort_session(artefact, device, preset)
+    own = artefact.manifest.engine
+    if engine not in (None, own):
+        raise MoecError(
+            f"engine {engine}: {path}", f"an artefact of target {artefact.manifest.target}",
+            f"engine {own} or eager", "leave engine out",
+        )  # fmt: skip
+    return artefact_session(artefact, device, preset)
+
+
+def artefact_session(
+    artefact: Artefact, device: str = "cpu", preset: str = "lean", taps: Sequence[str] = ()
+) -> Session:
+    """`artefact` in the engine of its target; `taps` as in `ort_session`."""
+    if artefact.manifest.engine == "torch":
+        return torch_session(artefact, device, taps)
+    return ort_session(artefact, device, preset, taps)
+
+
+def torch_session(
+    artefact: Artefact,
+    device: str = "cpu",
+    taps: Sequence[str] = (),
+    weights: Mapping[str, Tensor] | None = None,
+) -> Session:
+    """`artefact`, of target torch, in torch; `weights` as in `torch_engine`."""
+    manifest = artefact.manifest
+    run = torch_engine(artefact, device, taps, weights=weights)
+    vision = once(partial(torch_engine, artefact, device, part="vision"))
+    return Session(
+        manifest.spec, manifest.compute, "torch", run, artefact, vision, "buffers", device,
+        LONG_PIECE if device == "cuda" else PIECE,
+    )  # fmt: skip
 
 
 def ort_session(

@@ -1,4 +1,4 @@
-"""What a proof runs: an artefact in ONNX Runtime, on a device, with one preset throughout."""
+"""What a proof runs: an artefact in its engine, on a device, with one preset throughout."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +7,19 @@ import torch
 from torch import Tensor
 
 from moec.exporters.artefact import Artefact
+from moec.runtime import torch_engine
 from moec.runtime.cache import new_cache
 from moec.runtime.eager import Run, eager_engine
-from moec.runtime.ort import ort_engine
-from moec.runtime.session import Session, eager_session, ort_session
+from moec.runtime.ort import check_kernels, ort_engine
+from moec.runtime.session import Session, artefact_session, eager_session
+
+
+def check_device(artefact: Artefact, device: str) -> None:
+    """Refuse a device on which the artefact's engine cannot run it (exit code 3)."""
+    if artefact.manifest.engine == "torch":
+        torch_engine.check_device(artefact, device)
+    else:
+        check_kernels(artefact, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +32,12 @@ class Subject:
 
     def session(self, taps: Sequence[str] = ()) -> Session:
         """A new session."""
-        return ort_session(self.artefact, self.device, self.preset, taps)
+        return artefact_session(self.artefact, self.device, self.preset, taps)
 
     def tower(self, taps: Sequence[str]) -> Run:
         """The vision tower alone."""
+        if self.artefact.manifest.engine == "torch":
+            return torch_engine.torch_engine(self.artefact, self.device, taps, "vision")
         return ort_engine(self.artefact, self.preset, taps, "vision", self.device)
 
     def reference(self, taps: Sequence[str] = ()) -> Session:
@@ -56,7 +67,7 @@ class Subject:
         }
         for name, rows in given.items():
             padded = torch.zeros(own.numel(), *rows.shape[1:])
-            padded[own.flatten()] = rows
+            padded[own.flatten()] = rows.float()
             feeds[f"{name}.given"] = padded
         found = run(feeds)
         found["logits"] = found["logits"].flatten(0, 1)

@@ -28,10 +28,9 @@ from moec.runtime.compare import (
 )
 from moec.runtime.cost import cost
 from moec.runtime.image_checks import draw_images, fusion, tower
-from moec.runtime.ort import check_kernels
 from moec.runtime.pieces import in_pieces
 from moec.runtime.report import Check, Report
-from moec.runtime.subject import Subject
+from moec.runtime.subject import Subject, check_device
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import quantized
@@ -59,7 +58,7 @@ def validate(
     reference: str | None = None,
     rows: Tensor | str | Path | None = None,
 ) -> Report:
-    """Compare the artefact's ONNX model with the float32 eager reference on the same weights.
+    """Compare an artefact in its engine with the float32 eager reference on the same weights.
 
     An artefact without weights is proven on its twin: the same spec shrunk in width, random
     weights, lowered by the same tables.
@@ -98,7 +97,7 @@ def validate(
         return report
     if not unbound and not on_twin:
         return _validate(artefact, tokens, seed, progress, device)
-    check_kernels(artefact, device)
+    check_device(artefact, device)
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = TWINS.get(artefact.manifest.precision, (None, None))
         blocks = any(packing.bits for packing in artefact.manifest.packings.values())
@@ -150,7 +149,7 @@ def _validate(
     artefact: Artefact, tokens: int | None, seed: int, progress: Progress, device: str
 ) -> Report:
     manifest = artefact.manifest
-    check_kernels(artefact, device)
+    check_device(artefact, device)
     # Quantised weights are proven by products in float32 on what they mean, and what their fast
     # products add is a check of its own.
     exact = EXACT in manifest.presets
@@ -162,7 +161,7 @@ def _validate(
     lengths = torch.tensor([longest, max(1, longest * 5 // 8)])
     ids = torch.randint(0, manifest.spec.text.vocab, (2, longest), generator=generator)
     report = Report(
-        str(artefact.path), "onnxruntime" if device == "cpu" else f"onnxruntime on {device}",
+        str(artefact.path), manifest.engine + ("" if device == "cpu" else f" on {device}"),
         "eager fp32", manifest.precision, seed, lengths.tolist(), versions=dict(manifest.versions),
     )  # fmt: skip
     if chunk and longest <= chunk:
@@ -243,7 +242,8 @@ def _each_layer(
     expected = subject.reference_from(ids, lengths, given, hidden)
     for name in (*hidden[1:], "logits"):
         label = f"{name.removesuffix('.out')}, same inputs"
-        yield error(label, found[name], expected[name], SAME_INPUTS)
+        compute = subject.artefact.manifest.compute
+        yield error(label, found[name], expected[name], SAME_INPUTS[compute])
 
 
 def _cached(

@@ -187,12 +187,42 @@ def _write_fp8(
             fp8.codes(rows, mine, along, block, out)
             return place, out
 
-        parts = _places(entry, group, block if along == "block" else 1)
-        for place, out in pool.map(pack, parts):
+        packed = pool.map(pack, _places(entry, group, block if along == "block" else 1))
+        if packing.arrange == "transpose":
+            packed = _transposed(packed, entry.shape[-2:], held, done, pool)
+        for place, out in packed:
             # One thread writes: several would wait for each other, spinning.
-            start = place.matrix * elements + place.start * entry.shape[-1]
+            start = place.matrix * elements + place.start * out.shape[-1]
             _write(handle, out.view(torch.uint8).numpy(), places[0] + start)
             yield out.numel() * dtype.itemsize
+
+
+def _transposed(
+    packed: Iterator[tuple[_Place, Tensor]],
+    shape: tuple[int, ...],
+    room: Tensor,
+    done: Tensor,
+    pool: ThreadPoolExecutor,
+) -> Iterator[tuple[_Place, Tensor]]:
+    """Codes of a group of experts, in `done` once `packed` has run: rows of [out, in], in order.
+
+    They go to `room`, whose wide weights nobody needs any more by then.
+    """
+    inner, outer = shape
+    matrices = sorted({place.matrix for place, _ in packed})
+    codes = done.view(torch.uint8)[: len(matrices) * inner * outer].view(-1, inner, outer)
+    turned = room.view(torch.uint8)[: codes.numel()].view(-1, outer, inner)
+    step = max(1, PIECE // inner)
+
+    def turn(place: _Place) -> tuple[_Place, Tensor]:
+        at, rows = place.matrix - matrices[0], slice(place.start, place.stop)
+        # A whole matrix is transposed in blocks that fit the cache, a slice of one is not.
+        turned[at, rows].copy_(codes[at, :, rows].contiguous().t())
+        return place, turned[at, rows]
+
+    places = (_Place(matrix, start, min(start + step, outer))
+              for matrix in matrices for start in range(0, outer, step))  # fmt: skip
+    yield from pool.map(turn, places)
 
 
 def _write_rows(

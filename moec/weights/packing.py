@@ -5,10 +5,10 @@ it, `bind` can apply it later, and a proof can undo it. Fused experts are packed
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,8 +28,9 @@ class Packing(Frozen):
     (the same for experts whose columns are gate, then up: row 2i is gate i, row 2i + 1 is up i).
     With `bits`, rows are quantised in blocks of `block` along their length, symmetrically: unsigned
     integers around 2^(bits-1), low nibble first, times a scale of `dtype` for each block. With
-    `fp8` the parameter keeps its shape in E4M3 codes, and scales of `dtype` are as finely divided
-    as that says, in squares of `block` for "block". With neither, the elements are of `dtype`.
+    `fp8` the parameter keeps its name, and its shape if it is not transposed, in E4M3 codes, and
+    scales of `dtype` are as finely divided as that says, in squares of `block` for "block". With
+    neither, the elements are of `dtype`.
     """
 
     source: str
@@ -38,6 +39,13 @@ class Packing(Frozen):
     bits: Literal[4, 8] | None = None
     fp8: Literal["tensor", "expert", "channel", "block"] | None = None
     block: int = Field(default=32, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        plain = self.arrange == "rows" or (self.arrange, self.fp8) == ("transpose", "channel")
+        if self.fp8 and not plain:
+            raise ValueError(f"fp8 {self.fp8} with arrange {self.arrange} is not supported")
+        return self
 
     def names(self, stored: str) -> tuple[str, ...]:
         """The tensors that hold the parameter: its own name if nothing changes."""
@@ -50,10 +58,11 @@ class Packing(Frozen):
 
     def shapes(self, shape: Shape) -> tuple[tuple[Shape, str], ...]:
         """Shape and dtype of each of these tensors, for a parameter of `shape`."""
+        scales = scale_shape(shape, self.fp8, self.block) if self.fp8 else ()
         if self.arrange != "rows":
             shape = (*shape[:-2], shape[-1], shape[-2])
         if self.fp8:
-            return (shape, "fp8"), (scale_shape(shape, self.fp8, self.block), self.dtype)
+            return (shape, "fp8"), (scales, self.dtype)
         if not self.bits:
             return ((shape, self.dtype),)
         *lead, rows, length = shape
@@ -128,14 +137,17 @@ def quantize(rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A packed parameter of `shape` on disk."""
+    """A packed parameter of `shape` on disk; of FP8, its codes alone."""
 
     packing: Packing
     shape: Shape
     parts: tuple[TensorEntry, ...]
 
     def read(self) -> Tensor:
-        """The parameter that the bytes mean, in float32 where it was quantised."""
+        """The parameter that the bytes mean, in float32 where it was quantised; or its codes."""
+        if self.packing.fp8:
+            codes = view(self.parts[0])
+            return codes if self.packing.arrange == "rows" else codes.transpose(-2, -1)
         if len(self.shape) < 3:
             found = unpack(self.packing, tuple(map(view, self.parts)))
             return found[..., : self.shape[-1]]

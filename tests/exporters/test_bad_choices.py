@@ -16,7 +16,7 @@ from tests.trees import tree
     "choice",
     [
         {"target": "tpu"},
-        *({"target": name} for name in ("tensorrt", "tensorrt-rtx", "torch")),
+        *({"target": name} for name in ("tensorrt", "tensorrt-rtx")),
         {"precision": "nvfp4"},
         {"precision": "int4"},
         {"precision": ""},

@@ -12,7 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.exporters.onnx.write import graphs_of
 from moec.graph_builder import ops
+from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.fused import build_fused
 from moec.graph_builder.parts import build_parts
+from moec.graph_builder.passes.buffers import keep_buffers
+from moec.graph_builder.passes.encodes import join_encodes
+from moec.graph_builder.passes.fuse import fuse
+from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.types import TensorType
 from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
@@ -20,6 +26,7 @@ from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.scheme import SCHEMES
 from moec.spec.twin import twin
+from moec.weights.fused import widened
 from moec.weights.view import TORCH_DTYPES
 from tests.strategies import fp8_specs, specs, vision_specs
 
@@ -112,16 +119,27 @@ def test_every_rule_agrees_with_fake_tensors_at_full_size(name: str) -> None:
         _check(graphs["vision"], _pixels(spec, 17), {"tiles": 17})
 
 
+def _before_joining(spec: ModelSpec) -> list[fx.GraphModule]:
+    """Fused graphs, before the passes that join fused ops with one another."""
+    graphs = []
+    for change in (lambda graph: graph, join_encodes):
+        wide = join_skip_norms(keep_buffers(build_decoder(widened(spec, "fp32"))))
+        graphs.append(change(fuse(wide, spec)))
+    return graphs
+
+
 def test_the_vocabulary_is_what_graphs_use() -> None:
     used = {
         node.target
         for name in ("scout", "maverick")
         for precision in ("fp32", "fp16")
-        for dialect in ("standard", "ort")
         for scheme in (None, SCHEMES["dynamic"])
-        for graph in graphs_of(
-            twin(PRESETS[name].model_copy(update={"scheme": scheme})), precision, dialect
-        ).values()
+        for spec in [twin(PRESETS[name].model_copy(update={"scheme": scheme}))]
+        for graph in (
+            *graphs_of(spec, precision, "standard").values(),
+            *graphs_of(spec, precision, "ort").values(),
+            *([build_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
+        )
         for node in graph.graph.nodes
         if node.op == "call_function" and node.target.__name__ != "getitem"
     }
@@ -139,11 +157,24 @@ def test_value_names_are_unique_and_meaningful() -> None:
         assert expected[part] <= set(names)
 
 
-F32, I64 = torch.float32, torch.int64
+F32, I64, I32, FP8 = torch.float32, torch.int64, torch.int32, ops.FP8
 
 
 def t(*shape: int | str, dtype: torch.dtype = F32) -> TensorType:
     return TensorType(shape, dtype)
+
+
+def experts(count: int, dim: int, hidden: int) -> list[TensorType]:
+    gate_up = t(count, 2 * hidden, dim, dtype=FP8), t(count, 2 * hidden)
+    return [*gate_up, t(count, dim, hidden, dtype=FP8), t(count, dim)]
+
+
+def table(*shape: int) -> list[TensorType]:
+    return [t(*shape)] * 2
+
+
+def buffers(*shape: int) -> list[TensorType]:
+    return [t(*shape), t(*shape), t(shape[0], dtype=I32)]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +223,25 @@ def t(*shape: int | str, dtype: torch.dtype = F32) -> TensorType:
         (ops.moe, (t(6, 4), t(6, 1), t(6, 1), t(3, 5, 8), t(3, 4, 4))),
         (ops.moe, (t(6, 4), t(6, 1), t(6, 1), t(3, 4, 8), t(3, 3, 4))),
         (ops.moe, (t(6, 4), t(6, 1), t(6, 2), t(3, 4, 8), t(3, 4, 4))),
+        (ops.encode, (t(2, 3, 4),)),
+        (ops.norm_fp8, (t(6, 4), t(5), 1e-5)),
+        (ops.skip_norm_fp8, (t(6, 4), t(6, 5), t(4), 1e-5)),
+        (ops.swiglu_fp8, (t(6, 5),)),
+        (ops.fp8_linear, (t(6, 4), t(6), t(3, 4, dtype=FP8), t(3), "bf16")),
+        (ops.fp8_linear, (t(6, 4, dtype=FP8), t(5), t(3, 4, dtype=FP8), t(3), "bf16")),
+        (ops.fp8_linear, (t(6, 4, dtype=FP8), t(6), t(3, 5, dtype=FP8), t(3), "bf16")),
+        (ops.fp8_linear, (t(6, 4, dtype=FP8), t(6), t(3, 4, dtype=FP8), t(4), "bf16")),
+        (ops.moe_layer, (t(6, 4), t(3, 4), *experts(3, 4, 5))),
+        (ops.moe_layer, (t(6, 4), t(2, 5), *experts(3, 4, 5))),
+        (ops.moe_layer, (t(6, 4), t(2, 4), *experts(3, 4, 5)[:2], *experts(3, 4, 6)[2:])),
+        (ops.rope_append, (t(2, 3, 16), *table(2, 3, 2), None, *buffers(2, 1, 9, 4), 2, 2, None)),
+        (ops.rope_append, (t(2, 3, 16), *table(2, 3, 4), None, *buffers(2, 1, 9, 4), 2, 1, None)),
+        (ops.rope_append, (t(2, 3, 16), t(2, 3, 2), None, None, *buffers(2, 1, 9, 4), 2, 1, None)),
+        (ops.rope_append, (t(2, 3, 16), None, None, t(2, 3), *buffers(2, 1, 9, 4), 2, 1, None)),
+        (ops.rope_append, (t(2, 3, 16), None, None, None, *buffers(3, 1, 9, 4), 2, 1, None)),
+        (ops.attend, (t(2, 3, 8), *buffers(2, 1, 9, 5), t(dtype=I32), 2, 1)),
+        (ops.attend, (t(2, 3, 8), *buffers(2, 1, 9, 4), t(1, dtype=I32), 2, 1)),
+        (ops.attend_fp8, (t(2, 3, 8), *buffers(2, 2, 9, 4), t(dtype=I32), 2, 1)),
     ],
     ids=lambda value: value.name if isinstance(value, ops.Op) else "",
 )

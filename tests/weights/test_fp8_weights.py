@@ -14,7 +14,7 @@ from torch import Tensor
 from moec.spec.scheme import WEIGHTS
 from moec.weights import fp8
 from moec.weights.packed_file import write_packed
-from moec.weights.packing import Packing
+from moec.weights.packing import Packed, Packing
 from moec.weights.shard import read_shard
 from tests.refusals import refusal
 
@@ -94,6 +94,26 @@ def test_a_packed_weight_is_what_a_loop_gives(
 ) -> None:
     weight = _weight(*shape, dtype=dtype)
     _assert_naive(_pack(tmp_path, weight, grid), weight, grid)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("together", [1 << 28, 300])  # all experts in a group, or one by one
+def test_experts_may_be_transposed(
+    tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moec.weights.packed_file.TOGETHER", together)
+    weight = _weight(*FUSED, dtype=torch.bfloat16)
+    plain = _pack(tmp_path, weight, "channel")
+    entries = read_shard(tmp_path / "in.safetensors").tensors
+    packing = Packing(source="w", arrange="transpose", dtype="fp32", fp8="channel")
+    read = write_packed(tmp_path / "turned", {"w": packing}, entries, lambda *_: None)
+    found = load_file(tmp_path / "turned")
+    assert read == weight.nbytes and torch.equal(found["w_scale"], plain["w_scale"])
+    codes = (each["w"].view(torch.uint8) for each in (found, plain))
+    assert torch.equal(next(codes).transpose(1, 2), next(codes))
+    parts = tuple(read_shard(tmp_path / "turned").tensors[name] for name in packing.names("bf16"))
+    back = Packed(packing, FUSED, parts).read()  # a view, in the parameter's own shape
+    assert torch.equal(back.view(torch.uint8), plain["w"].view(torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,16 @@ JOURNAL = f"{PACKED}.journal"
 PACKINGS = {
     "experts": Packing(source="experts", dtype="fp32", fp8="channel"),
     "linear": Packing(source="linear", dtype="bf16", fp8="block", block=4),
+    "later": Packing(source="later", arrange="transpose", dtype="fp32", fp8="channel"),
     "head.int8": Packing(source="head", dtype="fp32", bits=8, block=16),
     "norm.fp32": Packing(source="norm", dtype="fp32"),
     "kept": Packing(source="kept", dtype="bf16"),
 }
 CONSTANTS = {"linear.input_scale": torch.tensor(0.5)}
 #: bytes of the sources, in file order
-SIZES = {"experts": 3 * 8 * 12 * 2, "head": 640, "kept": 70, "linear": 440, "norm": 64}
+SIZES = {
+    "experts": 576, "later": 576, "head": 640, "kept": 70, "linear": 440, "norm": 64,
+}  # fmt: skip
 
 
 class Stop(BaseException):
@@ -52,7 +55,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _write_source(folder: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"experts": (3, 8, 12), "linear": (11, 20), "head": (8, 40), "norm": (32,)}
+    shapes = {
+        "experts": (3, 8, 12),
+        "later": (3, 12, 8),
+        "linear": (11, 20),
+        "head": (8, 40),
+        "norm": (32,),
+    }
     tensors = {
         name: torch.randn(shape, generator=generator).bfloat16()
         for name, shape in (shapes | {"kept": (7, 5)}).items()

@@ -10,6 +10,16 @@ from moec.graph_builder.ops.attention import (
 from moec.graph_builder.ops.buffers import buffered_attention, columns, spans_of_mask
 from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
 from moec.graph_builder.ops.fp8 import FP8, dequantize, fp8_moe, quantize, token_scale
+from moec.graph_builder.ops.fused import (
+    encode,
+    fp8_linear,
+    moe_layer,
+    norm_fp8,
+    norm_moe,
+    skip_norm_fp8,
+    swiglu_fp8,
+)
+from moec.graph_builder.ops.fused_attention import attend, attend_fp8, attention_fp8, rope_append
 from moec.graph_builder.ops.linear import (
     add,
     gelu,
@@ -31,7 +41,10 @@ __all__ = [
     "OPS",
     "Op",
     "add",
+    "attend",
+    "attend_fp8",
     "attention",
+    "attention_fp8",
     "attention_mask",
     "buffered_attention",
     "cache_append",
@@ -40,6 +53,8 @@ __all__ = [
     "columns",
     "dequantize",
     "embedding",
+    "encode",
+    "fp8_linear",
     "fp8_moe",
     "fuse",
     "gelu",
@@ -48,6 +63,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "moe",
+    "moe_layer",
+    "norm_fp8",
+    "norm_moe",
     "pack",
     "patch_rope_table",
     "patches",
@@ -56,13 +74,16 @@ __all__ = [
     "quantize",
     "rms_norm",
     "rope",
+    "rope_append",
     "rope_table",
     "route",
     "scale_queries",
     "select",
     "skip_norm",
+    "skip_norm_fp8",
     "spans_of_mask",
     "swiglu",
+    "swiglu_fp8",
     "temperature",
     "tile_tokens",
     "to_float32",

@@ -15,6 +15,7 @@ from moec.spec.errors import MoecError
 
 _LIBRARY = torch.library.Library("moec", "DEF")
 OPS: dict[str, "Op"] = {}
+_IMPLEMENTED: set[tuple[str, str]] = set()
 
 Types = TensorType | tuple[TensorType, ...]
 Rule = Callable[..., Types]
@@ -49,6 +50,16 @@ class Op:
 def op(schema: str, rule: Rule) -> Callable[[Callable[..., Any]], Op]:
     """Declare the decorated eager function as op `moec::<schema>` with the given shape rule."""
     return lambda eager: Op(schema, eager, rule)
+
+
+def implement(name: str, function: Callable[..., Any], device: str = "CUDA") -> None:
+    """Let `function` compute op `name` on `device`, torch's name of it, instead of plain torch.
+
+    Operands are no longer checked there. Once for each op and device: further calls do nothing.
+    """
+    if (name, device) not in _IMPLEMENTED:
+        _LIBRARY.impl(name, function, device)
+        _IMPLEMENTED.add((name, device))
 
 
 def need(holds: bool, op_name: str, operand: str, found: object, expected: object) -> None:

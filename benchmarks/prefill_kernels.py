@@ -1,0 +1,176 @@
+"""The FP8 MoE kernels for many tokens on a GPU, beside the dense FP8 product of the same size.
+
+    python benchmarks/prefill_kernels.py [--tokens 512,1024,4096,8192] [--tune]
+
+One layer of Scout's sizes (dim 5120, hidden 8192, 16 experts and a shared one), random weights.
+Medians of CUDA graph replays. Rates count the products that the layer needs, no filled-up rows;
+"share" is of `torch._scaled_mm` of 8192^3 in the same run. "torch" has the two products alone, by
+`torch._scaled_grouped_mm`, without routing, SwiGLU and rounding. Errors are against the twin.
+--tune tries ways to cut each product, with 4096 tokens.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from moe_kernels import SCOUT, microseconds, random_weights
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moec.kernels import twin
+from moec.kernels.launch_prefill import Product, Tiles, tiles_for
+from moec.kernels.torch_prefill import PrefillMoe
+
+FP8 = torch.float8_e4m3fn
+PLAIN = Tiles(gate_up=Product(chunk=0, stages=3), down=Product(chunk=0, stages=3), hopper=False)
+
+
+def dense_rate(size: int = 8192) -> float:
+    """Operations a second of one FP8 product with a scale for each row."""
+    a, b = (torch.randn(size, size, device="cuda").to(FP8) for _ in range(2))
+    one = torch.ones(size, 1, device="cuda")
+    took = microseconds(
+        lambda _: torch._scaled_mm(
+            a, b.t(), one, one.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+        [a],
+    )
+    return 2 * size**3 / took * 1e6
+
+
+def grouped(weights: dict[str, Tensor], chosen: Tensor) -> tuple[float, float]:
+    """Microseconds of both products by torch, the rows in order."""
+    counts = torch.bincount(chosen, minlength=SCOUT.experts)
+    ends = torch.cat([counts, counts.sum()[None]]).cumsum(0).to(torch.int32)
+    rows = 2 * len(chosen)
+    found = []
+    for name, inputs in (("gate_up", SCOUT.dim), ("down", SCOUT.hidden)):
+        codes = torch.randn(rows, inputs, device="cuda").to(FP8)
+        scale = torch.ones(rows, device="cuda")
+        weight, by_output = weights[name].transpose(1, 2), weights[f"{name}_scale"]
+
+        def call(
+            _: Tensor, a: Tensor = codes, b: Tensor = weight, one: Tensor = scale,
+            two: Tensor = by_output,
+        ) -> Tensor:  # fmt: skip
+            return torch._scaled_grouped_mm(
+                a, b, one, two, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+        found.append(microseconds(call, [codes], 11))
+    return found[0], found[1]
+
+
+def launch_times(layer: PrefillMoe, x: Tensor) -> dict[str, float]:
+    """Microseconds of each launch by itself."""
+    values = layer.values(x)
+    for each in layer.launches(x):
+        layer.launch(each, values)
+    return {
+        each.name: microseconds(lambda _, each=each: layer.launch(each, values), [x], 11)
+        for each in layer.launches(x)
+    }
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+def cuts(inputs: int) -> Iterator[tuple[bool, Product]]:
+    """Ways to cut a product; whether Hopper's kernels do."""
+    for product in (
+        Product(chunk=0, stages=3),
+        Product(chunk=0, stages=4),
+        Product(chunk=0, stages=3, exact=128),
+        Product(chunk=0, stages=4, columns=64, exact=128),
+        Product(chunk=1024, stages=4, columns=64),
+    ):
+        yield False, product
+    for chunk in (0, inputs // 2, 2048, 1024, 512):
+        yield True, Product(chunk=chunk)
+    for group in (4, 16, 32):
+        yield True, Product(group=group)
+    yield True, Product(columns=64, stages=6)
+    yield True, Product(stages=3)
+    yield True, Product(depth=64, stages=8)
+
+
+def tune(weights: dict[str, Tensor], tiles: Tiles, dense: float, tokens: int = 4096) -> None:
+    x = torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16()
+    expected = twin.decode_moe(weights, x)
+    for name, inputs, ops in (("gate_up", SCOUT.dim, 4), ("down", SCOUT.hidden, 2)):
+        needed = ops * SCOUT.dim * SCOUT.hidden * 2 * tokens
+        for hopper, product in cuts(inputs):
+            if hopper and not tiles.hopper:
+                continue
+            one = replace(tiles if hopper else PLAIN, **{name: product}, programs=tiles.programs)
+            try:
+                layer = PrefillMoe(SCOUT, weights, one)
+                values = layer.values(x)
+                for each in layer.launches(x):
+                    layer.launch(each, values)
+                wrong = error(values["out"], expected)
+                launch = next(each for each in layer.launches(x) if each.name == name)
+                took = microseconds(
+                    lambda _, layer=layer, launch=launch, values=values: layer.launch(
+                        launch, values
+                    ),
+                    [x], 11,
+                )  # fmt: skip
+            except Exception as reason:  # of one way to cut: the others are still of interest
+                print(name, product, f"failed: {str(reason)[:200]}", flush=True)
+                continue
+            rate = needed / took * 1e6
+            print(
+                f"{name} {'hopper' if hopper else 'triton'} columns {product.columns} "
+                f"depth {product.depth} stages {product.stages} chunk {product.chunk} "
+                f"exact {product.exact} group {product.group}: {took:.0f} us, "
+                f"{rate / 1e12:.0f} TFLOP/s, {100 * rate / dense:.0f} %, "
+                f"layer's error {wrong:.1e}", flush=True,
+            )  # fmt: skip
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--tokens", default="512,1024,4096,8192")
+    arguments.add_argument("--tune", action="store_true")
+    given = arguments.parse_args()
+    torch.manual_seed(torch.seed() % 2**31)
+    device = torch.cuda.get_device_properties(0)
+    tiles = tiles_for(10 * device.major + device.minor, device.multi_processor_count)
+    dense = dense_rate()
+    print(f"{device.name}, torch {torch.__version__}: dense {dense / 1e12:.0f} TFLOP/s", flush=True)
+    weights = random_weights(SCOUT)
+    if given.tune:
+        tune(weights, tiles, dense)
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("tokens", "layer", "rate", "share", "torch", "error", "repeats"):
+        table.add_column(column, justify="right")
+    for tokens in (int(each) for each in given.tokens.split(",")):
+        x = torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16()
+        layer = PrefillMoe(SCOUT, weights, tiles)
+        found = layer(x)
+        wrong = error(found, twin.decode_moe(weights, x))
+        repeats = all(torch.equal(layer(x), found) for _ in range(3))
+        took = microseconds(layer, [x], 11)
+        rate = 2 * 3 * SCOUT.dim * SCOUT.hidden * 2 * tokens / took * 1e6
+        chosen = (x.float() @ weights["router"].float().t()).argmax(1)
+        try:
+            torch_too = "{:.0f} + {:.0f} us".format(*grouped(weights, chosen))
+        except RuntimeError as reason:
+            torch_too = str(reason).splitlines()[0][:30]
+        times = ", ".join(f"{name} {us:.1f}" for name, us in launch_times(layer, x).items())
+        print(f"{tokens} tokens: {times} us", flush=True)
+        table.add_row(
+            str(tokens), f"{took:.0f} us", f"{rate / 1e12:.0f} TFLOP/s",
+            f"{100 * rate / dense:.1f} %", torch_too,
+            f"{wrong:.1e}", "to the bit" if repeats else "NO",
+        )  # fmt: skip
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Graph -> a .pt2 file: `torch.export` with our ops intact, and without weights.
+
+Inputs are flat: first those of the graph, then its weights, each by its name with dots replaced by
+underscores. So a program is for any device, and two parts or two sessions may share their weights.
+To open one by hand: import `moec.graph_builder.ops`, then `torch.export.load(file).module()`.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from moec.exporters.artefact import Artefact
+from moec.exporters.manifest import Port, Ports
+from moec.graph_builder.fused import build_fused
+from moec.graph_builder.parts import parts_of
+from moec.graph_builder.passes.lift import lift_weights
+from moec.graph_builder.passes.tap import tap
+from moec.graph_builder.types import TensorType
+from moec.graph_builder.vision import build_vision
+from moec.spec.model import ModelSpec
+from moec.weights.fused import widened
+
+#: sizes that may be 0; no other may
+_MAY_BE_NONE = ("image_tokens",)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The bytes of a .pt2 file, and what it takes and gives beside weights."""
+
+    data: bytes
+    ports: Ports
+
+    def save(self, path: Path) -> None:
+        """Write the file."""
+        path.write_bytes(self.data)
+
+
+def part_graph(
+    spec: ModelSpec, precision: str, part: str = "model", taps: Sequence[str] = ()
+) -> fx.GraphModule:
+    """A part as target `torch` runs it: the decoder fused; the tower wide, of plain ops."""
+    if part == "model":
+        return build_fused(spec, precision, taps)
+    return tap(build_vision(widened(spec, precision), precision), taps)
+
+
+def graphs_of(spec: ModelSpec, precision: str) -> dict[str, fx.GraphModule]:
+    """Every graph of an artefact, by part."""
+    return {part: part_graph(spec, precision, part) for part in parts_of(spec)}
+
+
+def program_of(graph: fx.GraphModule) -> Program:
+    """`graph`, which is used up, as a program."""
+    nodes = list(graph.graph.nodes)
+    inputs = _ports([n for n in nodes if n.op == "placeholder"])
+    outputs = _ports(nodes[-1].args[0], nodes[-1].meta["outputs"])
+    file = io.BytesIO()
+    torch.export.save(_export(lift_weights(graph)), file)
+    return Program(file.getvalue(), Ports(inputs=inputs, outputs=outputs))
+
+
+def load(artefact: Artefact, part: str) -> Program:
+    """The program of an artefact's part, as it was written."""
+    return Program(artefact.graph(part).read_bytes(), artefact.manifest.ports(part))
+
+
+def _ports(nodes: Sequence[fx.Node], names: Sequence[str] = ()) -> tuple[Port, ...]:
+    return tuple(
+        Port(
+            name=name,
+            dtype=str(node.meta["type"].dtype).removeprefix("torch."),
+            shape=node.meta["type"].shape,
+        )
+        for node, name in zip(nodes, names or [n.meta["name"] for n in nodes], strict=True)
+    )
+
+
+def _export(graph: fx.GraphModule) -> ExportedProgram:
+    """Traced with tensors that have a shape and no memory."""
+    dims: dict[str, tuple[Any, int]] = {}
+
+    def sizes(of: TensorType) -> tuple[list[int], dict[int, Any]]:
+        """Sizes to trace with, each symbol its own, and the symbols by position."""
+        for dim in of.shape:
+            if isinstance(dim, str) and dim not in dims:
+                smallest = 0 if dim in _MAY_BE_NONE else 1
+                dims[dim] = Dim(dim, min=smallest), 3 + 2 * len(dims)
+        known = {i: dims[dim] for i, dim in enumerate(of.shape) if isinstance(dim, str)}
+        shape = [known[i][1] if i in known else dim for i, dim in enumerate(of.shape)]
+        return shape, {i: dim for i, (dim, _) in known.items()}
+
+    types = [n.meta["type"] for n in graph.graph.nodes if n.op == "placeholder"]
+    drawn = [sizes(of) for of in types]
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        values = tuple(
+            torch.empty(shape, dtype=of.dtype) for of, (shape, _) in zip(types, drawn, strict=True)
+        )
+    symbols = tuple(by_position for _, by_position in drawn)
+    program = torch.export.export(graph, values, dynamic_shapes=symbols)
+    program.example_inputs = None  # which a file would hold
+    return program

@@ -1,0 +1,117 @@
+"""Put fused FP8 ops in place of a layer's products, experts and attention, on joined weights.
+
+What is joined, and from which tensors: `moec.weights.fused`.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moec.graph_builder import ops
+from moec.graph_builder.builder import call, call_each, submodule, tag
+from moec.graph_builder.passes.buffers import without_unused
+from moec.graph_builder.passes.fusible import check_fusible
+from moec.graph_builder.types import TensorType
+from moec.spec.model import LayerSpec, ModelSpec
+from moec.spec.tensors import scale_of
+from moec.weights.fused import fused_tensors
+from moec.weights.view import STORED, TORCH_DTYPES
+
+
+def fuse(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
+    """A wide decoder after `keep_buffers` and `join_skip_norms`, changed in place.
+
+    Buffers are written where they are and leave the outputs. Codes are made by `encode` wherever a
+    product wants some; `join_encodes` lets whoever makes the values make the codes. What is an
+    output besides, such as a router's logits, stays.
+
+    Raises:
+        MoecError: a model or scheme that the fused ops cannot express: see `check_fusible`.
+    """
+    check_fusible(spec)
+    rewrite = _Rewrite(graph, spec)
+    for layer in spec.text.all_layers:
+        rewrite.attention(layer)
+        if layer.moe:
+            rewrite.moe(f"layers.{layer.index}.moe")
+        else:
+            rewrite.dense(f"layers.{layer.index}.ffn")
+    output = list(graph.graph.nodes)[-1]
+    names = output.meta["outputs"]
+    kept = {n: node for n, node in zip(names, output.args[0], strict=True)
+            if not n.startswith("present.")}  # fmt: skip
+    output.args, output.meta["outputs"] = (tuple(kept.values()),), tuple(kept)
+    without_unused(graph)
+    graph.delete_all_unused_submodules()
+    return graph
+
+
+class _Rewrite:
+    """One run of the pass over `graph`; nodes are known by the names that the decoder gave them."""
+
+    def __init__(self, graph: fx.GraphModule, spec: ModelSpec) -> None:
+        self.root, self.graph, self.text = graph, graph.graph, spec.text
+        self.kinds = fused_tensors(spec)
+        self.nodes: dict[Any, Any] = {n.meta.get("name"): n for n in graph.graph.nodes}
+        wide = self.nodes["embed"].meta["type"].dtype
+        self.dtype = next(name for name, each in TORCH_DTYPES.items() if each == wide)
+
+    def attention(self, layer: LayerSpec) -> None:
+        at, nodes = f"layers.{layer.index}.attn", self.nodes
+        old = nodes[f"{at}.mix.buffered"]
+        _, _, _, key, value, last, total, _, _, heads, kv_heads = old.args
+        rope = (nodes["rope.0"], nodes["rope.1"]) if layer.rope else (None, None)
+        temperature = nodes["temperature"] if layer.temperature else None
+        eps = self.text.norm_eps if layer.qk_norm else None
+        x = nodes[f"{at}.q"].args[0]
+        with self.graph.inserting_before(old):
+            qkv = self.product(self.encode(x), f"{at}.qkv")
+            rows = self.call(ops.unpack, qkv, nodes["input_ids"], name=f"{at}.qkv.rows")
+            q = self.call(
+                ops.rope_append, rows, *rope, temperature, key, value, last, heads, kv_heads, eps,
+                name=f"{at}.q.placed",
+            )  # fmt: skip
+            buffers = (key, value, last, total)
+            mix = self.call(ops.attend, q, *buffers, heads, kv_heads, name=f"{at}.mix")
+            mix = self.call(ops.pack, mix, name=f"{at}.mix.packed")
+            out = self.product(self.encode(mix), f"{at}.o")
+        nodes[f"{at}.o"].replace_all_uses_with(out)
+
+    def moe(self, at: str) -> None:
+        router, old = self.nodes[f"{at}.router"], self.nodes[f"{at}.out"]
+        with self.graph.inserting_before(old):
+            weights = [self.parameter(name) for part in ("gate_up", "down")
+                       for name in (f"{at}.{part}", scale_of(f"{at}.{part}"))]  # fmt: skip
+            new = self.call(ops.moe_layer, *router.args[:2], *weights, name=f"{at}.out")
+        old.replace_all_uses_with(new)
+
+    def dense(self, at: str) -> None:
+        old, x = self.nodes[f"{at}.down"], self.nodes[f"{at}.gate"].args[0]
+        with self.graph.inserting_before(old):
+            gate_up = self.product(self.encode(x), f"{at}.gate_up")
+            each = f"{at}.act.codes", f"{at}.act.scale"
+            act = call_each(self.graph, ops.swiglu_fp8, gate_up, name=f"{at}.act", each=each)
+            new = self.product(act, f"{at}.down")
+        old.replace_all_uses_with(new)
+
+    def encode(self, x: fx.Node) -> tuple[fx.Node, ...]:
+        name = x.meta["name"]
+        each = f"{name}.codes", f"{name}.scale"
+        return call_each(self.graph, ops.encode, x, name=f"{name}.encoded", each=each)
+
+    def product(self, codes: tuple[fx.Node, ...], name: str) -> fx.Node:
+        weight = f"{name}.weight"
+        weights = self.parameter(weight), self.parameter(scale_of(weight))
+        return self.call(ops.fp8_linear, *codes, *weights, self.dtype, name=name)
+
+    def call(self, op: ops.Op, *args: Any, name: str) -> fx.Node:
+        return call(self.graph, op, *args, name=name)
+
+    def parameter(self, name: str) -> fx.Node:
+        """A node for the joined tensor `name`."""
+        shape, dtype = self.kinds[name].shape, STORED[self.kinds[name].dtype]
+        owner, _, leaf = name.rpartition(".")
+        weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        submodule(self.root, owner).register_parameter(leaf, weight)
+        return tag(self.graph.get_attr(name), name, TensorType(shape, dtype))

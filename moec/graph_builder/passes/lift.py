@@ -1,0 +1,26 @@
+"""Make weights inputs, so that a graph holds none."""
+
+from torch import fx, nn
+
+from moec.graph_builder.builder import tag
+
+
+def lift_weights(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph like `graph`, which is used up, with its weights as inputs behind all others.
+
+    Their names are those of the weights, as for any input: see `Builder.input`.
+    """
+    nodes, lifted = graph.graph, dict[str, fx.Node]()
+    first = next(node for node in nodes.nodes if node.op != "placeholder")
+    for node in list(nodes.nodes):
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        if name not in lifted:
+            with nodes.inserting_before(first):
+                lifted[name] = nodes.placeholder(name.replace(".", "_"))
+            lifted[name].meta["default"] = None
+            tag(lifted[name], name, node.meta["type"])
+        node.replace_all_uses_with(lifted[name])
+        nodes.erase_node(node)
+    return fx.GraphModule(nn.Module(), nodes, "MoecGraph")

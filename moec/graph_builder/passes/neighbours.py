@@ -1,0 +1,48 @@
+"""Join fused ops with the one before them, where nobody else wants what goes between."""
+
+from operator import getitem
+from typing import Any
+
+from torch import fx
+
+from moec.graph_builder import ops
+from moec.graph_builder.builder import call_each
+
+_LATTER = (ops.attend_fp8.target, ops.moe_layer.target)
+
+
+def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
+    """`graph`, changed in place: fewer, longer ops, each of which a kernel starts once.
+
+    `rope_append` and `attend_fp8` become `attention_fp8`; `skip_norm` and `moe_layer`, `norm_moe`.
+    """
+    for node in list(graph.graph.nodes):
+        before: Any = node.args[0] if node.args else None
+        if node.target not in _LATTER or len(before.users) > 1:
+            continue
+        if before.target == ops.rope_append.target:
+            *placed, heads, kv_heads, eps = before.args
+            args = (*placed, node.args[4], heads, kv_heads, eps)
+            _join(graph.graph, node, ops.attention_fp8, args, list(node.users))
+            for done in (*node.users, node, before):  # it writes, so no one else removes it
+                graph.graph.erase_node(done)
+        elif before.target is getitem:
+            norm, place = before.args
+            if (norm.target, place) == (ops.skip_norm.target, 0):
+                total = next(user for user in norm.users if user is not before)
+                args = (*norm.args, *node.args[1:])
+                _join(graph.graph, node, ops.norm_moe, args, [node, total])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _join(
+    graph: fx.Graph, node: fx.Node, op: ops.Op, args: tuple[Any, ...], old: list[fx.Node]
+) -> None:
+    """`op` in place of `node`; its results in that of `old`, in order."""
+    with graph.inserting_before(node):
+        names = [each.meta["name"] for each in old]
+        new = call_each(graph, op, *args, name=f"{node.meta['name']}.joined", each=names)
+    for each, by in zip(old, new, strict=True):
+        each.replace_all_uses_with(by)

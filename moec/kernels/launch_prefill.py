@@ -1,0 +1,266 @@
+"""What is launched for a layer with many tokens, as data: as `launch` has it for few."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from triton.experimental.gluon.language import NVMMASharedLayout
+
+from moec.kernels import moe_prefill, products_hopper
+from moec.kernels.launch import Buffers, Launch, Sizes, fit
+from moec.spec.errors import MoecError
+
+#: name of an argument -> what it points at, or its type, as Triton says it
+TYPES = {
+    "x": "*bf16",
+    "router": "*bf16",
+    "chosen": "*i32",
+    "gain": "*fp32",
+    "rows": "*fp8e4nv",
+    "row_scale": "*fp32",
+    "place": "*i32",
+    "plan": "*i32",
+    "gate_up": "*fp8e4nv",
+    "gate_up_scale": "*fp32",
+    "act": "*bf16",
+    "act_codes": "*fp8e4nv",
+    "act_scale": "*fp32",
+    "down": "*fp8e4nv",
+    "down_scale": "*fp32",
+    "parts": "*bf16",
+    "out": "*bf16",
+    "tokens": "i32",
+}
+#: rows of a tile of `products_hopper`, and the most inputs: with more, its totals might overflow
+HOPPER_ROWS, HOPPER_INPUTS = 128, 10240
+#: kernel -> the arguments that it has as descriptors, for the engine that copies tiles; their tiles
+DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
+    moe_prefill.gate_up: {
+        "rows": ("TILE", "DEPTH"),
+        "gate_up": ("COLUMNS", "DEPTH"),
+        "act": ("TILE", "COLUMNS"),
+    },
+    moe_prefill.down: {
+        "act_codes": ("TILE", "DEPTH"),
+        "down": ("COLUMNS", "DEPTH"),
+        "parts": ("TILE", "COLUMNS"),
+    },
+    products_hopper.gate_up: {
+        "rows": ("TILE", "DEPTH"),
+        "gate_up": ("COLUMNS", "DEPTH"),
+        "act": (64, "COLUMNS"),
+    },
+    products_hopper.down: {
+        "act_codes": ("TILE", "DEPTH"),
+        "down": ("COLUMNS", "DEPTH"),
+        "parts": (64, "COLUMNS"),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """How a product is cut: a tile has 2 * columns outputs, a step `depth` inputs.
+
+    `chunk` is how many FP8 products at most the tensor core adds up before they go to a wider
+    total; 0 stands for all: faster, and a digit less. `exact` is the same within a step, where
+    the compiler does it.
+    """
+
+    columns: int = 128
+    depth: int = 128
+    stages: int = 4
+    chunk: int = 2048
+    group: int = 8
+    exact: int = 0
+    warps: int = 8
+    flatten: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of a tile, how each product is cut, and the multiprocessors that share the tiles.
+
+    `hopper`: the products of `products_hopper`, for sm_90 alone, of 128 rows.
+    """
+
+    rows: int = 128
+    gate_up: Product = Product()
+    down: Product = Product()
+    programs: int = 132
+    hopper: bool = True
+
+
+#: what compiles for all, within the shared memory that the smallest have
+PORTABLE = Product(columns=64, depth=64, stages=3, chunk=0)
+
+
+def tiles_for(architecture: int, programs: int) -> Tiles:
+    """The tiles for a compute capability, such as 90, and its multiprocessors."""
+    if architecture == 90:
+        return Tiles(programs=programs)
+    return Tiles(128, PORTABLE, PORTABLE, programs, hopper=False)
+
+
+def fits(sizes: Sizes) -> bool:
+    """Whether the tiles for any GPU divide a layer of these sizes."""
+    inside = max(sizes.dim, sizes.hidden) <= HOPPER_INPUTS
+    return inside and sizes.dim % 256 == 0 and sizes.hidden % 128 == 0
+
+
+def block_shapes(launch: Launch) -> dict[str, tuple[int, ...]]:
+    """The tile of each argument that is a descriptor."""
+    return {
+        name: tuple(launch.constants.get(each, each) for each in axes)
+        for name, axes in DESCRIPTORS.get(launch.kernel, {}).items()
+    }
+
+
+def layouts(launch: Launch) -> dict[str, Any]:
+    """How Gluon's kernels have the tiles of their descriptors in shared memory."""
+    if launch.kernel not in (products_hopper.gate_up, products_hopper.down):
+        return {}
+    size = {"*fp8e4nv": 1, "*bf16": 2}
+    return {
+        name: NVMMASharedLayout(min(128, shape[-1] * size[TYPES[name]]), 8 * size[TYPES[name]], 2)
+        for name, shape in block_shapes(launch).items()
+    }
+
+
+def signature(launch: Launch) -> tuple[str, ...]:
+    """The types of a launch's arguments, as Triton says them."""
+    shapes, laid = block_shapes(launch), layouts(launch)
+    found = []
+    for name in launch.arguments:
+        kind = TYPES[name]
+        if name in shapes:
+            tail = f",{laid[name]!r}" if laid else ""
+            kind = f"tensordesc<{kind[1:]}{list(shapes[name])}{tail}>"
+        found.append(kind)
+    return tuple(found)
+
+
+def most_tiles(sizes: Sizes, tokens: int, rows: int) -> int:
+    """Tiles of rows that `tokens` may need, however they are routed."""
+    routed = min((tokens + sizes.experts * (rows - 1)) // rows, tokens)
+    return -(-tokens // rows) + routed
+
+
+def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
+    """Shape and element type of what the launches write; nothing of it need be set before."""
+    many = most_tiles(sizes, tokens, tiles.rows)
+    rows = many * tiles.rows
+    shapes: dict[str, tuple[int, ...]] = {
+        "chosen": (tokens,),
+        "gain": (tokens,),
+        "rows": (rows, sizes.dim),
+        "row_scale": (rows,),
+        "place": (tokens,),
+        "plan": (1 + 2 * many,),
+        "act": (rows, sizes.hidden),
+        "act_codes": (rows, sizes.hidden),
+        "act_scale": (rows,),
+        "parts": (rows, sizes.dim),
+        "out": (tokens, sizes.dim),
+    }
+    return {name: (shape, TYPES[name][1:]) for name, shape in shapes.items()}
+
+
+def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[Launch, ...]:
+    """The launches of one layer for `tokens` rows, one after the other.
+
+    Raises:
+        MoecError: sizes that the tiles do not divide.
+    """
+    tiles = tiles or Tiles()
+    first, last = tiles.gate_up, tiles.down
+    for name, size, multiple in (
+        ("dim", sizes.dim, first.depth),
+        ("dim", sizes.dim, 2 * last.columns),
+        ("hidden", sizes.hidden, first.columns),
+        ("hidden", sizes.hidden, last.depth),
+    ):
+        if size % multiple or size < multiple:
+            raise _refusal(name, size, f"a multiple of {multiple}")
+    if tiles.hopper and tiles.rows != HOPPER_ROWS:
+        raise _refusal("rows", tiles.rows, str(HOPPER_ROWS))
+    if tiles.hopper and max(sizes.dim, sizes.hidden) > HOPPER_INPUTS:
+        raise _refusal("inputs", max(sizes.dim, sizes.hidden), f"at most {HOPPER_INPUTS}")
+    if tokens < 1:
+        raise _refusal("tokens", tokens, "at least 1")
+    many = most_tiles(sizes, tokens, tiles.rows)
+    routed = {
+        "DIM": sizes.dim,
+        "EXPERTS": sizes.experts,
+        "EXPERTS_2": max(16, _power_of_2(sizes.experts)),
+        "BLOCK": 16,
+        "WIDTH": fit(sizes.dim, 1024),
+    }
+    return (
+        Launch(
+            moe_prefill.route, (-(-tokens // 16), 1, 1),
+            ("x", "router", "chosen", "gain", "rows", "row_scale", "tokens"),
+            routed | {"DEPTH": fit(sizes.dim, 256)}, warps=8,
+        ),
+        Launch(
+            moe_prefill.arrange, (-(-tokens // 16), 1, 1),
+            ("chosen", "gain", "rows", "row_scale", "place", "plan", "tokens"),
+            routed | {"SCAN": 512, "TILE": tiles.rows, "TILES_2": _power_of_2(many)}, warps=8,
+        ),
+        _product(
+            "gate_up", ("rows", "row_scale", "plan", "gate_up", "gate_up_scale", "act"),
+            sizes, tiles, first, sizes.dim,
+        ),
+        Launch(
+            moe_prefill.encode, (many * tiles.rows, 1, 1),
+            ("act", "plan", "act_codes", "act_scale"),
+            {
+                "HIDDEN": sizes.hidden, "HIDDEN_2": _power_of_2(sizes.hidden),
+                "TILE": tiles.rows,
+            }, warps=8,
+        ),
+        _product(
+            "down", ("act_codes", "act_scale", "plan", "down", "down_scale", "parts"),
+            sizes, tiles, last, sizes.hidden,
+        ),
+        Launch(
+            moe_prefill.combine, (tokens, 1, 1), ("parts", "place", "out"),
+            {"DIM": sizes.dim, "DIM_2": _power_of_2(sizes.dim)}, warps=8,
+        ),
+    )  # fmt: skip
+
+
+def _product(
+    name: str, arguments: tuple[str, ...], sizes: Sizes, tiles: Tiles, cut: Product, inputs: int
+) -> Launch:
+    constants: dict[str, Any] = {
+        "DIM": sizes.dim,
+        "HIDDEN": sizes.hidden,
+        "TILE": tiles.rows,
+        "COLUMNS": cut.columns,
+        "DEPTH": cut.depth,
+        "CHUNK": _chunk(inputs, cut),
+        "GROUP": cut.group,
+    }
+    grid = (tiles.programs, 1, 1)
+    if tiles.hopper:
+        constants |= {"STAGES": cut.stages}
+        return Launch(getattr(products_hopper, name), grid, arguments, constants, warps=4)
+    constants |= {"EXACT": cut.exact or None, "FLATTEN": cut.flatten}
+    kernel = getattr(moe_prefill, name)
+    return Launch(kernel, grid, arguments, constants, cut.warps, cut.stages)
+
+
+def _chunk(inputs: int, cut: Product) -> int:
+    """The largest part of `inputs` in whole steps that is at most `cut.chunk`, or one step."""
+    steps = inputs // cut.depth
+    fits = (each for each in range(steps, 0, -1) if steps % each == 0)
+    most = (cut.chunk or inputs) // cut.depth
+    return cut.depth * next((each for each in fits if each <= most), 1)
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _refusal(name: str, found: object, expected: str) -> MoecError:
+    return MoecError(f"prefill_moe: {name}", found, expected, "use the eager op moec::fp8_moe")

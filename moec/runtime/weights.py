@@ -1,0 +1,100 @@
+"""Weights on a device: each joined tensor once, its pieces read straight to where they belong.
+
+Files are read, not mapped, and what was read leaves the system's cache: neither pages of the file
+nor a second copy on the host build up beside weights that may fill the memory.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.exporters.artefact import Artefact
+from moec.spec.errors import MoecError
+from moec.weights.fused import fused_tensors
+from moec.weights.shard import TensorEntry
+from moec.weights.view import STORED
+
+#: bytes that are read at once; with CUDA two buffers of this size take turns
+PIECE = 64 << 20
+
+
+def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[str, Tensor]:
+    """Every weight of a part of an artefact of target `torch`, by name, on `device`.
+
+    Raises:
+        MoecError: the artefact has no weights yet, or a file is gone, changed or cut short.
+    """
+    manifest = artefact.manifest
+    spec, stored = manifest.spec, artefact.stored()
+    wide = {packing.source: packing.names(spec.dtype)[0] for packing in manifest.packings.values()}
+    read = _Reader(device)
+    found: dict[str, Tensor] = {}
+    for name, fused in fused_tensors(spec, manifest.compute, part).items():
+        found[name] = torch.empty(fused.shape, dtype=STORED[fused.dtype], device=device)
+        # Rows of all pieces are outputs: joining is writing one behind the other.
+        place, at = found[name].view(-1).view(torch.uint8), 0
+        for piece in fused.pieces:
+            entry = stored[wide.get(piece, piece)]
+            read(entry, place[at : at + entry.nbytes])
+            at += entry.nbytes
+        if at != place.numel():
+            raise MoecError(
+                f"{artefact.path}: {name}", f"{at} bytes in {', '.join(fused.pieces)}",
+                f"{place.numel()} bytes", "build the artefact again",
+            )  # fmt: skip
+    read.finish()
+    return found
+
+
+class _Reader:
+    """Reads bytes of files into tensors of bytes on `device`, in pieces."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.turn = 0
+        self.buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+                        for _ in range(2 * self.cuda)]  # fmt: skip
+        self.copied: list[Any] = [torch.cuda.Event() for _ in self.buffers]  # type: ignore[no-untyped-call]
+
+    def __call__(self, entry: TensorEntry, to: Tensor) -> None:
+        """Read `entry` to `to`, which is as long; on CUDA it may still be on its way."""
+        with entry.file.open("rb", buffering=0) as file:
+            for start, stop in _pieces(entry.nbytes):
+                if not self.cuda:
+                    _fill(file, entry, start, to[start:stop])
+                    continue
+                buffer, copied = self.buffers[self.turn], self.copied[self.turn]
+                copied.synchronize()  # what this buffer held before has arrived
+                _fill(file, entry, start, buffer[: stop - start])
+                to[start:stop].copy_(buffer[: stop - start], non_blocking=True)
+                copied.record()
+                self.turn = 1 - self.turn
+
+    def finish(self) -> None:
+        """Wait until all has arrived."""
+        for each in self.copied:
+            each.synchronize()
+
+
+def _pieces(size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
+
+
+def _fill(file: Any, entry: TensorEntry, first: int, to: Tensor) -> None:
+    """Bytes of `entry` from `first` on into `to`, on the host."""
+    data, start, at = memoryview(to.numpy()), entry.offset + first, 0  # type: ignore[arg-type]
+    handle = file.fileno()
+    ahead = min(PIECE, entry.nbytes - first - len(data))
+    if ahead:  # 0 would mean to the end of the file
+        os.posix_fadvise(handle, start + len(data), ahead, os.POSIX_FADV_WILLNEED)
+    while at < len(data) and (count := os.preadv(handle, [data[at:]], start + at)):
+        at += count
+    os.posix_fadvise(handle, start, len(data), os.POSIX_FADV_DONTNEED)
+    if at < len(data):
+        raise MoecError(
+            entry.file, f"ended before {entry.name}", "a file that stays as it is",
+            "build the artefact again",
+        )  # fmt: skip

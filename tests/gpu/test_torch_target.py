@@ -1,0 +1,104 @@
+"""Target torch on a GPU: the trained checkpoint, and two layers of Scout's own widths."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import moec
+from moec.exporters.artefact import open_artefact
+from moec.runtime.session import Session, open_session, torch_session
+from moec.runtime.synthetic import synthetic
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+
+
+@pytest.fixture(scope="module")
+def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("torch") / "tiny"
+    return moec.export(tiny, target="torch", precision="fp8", out=out).path
+
+
+@pytest.fixture(scope="module")
+def session(built: Path) -> Session:
+    return moec.open_session(built, device="cuda")
+
+
+def test_perplexity_and_greedy_tokens_are_the_eager_graphs(
+    built: Path, session: Session, golden: dict[str, Tensor]
+) -> None:
+    eager = open_session(built, engine="eager")
+    windows = golden["eval_ids"][:8]
+    found = [
+        functional.cross_entropy(each.logits(windows[:, :-1]).transpose(1, 2), windows[:, 1:]).exp()
+        for each in (session, eager)
+    ]
+    assert abs(float(found[0] / found[1]) - 1) < 0.005
+    prompt = golden["input_ids"][:2, :200]
+    ours, theirs = (each.generate(prompt, max_new_tokens=100, stop=()) for each in (session, eager))
+    # A near tie may part them; until then they are one text.
+    assert (ours == theirs)[:, 200:].float().cumprod(1).mean() > 0.5
+
+
+def test_rows_of_a_batch_are_rows_alone(session: Session) -> None:
+    """Lengths 1, 7, 130, 400; decode past three chunk borders of 128."""
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    rows = [torch.randint(0, 4096, (n,), generator=generator).tolist() for n in (1, 7, 130, 400)]
+    steps = torch.randint(0, 4096, (len(rows), 100), generator=generator)
+    together = _decode(session, rows, steps)
+    for index, row in enumerate(rows):
+        alone = _decode(session, [row], steps[index : index + 1])
+        assert (together[:, index] - alone[:, 0]).norm() < 6e-2 * alone.norm()
+
+
+def test_a_graph_for_each_cache(session: Session) -> None:
+    """Steps of two generations in turn, and the same steps without graphs."""
+    prompts = torch.randint(0, 4096, (2, 1, 40))
+    caches = [session.prefill(prompt, capacity=200)[1] for prompt in prompts]
+    steps = torch.randint(0, 4096, (20, 1))
+    found: list[list[Tensor]] = [[], []]
+    for token in steps:
+        for cache, logits in zip(caches, found, strict=True):
+            logits.append(session.decode(token, cache))
+    for prompt, logits in zip(prompts, found, strict=True):
+        whole = session.logits(torch.cat([prompt, steps.T], 1))[0, 40:]
+        assert (torch.cat(logits).cpu() - whole).norm() < 6e-2 * whole.norm()
+
+
+def _decode(session: Session, rows: list[list[int]], steps: Tensor) -> Tensor:
+    logits, cache = session.prefill(rows, capacity=520)
+    return torch.stack([x.cpu() for x in (logits, *(session.decode(t, cache) for t in steps.T))])
+
+
+def test_the_proof_passes(built: Path) -> None:
+    report = moec.validate(built, device="cuda")
+    assert report.passed, [check for check in report.checks if not check.passed]
+
+
+@pytest.mark.parametrize("pattern", ["M", "DM"])
+def test_two_layers_of_full_width_against_float32(
+    pattern: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Chunk and global attention, dense and MoE; 100 tokens at once, then 8 one by one."""
+    each = {"attention": "LG", "rope": "R-", "qk_norm": "Q-", "temperature": "-T", "ffn": pattern}
+    text = PRESETS["scout"].text.model_copy(
+        update={"layers": 2, "vocab": 4096, "chunk": 64, "dense_hidden": 16384, **each}
+    )
+    spec = ModelSpec(name="two", provenance="custom", dtype="bf16", text=text)
+    art = open_artefact(moec.export(spec, target="torch", precision="fp8", out=tmp_path).path)
+    weights = synthetic(art.manifest.spec, torch.seed() % 2**31, "cuda")
+    run: Callable[..., Session] = torch_session
+    kernels = run(art, "cuda", weights=weights)
+    plain = run(art, "cpu", weights={name: each.cpu() for name, each in weights.items()})
+    ids = torch.randint(0, 4096, (2, 108))
+    results = []
+    for one in (kernels, plain):
+        logits, cache = one.prefill(ids[:, :100], capacity=108)
+        results.append([logits.cpu(), *(one.decode(t, cache).cpu() for t in ids[:, 100:].T)])
+    found, expected = map(torch.stack, results)
+    error = (found - expected).norm(dim=2) / expected.norm(dim=2)
+    print(f"{pattern}: median relative error of a token's logits {error.median():.1e}")
+    assert error.median() < 6e-2

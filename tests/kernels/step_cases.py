@@ -1,0 +1,101 @@
+"""Every fused op: kernels against eager meaning on random operands; on a GPU, or interpreted."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moec.graph_builder import ops
+from moec.kernels import torch_ops
+
+FP8 = torch.float8_e4m3fn
+
+
+def narrow(*shape: int, device: str) -> tuple[Tensor, Tensor]:
+    """Random codes, and a scale for each row."""
+    wide = torch.randn(*shape, device=device) / shape[-1] ** 0.5
+    scale = wide.abs().amax(-1) / 448
+    return (wide / scale[..., None]).to(FP8), scale
+
+
+def meaning(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes.float() * scale[:, None]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def steps(device: str, dim: int, tokens: int) -> Iterator[tuple[str, float]]:
+    """(what, relative error) of what works on packed tokens."""
+    x, y = (torch.randn(tokens, dim, device=device).bfloat16() for _ in range(2))
+    gain = (1 + torch.randn(dim, device=device) / 10).bfloat16()
+    pairs = {
+        "norm_fp8": ((x, gain, 1e-5), ops.norm_fp8, torch_ops.norm_fp8),
+        "skip_norm_fp8": ((x, y, gain, 1e-5), ops.skip_norm_fp8, torch_ops.skip_norm_fp8),
+        "encode": ((x,), ops.encode, torch_ops.encode),
+        "swiglu_fp8": ((x,), ops.swiglu_fp8, torch_ops.swiglu_fp8),
+    }
+    for name, (given, op, kernel) in pairs.items():
+        expected, found = op.eager(*given), kernel(*given)  # type: ignore[operator]
+        yield name, error(meaning(*found[:2]), meaning(*expected[:2]))
+        if len(expected) == 3:
+            yield f"{name}, sum", error(found[2], expected[2])
+    expected, found = ops.skip_norm.eager(x, y, gain, 1e-5), torch_ops.skip_norm(x, y, gain, 1e-5)
+    yield "skip_norm", max(map(error, found, expected))
+    codes, scale = ops.encode.eager(x)
+    weight, weight_scale = narrow(2 * dim, dim, device=device)
+    given = codes, scale, weight, weight_scale, "bf16"
+    expected = ops.fp8_linear.eager(*given)
+    found = torch_ops.fp8_linear(*given)
+    yield "fp8_linear", error(found, expected)
+    yield "fp8_linear, again", float((torch_ops.fp8_linear(*given) != found).sum())
+
+
+def experts(
+    device: str, dim: int, hidden: int, count: int, tokens: int
+) -> Iterator[tuple[str, float]]:
+    """(what, relative error) of an MoE layer, with and without the norm before it."""
+    x, y = (torch.randn(tokens, dim, device=device).bfloat16() for _ in range(2))
+    gain = (1 + torch.randn(dim, device=device) / 10).bfloat16()
+    router = (2 * torch.randn(count, dim, device=device) / dim**0.5).bfloat16()
+    layer = (
+        router, *narrow(count + 1, 2 * hidden, dim, device=device),
+        *narrow(count + 1, dim, hidden, device=device),
+    )  # fmt: skip
+    yield "moe", error(torch_ops.moe_layer(x, *layer), ops.moe_layer.eager(x, *layer))
+    normed, total = ops.skip_norm.eager(x, y, gain, 1e-5)
+    found = torch_ops.norm_moe(x, y, gain, 1e-5, *layer)
+    yield "norm and moe", error(found[0], ops.moe_layer.eager(normed, *layer))
+    yield "norm and moe, sum", error(found[1], total)
+    again = torch_ops.norm_moe(x, y, gain, 1e-5, *layer)
+    yield "norm and moe, again", float((again[0] != found[0]).sum())
+
+
+def attention(
+    device: str, batch: int, heads: int, kv_heads: int, size: int, slots: int, count: int
+) -> Iterator[tuple[str, float]]:
+    """(what, relative error) of `count` tokens a row, at random places of buffers."""
+    width = (heads + 2 * kv_heads) * size
+    qkv = torch.randn(batch, count, width, device=device).bfloat16()
+    last = torch.randint(count - 1, slots, (batch,), device=device, dtype=torch.int32)
+    cos, sin = ops.rope_table.eager(
+        last[:, None].long() + torch.arange(1 - count, 1, device=device), size, 5e5, []
+    )
+    factor = 1 + torch.rand(batch, count, 1, device=device)
+    total = (last.max() + 1).int().cpu()
+    for name, tables, eps in (
+        ("rope and norm", (cos, sin, None), 1e-5), ("rope", (cos, sin, None), None),
+        ("temperature", (None, None, factor), None),
+    ):  # fmt: skip
+        shape = batch, kv_heads, slots, size
+        buffers = [torch.randn(shape, device=device).bfloat16() for _ in range(2)]
+        mine = [each.clone() for each in buffers]
+        q = ops.rope_append.eager(qkv, *tables, *buffers, last, heads, kv_heads, eps)
+        expected = ops.attend.eager(q, *buffers, last, total, heads, kv_heads).flatten(0, 1)
+        given = qkv, *tables, *mine, last, total, heads, kv_heads, eps
+        found = torch_ops.attention_fp8(*given)
+        yield f"{name}: buffers", max(map(error, mine, buffers))
+        yield f"{name}: attention", error(meaning(*found), expected)
+        again = torch_ops.attention_fp8(*given)
+        yield f"{name}, again", float((meaning(*again) != meaning(*found)).sum())

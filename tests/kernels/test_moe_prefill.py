@@ -1,0 +1,93 @@
+"""The MoE kernels for many tokens without a GPU: interpreted, and compiled for GPUs not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moec.spec.errors import MoecError
+
+pytest.importorskip("triton", reason="kernels need triton")
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_kernels_are_their_twin() -> None:
+    """In a process of its own: the interpreter is chosen when triton is imported."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("interpret_prefill.py")],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 5
+    for experts, tokens, loop, error, repeats in rows:
+        assert float(error) < 1e-2, (experts, tokens, loop)
+        assert repeats == "True"
+
+
+@pytest.mark.parametrize(("architecture", "shared"), [(89, 99), (90, 227), (120, 99)])
+def test_every_kernel_compiles_ahead_of_time(architecture: int, shared: int) -> None:
+    from moec.kernels.launch import Sizes
+    from moec.kernels.launch_prefill import prefill_moe, tiles_for
+
+    launches = prefill_moe(Sizes(5120, 8192, 16), 4096, tiles_for(architecture, 132))
+    assert [each.name for each in launches] == [
+        "route", "arrange", "gate_up", "encode", "down", "combine",
+    ]  # fmt: skip
+    for launch in launches:
+        built = _built(launch, architecture)
+        assert built.asm["cubin"].startswith(b"\x7fELF") and built.metadata.name == launch.name
+        assert built.metadata.shared <= shared * 1024
+        assert built.metadata.global_scratch_size == 0
+
+
+def _built(launch: Any, architecture: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from moec.kernels.launch_prefill import signature
+
+    types, parameters = signature(launch), list(launch.kernel.arg_names)
+    source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(
+        launch.kernel,
+        dict(zip(parameters, types, strict=False)) | dict.fromkeys(launch.constants, "constexpr"),
+        {(parameters.index(name),): value for name, value in launch.constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind[0] == "*"},
+    )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "named"),
+    [((192, 1024, 4), 9, "dim"), ((1024, 100, 4), 9, "hidden"), ((1024, 1024, 4), 0, "tokens")],
+)
+def test_sizes_that_the_tiles_do_not_divide_are_refused(
+    sizes: tuple[int, int, int], tokens: int, named: str
+) -> None:
+    from moec.kernels.launch import Sizes
+    from moec.kernels.launch_prefill import prefill_moe
+
+    with pytest.raises(MoecError, match=f"prefill_moe: {named}"):
+        prefill_moe(Sizes(*sizes), tokens)
+
+
+@pytest.mark.parametrize("experts", [1, 4, 16])
+@pytest.mark.parametrize("tokens", [1, 65, 128, 129, 4096])
+def test_scratch_is_enough_for_the_worst_routing(experts: int, tokens: int) -> None:
+    """All experts but the first have one token, each a tile of its own."""
+    from moec.kernels.launch import Sizes
+    from moec.kernels.launch_prefill import most_tiles
+
+    alone = min(experts, tokens) - 1
+    needed = -(-tokens // 128) + alone + -(-(tokens - alone) // 128)
+    assert most_tiles(Sizes(256, 256, experts), tokens, 128) >= needed

@@ -5,7 +5,7 @@
 One layer of Scout's sizes (dim 5120, hidden 8192, 16 experts and a shared one), random weights.
 Medians of CUDA graph replays. Rates count the products that the layer needs, no filled-up rows;
 "share" is of `torch._scaled_mm` of 8192^3 in the same run. "torch" has the two products alone, by
-`torch._scaled_grouped_mm`, without routing, SwiGLU and rounding. Errors are against the twin.
+`torch._scaled_grouped_mm`, without routing, SwiGLU and rounding. Errors are against the eager op.
 --tune tries ways to cut each product, with 4096 tokens.
 """
 
@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from moe_kernels import SCOUT, microseconds, random_weights
+from moe_kernels import SCOUT, error, microseconds, random_weights
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moec.kernels import twin
+from moec.graph_builder.ops import moe_layer
 from moec.kernels.launch_prefill import Product, Tiles, tiles_for
 from moec.kernels.torch_prefill import PrefillMoe
 
@@ -75,10 +75,6 @@ def launch_times(layer: PrefillMoe, x: Tensor) -> dict[str, float]:
     }
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected).norm() / expected.norm()).item()
-
-
 def cuts(inputs: int) -> Iterator[tuple[bool, Product]]:
     """Ways to cut a product; whether Hopper's kernels do."""
     for product in (
@@ -100,7 +96,7 @@ def cuts(inputs: int) -> Iterator[tuple[bool, Product]]:
 
 def tune(weights: dict[str, Tensor], tiles: Tiles, dense: float, tokens: int = 4096) -> None:
     x = torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16()
-    expected = twin.decode_moe(weights, x)
+    expected = moe_layer.eager(x, *weights.values())
     for name, inputs, ops in (("gate_up", SCOUT.dim, 4), ("down", SCOUT.hidden, 2)):
         needed = ops * SCOUT.dim * SCOUT.hidden * 2 * tokens
         for hopper, product in cuts(inputs):
@@ -153,7 +149,7 @@ def main() -> None:
         x = torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16()
         layer = PrefillMoe(SCOUT, weights, tiles)
         found = layer(x)
-        wrong = error(found, twin.decode_moe(weights, x))
+        wrong = error(found, moe_layer.eager(x, *weights.values()))
         repeats = all(torch.equal(layer(x), found) for _ in range(3))
         took = microseconds(layer, [x], 11)
         rate = 2 * 3 * SCOUT.dim * SCOUT.hidden * 2 * tokens / took * 1e6

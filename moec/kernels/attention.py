@@ -113,8 +113,8 @@ def attend(
 
     qkv and tables as there. Writes parts float32 [SPLITS, batch, heads, size], not divided by sums
     [SPLITS, batch, heads]; exponents are base 2, less most. Shares past the last slot write
-    nothing; the last share's program writes the new key and value. All have those in registers, so
-    that nobody waits for memory; the keys before them are read while `qkv` is still being made.
+    nothing; the last share's program writes the new key and value, and has them in registers. The
+    keys before them are read while `qkv` is still being made.
     """
     program, split = tl.program_id(0), tl.program_id(1)
     row, kv_head, batch = program // KV_HEADS, program % KV_HEADS, tl.num_programs(0) // KV_HEADS
@@ -123,12 +123,12 @@ def attend(
     share = _share(newest + 1, SPLITS, KEYS)
     begin = split * share
     end = tl.minimum(begin + share, newest + 1)
+    stop = tl.minimum(end, newest)
     slot, size = tl.arange(0, KEYS), tl.arange(0, SIZE)
     base = program.to(tl.int64) * slots * SIZE
     place = base + (begin + slot)[:, None].to(tl.int64) * SIZE + size[None, :]
-    old = (begin + slot < tl.minimum(end, newest))[:, None]
-    k = tl.load(key + place, mask=old, other=0.0)
-    v = tl.load(value + place, mask=old, other=0.0)
+    k = tl.load(key + place, mask=(begin + slot < stop)[:, None], other=0.0)
+    v = tl.load(value + place, mask=(begin + slot < stop)[:, None], other=0.0)
     wait(OVERLAP)
     if begin < end:
         width: tl.constexpr = KV_HEADS * SIZE
@@ -137,16 +137,6 @@ def attend(
         partner = size + 1 - 2 * (size % 2)
         inside = head[:, None] < GROUP
         start = qkv + row.to(tl.int64) * ((GROUP + 2) * width)
-        new_at = start + GROUP * width + kv_head * SIZE + one
-        new_k = tl.load(new_at + size[None, :]).to(tl.float32)
-        new_v = tl.load(new_at + width + size[None, :])
-        swapped = tl.load(new_at + partner[None, :]).to(tl.float32)
-        new_k = _placed(new_k, swapped, odd, cos, sin, pair, SIZE, ROPE, NORM, EPS)
-        new_k = new_k.to(tl.bfloat16)
-        if end == newest + 1:
-            own = base + newest.to(tl.int64) * SIZE + size[None, :] + one
-            tl.store(key + own, new_k)
-            tl.store(value + own, new_v)
         q_at = start + (kv_head * GROUP + head[:, None]) * SIZE
         queries = tl.load(q_at + size[None, :], mask=inside, other=0.0).to(tl.float32)
         swapped = tl.load(q_at + partner[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -154,23 +144,35 @@ def attend(
         if TEMPERATURE:
             queries *= tl.load(temperature + row)
         queries = queries.to(tl.bfloat16)
-        is_new = (begin + slot == newest)[:, None]
-        k, v = tl.where(is_new, new_k, k), tl.where(is_new, new_v, v)
         largest = tl.full((GROUP_2,), float("-inf"), tl.float32)
         total = tl.zeros((GROUP_2,), tl.float32)
         mixed = tl.zeros((GROUP_2, SIZE), tl.float32)
-        largest, total, mixed = _mix(
-            queries, k, v, begin + slot < end, largest, total, mixed, SCALE
-        )
-        for at in range(begin + KEYS, end, KEYS):
-            place = base + (at + slot)[:, None].to(tl.int64) * SIZE + size[None, :]
-            old = (at + slot < tl.minimum(end, newest))[:, None]
-            is_new = (at + slot == newest)[:, None]
-            k = tl.where(is_new, new_k, tl.load(key + place, mask=old, other=0.0))
-            v = tl.where(is_new, new_v, tl.load(value + place, mask=old, other=0.0))
+        if begin < stop:
             largest, total, mixed = _mix(
-                queries, k, v, at + slot < end, largest, total, mixed, SCALE
+                queries, k, v, begin + slot < stop, largest, total, mixed, SCALE
             )
+        for at in range(begin + KEYS, stop, KEYS):
+            seen = at + slot < stop
+            place = base + (at + slot)[:, None].to(tl.int64) * SIZE + size[None, :]
+            k = tl.load(key + place, mask=seen[:, None], other=0.0)
+            v = tl.load(value + place, mask=seen[:, None], other=0.0)
+            largest, total, mixed = _mix(queries, k, v, seen, largest, total, mixed, SCALE)
+        if end == newest + 1:
+            new_at = start + GROUP * width + kv_head * SIZE + one
+            new_k = tl.load(new_at + size[None, :]).to(tl.float32)
+            new_v = tl.load(new_at + width + size[None, :])
+            other = tl.load(new_at + partner[None, :]).to(tl.float32)
+            new_k = _placed(new_k, other, odd, cos, sin, pair, SIZE, ROPE, NORM, EPS)
+            new_k = new_k.to(tl.bfloat16)
+            own = base + newest.to(tl.int64) * SIZE + size[None, :] + one
+            tl.store(key + own, new_k)
+            tl.store(value + own, new_v)
+            score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32), 1) * (SCALE * 1.44269504)
+            higher = tl.maximum(largest, score)
+            fade, gain = tl.exp2(largest - higher), tl.exp2(score - higher)
+            total = total * fade + gain
+            mixed = mixed * fade[:, None] + gain[:, None] * new_v.to(tl.float32)
+            largest = higher
         heads: tl.constexpr = KV_HEADS * GROUP
         each = (split * batch + row) * heads + kv_head * GROUP + head
         tl.store(most + each, largest, mask=head < GROUP)

@@ -11,6 +11,8 @@ from moec.spec.errors import MoecError
 
 #: the most tokens that the kernels for few tokens take
 MOST_TOKENS = 64
+#: compute capability -> bytes of shared memory that a program may have
+SHARED = {89: 101_376, 90: 232_448, 120: 101_376}
 #: inputs or outputs that a step of a product takes at least
 SMALLEST = 32
 #: name of an argument -> what it points at, or its type, as Triton says it
@@ -20,7 +22,7 @@ TYPES = {
     **dict.fromkeys(("codes", "gate_up", "act_codes", "down", "weight"), "*fp8e4nv"),
     **dict.fromkeys(("logits", "scale", "gate_up_scale", "down_scale", "weight_scale"), "*fp32"),
     **dict.fromkeys(("parts", "most", "sums", "cos", "sin", "temperature"), "*fp32"),
-    **dict.fromkeys(("largest", "arrived", "last"), "*i32"),
+    **dict.fromkeys(("largest", "last"), "*i32"),
     **dict.fromkeys(("tokens", "steps", "slots"), "i32"),
 }
 #: shape and element type of memory that launches write
@@ -40,8 +42,8 @@ class Sizes:
 class Tiles:
     """Outputs a program has, inputs a step has, steps under way, warps; for both products.
 
-    `ahead` is how many bytes of each row a program asks for before its turn: of the shared expert,
-    or, in `down`, twice as many of any.
+    `exact` is how many FP8 products the tensor core adds up before they go to float32; None: all.
+    Experts that serve `few` tokens of many get narrower tiles.
     """
 
     gate_up_rows: int = 64
@@ -49,12 +51,10 @@ class Tiles:
     gate_up_stages: int = 3
     down_rows: int = 64
     down_depth: int = 128
-    down_stages: int = 6
+    down_stages: int = 7
     split: int = 2
     warps: int = 4
-    gate_up_ahead: int = 1024
-    down_ahead: int = 0
-    gate_up_exact: int | None = 256
+    gate_up_exact: int | None = 128
     down_exact: int | None = None
     few: int = 16
 
@@ -62,8 +62,8 @@ class Tiles:
 #: tokens at most -> tiles that were fastest
 TILES = {
     2: Tiles(),
-    16: Tiles(gate_up_ahead=0, down_stages=5),
-    64: Tiles(gate_up_depth=128, gate_up_stages=4, gate_up_exact=128, gate_up_ahead=0, split=1),
+    16: Tiles(down_stages=5),
+    64: Tiles(gate_up_depth=128, gate_up_stages=4, split=1),
 }
 
 
@@ -79,8 +79,6 @@ def tiles_for(sizes: Sizes, tokens: int) -> Tiles:
         down_rows=fit(sizes.dim, best.down_rows),
         down_depth=depth // split,
         split=split,
-        gate_up_ahead=fit(sizes.dim, best.gate_up_ahead),
-        down_ahead=fit(sizes.hidden // split // 2, best.down_ahead),
     )
 
 
@@ -108,7 +106,7 @@ class Launch:
 
 
 def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
-    """Shape and element type of what the launches write; `arrived` must be zero at first."""
+    """Shape and element type of what the launches write."""
     return {
         "logits": ((tokens, sizes.experts), "fp32"),
         "codes": ((tokens, sizes.dim), "fp8e4nv"),
@@ -117,7 +115,6 @@ def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
         "act_codes": ((2 * tokens, sizes.hidden), "fp8e4nv"),
         "largest": ((2 * tokens,), "i32"),
         "parts": ((2 * tiles.split, tokens, sizes.dim), "fp32"),
-        "arrived": ((sizes.dim // tiles.down_rows,), "i32"),
         "out": ((tokens, sizes.dim), "bf16"),
         "total": ((tokens, sizes.dim), "bf16"),
     }
@@ -125,11 +122,12 @@ def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
 
 def decode_moe(
     sizes: Sizes, tokens: int, tiles: Tiles | None = None, overlap: bool = False,
-    eps: float | None = None,
+    eps: float | None = None, combine: bool = True,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """The launches of one layer for `tokens` rows, one after the other.
 
-    With `eps` its input is the RMS norm of total = x + skip, times gain.
+    With `eps` its input is the RMS norm of total = x + skip, times gain. Without `combine` the
+    result is 2 * split `parts`, for who comes next to add up.
 
     With `overlap` each starts while the one before ends (programmatic dependent launch, sm_90 on).
 
@@ -169,8 +167,7 @@ def decode_moe(
     gate_up = Launch(
         moe_decode.gate_up, (sizes.hidden // tiles.gate_up_rows, slots, 1),
         ("logits", "codes", "scale", "gate_up", "gate_up_scale", "act", "largest", "tokens"),
-        slotted | product(tiles.gate_up_rows, tiles.gate_up_depth, tiles.gate_up_exact)
-        | {"AHEAD": overlap * tiles.gate_up_ahead},
+        slotted | product(tiles.gate_up_rows, tiles.gate_up_depth, tiles.gate_up_exact),
         tiles.warps, tiles.gate_up_stages, options,
     )  # fmt: skip
     encode = Launch(
@@ -181,14 +178,19 @@ def decode_moe(
     down = Launch(
         moe_decode.down, (sizes.dim // tiles.down_rows, slots, tiles.split),
         (
-            "logits", "act_codes", "largest", "down", "down_scale", "parts",
-            "arrived", "out", "tokens",
+            "logits", "act_codes", "largest", "down", "down_scale", "parts", "tokens",
         ),
         slotted | product(tiles.down_rows, tiles.down_depth, tiles.down_exact)
-        | {"SPLIT": tiles.split, "AHEAD": overlap * tiles.down_ahead},
+        | {"SPLIT": tiles.split},
         tiles.warps, tiles.down_stages, options,
     )  # fmt: skip
-    return route, gate_up, encode, down
+    columns = fit(sizes.dim, 512)
+    total = Launch(
+        moe_decode.combine, (tokens, sizes.dim // columns, 1), ("parts", "out"),
+        {"DIM": sizes.dim, "WIDTH": columns, "PARTS": 2 * tiles.split, "OVERLAP": overlap},
+        warps=4, options=options,
+    )  # fmt: skip
+    return (route, gate_up, encode, down, total) if combine else (route, gate_up, encode, down)
 
 
 def product(rows: int, depth: int, exact: int | None) -> dict[str, int | None]:

@@ -6,29 +6,16 @@ from typing import Any
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from moec.kernels import moe_prefill, products_hopper
+from moec.kernels.launch import TYPES as COMMON
 from moec.kernels.launch import Buffers, Launch, Sizes, fit
 from moec.spec.errors import MoecError
 
-#: name of an argument -> what it points at, or its type, as Triton says it
-TYPES = {
-    "x": "*bf16",
-    "router": "*bf16",
-    "chosen": "*i32",
-    "gain": "*fp32",
+#: name of an argument -> what it points at, or its type, as Triton says it; also those of `launch`
+TYPES = COMMON | {
+    **dict.fromkeys(("chosen", "place", "plan"), "*i32"),
+    **dict.fromkeys(("score", "row_scale", "act_scale"), "*fp32"),
     "rows": "*fp8e4nv",
-    "row_scale": "*fp32",
-    "place": "*i32",
-    "plan": "*i32",
-    "gate_up": "*fp8e4nv",
-    "gate_up_scale": "*fp32",
-    "act": "*bf16",
-    "act_codes": "*fp8e4nv",
-    "act_scale": "*fp32",
-    "down": "*fp8e4nv",
-    "down_scale": "*fp32",
-    "parts": "*bf16",
-    "out": "*bf16",
-    "tokens": "i32",
+    "products": "*bf16",
 }
 #: rows of a tile of `products_hopper`, and the most inputs: with more, its totals might overflow
 HOPPER_ROWS, HOPPER_INPUTS = 128, 10240
@@ -42,7 +29,7 @@ DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
     moe_prefill.down: {
         "act_codes": ("TILE", "DEPTH"),
         "down": ("COLUMNS", "DEPTH"),
-        "parts": ("TILE", "COLUMNS"),
+        "products": ("TILE", "COLUMNS"),
     },
     products_hopper.gate_up: {
         "rows": ("TILE", "DEPTH"),
@@ -52,7 +39,7 @@ DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
     products_hopper.down: {
         "act_codes": ("TILE", "DEPTH"),
         "down": ("COLUMNS", "DEPTH"),
-        "parts": (64, "COLUMNS"),
+        "products": (64, "COLUMNS"),
     },
 }
 
@@ -69,7 +56,7 @@ class Product:
     columns: int = 128
     depth: int = 128
     stages: int = 4
-    chunk: int = 2048
+    chunk: int = 640
     group: int = 8
     exact: int = 0
     warps: int = 8
@@ -151,7 +138,7 @@ def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
     rows = many * tiles.rows
     shapes: dict[str, tuple[int, ...]] = {
         "chosen": (tokens,),
-        "gain": (tokens,),
+        "score": (tokens,),
         "rows": (rows, sizes.dim),
         "row_scale": (rows,),
         "place": (tokens,),
@@ -159,7 +146,7 @@ def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
         "act": (rows, sizes.hidden),
         "act_codes": (rows, sizes.hidden),
         "act_scale": (rows,),
-        "parts": (rows, sizes.dim),
+        "products": (rows, sizes.dim),
         "out": (tokens, sizes.dim),
     }
     return {name: (shape, TYPES[name][1:]) for name, shape in shapes.items()}
@@ -198,12 +185,12 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
     return (
         Launch(
             moe_prefill.route, (-(-tokens // 16), 1, 1),
-            ("x", "router", "chosen", "gain", "rows", "row_scale", "tokens"),
+            ("x", "router", "chosen", "score", "rows", "row_scale", "tokens"),
             routed | {"DEPTH": fit(sizes.dim, 256)}, warps=8,
         ),
         Launch(
             moe_prefill.arrange, (-(-tokens // 16), 1, 1),
-            ("chosen", "gain", "rows", "row_scale", "place", "plan", "tokens"),
+            ("chosen", "score", "rows", "row_scale", "place", "plan", "tokens"),
             routed | {"SCAN": 512, "TILE": tiles.rows, "TILES_2": _power_of_2(many)}, warps=8,
         ),
         _product(
@@ -219,11 +206,11 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
             }, warps=8,
         ),
         _product(
-            "down", ("act_codes", "act_scale", "plan", "down", "down_scale", "parts"),
+            "down", ("act_codes", "act_scale", "plan", "down", "down_scale", "products"),
             sizes, tiles, last, sizes.hidden,
         ),
         Launch(
-            moe_prefill.combine, (tokens, 1, 1), ("parts", "place", "out"),
+            moe_prefill.combine, (tokens, 1, 1), ("products", "place", "out"),
             {"DIM": sizes.dim, "DIM_2": _power_of_2(sizes.dim)}, warps=8,
         ),
     )  # fmt: skip

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from moec.kernels import attention, norm
-from moec.kernels.launch import SMALLEST, Buffers, Launch, fit, power_of_2, product
+from moec.kernels.launch import SHARED, SMALLEST, Buffers, Launch, fit, power_of_2, product
 from moec.kernels.linear import linear as linear_kernel
 from moec.spec.errors import MoecError
 
 #: keys that a step of attention takes
-KEYS = 64
+KEYS = 128
 #: programs that fill a GPU, about: what attention over a long context is split into
 PROGRAMS = 264
 
@@ -22,8 +22,12 @@ class Heads:
     size: int
 
 
-def linear(width: int, dim: int, tokens: int, overlap: bool = False) -> Launch:
+def linear(
+    width: int, dim: int, tokens: int, overlap: bool = False, shared: int = SHARED[90]
+) -> Launch:
     """x [tokens, dim] by weight [width, dim]: deep steps where few tokens leave room for them.
+
+    As many are under way as `shared` bytes of memory hold.
 
     Raises:
         MoecError: a layer that no tiles divide.
@@ -35,26 +39,33 @@ def linear(width: int, dim: int, tokens: int, overlap: bool = False) -> Launch:
             raise MoecError(
                 f"linear: {name}", size, f"a multiple of {SMALLEST}", "use torch._scaled_mm"
             )
+    columns = max(16, power_of_2(tokens))
+    stages = min(6 if deep else 5, 1 + shared // ((rows + columns) * depth))
     return Launch(
         linear_kernel, (width // rows, 1, 1),
         ("codes", "scale", "weight", "weight_scale", "out", "tokens"),
         {
-            "WIDTH": width, "DIM": dim, "TOKENS_2": max(16, power_of_2(tokens)),
-            "OVERLAP": overlap, **product(rows, depth, None),
+            "WIDTH": width, "DIM": dim, "TOKENS_2": columns, "OVERLAP": overlap,
+            **product(rows, depth, None),
         },
-        4, 6 if deep else 5, _options(overlap),
+        4, stages, _options(overlap),
     )  # fmt: skip
 
 
 def skip_norm(
-    dim: int, tokens: int, eps: float, add: bool, narrow: bool, overlap: bool = False
-) -> Launch:
-    """The norm of x, with `add` of x + skip; with `narrow` as codes and scale."""
+    dim: int, tokens: int, eps: float, add: bool, narrow: bool, overlap: bool = False,
+    parts: int = 1,
+) -> Launch:  # fmt: skip
+    """The norm of x, with `add` of x + skip; with `narrow` as codes and scale.
+
+    With more `parts` than one, skip is their sum.
+    """
     return Launch(
         norm.skip_norm, (tokens, 1, 1),
-        ("x", "skip", "gain", "total", "normed", "codes", "scale"),
-        {"DIM": dim, "DIM_2": power_of_2(dim), "EPS": eps, "ADD": add, "NARROW": narrow,
-         "OVERLAP": overlap},
+        ("x", "parts" if parts > 1 else "skip", "gain", "total", "normed", "codes", "scale",
+         "tokens"),
+        {"DIM": dim, "DIM_2": power_of_2(dim), "EPS": eps, "ADD": add, "PARTS": parts,
+         "NARROW": narrow, "OVERLAP": overlap},
         _warps(dim), options=_options(overlap),
     )  # fmt: skip
 

@@ -3,7 +3,8 @@
     route     norm and router logits; the input's codes and scale, by token
     gate_up   both products of the chosen experts and of the shared one, SwiGLU, largest magnitudes
     encode    codes of what SwiGLU made
-    down      the last product, and the sum of routed and shared
+    down      the last product
+    combine   the sum of routed and shared
 
 A decode step is bound by the bytes of the experts that it touches, so everything serves one long
 read of them. Weights are [E + 1, out, in], the shared expert last; a program has some outputs of
@@ -20,7 +21,7 @@ Sums run in a fixed order, maxima do not depend on one: results repeat to the bi
 import triton
 import triton.language as tl
 
-from moec.kernels.overlap import fetch_ahead, next_may_start, wait
+from moec.kernels.overlap import next_may_start, wait
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -142,19 +143,14 @@ def gate_up(
     logits, codes, scale, weight, weight_scale, act, largest, tokens,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
     TOKENS_2: tl.constexpr, FEW: tl.constexpr, BY_TOKEN: tl.constexpr, OVERLAP: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid (hidden / ROWS, slots). weight [experts + 1, 2 * hidden, dim]: gate, then up.
 
     Writes act, bf16 [2 * tokens, hidden]: routed rows, then shared ones; and the largest magnitude
     of each row, as the bits of a float32, in largest [2 * tokens].
     """
-    tile, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    if slot == slots - 1 or not BY_TOKEN:  # whose expert is known before the router has spoken
-        lane = tl.arange(0, 2 * ROWS)
-        first = tl.where(slot == slots - 1, EXPERTS, slot).to(tl.int64) * (2 * HIDDEN)
-        asked = first + tile * ROWS + lane % ROWS + lane // ROWS * HIDDEN
-        fetch_ahead(weight + asked * DIM, AHEAD)
+    slot, slots = tl.program_id(1), tl.num_programs(1)
     wait(OVERLAP)
     next_may_start(OVERLAP)  # not before: who reads logits without waiting counts on that
     expert, count, served, score, shared = _slot(
@@ -189,7 +185,8 @@ def encode(
 
 @triton.jit
 def _down(
-    expert, count, served, score, shared, split, act_codes, largest, weight, weight_scale, parts, tokens,
+    expert, count, served, score, shared, split, act_codes, largest, weight, weight_scale, parts,
+    tokens,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, TOKENS_2: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -218,51 +215,49 @@ def _down(
 
 @triton.jit(do_not_specialize=["tokens"])
 def down(
-    logits, act_codes, largest, weight, weight_scale, parts, arrived, out, tokens,
+    logits, act_codes, largest, weight, weight_scale, parts, tokens,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
     TOKENS_2: tl.constexpr, FEW: tl.constexpr, BY_TOKEN: tl.constexpr, OVERLAP: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
-    SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (dim / ROWS, slots, SPLIT). weight [experts + 1, dim, hidden].
 
-    Writes parts, float32 [2 * SPLIT, tokens, dim], and out, bf16 [tokens, dim]: whoever is the last
-    at its outputs, by arrived [dim / ROWS], adds them up, and leaves a zero there.
+    Writes parts, float32 [2 * SPLIT, tokens, dim]: each token's of its expert, then of the shared
+    one. Who comes next adds them up: waiting here for the last of them would cost more.
     """
-    tile, slot, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot, split = tl.program_id(1), tl.program_id(2)
     slots = tl.num_programs(1)
     # This runs only once all of `gate_up` has waited for the logits, so they are there.
     expert, count, served, score, shared = _slot(
         logits, tokens, slot, slots, EXPERTS, EXPERTS_2, TOKENS_2, BY_TOKEN
     )
-    column = tile * ROWS + tl.arange(0, ROWS)
-    token = tl.arange(0, TOKENS_2)
-    if count > 0:
-        lane = tl.arange(0, 2 * ROWS)
-        asked = expert.to(tl.int64) * DIM + tile * ROWS + lane % ROWS
-        half = split * (HIDDEN // SPLIT) + lane // ROWS * AHEAD
-        fetch_ahead(weight + asked * HIDDEN + half, AHEAD)
     next_may_start(OVERLAP)
     wait(OVERLAP)
     if count > FEW:
         _down(
-            expert, count, served, score, shared, split, act_codes, largest, weight, weight_scale, parts,
-            tokens, DIM, HIDDEN, TOKENS_2, TOKENS_2, ROWS, DEPTH, EXACT, SPLIT,
+            expert, count, served, score, shared, split, act_codes, largest, weight, weight_scale,
+            parts, tokens, DIM, HIDDEN, TOKENS_2, TOKENS_2, ROWS, DEPTH, EXACT, SPLIT,
         )  # fmt: skip
     if FEW > 0:
         if (count > 0) & (count <= FEW):
             _down(
-                expert, count, served, score, shared, split, act_codes, largest, weight, weight_scale,
-                parts, tokens, DIM, HIDDEN, TOKENS_2, FEW, ROWS, DEPTH, EXACT, SPLIT,
+                expert, count, served, score, shared, split, act_codes, largest, weight,
+                weight_scale, parts, tokens, DIM, HIDDEN, TOKENS_2, FEW, ROWS, DEPTH, EXACT, SPLIT,
             )  # fmt: skip
-    tl.debug_barrier()  # all of this program's stores, before it says that it is done
-    before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
-    if before == slots * SPLIT - 1:
-        inside = token < tokens
-        total = tl.zeros((ROWS, TOKENS_2), tl.float32)
-        for part in tl.static_range(2 * SPLIT):
-            at = parts + (part * tokens + token[None, :]) * DIM + column[:, None]
-            total += tl.load(at, mask=inside[None, :], other=0.0, cache_modifier=".cg")
-        at = out + token[None, :] * DIM + column[:, None]
-        tl.store(at, total.to(tl.bfloat16), mask=inside[None, :])
-        tl.store(arrived + tile, 0)
+
+
+@triton.jit
+def combine(
+    parts, out,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, dim / WIDTH). The sum of float32 parts [PARTS, tokens, dim], in order."""
+    token, tokens = tl.program_id(0), tl.num_programs(0)
+    at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    next_may_start(OVERLAP)
+    wait(OVERLAP)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + (part * tokens + token) * DIM + at)
+    tl.store(out + token * DIM + at, total.to(tl.bfloat16))

@@ -14,13 +14,16 @@ def _encode(row, at, inside, codes, scale, token, WIDTH: tl.constexpr):
     tl.store(scale + token, one)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def skip_norm(
-    x, skip, gain, total, normed, codes, scale,
+    x, skip, gain, total, normed, codes, scale, tokens,
     DIM: tl.constexpr, DIM_2: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
-    NARROW: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, NARROW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens). With ADD total = x + skip, else x; its RMS norm times gain.
+
+    skip is bf16 [tokens, dim], or with PARTS above 1 the sum of float32 [PARTS, tokens, dim], in
+    order.
 
     bf16 [tokens, dim] in normed, or with NARROW its codes and scale.
     """
@@ -31,7 +34,11 @@ def skip_norm(
     wait(OVERLAP)
     row = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        row += tl.load(skip + start + at, mask=inside, other=0.0).to(tl.float32)
+        more = tl.load(skip + start + at, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            place = (part * tokens + token).to(tl.int64) * DIM + at
+            more += tl.load(skip + place, mask=inside, other=0.0)
+        row += more.to(tl.bfloat16).to(tl.float32)
         row = row.to(tl.bfloat16).to(tl.float32)
         tl.store(total + start + at, row.to(tl.bfloat16), mask=inside)
     root = tl.rsqrt(tl.sum(row * row, 0) / DIM + EPS)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.kernels.launch import Buffers, Launch
+from moec.kernels.launch import SHARED, Buffers, Launch
 
 DTYPES = {
     "fp32": torch.float32,
@@ -25,22 +25,21 @@ def run(launch: Launch, values: Mapping[str, Any]) -> None:
     )  # fmt: skip
 
 
-def buffers(wanted: Buffers, device: torch.device, *kept: str) -> dict[str, Tensor]:
-    """New memory for `wanted`; that of `kept` is zeros, made once and shared by all who ask.
-
-    Kernels leave a zero where they have counted, so those that run one after the other may share.
-    """
+def buffers(wanted: Buffers, device: torch.device) -> dict[str, Tensor]:
+    """New memory for `wanted`."""
     return {
-        name: _zeros(name, shape, kind, device)
-        if name in kept
-        else torch.empty(shape, dtype=DTYPES[kind], device=device)
+        name: torch.empty(shape, dtype=DTYPES[kind], device=device)
         for name, (shape, kind) in wanted.items()
     }
 
 
 @cache
-def _zeros(name: str, shape: tuple[int, ...], kind: str, device: torch.device) -> Tensor:
-    return torch.zeros(shape, dtype=DTYPES[kind], device=device)
+def shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program on `device` may have."""
+    if device.type != "cuda":
+        return SHARED[90]
+    major, minor = torch.cuda.get_device_capability(device)
+    return SHARED.get(10 * major + minor, min(SHARED.values()))
 
 
 @cache

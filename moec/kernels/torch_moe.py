@@ -1,4 +1,4 @@
-"""The decode MoE kernels on torch tensors: scratch once, then a call is four launches."""
+"""The decode MoE kernels on torch tensors: scratch once, then a call is five launches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,18 +25,19 @@ class DecodeMoe:
         tiles: Tiles | None = None,
         overlap: bool | None = None,
         eps: float | None = None,
+        combine: bool = True,
     ) -> None:
         device = weights["gate_up"].device
         overlap = overlaps(device) if overlap is None else overlap
         tiles = tiles or tiles_for(sizes, tokens)
-        self.launches = decode_moe(sizes, tokens, tiles, overlap, eps)
+        self.launches = decode_moe(sizes, tokens, tiles, overlap, eps, combine)
         self.values: dict[str, Any] = {
-            **buffers(scratch(sizes, tokens, tiles), device, "arrived"), **weights,
+            **buffers(scratch(sizes, tokens, tiles), device), **weights,
             "tokens": tokens,
         }  # fmt: skip
 
     def __call__(self, x: Tensor, skip: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        """x bf16 [tokens, D] -> bf16 [tokens, D], which the next call overwrites.
+        """x bf16 [tokens, D] -> bf16 [tokens, D], which the next call overwrites; see `combine`.
 
         With an `eps`, of the RMS norm of x + skip times gain; that sum is then in `values`.
         """

@@ -16,7 +16,7 @@ from moec.kernels import launch_step as step
 from moec.kernels.launch import MOST_TOKENS, Launch, Sizes
 from moec.kernels.launch_prefill import fits
 from moec.kernels.launch_step import Heads
-from moec.kernels.torch_launch import buffers, overlaps, run
+from moec.kernels.torch_launch import buffers, overlaps, run, shared
 from moec.kernels.torch_moe import DecodeMoe
 from moec.kernels.torch_prefill import PrefillMoe
 
@@ -28,7 +28,7 @@ def register() -> None:
     """Put these in place of the eager functions wherever tensors are on CUDA."""
     for function in (
         skip_norm, norm_fp8, skip_norm_fp8, encode, swiglu_fp8, fp8_linear, moe_layer, norm_moe,
-        attention_fp8, rope_table,
+        norm_moe_norm_fp8, attention_fp8, rope_table,
     ):  # fmt: skip
         implement(function.__name__, function, "CUDA")
 
@@ -61,7 +61,7 @@ def _norm(
         values["total"] = torch.empty_like(x)
     if not narrow:
         values["normed"] = torch.empty_like(x)
-    run(launch, values)
+    run(launch, {**values, "tokens": tokens})
     return values
 
 
@@ -99,7 +99,7 @@ def fp8_linear(
         )  # fmt: skip
     out = torch.empty(tokens, width, dtype=torch.bfloat16, device=codes.device)
     values = {"codes": codes, "scale": scale, "weight": weight, "weight_scale": weight_scale}
-    launch = step.linear(width, dim, tokens, overlaps(codes.device))
+    launch = step.linear(width, dim, tokens, overlaps(codes.device), shared(codes.device))
     run(launch, {**values, "out": out, "tokens": tokens})
     return out
 
@@ -127,6 +127,25 @@ def norm_moe(
     return layer(x, skip, weight), layer.values["total"]
 
 
+def norm_moe_norm_fp8(
+    x: Tensor, skip: Tensor, weight: Tensor, eps: float, router: Tensor, gate_up: Tensor,
+    gate_up_scale: Tensor, down: Tensor, down_scale: Tensor, after: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layer = router, gate_up, gate_up_scale, down, down_scale
+    if len(x) > MOST_TOKENS:
+        y, total = norm_moe(x, skip, weight, eps, *layer)
+        return skip_norm_fp8(total, y, after, eps)
+    sizes, weights = _layer(*layer)
+    moe = DecodeMoe(sizes, len(x), weights, eps=eps, combine=False)
+    moe(x, skip, weight)
+    parts, tokens, dim = moe.values["parts"].shape
+    launch = step.skip_norm(dim, tokens, eps, True, True, overlaps(x.device), parts)
+    values = {"x": moe.values["total"], "parts": moe.values["parts"], "gain": after, "normed": x}
+    values |= {"total": torch.empty_like(x), **_codes(tokens, dim, x.device)}
+    run(launch, {**values, "tokens": tokens})
+    return values["codes"], values["scale"], values["total"]
+
+
 def _layer(*tensors: Tensor) -> tuple[Sizes, dict[str, Tensor]]:
     names = ("router", "gate_up", "gate_up_scale", "down", "down_scale")
     weights = dict(zip(names, tensors, strict=True))
@@ -139,7 +158,7 @@ def attention_fp8(
     key: Tensor, value: Tensor, last: Tensor, total: Tensor, heads: int, kv_heads: int,
     eps: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, steps, _ = qkv.shape
+    batch, steps = len(key), len(qkv) // len(key)
     of, overlap = Heads(heads, kv_heads, key.shape[3]), overlaps(qkv.device)
     kinds = cos is not None, eps, temperature is not None
     given = {"cos": cos, "sin": sin, "temperature": temperature}

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: a thousand launches become one.
+"""Decode steps as CUDA graphs: some five hundred launches become one.
 
 A graph knows addresses, not tensors, so each cache has one of its own for each batch size; a few
 are kept. A cache at the same place, as a later generation's often is, finds the graph again.
@@ -32,16 +32,24 @@ class Replays:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What `call` gives; the feeds in `moving` are on the CPU, [batch] or [batch, 1]."""
-        key = tuple((n, x.data_ptr(), x.shape) for n, x in feeds.items() if x.is_cuda)
-        rows = torch.stack([feeds[name].flatten().long() for name in self.moving])
+        """What `call` gives; the feeds in `moving` are [batch] or [batch, 1].
+
+        Nothing here waits for the GPU: those on it stay there, the others follow in its own time.
+        """
+        key = tuple((n, x.data_ptr(), x.shape) for n, x in feeds.items()
+                    if x.is_cuda and n not in self.moving)  # fmt: skip
+        ours = [feeds[name].flatten() for name in self.moving]
+        rows = torch.stack([torch.zeros(len(x)) if x.is_cuda else x for x in ours]).long()
         if key not in self.graphs:
             self.graphs[key] = self._captured(feeds, rows)
             if len(self.graphs) > MOST:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
         graph, given, results = self.graphs[key]
-        given.copy_(rows)
+        given.copy_(rows.pin_memory(), non_blocking=True)
+        for place, row in zip(given, ours, strict=True):
+            if row.is_cuda:
+                place.copy_(row)
         graph.replay()
         return tuple(each.clone() for each in results)
 

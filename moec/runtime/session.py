@@ -41,8 +41,8 @@ class Session:
     both). The ids hold a fixed number of image tokens for each tile. Without `pixel_values` an
     image token is a token like others.
 
-    A session is for one thread at a time. With buffers (target ort) a call writes into the cache
-    that it is given.
+    A session is for one thread at a time. With buffers (targets ort and torch) a call writes into
+    the cache that it is given.
     """
 
     spec: ModelSpec
@@ -121,9 +121,12 @@ class Session:
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
         """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated.
 
-        The logits lie on the session's device.
+        The logits lie on the session's device. Tokens that lie on the GPU, as those chosen from
+        logits do, are taken as they are by engine "torch": nobody waits for the step.
         """
-        column = torch.as_tensor(tokens).cpu()[:, None]
+        column = torch.as_tensor(tokens)[:, None]
+        if self.engine != "torch" or self.device == "cpu":
+            column = column.cpu()
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
 
     def extend(
@@ -135,7 +138,8 @@ class Session:
         each row's last own token, float32 [B, vocab]; rows of length 0 get zeros and keep their
         cache.
         """
-        check_ids(ids, self.spec.text.vocab)
+        if not ids.is_cuda:
+            check_ids(ids, self.spec.text.vocab)
         if ids.shape[1] == 1 and bool(lengths.all()):  # a decode step copies nothing
             ((_, _, out),) = self.walk(ids, lengths, cache, features, every=False)
             return out["logits"][:, 0]

@@ -1,5 +1,6 @@
 """FP8 artefacts of random models against the eager graph, for every scheme, layout and target."""
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -164,7 +165,10 @@ def test_a_damaged_scale_fails_the_proof(tiny: Path, tmp_path: Path) -> None:
         file.seek(ref.offset)
         file.write(b"\xff" * 4)  # a NaN
     report = moec.validate(art.path, tokens=12)
-    assert not report.passed and report.first_divergence == "layers.2, same inputs"
+    # Not the first divergence: a rounding that falls on the other side of a tie, in a token of
+    # thousands, moves the few tokens after it, which may be a layer's first.
+    broken = [check.name for check in report.checks if math.isnan(check.found)]
+    assert not report.passed and broken[0] == "layers.2, same inputs"
 
 
 def test_static_scales_are_of_the_dtype_that_the_scheme_says(tiny: Path, tmp_path: Path) -> None:

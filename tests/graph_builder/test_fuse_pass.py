@@ -159,13 +159,16 @@ def test_full_size_graphs_have_the_joined_weights_and_nothing_unfused(preset: Mo
     layers = preset.text.all_layers
     moe = sum(layer.moe for layer in layers)
     count = Counter(n.target for n in graph.graph.nodes if n.op == "call_function")
-    assert count[ops.norm_moe.target] == moe
+    # The last layer's sum goes on to the head.
+    assert count[ops.norm_moe.target] + count[ops.norm_moe_norm_fp8.target] == moe
+    assert count[ops.norm_moe.target] == int(layers[-1].moe)
     dense = len(layers) - moe
     assert count[ops.fp8_linear.target] == 2 * len(layers) + 2 * dense
     assert count[ops.swiglu_fp8.target] == dense
     assert count[ops.attention_fp8.target] == len(layers)
     assert count[ops.norm_fp8.target] == 1  # of the embedding; all others follow a sum
-    assert count[ops.skip_norm_fp8.target] == len(layers) - 1 + dense
+    followed = count[ops.norm_moe_norm_fp8.target]
+    assert count[ops.skip_norm_fp8.target] + followed == len(layers) - 1 + dense
     plain = (
         ops.encode, ops.attend, ops.attend_fp8, ops.rope_append, ops.moe_layer, ops.skip_norm,
         ops.moe, ops.route, ops.rope, ops.head_norm, ops.swiglu,

@@ -26,6 +26,15 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
+def limit(name: str) -> float:
+    """The largest error: bf16 differs by a rounding here and there, codes by a step of theirs."""
+    if "again" in name:
+        return 0.0
+    if "attention" in name:
+        return 3.5e-2
+    return 1e-2 if name in ("moe", "norm and moe") else 5e-3
+
+
 def steps(device: str, dim: int, tokens: int) -> Iterator[tuple[str, float]]:
     """(what, relative error) of what works on packed tokens."""
     x, y = (torch.randn(tokens, dim, device=device).bfloat16() for _ in range(2))
@@ -68,6 +77,10 @@ def experts(
     found = torch_ops.norm_moe(x, y, gain, 1e-5, *layer)
     yield "norm and moe", error(found[0], ops.moe_layer.eager(normed, *layer))
     yield "norm and moe, sum", error(found[1], total)
+    three = torch_ops.norm_moe_norm_fp8(x, y, gain, 1e-5, *layer, gain)
+    following = ops.skip_norm_fp8.eager(found[1], found[0], gain, 1e-5)
+    yield "norm, moe and norm", error(meaning(*three[:2]), meaning(*following[:2]))
+    yield "norm, moe and norm, sum", error(three[2], following[2])
     again = torch_ops.norm_moe(x, y, gain, 1e-5, *layer)
     yield "norm and moe, again", float((again[0] != found[0]).sum())
 
@@ -93,9 +106,9 @@ def attention(
         mine = [each.clone() for each in buffers]
         q = ops.rope_append.eager(qkv, *tables, *buffers, last, heads, kv_heads, eps)
         expected = ops.attend.eager(q, *buffers, last, total, heads, kv_heads).flatten(0, 1)
-        given = qkv, *tables, *mine, last, total, heads, kv_heads, eps
+        given = qkv.flatten(0, 1), *tables, *mine, last, total, heads, kv_heads, eps
         found = torch_ops.attention_fp8(*given)
         yield f"{name}: buffers", max(map(error, mine, buffers))
-        yield f"{name}: attention", error(meaning(*found), expected)
+        yield f"{name}: attention", error(meaning(*found), meaning(*ops.encode.eager(expected)))
         again = torch_ops.attention_fp8(*given)
         yield f"{name}, again", float((meaning(*again) != meaning(*found)).sum())

@@ -1,4 +1,4 @@
-"""The MoE kernels without a GPU: interpreted, and compiled for GPUs that are not here."""
+"""The MoE kernels for few tokens without a GPU: interpreted."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="kernels need triton")
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_kernels_are_their_twin() -> None:
+def test_the_kernels_are_the_eager_op() -> None:
     """In a process of its own: the interpreter is chosen when triton is imported."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("interpret.py")],
@@ -23,24 +23,9 @@ def test_the_kernels_are_their_twin() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 8
-    for experts, tokens, error, repeats, arrived in rows:
+    for experts, tokens, error, repeats in rows:
         assert float(error) < 1e-2, (experts, tokens)
-        assert (repeats, arrived) == ("True", "0")
-
-
-@pytest.mark.parametrize("architecture", [89, 90, 120])
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_every_kernel_compiles_ahead_of_time(architecture: int, tokens: int) -> None:
-    from moec.kernels.compile import compile_launch
-    from moec.kernels.launch import Sizes, decode_moe
-
-    launches = decode_moe(Sizes(5120, 8192, 16), tokens, overlap=architecture >= 90)
-    assert [each.name for each in launches] == ["route", "gate_up", "encode", "down"]
-    for launch in launches:
-        built = compile_launch(launch, architecture)
-        assert built.cubin.startswith(b"\x7fELF") and built.name == launch.name
-        assert [name for name, _ in built.arguments] == list(launch.arguments)
-        assert built.block == 32 * launch.warps and built.shared < 227 * 1024
+        assert repeats == "True"
 
 
 @pytest.mark.parametrize(

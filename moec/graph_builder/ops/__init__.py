@@ -16,6 +16,7 @@ from moec.graph_builder.ops.fused import (
     moe_layer,
     norm_fp8,
     norm_moe,
+    norm_moe_norm_fp8,
     skip_norm_fp8,
     swiglu_fp8,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "moe_layer",
     "norm_fp8",
     "norm_moe",
+    "norm_moe_norm_fp8",
     "pack",
     "patch_rope_table",
     "patches",

@@ -189,3 +189,24 @@ def norm_moe(
     """`moe_layer` of rms_norm(x + skip); and x + skip."""
     normed, total = skip_norm.eager(x, skip, weight, eps)
     return moe_layer.eager(normed, *layer), total
+
+
+def _between_rule(
+    x: TensorType, skip: TensorType, weight: TensorType, eps: float, *layer: TensorType
+) -> tuple[TensorType, TensorType, TensorType]:
+    out, total = _norm_moe_rule(x, skip, weight, eps, *layer[:-1])
+    return _skip_rule(total, out, layer[-1], eps)
+
+
+@op(
+    "norm_moe_norm_fp8(Tensor x, Tensor skip, Tensor weight, float eps, Tensor router, "
+    "Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale, Tensor after) "
+    "-> (Tensor, Tensor, Tensor)",
+    _between_rule,
+)
+def norm_moe_norm_fp8(
+    x: Tensor, skip: Tensor, weight: Tensor, eps: float, *layer: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All from one layer's attention to the next: `norm_moe`, then `skip_norm_fp8` by `after`."""
+    out, total = norm_moe.eager(x, skip, weight, eps, *layer[:-1])
+    return skip_norm_fp8.eager(total, out, layer[-1], eps)

@@ -166,7 +166,7 @@ def attend_fp8(
     return encode.eager(attend.eager(q, key, value, last, total, heads, kv_heads).flatten(0, 1))
 
 
-def _placed_rule(
+def _whole_rule(
     qkv: TensorType,
     cos: TensorType | None,
     sin: TensorType | None,
@@ -179,15 +179,28 @@ def _placed_rule(
     kv_heads: int,
     eps: float | None,
 ) -> tuple[TensorType, TensorType]:
-    q = _rope_rule(qkv, cos, sin, temperature, key, value, last, heads, kv_heads, eps)
-    return _attend_fp8_rule(q, key, value, last, total, heads, kv_heads)  # type: ignore[arg-type]
+    name, parts = "attention_fp8", heads + 2 * kv_heads
+    need(heads % kv_heads == 0, name, "heads", heads, f"a multiple of {kv_heads}")
+    need(
+        len(qkv.shape) == 2 and qkv.shape[1] % parts == 0, name, "qkv", qkv.shape, f"{parts} heads"
+    )
+    rows, size = qkv.shape[0], qkv.shape[1] // parts
+    need(qkv.dtype == key.dtype, name, "dtypes", (qkv, key), "one dtype")
+    _need_buffers(name, key.shape[0], size, kv_heads, key, value, last)
+    need((cos is None) == (sin is None), name, "cos, sin", (cos, sin), "both or neither")
+    for label, table, width in (("cos", cos, size // 2), ("sin", sin, size // 2),
+                                ("temperature", temperature, 1)):  # fmt: skip
+        fits = table is None or (table.shape[0], table.shape[2]) == (key.shape[0], width)
+        need(fits, name, label, table, f"[{key.shape[0]}, S, {width}]")
+    need(total == TensorType((), torch.int32), name, "total", total, "an int32 scalar")
+    return encoded(rows, heads * size)
 
 
 @op(
     "attention_fp8(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? temperature, Tensor(a!) key, "
     "Tensor(b!) value, Tensor last, Tensor total, int heads, int kv_heads, float? eps) "
     "-> (Tensor, Tensor)",
-    _placed_rule,
+    _whole_rule,
 )
 def attention_fp8(
     qkv: Tensor,
@@ -202,7 +215,8 @@ def attention_fp8(
     kv_heads: int,
     eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`rope_append`, then `attend_fp8`: all between two products."""
+    """qkv packed, [B*S, (heads + 2*kv_heads)*d]: `rope_append`, then `attend_fp8`, in one."""
+    qkv = qkv.unflatten(0, (len(key), -1))
     q = rope_append.eager(qkv, cos, sin, temperature, key, value, last, heads, kv_heads, eps)
     return attend_fp8.eager(q, key, value, last, total, heads, kv_heads)
 

@@ -93,16 +93,10 @@ def fuse(x: Tensor, ids: Tensor, features: Tensor, image_token: int) -> Tensor:
     Raises:
         MoecError: there are features, and not exactly one for each image token.
     """
-    at = (ids.flatten() == image_token).nonzero()[:, 0]
-    count = len(features)
-    need(
-        count in (0, len(at)),
-        "fuse",
-        "features",
-        f"{count} rows",
-        f"{len(at)}, one per image token",
-    )
-    out = x.clone()
+    out, count = x.clone(), len(features)
     if count:
+        at = (ids.flatten() == image_token).nonzero()[:, 0]
+        expected = f"{len(at)}, one per image token"
+        need(count == len(at), "fuse", "features", f"{count} rows", expected)
         out[at] = features
     return out

@@ -14,15 +14,16 @@ _LATTER = (ops.attend_fp8.target, ops.moe_layer.target)
 def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
     """`graph`, changed in place: fewer, longer ops, each of which a kernel starts once.
 
-    `rope_append` and `attend_fp8` become `attention_fp8`; `skip_norm` and `moe_layer`, `norm_moe`.
+    `rope_append` and `attend_fp8` become `attention_fp8`; `skip_norm` and `moe_layer`, `norm_moe`;
+    `norm_moe` and `skip_norm_fp8`, `norm_moe_norm_fp8`.
     """
     for node in list(graph.graph.nodes):
         before: Any = node.args[0] if node.args else None
         if node.target not in _LATTER or len(before.users) > 1:
             continue
         if before.target == ops.rope_append.target:
-            *placed, heads, kv_heads, eps = before.args
-            args = (*placed, node.args[4], heads, kv_heads, eps)
+            rows, *placed, heads, kv_heads, eps = before.args
+            args = (rows.args[0], *placed, node.args[4], heads, kv_heads, eps)  # still packed
             _join(graph.graph, node, ops.attention_fp8, args, list(node.users))
             for done in (*node.users, node, before):  # it writes, so no one else removes it
                 graph.graph.erase_node(done)
@@ -32,6 +33,16 @@ def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
                 total = next(user for user in norm.users if user is not before)
                 args = (*norm.args, *node.args[1:])
                 _join(graph.graph, node, ops.norm_moe, args, [node, total])
+    for node in list(graph.graph.nodes):
+        if node.target == ops.skip_norm_fp8.target:
+            total, out, after, eps = node.args
+            moe: Any = out.args[0]
+            both = {each.target for each in (out, total)} == {getitem} and total.args[0] is moe
+            if both and moe.target == ops.norm_moe.target and moe.args[3] == eps and all(
+                len(each.users) == 1 for each in (out, total)
+            ):  # fmt: skip
+                args = (*moe.args, after)
+                _join(graph.graph, node, ops.norm_moe_norm_fp8, args, list(node.users))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

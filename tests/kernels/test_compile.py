@@ -1,0 +1,99 @@
+"""Every kernel, compiled for GPUs that are not here, and what a launcher must know of each."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels need triton")
+
+import moec.kernels
+from moec.kernels.compile import ARCHITECTURES, Compiled, build, compile_launch
+from moec.kernels.launch import MOST_TOKENS, SHARED, Launch, Sizes, Tiles, decode_moe
+from moec.kernels.launch_prefill import block_shapes, prefill_moe, tiles_for
+from moec.kernels.launch_step import (
+    Heads,
+    attend,
+    encode,
+    linear,
+    rope_append,
+    skip_norm,
+    swiglu,
+)
+from moec.spec.errors import MoecError
+
+SCOUT, HEADS, SLOTS = Sizes(5120, 8192, 16), Heads(40, 8, 128), 8192
+QKV = (HEADS.heads + 2 * HEADS.kv_heads) * HEADS.size
+#: a parameter's type -> how PTX declares it
+DECLARED = {
+    "i1": ".u8", "i32": ".u32", "i64": ".u64", "map": ".align 64 .b8",
+    **dict.fromkeys(("*bf16", "*fp32", "*fp8e4nv", "*i32"), ".u64 .ptr .global .align 1"),
+}  # fmt: skip
+
+
+def launches(architecture: int, tokens: int) -> Iterator[Launch]:
+    """Those of a step of Scout with so many rows; of prefill, with more than a step has."""
+    overlap, dim = architecture >= 90, SCOUT.dim
+    if tokens > MOST_TOKENS:
+        yield from prefill_moe(SCOUT, tokens, tiles_for(architecture, 132))
+        yield rope_append(HEADS, tokens, True, 1e-5, False, overlap)
+        yield rope_append(HEADS, tokens, False, None, True, overlap)
+    else:
+        yield from decode_moe(SCOUT, tokens, overlap=overlap, eps=1e-5)
+        yield decode_moe(SCOUT, tokens, overlap=overlap)[0]
+        yield skip_norm(dim, tokens, 1e-5, True, True, overlap, parts=4)
+        yield linear(QKV, dim, tokens, overlap, SHARED[architecture])
+        yield linear(dim, HEADS.heads * HEADS.size, tokens, overlap, SHARED[architecture])
+        yield linear(dim, 2 * SCOUT.hidden, tokens, overlap, SHARED[architecture])
+        yield from attend(HEADS, tokens, SLOTS, True, 1e-5, False, overlap)[0]
+        yield from attend(HEADS, tokens, SLOTS, False, None, True, overlap)[0]
+    for add, narrow in ((False, True), (True, True), (True, False)):
+        yield skip_norm(dim, tokens, 1e-5, add, narrow, overlap)
+    yield encode(dim, tokens, overlap)
+    yield swiglu(2 * SCOUT.hidden, tokens, overlap)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", [1, 16, 64, 4096])
+def test_every_kernel_compiles_ahead_of_time(architecture: int, tokens: int) -> None:
+    for launch in launches(architecture, tokens):
+        found = compile_launch(launch, architecture)
+        assert found.cubin.startswith(b"\x7fELF") and found.name == launch.name
+        assert found.grid == launch.grid
+        assert found.overlap == ("launch_pdl" in launch.options)
+        check_entry(found, build(launch, architecture).asm["ptx"])
+        described = list(block_shapes(launch)) if architecture >= 90 else []
+        assert sorted(each.name for each in found.maps) == sorted(described)
+        for each in found.maps:
+            assert (each.element, each.bytes) in ((0, 1), (9, 2))
+            assert 16 << each.swizzle == min(128, each.columns * each.bytes)
+            assert max(each.rows, each.columns) <= 256
+
+
+def check_entry(found: Compiled, ptx: str) -> None:
+    """The parameters are those that the code declares, and two that are null."""
+    entry = ptx[ptx.index(".entry") :].partition("{")[0]
+    declared = re.findall(r"\.param (.*) \w+_param_\d+(?:\[128\])?,?\n", entry)
+    kinds = [each.type for each in found.parameters]
+    assert declared == [DECLARED[kind] for kind in [*kinds, "*i32", "*i32"]]
+    assert f".reqntid {found.block}\n" in entry
+
+
+def test_tiles_that_do_not_fit_are_refused() -> None:
+    tiles = Tiles(gate_up_depth=512, gate_up_stages=5)
+    launch = decode_moe(SCOUT, 1, tiles)[1]
+    with pytest.raises(MoecError, match="shared memory"):
+        compile_launch(launch, 89)
+
+
+def test_nothing_that_is_compiled_needs_torch() -> None:
+    """A plugin is built where there is none."""
+    folder = Path(moec.kernels.__file__).parent
+    names = [path.stem for path in folder.glob("[!_]*.py") if "torch_" not in path.stem]
+    assert {"compile", "launch_step", "products_hopper"} <= set(names)
+    code = "import sys; sys.modules['torch'] = None\n"
+    code += "".join(f"import moec.kernels.{name}\n" for name in names)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(moec.__file__).parents[1])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from moe_kernels import SCOUT, copy_rate, microseconds, random_weights
+from moe_kernels import SCOUT, copy_rate, microseconds, need_gpu, random_weights
 from prefill_kernels import dense_rate, grouped
 from rich.box import SIMPLE
 from rich.console import Console
@@ -249,6 +249,7 @@ def main() -> None:
     arguments.add_argument("--parts", default="kernels,peers,model,contexts")
     given = arguments.parse_args()
     parts = given.parts.split(",")
+    need_gpu("benchmarks/h200.py")
     torch.manual_seed(torch.seed() % 2**31)
     copy, dense = copy_rate(), dense_rate()
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))

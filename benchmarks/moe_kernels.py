@@ -8,6 +8,7 @@ same run; bytes are those that the layer needs: the distinct experts chosen, and
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 from moec.graph_builder import ops
 from moec.kernels.launch import Sizes
 from moec.kernels.torch_moe import DecodeMoe
+from moec.runtime.gpu import check_device
+from moec.spec.errors import MoecError
 
 SCOUT = Sizes(dim=5120, hidden=8192, experts=16)
 
@@ -85,10 +88,20 @@ def copy_rate() -> float:
     return 2 * source.nbytes / sorted(times)[len(times) // 2] * 1e3
 
 
+def need_gpu(command: str) -> None:
+    """End with one message and exit code 3 where there is no GPU."""
+    try:
+        check_device("cuda", command)
+    except MoecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--tokens", default="1,2,4,8,16,32,64")
     counts = [int(each) for each in arguments.parse_args().tokens.split(",")]
+    need_gpu("benchmarks/moe_kernels.py")
     torch.manual_seed(torch.seed() % 2**31)
     rate = copy_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {rate / 1e12:.2f} TB/s")

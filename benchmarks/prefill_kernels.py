@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from moe_kernels import SCOUT, error, microseconds, random_weights
+from moe_kernels import SCOUT, error, microseconds, need_gpu, random_weights
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -134,6 +134,7 @@ def main() -> None:
     arguments.add_argument("--tokens", default="512,1024,4096,8192")
     arguments.add_argument("--tune", action="store_true")
     given = arguments.parse_args()
+    need_gpu("benchmarks/prefill_kernels.py")
     torch.manual_seed(torch.seed() % 2**31)
     device = torch.cuda.get_device_properties(0)
     tiles = tiles_for(10 * device.major + device.minor, device.multi_processor_count)

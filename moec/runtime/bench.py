@@ -20,6 +20,7 @@ from torch import Tensor
 from moec.exporters.artefact import open_artefact
 from moec.exporters.memory import memory
 from moec.exporters.presets import PRESETS
+from moec.runtime.gpu import check_device
 from moec.runtime.session import open_session
 from moec.runtime.transformers import ENGINES as PEERS
 from moec.runtime.transformers import open_transformers
@@ -108,6 +109,8 @@ def bench(
     Raises:
         MoecError: `path` is no artefact. A lane that fails says so in its `error`.
     """
+    if open_artefact(path).manifest.engine == "torch":
+        check_device(device, str(path))
     return race(lanes_of(path, device), batch, prompt_tokens, new_tokens, rounds)
 
 

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from moec.exporters.artefact import Artefact
-from moec.runtime import torch_engine
+from moec.runtime import gpu
 from moec.runtime.cache import new_cache
 from moec.runtime.eager import Run, eager_engine
 from moec.runtime.ort import check_kernels, ort_engine
 from moec.runtime.session import Session, artefact_session, eager_session
+from moec.runtime.torch_engine import torch_engine
 
 
 def check_device(artefact: Artefact, device: str) -> None:
     """Refuse a device on which the artefact's engine cannot run it (exit code 3)."""
     if artefact.manifest.engine == "torch":
-        torch_engine.check_device(artefact, device)
+        gpu.check_device(device, str(artefact.path))
     else:
         check_kernels(artefact, device)
 
@@ -37,7 +38,7 @@ class Subject:
     def tower(self, taps: Sequence[str]) -> Run:
         """The vision tower alone."""
         if self.artefact.manifest.engine == "torch":
-            return torch_engine.torch_engine(self.artefact, self.device, taps, "vision")
+            return torch_engine(self.artefact, self.device, taps, "vision")
         return ort_engine(self.artefact, self.preset, taps, "vision", self.device)
 
     def reference(self, taps: Sequence[str] = ()) -> Session:

@@ -5,7 +5,6 @@ numbers are and is not fast. Triton is imported when a session on CUDA opens, an
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from moec.exporters.torch.program import part_graph
 from moec.graph_builder.passes.lift import lift_weights
 from moec.runtime.cuda_graphs import Replays
 from moec.runtime.eager import Run
+from moec.runtime.gpu import check_device
 from moec.runtime.weights import load
 from moec.spec.errors import MoecError
 
@@ -40,7 +40,7 @@ def torch_engine(
     Raises:
         MoecError: no such device or no Triton (exit code 3), no weights, or a broken program.
     """
-    check_device(artefact, device)
+    check_device(device, str(artefact.path))
     if device == "cuda":
         from moec.kernels.torch_ops import register
 
@@ -76,24 +76,6 @@ def torch_engine(
         return dict(zip(outputs, steps(feeds) if steps and decode else call(feeds), strict=True))
 
     return run
-
-
-def check_device(artefact: Artefact, device: str) -> None:
-    """Refuse a device that there is not, or for which a package is missing (exit code 3)."""
-    if device == "cpu":
-        return
-    if device != "cuda":
-        raise MoecError(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
-    found = None
-    if not torch.cuda.is_available():
-        found = f"torch {torch.__version__}, which finds no GPU"
-    elif find_spec("triton") is None:
-        found = "no package triton"
-    if found:
-        raise MoecError(
-            f"device cuda: {artefact.path}", found, "a GPU, torch with CUDA and triton",
-            "use device cpu, or pip install triton and a torch with CUDA", exit_code=3,
-        )  # fmt: skip
 
 
 def _stored(artefact: Artefact, part: str) -> tuple[fx.GraphModule, tuple[str, ...]]:

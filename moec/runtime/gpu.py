@@ -1,0 +1,29 @@
+"""Whether there is a GPU for kernels."""
+
+from importlib.util import find_spec
+
+import torch
+
+from moec.spec.errors import MoecError
+
+
+def check_device(device: str, what: str) -> None:
+    """Refuse a device, for `what`, that there is not, or for which a package is missing.
+
+    Raises:
+        MoecError: no GPU or no Triton (exit code 3), or neither "cpu" nor "cuda".
+    """
+    if device == "cpu":
+        return
+    if device != "cuda":
+        raise MoecError(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
+    found = None
+    if not torch.cuda.is_available():
+        found = f"torch {torch.__version__}, which finds no GPU"
+    elif find_spec("triton") is None:
+        found = "no package triton"
+    if found:
+        raise MoecError(
+            f"device cuda: {what}", found, "a GPU, torch with CUDA and triton",
+            "use device cpu, or pip install triton and a torch with CUDA", exit_code=3,
+        )  # fmt: skip

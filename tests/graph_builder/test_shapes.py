@@ -131,9 +131,10 @@ def _before_joining(spec: ModelSpec) -> list[fx.GraphModule]:
 def test_the_vocabulary_is_what_graphs_use() -> None:
     used = {
         node.target
-        for name in ("scout", "maverick")
-        for precision in ("fp32", "fp16")
-        for scheme in (None, SCHEMES["dynamic"])
+        for name, precision, scheme in (
+            ("scout", "fp32", None),
+            ("maverick", "fp16", SCHEMES["dynamic"]),
+        )
         for spec in [twin(PRESETS[name].model_copy(update={"scheme": scheme}))]
         for graph in (
             *graphs_of(spec, precision, "standard").values(),

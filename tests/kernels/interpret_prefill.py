@@ -20,7 +20,7 @@ LOOPS = {
 def main() -> None:
     torch.manual_seed(torch.seed() % 2**31)
     for experts, tokens, loop in (
-        (4, 9, "one"), (4, 100, "exact"), (16, 150, "chunk"), (1, 64, "one"), (5, 65, "chunk"),
+        (4, 9, "one"), (3, 40, "exact"), (16, 33, "chunk"), (1, 32, "one"), (5, 65, "chunk"),
     ):  # fmt: skip
         sizes = Sizes(dim=128, hidden=256, experts=experts)
         given = weights(sizes)

@@ -134,7 +134,7 @@ def test_cuda_without_a_gpu_is_refused(art: Path) -> None:
 
 def test_cuda_without_triton_is_refused(art: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("moec.runtime.torch_engine.find_spec", lambda name: None)
+    monkeypatch.setattr("moec.runtime.gpu.find_spec", lambda name: None)
     with pytest.raises(MoecError, match="triton") as caught:
         moec.open_session(art, device="cuda")
     assert caught.value.exit_code == 3

@@ -253,10 +253,11 @@ def _turn(engine: Engine, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and for `new_tokens` more of each row."""
     start = time.perf_counter()
     logits, cache = engine.prefill(ids, capacity=ids.shape[1] + new_tokens)
-    tokens = logits.argmax(-1)
+    tokens = logits.argmax(-1).cpu()  # waits for the prompt
     first = time.perf_counter()
     for _ in range(new_tokens):
         tokens = engine.decode(tokens, cache).argmax(-1)
+    tokens.cpu()  # waits for the last step: some engines return before it is done
     return first - start, time.perf_counter() - first
 
 

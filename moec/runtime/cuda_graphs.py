@@ -39,7 +39,9 @@ class Replays:
         key = tuple((n, x.data_ptr(), x.shape) for n, x in feeds.items()
                     if x.is_cuda and n not in self.moving)  # fmt: skip
         ours = [feeds[name].flatten() for name in self.moving]
-        rows = torch.stack([torch.zeros(len(x)) if x.is_cuda else x for x in ours]).long()
+        rows = torch.stack(
+            [torch.zeros(len(x), dtype=torch.int64) if x.is_cuda else x.long() for x in ours]
+        )
         if key not in self.graphs:
             self.graphs[key] = self._captured(feeds, rows)
             if len(self.graphs) > MOST:
@@ -68,11 +70,11 @@ class Replays:
 
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels, and sets up what libraries keep
-            step()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
+            with torch.cuda.stream(side):  # compiles kernels, and sets up what libraries keep
+                step()
+            torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph, pool=self.pool):
                 results = step()
         except torch.cuda.OutOfMemoryError as error:

@@ -22,8 +22,10 @@ def check_device(device: str, what: str) -> None:
         found = f"torch {torch.__version__}, which finds no GPU"
     elif find_spec("triton") is None:
         found = "no package triton"
+    elif torch.cuda.get_device_capability() < (8, 9):
+        found = f"{torch.cuda.get_device_name()}, which has no FP8"
     if found:
         raise MoecError(
-            f"device cuda: {what}", found, "a GPU, torch with CUDA and triton",
+            f"device cuda: {what}", found, "a GPU with FP8, torch with CUDA and triton",
             "use device cpu, or pip install triton and a torch with CUDA", exit_code=3,
         )  # fmt: skip

@@ -122,7 +122,8 @@ class Session:
         """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated.
 
         The logits lie on the session's device. Tokens that lie on the GPU, as those chosen from
-        logits do, are taken as they are by engine "torch": nobody waits for the step.
+        logits do, are taken as they are by engine "torch": nobody waits for the
+        step, and nobody checks that they are in the vocabulary.
         """
         column = torch.as_tensor(tokens)[:, None]
         if self.engine != "torch" or self.device == "cpu":

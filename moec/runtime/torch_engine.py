@@ -60,13 +60,14 @@ def torch_engine(
     }
 
     def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        own = list(values)  # of this call: a list that stayed would keep its caches alive
         for i, name in fed:
             value = feeds.get(name, defaults.get(name))
             if value is None:
                 raise KeyError(name)
             # How many slots are in use, the host has to know.
-            values[i] = value if name.endswith(".total") else value.to(device)
-        return tuple(graph(*values))
+            own[i] = value if name.endswith(".total") else value.to(device)
+        return tuple(graph(*own))
 
     steps = Replays(call, MOVING) if device == "cuda" and part == "model" and not taps else None
 

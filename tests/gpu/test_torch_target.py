@@ -40,13 +40,13 @@ def test_perplexity_and_greedy_tokens_are_the_eager_graphs(
     prompt = golden["input_ids"][:2, :200]
     ours, theirs = (each.generate(prompt, max_new_tokens=100, stop=()) for each in (session, eager))
     # A near tie may part them; until then they are one text.
-    assert (ours == theirs)[:, 200:].float().cumprod(1).mean() > 0.5
+    assert (ours == theirs)[:, 200:].float().cumprod(1).mean() > 0.7
 
 
 def test_rows_of_a_batch_are_rows_alone(session: Session) -> None:
-    """Lengths 1, 7, 130, 400; decode past three chunk borders of 128."""
+    """Lengths 1, 120, 200, 380; decode past the borders at 128, 256 and 384."""
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
-    rows = [torch.randint(0, 4096, (n,), generator=generator).tolist() for n in (1, 7, 130, 400)]
+    rows = [torch.randint(0, 4096, (n,), generator=generator).tolist() for n in (1, 120, 200, 380)]
     steps = torch.randint(0, 4096, (len(rows), 100), generator=generator)
     together = _decode(session, rows, steps)
     for index, row in enumerate(rows):
@@ -99,4 +99,4 @@ def test_two_layers_of_full_width_are_plain_torchs(pattern: str, tmp_path: Path)
     found, expected = map(torch.stack, results)
     error = (found - expected).norm(dim=2) / expected.norm(dim=2)
     print(f"{pattern}: median relative error of a token's logits {error.median():.1e}")
-    assert error.median() < 6e-2
+    assert error.median(0).values.max() < 6e-2  # of each row

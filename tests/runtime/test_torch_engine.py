@@ -1,9 +1,11 @@
 """Target torch on the CPU: rows, chunk borders, images, taps; and what is refused."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,16 @@ def test_a_call_writes_the_caches_that_it_is_given(art: Path) -> None:
     for name, tensor in cache.tensors.items():
         assert tensor is before[name]
         assert tensor[:, :, 0].any() and not tensor[:, :, 1:].any()
+
+
+def test_the_engine_keeps_no_caches(art: Path, golden: dict[str, Tensor]) -> None:
+    """Beside weights that fill a GPU, those of the last call would be one cache too many."""
+    session = moec.open_session(art)
+    _, cache = session.prefill(golden["input_ids"][:1, :20])
+    alive = [weakref.ref(each) for each in cache.tensors.values()]
+    del cache
+    gc.collect()
+    assert not any(each() is not None for each in alive)
 
 
 def test_images_go_through_the_tower(art: Path, golden: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from moe_kernels import SCOUT, copy_rate, microseconds, need_gpu, random_weights
+from moe_kernels import SCOUT, copy_rate, error, microseconds, need_gpu, random_weights
 from prefill_kernels import dense_rate, grouped
 from rich.box import SIMPLE
 from rich.console import Console
@@ -46,10 +46,6 @@ def narrow(*shape: int) -> tuple[Tensor, Tensor]:
     wide = torch.randn(*shape, device="cuda") / shape[-1] ** 0.5
     scale = wide.abs().amax(-1) / 448
     return (wide / scale[..., None]).to(FP8), scale
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def step_kernels() -> Iterator[Row]:
@@ -96,7 +92,7 @@ def step_kernels() -> Iterator[Row]:
         yield "    torch SDPA, attention alone", took, read, None, ""
 
 
-def experts(copy: float) -> Iterator[Row]:
+def experts() -> Iterator[Row]:
     """The whole MoE layer: router, codes, routed and shared experts, sum."""
     layers = [random_weights(SCOUT) for _ in range(4)]
     for tokens in (1, 8, 64):
@@ -142,8 +138,8 @@ def _check(weights: dict[str, Tensor], x: Tensor, found: Tensor, again: Tensor) 
         gate, up = (rows @ gate_up.t()).chunk(2, -1)
         plain[mine] += (torch.nn.functional.silu(gate) * up) @ down.t()
     return (
-        f"twin {relative(found, ops.moe_layer.eager(x, *weights.values())):.1e}, float32 "
-        f"{relative(found, plain):.1e}, {'repeats' if torch.equal(found, again) else 'DIFFERS'}"
+        f"twin {error(found, ops.moe_layer.eager(x, *weights.values())):.1e}, float32 "
+        f"{error(found, plain):.1e}, {'repeats' if torch.equal(found, again) else 'DIFFERS'}"
     )
 
 
@@ -205,7 +201,7 @@ def _steps(session: Session, tokens: Tensor, cache: object, steps: int) -> float
     return statistics.median(times)
 
 
-def whole_model(session: Session, copy: float) -> Iterator[Row]:
+def whole_model(session: Session) -> Iterator[Row]:
     """Scout, 48 layers."""
     for batch in (1, 8, 64):
         took = decode_ms(session, batch, 1024)
@@ -272,7 +268,7 @@ def main() -> None:
     with torch.inference_mode():
         if "kernels" in parts:
             add(step_kernels())
-            add(experts(copy))
+            add(experts())
         if "peers" in parts:
             add(peers())
     gc.collect()
@@ -298,7 +294,7 @@ def main() -> None:
         )  # fmt: skip
         size = sum(each.nbytes for each in weights.values())
         if "model" in parts:
-            add(whole_model(session, copy))
+            add(whole_model(session))
         if "contexts" in parts:
             add(contexts(session, size))
     print(

@@ -9,12 +9,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from moec.kernels.launch import Launch
+from moec.kernels.launch import SHARED, Launch
 from moec.kernels.launch_prefill import block_shapes, signature
 from moec.spec.errors import MoecError
 
-#: compute capability that kernels are compiled for -> bytes of shared memory a program may have
-ARCHITECTURES = {89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 #: a type of Triton's in a descriptor's metadata -> the driver's CUtensorMapDataType
 ELEMENTS = {0: 0, 10: 9}  # bytes, bf16
 
@@ -77,7 +75,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         MoecError: it needs more shared memory than that has.
     """
     built = build(launch, architecture)
-    found, limit = built.metadata, ARCHITECTURES[architecture]
+    found, limit = built.metadata, SHARED[architecture]
     if found.shared > limit:
         raise MoecError(
             f"{launch.name} for sm_{architecture}", f"{found.shared} bytes of shared memory",

@@ -11,7 +11,7 @@ from moec.spec.errors import MoecError
 
 #: the most tokens that the kernels for few tokens take
 MOST_TOKENS = 64
-#: compute capability -> bytes of shared memory that a program may have
+#: compute capability that kernels are compiled for -> bytes of shared memory of a program
 SHARED = {89: 101_376, 90: 232_448, 120: 101_376}
 #: inputs or outputs that a step of a product takes at least
 SMALLEST = 32
@@ -156,8 +156,7 @@ def decode_moe(
         "FEW": tiles.few if columns > tiles.few else 0,
         "BY_TOKEN": by_token,
     }
-    options = {"launch_pdl": True} if overlap else {}
-    width = min(2048, sizes.hidden & -sizes.hidden)
+    options, width = early(overlap), fit(sizes.hidden, 2048)
     route = Launch(
         moe_decode.route, (tokens, sizes.experts + 1, 1),
         ("x", "skip", "gain", "total", "router", "logits", "codes", "scale", "largest", "tokens"),
@@ -177,9 +176,7 @@ def decode_moe(
     )  # fmt: skip
     down = Launch(
         moe_decode.down, (sizes.dim // tiles.down_rows, slots, tiles.split),
-        (
-            "logits", "act_codes", "largest", "down", "down_scale", "parts", "tokens",
-        ),
+        ("logits", "act_codes", "largest", "down", "down_scale", "parts", "tokens"),
         slotted | product(tiles.down_rows, tiles.down_depth, tiles.down_exact)
         | {"SPLIT": tiles.split},
         tiles.warps, tiles.down_stages, options,
@@ -196,6 +193,11 @@ def decode_moe(
 def product(rows: int, depth: int, exact: int | None) -> dict[str, int | None]:
     """Constants of a kernel whose programs have `rows` outputs and take `depth` inputs a step."""
     return {"ROWS": rows, "DEPTH": depth, "EXACT": exact and min(exact, depth)}
+
+
+def early(overlap: bool) -> dict[str, bool]:
+    """Triton's options for a launch that may start before the one ahead of it ends."""
+    return {"launch_pdl": True} if overlap else {}
 
 
 def power_of_2(size: int) -> int:

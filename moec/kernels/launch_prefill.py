@@ -7,7 +7,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from moec.kernels import moe_prefill, products_hopper
 from moec.kernels.launch import TYPES as COMMON
-from moec.kernels.launch import Buffers, Launch, Sizes, fit
+from moec.kernels.launch import Buffers, Launch, Sizes, fit, power_of_2
 from moec.spec.errors import MoecError
 
 #: name of an argument -> what it points at, or its type, as Triton says it; also those of `launch`
@@ -178,7 +178,7 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
     routed = {
         "DIM": sizes.dim,
         "EXPERTS": sizes.experts,
-        "EXPERTS_2": max(16, _power_of_2(sizes.experts)),
+        "EXPERTS_2": max(16, power_of_2(sizes.experts)),
         "BLOCK": 16,
         "WIDTH": fit(sizes.dim, 1024),
     }
@@ -191,7 +191,7 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
         Launch(
             moe_prefill.arrange, (-(-tokens // 16), 1, 1),
             ("chosen", "score", "rows", "row_scale", "place", "plan", "tokens"),
-            routed | {"SCAN": 512, "TILE": tiles.rows, "TILES_2": _power_of_2(many)}, warps=8,
+            routed | {"SCAN": 512, "TILE": tiles.rows, "TILES_2": power_of_2(many)}, warps=8,
         ),
         _product(
             "gate_up", ("rows", "row_scale", "plan", "gate_up", "gate_up_scale", "act"),
@@ -201,7 +201,7 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
             moe_prefill.encode, (many * tiles.rows, 1, 1),
             ("act", "plan", "act_codes", "act_scale"),
             {
-                "HIDDEN": sizes.hidden, "HIDDEN_2": _power_of_2(sizes.hidden),
+                "HIDDEN": sizes.hidden, "HIDDEN_2": power_of_2(sizes.hidden),
                 "TILE": tiles.rows,
             }, warps=8,
         ),
@@ -211,7 +211,7 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
         ),
         Launch(
             moe_prefill.combine, (tokens, 1, 1), ("products", "place", "out"),
-            {"DIM": sizes.dim, "DIM_2": _power_of_2(sizes.dim)}, warps=8,
+            {"DIM": sizes.dim, "DIM_2": power_of_2(sizes.dim)}, warps=8,
         ),
     )  # fmt: skip
 
@@ -243,10 +243,6 @@ def _chunk(inputs: int, cut: Product) -> int:
     fits = (each for each in range(steps, 0, -1) if steps % each == 0)
     most = (cut.chunk or inputs) // cut.depth
     return cut.depth * next((each for each in fits if each <= most), 1)
-
-
-def _power_of_2(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def _refusal(name: str, found: object, expected: str) -> MoecError:

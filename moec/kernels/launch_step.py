@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moec.kernels import attention, norm
-from moec.kernels.launch import SHARED, SMALLEST, Buffers, Launch, fit, power_of_2, product
+from moec.kernels.launch import SHARED, SMALLEST, Buffers, Launch, early, fit, power_of_2
 from moec.kernels.linear import linear as linear_kernel
 from moec.spec.errors import MoecError
 
@@ -45,10 +45,10 @@ def linear(
         linear_kernel, (width // rows, 1, 1),
         ("codes", "scale", "weight", "weight_scale", "out", "tokens"),
         {
-            "WIDTH": width, "DIM": dim, "TOKENS_2": columns, "OVERLAP": overlap,
-            **product(rows, depth, None),
+            "WIDTH": width, "DIM": dim, "TOKENS_2": columns, "ROWS": rows, "DEPTH": depth,
+            "OVERLAP": overlap,
         },
-        4, stages, _options(overlap),
+        4, stages, early(overlap),
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def skip_norm(
          "tokens"),
         {"DIM": dim, "DIM_2": power_of_2(dim), "EPS": eps, "ADD": add, "PARTS": parts,
          "NARROW": narrow, "OVERLAP": overlap},
-        _warps(dim), options=_options(overlap),
+        _warps(dim), options=early(overlap),
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def encode(dim: int, tokens: int, overlap: bool = False) -> Launch:
     return Launch(
         norm.encode, (tokens, 1, 1), ("x", "codes", "scale"),
         {"DIM": dim, "DIM_2": power_of_2(dim), "OVERLAP": overlap},
-        _warps(dim), options=_options(overlap),
+        _warps(dim), options=early(overlap),
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def swiglu(hidden: int, tokens: int, overlap: bool = False) -> Launch:
     return Launch(
         norm.swiglu, (tokens, 1, 1), ("hidden", "codes", "scale"),
         {"HIDDEN": hidden, "HIDDEN_2": power_of_2(hidden), "OVERLAP": overlap},
-        _warps(hidden), options=_options(overlap),
+        _warps(hidden), options=early(overlap),
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def rope_append(
         {"KV_HEADS": heads.kv_heads, "KV_HEADS_2": power_of_2(heads.kv_heads), "GROUP": group,
          "SIZE": heads.size, "ROPE": rope, "NORM": eps is not None, "EPS": eps or 0.0,
          "TEMPERATURE": temperature, "OVERLAP": overlap},
-        2, options=_options(overlap),
+        2, options=early(overlap),
     )  # fmt: skip
 
 
@@ -120,12 +120,12 @@ def attend(
             {"KV_HEADS": heads.kv_heads, "GROUP": group, "GROUP_2": max(16, power_of_2(group)),
              "SIZE": heads.size, "ROPE": rope, "NORM": eps is not None, "EPS": eps or 0.0,
              "TEMPERATURE": temperature, "SCALE": heads.size**-0.5, **split},
-            4, 2, _options(overlap),
+            4, 2, early(overlap),
         ),
         Launch(
             attention.combine, (batch, heads.heads, 1), ("parts", "most", "sums", "last", "out"),
             {"HEADS": heads.heads, "SIZE": heads.size, "SPLITS_2": power_of_2(splits), **split},
-            2, options=_options(overlap),
+            2, options=early(overlap),
         ),
     )  # fmt: skip
     each = (splits, batch, heads.heads)
@@ -138,14 +138,10 @@ def attend(
 
 def _group(heads: Heads) -> int:
     for name, size, good, expected in (
-        (
-            "size",
-            heads.size,
-            heads.size >= 16 and not heads.size & (heads.size - 1),
-            "a power of 2",
-        ),
+        ("size", heads.size, heads.size >= 16 and heads.size == power_of_2(heads.size),
+         "a power of 2"),
         ("heads", heads.heads, not heads.heads % heads.kv_heads, f"multiple of {heads.kv_heads}"),
-    ):
+    ):  # fmt: skip
         if not good:
             raise MoecError(f"attention kernels: {name}", size, expected, "use the eager ops")
     return heads.heads // heads.kv_heads
@@ -153,7 +149,3 @@ def _group(heads: Heads) -> int:
 
 def _warps(width: int) -> int:
     return max(1, min(16, power_of_2(width) // 512))
-
-
-def _options(overlap: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if overlap else {}

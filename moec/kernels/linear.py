@@ -10,7 +10,7 @@ from moec.kernels.overlap import next_may_start, wait
 def linear(
     codes, scale, weight, weight_scale, out, tokens,
     WIDTH: tl.constexpr, DIM: tl.constexpr, TOKENS_2: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (width / ROWS). codes [tokens, dim], weight [width, dim] -> out bf16 [tokens, width].
 
@@ -28,7 +28,7 @@ def linear(
     for k in range(0, DIM, DEPTH):
         w = tl.load(weight_at + k, eviction_policy="evict_first")
         x = tl.load(codes_at + k, mask=used, other=0.0)
-        total = tl.dot(w, x, total, max_num_imprecise_acc=EXACT)
+        total = tl.dot(w, x, total)
     x_scale = tl.load(scale + token, mask=token < tokens, other=0.0)
     total = total * tl.load(weight_scale + column)[:, None] * x_scale[None, :]
     tl.store(out + token[None, :] * WIDTH + column[:, None], total.to(tl.bfloat16), mask=used)

@@ -18,6 +18,8 @@ results repeat to the bit.
 import triton
 import triton.language as tl
 
+from moec.kernels.norm import encode_row
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def route(
@@ -180,9 +182,7 @@ def encode(
         inside = at < HIDDEN
         base = row.to(tl.int64) * HIDDEN
         values = tl.load(act + base + at, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-12)
-        tl.store(act_codes + base + at, (values / scale).to(tl.float8e4nv), mask=inside)
-        tl.store(act_scale + row, scale)
+        encode_row(values, at, inside, act_codes, act_scale, row, HIDDEN)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from moec.kernels.overlap import next_may_start, wait
 
 
 @triton.jit
-def _encode(row, at, inside, codes, scale, token, WIDTH: tl.constexpr):
+def encode_row(row, at, inside, codes, scale, token, WIDTH: tl.constexpr):
     """A row of bf16 values, in float32, as E4M3 codes and its scale."""
     one = tl.maximum(tl.max(tl.abs(row), 0) / 448.0, 1e-12)
     tl.store(codes + token.to(tl.int64) * WIDTH + at, (row / one).to(tl.float8e4nv), mask=inside)
@@ -44,7 +44,7 @@ def skip_norm(
     root = tl.rsqrt(tl.sum(row * row, 0) / DIM + EPS)
     row = ((row * root).to(tl.bfloat16).to(tl.float32) * weight).to(tl.bfloat16).to(tl.float32)
     if NARROW:
-        _encode(row, at, inside, codes, scale, token, DIM)
+        encode_row(row, at, inside, codes, scale, token, DIM)
     else:
         tl.store(normed + start + at, row.to(tl.bfloat16), mask=inside)
 
@@ -60,7 +60,7 @@ def encode(
     wait(OVERLAP)
     inside = at < DIM
     row = tl.load(x + token.to(tl.int64) * DIM + at, mask=inside, other=0.0).to(tl.float32)
-    _encode(row, at, inside, codes, scale, token, DIM)
+    encode_row(row, at, inside, codes, scale, token, DIM)
 
 
 @triton.jit
@@ -76,4 +76,4 @@ def swiglu(
     gate = tl.load(gate_up + start + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + start + HIDDEN + at, mask=inside, other=0.0).to(tl.float32)
     act = gate * tl.sigmoid(gate) * up
-    _encode(act.to(tl.bfloat16).to(tl.float32), at, inside, codes, scale, token, HIDDEN)
+    encode_row(act.to(tl.bfloat16).to(tl.float32), at, inside, codes, scale, token, HIDDEN)

@@ -1,4 +1,4 @@
-"""The decode MoE kernels on torch tensors: scratch once, then a call is five launches."""
+"""The decode MoE kernels on torch tensors: scratch once, then a call is four or five launches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,19 +31,22 @@ class DecodeMoe:
         overlap = overlaps(device) if overlap is None else overlap
         tiles = tiles or tiles_for(sizes, tokens)
         self.launches = decode_moe(sizes, tokens, tiles, overlap, eps, combine)
-        self.values: dict[str, Any] = {
-            **buffers(scratch(sizes, tokens, tiles), device), **weights,
-            "tokens": tokens,
-        }  # fmt: skip
+        used = {name for each in self.launches for name in each.arguments}
+        written = {
+            name: each for name, each in scratch(sizes, tokens, tiles).items() if name in used
+        }
+        self.values: dict[str, Any] = {**buffers(written, device), **weights, "tokens": tokens}
+        self.result = "out" if combine else "parts"
 
     def __call__(self, x: Tensor, skip: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        """x bf16 [tokens, D] -> bf16 [tokens, D], which the next call overwrites; see `combine`.
+        """x bf16 [tokens, D] -> bf16 [tokens, D], which the next call overwrites.
 
-        With an `eps`, of the RMS norm of x + skip times gain; that sum is then in `values`.
+        Without `combine`, the float32 parts [n, tokens, D] whose sum that is. With an `eps`, of the
+        RMS norm of x + skip times gain; that sum is then in `values`.
         """
         for index in range(len(self.launches)):
             self.launch(index, x, skip, gain)
-        out: Tensor = self.values["out"]
+        out: Tensor = self.values[self.result]
         return out
 
     def launch(

@@ -137,10 +137,10 @@ def norm_moe_norm_fp8(
         return skip_norm_fp8(total, y, after, eps)
     sizes, weights = _layer(*layer)
     moe = DecodeMoe(sizes, len(x), weights, eps=eps, combine=False)
-    moe(x, skip, weight)
-    parts, tokens, dim = moe.values["parts"].shape
-    launch = step.skip_norm(dim, tokens, eps, True, True, overlaps(x.device), parts)
-    values = {"x": moe.values["total"], "parts": moe.values["parts"], "gain": after, "normed": x}
+    parts = moe(x, skip, weight)
+    count, tokens, dim = parts.shape
+    launch = step.skip_norm(dim, tokens, eps, True, True, overlaps(x.device), count)
+    values = {"x": moe.values["total"], "parts": parts, "gain": after, "normed": x}
     values |= {"total": torch.empty_like(x), **_codes(tokens, dim, x.device)}
     run(launch, {**values, "tokens": tokens})
     return values["codes"], values["scale"], values["total"]

@@ -4,7 +4,6 @@ Files are read, not mapped, and what was read leaves the system's cache: neither
 nor a second copy on the host build up beside weights that may fill the memory.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from moec.exporters.artefact import Artefact
 from moec.spec.errors import MoecError
 from moec.weights.fused import fused_tensors
 from moec.weights.shard import TensorEntry
-from moec.weights.view import STORED
+from moec.weights.view import STORED, read_into
 
 #: bytes that are read at once; with CUDA two buffers of this size take turns
 PIECE = 64 << 20
@@ -30,7 +29,7 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
     manifest = artefact.manifest
     spec, stored = manifest.spec, artefact.stored()
     wide = {packing.source: packing.names(spec.dtype)[0] for packing in manifest.packings.values()}
-    read = _Reader(device)
+    reader = _Reader(device)
     found: dict[str, Tensor] = {}
     for name, fused in fused_tensors(spec, manifest.compute, part).items():
         found[name] = torch.empty(fused.shape, dtype=STORED[fused.dtype], device=device)
@@ -39,14 +38,14 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
         for piece in fused.pieces:
             entry = stored[wide.get(piece, piece)]
             if at + entry.nbytes <= place.numel():  # refused below, if there is too much
-                read(entry, place[at : at + entry.nbytes])
+                reader(entry, place[at : at + entry.nbytes])
             at += entry.nbytes
         if at != place.numel():
             raise MoecError(
                 f"{artefact.path}: {name}", f"{at} bytes in {', '.join(fused.pieces)}",
                 f"{place.numel()} bytes", "build the artefact again",
             )  # fmt: skip
-    read.finish()
+    reader.finish()
     return found
 
 
@@ -62,17 +61,16 @@ class _Reader:
 
     def __call__(self, entry: TensorEntry, to: Tensor) -> None:
         """Read `entry` to `to`, which is as long; on CUDA it may still be on its way."""
-        with entry.file.open("rb", buffering=0) as file:
-            for start, stop in _pieces(entry.nbytes):
-                if not self.cuda:
-                    _fill(file, entry, start, to[start:stop])
-                    continue
-                buffer, copied = self.buffers[self.turn], self.copied[self.turn]
-                copied.synchronize()  # what this buffer held before has arrived
-                _fill(file, entry, start, buffer[: stop - start])
-                to[start:stop].copy_(buffer[: stop - start], non_blocking=True)
-                copied.record()
-                self.turn = 1 - self.turn
+        for start, stop in _pieces(entry.nbytes):
+            if not self.cuda:
+                read_into(entry, start, to[start:stop])
+                continue
+            buffer, copied = self.buffers[self.turn], self.copied[self.turn]
+            copied.synchronize()  # what this buffer held before has arrived
+            read_into(entry, start, buffer[: stop - start])
+            to[start:stop].copy_(buffer[: stop - start], non_blocking=True)
+            copied.record()
+            self.turn = 1 - self.turn
 
     def finish(self) -> None:
         """Wait until all has arrived."""
@@ -82,20 +80,3 @@ class _Reader:
 
 def _pieces(size: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
-
-
-def _fill(file: Any, entry: TensorEntry, first: int, to: Tensor) -> None:
-    """Bytes of `entry` from `first` on into `to`, on the host."""
-    data, start, at = memoryview(to.numpy()), entry.offset + first, 0  # type: ignore[arg-type]
-    handle = file.fileno()
-    ahead = min(PIECE, entry.nbytes - first - len(data))
-    if ahead:  # 0 would mean to the end of the file
-        os.posix_fadvise(handle, start + len(data), ahead, os.POSIX_FADV_WILLNEED)
-    while at < len(data) and (count := os.preadv(handle, [data[at:]], start + at)):
-        at += count
-    os.posix_fadvise(handle, start, len(data), os.POSIX_FADV_DONTNEED)
-    if at < len(data):
-        raise MoecError(
-            entry.file, f"ended before {entry.name}", "a file that stays as it is",
-            "build the artefact again",
-        )  # fmt: skip

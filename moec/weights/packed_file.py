@@ -18,14 +18,12 @@ from moec.spec.errors import MoecError
 from moec.weights import fp8
 from moec.weights.packing import Packing, arrange, store
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
-from moec.weights.view import STORED, view
+from moec.weights.view import STORED, read_into, view
 
 #: the file's name in an artefact
 PACKED = "weights.safetensors"
 #: elements that are packed at once: bounds the memory of the arithmetic
 PIECE = 1 << 22
-#: bytes that the disk is asked for before they are wanted
-AHEAD = 1 << 26
 #: bytes of experts that are held at once; of one, if it is larger
 TOGETHER = 1 << 28
 #: bytes between two entries of the journal, each of which waits for the disk
@@ -153,7 +151,7 @@ def _write_fp8(
 
         def read(place: _Place) -> Tensor:
             rows = of(held, place, group)
-            _read(entry, place.matrix * elements + place.start * entry.shape[-1], rows)
+            read_into(entry, place.matrix * elements + place.start * entry.shape[-1], rows)
             return fp8.magnitudes(rows, along, block)
 
         found = list(zip(parts, pool.map(read, parts), strict=True))
@@ -263,25 +261,6 @@ def _places(entry: TensorEntry, matrices: range, multiple: int) -> Iterator[_Pla
     for matrix in matrices:
         for start in range(0, rows, step):
             yield _Place(matrix, start, min(start + step, rows))
-
-
-def _read(entry: TensorEntry, first: int, out: Tensor) -> None:
-    """Elements of a weight from `first` on, read and not mapped: page faults cost more."""
-    data = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-    start, at = entry.offset + first * out.element_size(), 0
-    with entry.file.open("rb", buffering=0) as file:
-        file.seek(start)
-        # What comes next is read while this is worked on, and nothing stays in the system's cache:
-        # new pages for it would cost more than the disk, and other processes theirs.
-        os.posix_fadvise(file.fileno(), start + len(data), AHEAD, os.POSIX_FADV_WILLNEED)
-        while at < len(data) and (count := file.readinto(data[at:])):
-            at += count
-        os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
-    if at < len(data):
-        raise MoecError(
-            entry.file, f"ended before {entry.name}", "a file that stays as it is",
-            "fetch the shard again",
-        )  # fmt: skip
 
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:

@@ -303,7 +303,8 @@ def test_the_next_build_goes_on(sound: Path, work: Path, tmp_path: Path) -> None
     _assert_whole(work, work / "art", fresh.path)
     whole = sum(e.nbytes for name in sound.glob("*.safetensors") for e in _entries(name))
     assert fresh.manifest.build.bytes_read == whole
-    assert 0 < found.manifest.build.bytes_read < 0.7 * whole
+    # a half was packed, of which a kill may lose what the journal did not name yet
+    assert 0 < found.manifest.build.bytes_read < 0.9 * whole
 
 
 def _entries(path: Path) -> list[TensorEntry]:

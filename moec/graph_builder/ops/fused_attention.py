@@ -11,7 +11,7 @@ from moec.graph_builder.ops.attention import attention, head_norm, scale_queries
 from moec.graph_builder.ops.fused import encode, encoded
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.ops.rope import rope
-from moec.graph_builder.types import TensorType, times
+from moec.graph_builder.types import Dim, TensorType, times
 
 
 def _need_buffers(
@@ -24,6 +24,25 @@ def _need_buffers(
     )  # fmt: skip
     need(fits and value == key, name, "key, value", (key, value), f"[B, {kv_heads}, N, {size}]")
     need(last == TensorType((batch,), torch.int32), name, "last", last, f"int32 [{batch}]")
+
+
+def _need_tables(
+    name: str,
+    batch: Dim,
+    steps: Dim | None,
+    size: Dim,
+    cos: TensorType | None,
+    sin: TensorType | None,
+    temperature: TensorType | None,
+) -> None:
+    """Check cos, sin [B, S, d/2] and temperature [B, S, 1]; without `steps`, S is theirs to say."""
+    need((cos is None) == (sin is None), name, "cos, sin", (cos, sin), "both or neither")
+    for label, table, width in (("cos", cos, size // 2), ("sin", sin, size // 2),
+                                ("temperature", temperature, 1)):  # fmt: skip
+        if table is not None:
+            count = table.shape[1] if steps is None else steps
+            expected = TensorType((batch, count, width), torch.float32)
+            need(table == expected, name, label, table, expected)
 
 
 def _rope_rule(
@@ -45,11 +64,7 @@ def _rope_rule(
     batch, steps, size = *qkv.shape[:2], qkv.shape[2] // parts
     need(qkv.dtype == key.dtype, name, "dtypes", (qkv, key), "one dtype")
     _need_buffers(name, batch, size, kv_heads, key, value, last)
-    need((cos is None) == (sin is None), name, "cos, sin", (cos, sin), "both or neither")
-    for label, table, width in (("cos", cos, size // 2), ("sin", sin, size // 2),
-                                ("temperature", temperature, 1)):  # fmt: skip
-        expected = TensorType((batch, steps, width), torch.float32)
-        need(table is None or table == expected, name, label, table, expected)
+    _need_tables(name, batch, steps, size, cos, sin, temperature)
     return qkv.like(batch, steps, heads * size)
 
 
@@ -187,11 +202,9 @@ def _whole_rule(
     rows, size = qkv.shape[0], qkv.shape[1] // parts
     need(qkv.dtype == key.dtype, name, "dtypes", (qkv, key), "one dtype")
     _need_buffers(name, key.shape[0], size, kv_heads, key, value, last)
-    need((cos is None) == (sin is None), name, "cos, sin", (cos, sin), "both or neither")
-    for label, table, width in (("cos", cos, size // 2), ("sin", sin, size // 2),
-                                ("temperature", temperature, 1)):  # fmt: skip
-        fits = table is None or (table.shape[0], table.shape[2]) == (key.shape[0], width)
-        need(fits, name, label, table, f"[{key.shape[0]}, S, {width}]")
+    _need_tables(
+        name, key.shape[0], None, size, cos, sin, temperature
+    )  # S is not in a packed shape
     need(total == TensorType((), torch.int32), name, "total", total, "an int32 scalar")
     return encoded(rows, heads * size)
 

@@ -15,7 +15,6 @@ from moec.spec.errors import MoecError
 
 _LIBRARY = torch.library.Library("moec", "DEF")
 OPS: dict[str, "Op"] = {}
-_IMPLEMENTED: set[tuple[str, str]] = set()
 
 Types = TensorType | tuple[TensorType, ...]
 Rule = Callable[..., Types]
@@ -52,14 +51,12 @@ def op(schema: str, rule: Rule) -> Callable[[Callable[..., Any]], Op]:
     return lambda eager: Op(schema, eager, rule)
 
 
-def implement(name: str, function: Callable[..., Any], device: str = "CUDA") -> None:
+def implement(name: str, function: Callable[..., Any], device: str) -> None:
     """Let `function` compute op `name` on `device`, torch's name of it, instead of plain torch.
 
-    Operands are no longer checked there. Once for each op and device: further calls do nothing.
+    Operands are no longer checked there. Once for each op and device.
     """
-    if (name, device) not in _IMPLEMENTED:
-        _LIBRARY.impl(name, function, device)
-        _IMPLEMENTED.add((name, device))
+    _LIBRARY.impl(name, function, device)
 
 
 def need(holds: bool, op_name: str, operand: str, found: object, expected: object) -> None:

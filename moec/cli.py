@@ -47,12 +47,14 @@ def build(
     variant: Annotated[str | None, typer.Option(help="A preset: see `spec list`.")] = None,
     spec: Annotated[Path | None, typer.Option(help="A spec file, .yaml or .json.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder.")] = None,
-    target: Annotated[str, typer.Option(help="onnx, ort or torch; others are planned.")] = "onnx",
+    target: Annotated[
+        str, typer.Option(help="onnx, ort, torch, tensorrt or tensorrt-rtx.")
+    ] = "onnx",
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32 (default), fp16, bf16; fp8 (default for fp8 weights, and all that target "
-            "torch has); int8, int4."
+            help="fp32 (default), fp16, bf16 (default for TensorRT); fp8 (default for fp8 weights, "
+            "and all that target torch has); int8, int4."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The artefact's folder.")] = None,
@@ -60,14 +62,35 @@ def build(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="How weights become fp8: meta (default), dynamic (default for torch), modelopt, "
-            "deepseek, or a .yaml or .json file."
+            help="How weights become fp8: meta (default), dynamic (default for torch), mixed "
+            "(default for tensorrt), static (default for tensorrt-rtx), modelopt, deepseek, or a "
+            ".yaml or .json file."
         ),
     ] = None,
     scales: Scales = None,
     cache: Annotated[
         str | None, typer.Option(help="Keys and values: fp8 or wide; default as the scheme says.")
     ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Of an engine: tokens of a row at most, prompt included.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Of an engine: rows at most.")] = None,
+    piece: Annotated[
+        int | None, typer.Option(help="Of an engine: tokens of a prompt in one call at most.")
+    ] = None,
+    architectures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sm", help="Of tensorrt-rtx: SM89, SM120, ...; may be given more than once."
+        ),
+    ] = None,
+    bindings: Annotated[
+        str | None,
+        typer.Option(help="Weights that an engine takes instead of holding: experts, all or none."),
+    ] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine/--no-engine", help="Build engines, or their ONNX alone.")
+    ] = True,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Prove the numbers after the build.")
     ] = True,
@@ -83,14 +106,45 @@ def build(
     import moec
     from moec.show import artefact_tables, bar
 
+    sizes: dict[str, Any] = {"context": context, "batch": batch, "piece": piece}
+    sizes |= {"bindings": bindings, "architectures": architectures}
+    chosen = {name: each for name, each in sizes.items() if each is not None}
+    chosen |= {} if engine else {"build": False}
     with bar(console) as progress:
         art = moec.export(
-            given[0], target, precision, out, weights, progress, scheme, scales, cache
-        )
+            given[0], target, precision, out, weights, progress, scheme, scales, cache,
+            _options(chosen),
+        )  # fmt: skip
     artefact_tables(console, art)
     if check:
         size = sum(shard.size for shard in art.manifest.weights.shards.values())
         _prove(art.path, None, None, on_twin=size > PROVE_ON_WEIGHTS)
+
+
+def _options(chosen: dict[str, Any]) -> Any:
+    """Options of engines; None where nobody chose any."""
+    if not chosen:
+        return None
+    from moec.exporters.tensorrt.options import engine_options
+
+    return engine_options(chosen)
+
+
+@app.command()
+def engine(
+    artefact: Path,
+    architectures: Annotated[
+        list[str] | None,
+        typer.Option("--sm", help="Of tensorrt-rtx: others than those that it was built for."),
+    ] = None,
+) -> None:
+    """Build the engines of an artefact whose ONNX was built with --no-engine, or elsewhere."""
+    from moec.exporters.export import build_engines
+    from moec.show import artefact_tables, bar
+
+    with bar(console) as progress:
+        art = build_engines(artefact, tuple(architectures or ()), progress)
+    artefact_tables(console, art)
 
 
 @app.command()

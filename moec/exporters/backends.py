@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import onnx_ir as ir
 from torch import fx
 
 from moec.exporters.artefact import Artefact
-from moec.exporters.manifest import Ports, Preset
+from moec.exporters.manifest import Engine, Ports, Preset
 from moec.exporters.onnx.ort import check_sizes
 from moec.exporters.onnx.standard import OPSET
 from moec.exporters.onnx.write import (
@@ -22,7 +23,11 @@ from moec.exporters.onnx.write import (
 )
 from moec.exporters.precision import fp8_packings
 from moec.exporters.presets import presets
-from moec.exporters.targets import BITS
+from moec.exporters.targets import BITS, PACKAGES
+from moec.exporters.tensorrt import onnx_model
+from moec.exporters.tensorrt.build import build_engines
+from moec.exporters.tensorrt.expressible import check_expressible
+from moec.exporters.tensorrt.options import EngineOptions
 from moec.exporters.torch import program
 from moec.graph_builder.passes.fusible import check_fusible
 from moec.spec.model import ModelSpec
@@ -42,19 +47,22 @@ class Backend:
     dialect, `lower` (graph, dialect, name, part) the model of one and how it wants weights stored,
     `fp8_packings` how wide weights become FP8. `load` takes the model of an artefact's part up
     again. Models are saved before weights are known, and (model, path, entries, root) after.
+    `engines` (models, folder, root, spec, options, progress) builds what a machine runs; targets
+    without it have no options.
     """
 
     dialects: Collection[str]
     check: Callable[[ModelSpec, str], None]
-    graphs: Callable[[ModelSpec, str, str], dict[str, fx.GraphModule]]
+    graphs: Callable[[ModelSpec, str, str, EngineOptions], dict[str, fx.GraphModule]]
     lower: Callable[[fx.GraphModule, str, str, str], tuple[Model, dict[str, Packing]]]
     fp8_packings: Callable[[ModelSpec], dict[str, Packing]]
     load: Callable[[Artefact, str], Model]
     save_unbound: Callable[[Model, Path], None]
-    save_bound: Callable[[Model, Path, Mapping[str, TensorEntry], Path], None]
+    save_bound: Callable[[Model, Path, Mapping[str, TensorEntry], Path, EngineOptions], None]
     ports: Callable[[Model], Ports]
     presets: Callable[[bool, bool], dict[str, Preset]]
     opset: int | None = None
+    engines: Callable[..., dict[str, Engine]] | None = None
 
 
 def _lower_onnx(
@@ -67,29 +75,47 @@ def _lower_onnx(
 _ONNX = Backend(
     dialects=DIALECTS,
     check=lambda spec, precision: None,
-    graphs=graphs_of,
+    graphs=lambda spec, precision, dialect, options: graphs_of(spec, precision, dialect),
     lower=_lower_onnx,
     fp8_packings=fp8_packings,
     load=lambda artefact, part: ir.load(artefact.graph(part)),
     save_unbound=save_checked,
-    save_bound=save_bound,
+    save_bound=lambda model, path, entries, root, options: save_bound(model, path, entries, root),
     ports=lambda model: Ports(inputs=ports(model.graph.inputs), outputs=ports(model.graph.outputs)),
     presets=presets,
     opset=OPSET,
 )
 
+_TENSORRT = replace(
+    _ONNX,
+    dialects=onnx_model.DIALECTS,
+    check=lambda spec, precision: check_expressible(spec),
+    graphs=onnx_model.graphs_of,
+    lower=onnx_model.lower,
+    fp8_packings=onnx_model.packings_of,
+    save_bound=lambda model, path, entries, root, options: onnx_model.save_bound(
+        model, path, entries, root, options.bindings
+    ),
+    ports=onnx_model.ports_of,
+    presets=lambda quantized, fp8: {},
+)
+
 BACKENDS = {
     "onnx": _ONNX,
     "ort": replace(_ONNX, check=lambda spec, precision: check_sizes(spec, BITS.get(precision))),
+    **{
+        target: replace(_TENSORRT, engines=partial(build_engines, package=package))
+        for target, package in PACKAGES.items()
+    },
     "torch": Backend(
         dialects=("torch",),
         check=lambda spec, precision: check_fusible(spec),
-        graphs=lambda spec, precision, dialect: program.graphs_of(spec, precision),
+        graphs=lambda spec, precision, dialect, options: program.graphs_of(spec, precision),
         lower=lambda graph, dialect, name, part: (program.program_of(graph), {}),
         fp8_packings=fused_packings,
         load=program.load,
         save_unbound=lambda model, path: model.save(path),
-        save_bound=lambda model, path, entries, root: model.save(path),
+        save_bound=lambda model, path, entries, root, options: model.save(path),
         ports=lambda model: model.ports,
         presets=lambda quantized, fp8: {},
     ),

@@ -24,7 +24,16 @@ from moec.exporters.memory import memory
 from moec.exporters.onnx.write import GENAI
 from moec.exporters.placement import Progress, pack, place
 from moec.exporters.precision import in_precision
-from moec.exporters.targets import SCHEMES, SUFFIXES, check_placement, choose, default_precision
+from moec.exporters.targets import (
+    PACKAGES,
+    SCHEMES,
+    SUFFIXES,
+    check_placement,
+    choose,
+    default_precision,
+)
+from moec.exporters.tensorrt.build import need_package
+from moec.exporters.tensorrt.options import EngineOptions
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
@@ -36,6 +45,9 @@ from moec.weights.name_map import read_model
 from moec.weights.packed_file import PACKED, discard
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED
+
+#: what `calibrate` found, where a checkpoint has it with it
+SCALES = "scales.json"
 
 
 @dataclass(slots=True)
@@ -80,17 +92,18 @@ def export(
     scheme: str | Path | Scheme | None = None,
     scales: str | Path | Calibration | None = None,
     cache: str | None = None,
+    options: EngineOptions | None = None,
 ) -> Artefact:
     """Build an artefact of `source`: a checkpoint folder, or a preset, spec file or spec (unbound).
 
     Args:
-        target: "onnx" (plain ONNX), "ort" (ONNX Runtime's own operators) or "torch" (a torch.export
-            program of fused FP8 ops).
+        target: "onnx" (plain ONNX), "ort" (ONNX Runtime's own operators), "torch" (a torch.export
+            program of fused FP8 ops), "tensorrt" or "tensorrt-rtx" (engines).
         precision: what the graph computes in, "fp32", "fp16" or "bf16"; weights stay in the dtype
             that they are stored in, unless they are packed. "int8" and "int4" (ort) compute in
             fp32 on packed weights; so does "fp8", on weights and inputs rounded to E4M3, but for
-            target "torch", which has no other precision and computes in bf16. Default "fp8" there,
-            and where the source's weights are, else "fp32".
+            targets of GPUs, which compute it in bf16. Default "fp8" where the source's weights
+            are and for target "torch", which has no other, "bf16" for TensorRT, else "fp32".
         out: the artefact's folder; default build/NAME-TARGET-PRECISION.
         weights: "in-place" (the checkpoint's own bytes, not copied), "link" (hard links beside the
             model), "copy", or "pack" (rewritten once: in the layout that runs fastest, or in FP8).
@@ -98,10 +111,12 @@ def export(
             there is nothing to place, but "pack" still says what the graph will want.
         progress: called with (stage, done, total).
         scheme: how wide weights become FP8: "meta" (default), "dynamic" (default for target
-            "torch", which has no other), "modelopt", "deepseek", or a file. FP8 checkpoints come
-            with theirs.
-        scales: what `calibrate` found, for schemes with static scales.
+            "torch", which has no other), "static" (default for TensorRT), "modelopt", "deepseek",
+            or a file. FP8 checkpoints come with theirs.
+        scales: what `calibrate` found, for schemes with static scales; default the checkpoint's
+            own file scales.json.
         cache: "fp8" or "wide": how keys and values are kept; default as the scheme says.
+        options: what engines are built for; targets "tensorrt" and "tensorrt-rtx" alone.
 
     Raises:
         MoecError: anything wrong with source, weights or out; nothing is left behind.
@@ -119,6 +134,14 @@ def export(
         dialect, mode = choose(target, precision, weights, spec.scheme)
         backend = BACKENDS[target]
         backend.check(spec, precision)
+        if options is not None and not backend.engines:
+            raise MoecError(
+                "options", f"target {target}, which has no engines", "tensorrt or tensorrt-rtx",
+                "leave them out",
+            )  # fmt: skip
+        sizes = options or EngineOptions()
+        if sizes.build and target in PACKAGES:
+            need_package(PACKAGES[target])
         path = Path(out or f"build/{spec.name}-{target}-{precision}")
         refuse_foreign(path)
         if checkpoint:
@@ -127,9 +150,9 @@ def export(
             raise MoecError(
                 "--scales", "a build without weights", "a checkpoint", "give it to bind instead"
             )
-        constants = _constants(spec, mode, scales) if checkpoint else {}
+        constants = _constants(spec, mode, scales, checkpoint.folder) if checkpoint else {}
     with stages("graph"):
-        graphs = backend.graphs(spec, compute_of(target, precision), dialect)
+        graphs = backend.graphs(spec, compute_of(target, precision), dialect, sizes)
     with stages("lower"):
         lowered = {
             part: backend.lower(graph, dialect, f"{spec.name} {part}", part)
@@ -152,6 +175,7 @@ def export(
         outputs=(),
         packings=packings,
         presets=backend.presets(any(p.bits for p in packings.values()), spec.scheme is not None),
+        options=sizes if backend.engines else None,
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )
@@ -200,9 +224,51 @@ def bind(
                 f"{expected}, as {artefact} was built ({len(odd)} fields differ)",
                 f"python cli.py build --checkpoint {checkpoint}",
             )
-        constants = _constants(built.manifest.spec, mode, scales)
+        constants = _constants(built.manifest.spec, mode, scales, read.folder)
         models = {part: backend.load(built, part) for part in built.parts}
     return _write(path, models, built.manifest, read, entries, mode, stages, constants)
+
+
+def build_engines(
+    artefact: str | Path,
+    architectures: tuple[str, ...] = (),
+    progress: Progress = lambda stage, done, total: None,
+) -> Artefact:
+    """Build the engines of an artefact as it lies there, for others of `architectures` if given.
+
+    Raises:
+        MoecError: not an artefact of a target with engines, or what builds engines is missing.
+    """
+    built = open_artefact(artefact)
+    manifest, backend = built.manifest, _backend_of(built)
+    if not backend.engines or manifest.options is None:
+        raise MoecError(
+            artefact, f"an artefact of target {manifest.target}", " or ".join(PACKAGES),
+            "build it with --target tensorrt",
+        )  # fmt: skip
+    options = manifest.options.model_copy(update={"build": True})
+    if architectures:
+        options = options.model_copy(update={"architectures": architectures})
+    if manifest.weights.mode != "unbound":
+        built.stored()  # refuses changed shards
+    models = {part: backend.load(built, part) for part in built.parts}
+    start = time.perf_counter()
+    engines = backend.engines(
+        models, built.path, built.weights_folder, manifest.spec, options, progress
+    )
+    seconds = manifest.build.seconds | {"engine": round(time.perf_counter() - start, 3)}
+    folders = {each for engine in engines.values() for each in (engine.file, *engine.plugins)}
+    files = manifest.files | {name: _file(built.path / name) for name in sorted(folders)}
+    done = manifest.model_copy(
+        update={
+            "options": options,
+            "engines": engines,
+            "files": files,
+            "build": manifest.build.model_copy(update={"seconds": seconds}),
+        }
+    )
+    write_manifest(built.path, done)
+    return Artefact(built.path, done)
 
 
 def _write(
@@ -219,6 +285,7 @@ def _write(
         if not (checkpoint and mode == "pack"):
             discard(folder / PACKED)
         backend, suffix = BACKENDS[manifest.target], SUFFIXES[manifest.target]
+        options, engines = manifest.options or EngineOptions(), manifest.engines
         targets = {folder / f"{part}{suffix}": model for part, model in models.items()}
         if manifest.weights.mode == "unbound":
             with stages("check"):
@@ -234,7 +301,13 @@ def _write(
                     bound = place(checkpoint, used, mode, folder, stages.progress)
             with stages("write"):
                 for target, model in targets.items():
-                    backend.save_bound(model, target, bound.entries, bound.root)
+                    backend.save_bound(model, target, bound.entries, bound.root, options)
+        if backend.engines and options.build:
+            with stages("engine"):
+                root = bound.root if bound else None
+                engines = backend.engines(
+                    models, folder, root, manifest.spec, options, stages.progress
+                )
         if GENAI in models:
             root = Path(bound.weights.folder) if bound and bound.weights.folder else path
             companions = checkpoint.folder if checkpoint else None
@@ -249,6 +322,7 @@ def _write(
                 "checkpoint": str(checkpoint.folder.resolve()) if checkpoint else None,
                 "weights": bound.weights if bound else manifest.weights,
                 "files": files,
+                "engines": engines,
                 **_ports({part: backend.ports(model) for part, model in models.items()}),
                 "parity": None,
                 "build": Build(
@@ -300,7 +374,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _constants(
-    spec: ModelSpec, mode: str, scales: str | Path | Calibration | None
+    spec: ModelSpec, mode: str, scales: str | Path | Calibration | None, checkpoint: Path
 ) -> dict[str, Tensor]:
     """The static scales that a packed file has beside the weights."""
     scheme = spec.scheme
@@ -312,6 +386,8 @@ def _constants(
         )  # fmt: skip
     if scheme is None or not wanted:
         return {}
+    if scales is None and (checkpoint / SCALES).is_file():
+        scales = checkpoint / SCALES
     found = (
         scales if scales is None or isinstance(scales, Calibration) else read_calibration(scales)
     )

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from moec.exporters.tensorrt.job import Built
+from moec.exporters.tensorrt.options import EngineOptions
 from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 from moec.weights.packing import Packing
@@ -15,7 +17,11 @@ WeightMode = Literal["unbound", "in-place", "link", "copy", "pack"]
 #: precisions whose weights alone are narrow -> what the graph computes in
 _COMPUTE = {"int8": "fp32", "int4": "fp32", "fp8": "fp32"}
 #: target -> the same, where it is another
-_COMPUTE_OF = {"torch": {"fp8": "bf16"}}
+_COMPUTE_OF = {
+    "torch": {"fp8": "bf16"},
+    "tensorrt": {"fp8": "bf16"},
+    "tensorrt-rtx": {"fp8": "bf16"},
+}
 
 
 def compute_of(target: str, precision: str) -> str:
@@ -81,6 +87,18 @@ class Preset(Frozen):
     enable_mem_pattern: bool = True
 
 
+class Engine(Frozen):
+    """An engine file: where it is, how it was built, and whether it ever ran.
+
+    `bindings` are weights that it takes as inputs, `plugins` libraries that it wants loaded.
+    """
+
+    file: str
+    built: Built
+    bindings: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+
+
 class Build(Frozen):
     """How the build went: seconds per stage, peak resident bytes of the process, bytes on disk.
 
@@ -102,7 +120,8 @@ class Manifest(Frozen):
     `inputs` and `outputs` are the decoder's, `vision` those of the vision tower where there is one.
     `packings` says how each stored weight is made, by the name of its first tensor; it is empty
     where all weights are the checkpoint's own bytes. `presets` are session options for ONNX
-    Runtime; `opset` is ONNX's. `parity` is the last validation's report, and the only statement
+    Runtime; `opset` is ONNX's. `engines` are TensorRT's, by part, for the sizes in `options`; none
+    of them ran when it was built. `parity` is the last validation's report, and the only statement
     about the numbers.
     """
 
@@ -120,14 +139,17 @@ class Manifest(Frozen):
     vision: Ports | None = None
     packings: dict[str, Packing] = Field(default_factory=dict)
     presets: dict[str, Preset] = Field(default_factory=dict)
+    options: EngineOptions | None = None
+    engines: dict[str, Engine] = Field(default_factory=dict)
     versions: dict[str, str]
     build: Build
     parity: dict[str, Any] | None = None
 
     @property
     def engine(self) -> str:
-        """What runs it: "onnxruntime" or "torch"."""
-        return "torch" if self.target == "torch" else "onnxruntime"
+        """What runs it: "onnxruntime", "torch" or "tensorrt"."""
+        own = {"torch": "torch", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
+        return own.get(self.target, "onnxruntime")
 
     @property
     def compute(self) -> str:

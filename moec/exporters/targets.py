@@ -1,8 +1,19 @@
 """What can be built: targets, precisions, and where weights go; and what to say of the rest."""
 
+from typing import Literal
+
 from moec.spec.errors import MoecError
 from moec.spec.scheme import Scheme
 
+#: names of experts, for which a scheme has rules
+EXPERT_NAMES = ("layers.0.moe.gate_up", "layers.0.moe.down")
+
+_TENSORRT: dict[str, tuple[str | None, str | None]] = {
+    "bf16": ("tensorrt", None),
+    "fp8": ("tensorrt", "tensorrt"),
+    "fp16": ("tensorrt", None),
+    "fp32": ("tensorrt", None),
+}
 #: target -> precision -> dialect for weights that stay, dialect for weights that are rewritten
 TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
     "onnx": {
@@ -19,14 +30,25 @@ TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
     },
     # FP8 checkpoints would stay: the target itself says why it takes none
     "torch": {"fp8": ("torch", "torch")},
+    "tensorrt": _TENSORRT,
+    "tensorrt-rtx": _TENSORRT,
 }
 #: target -> how its graphs' files end
-SUFFIXES = {"onnx": ".onnx", "ort": ".onnx", "torch": ".pt2"}
+SUFFIXES = {"torch": ".pt2", **dict.fromkeys(("onnx", "ort", "tensorrt", "tensorrt-rtx"), ".onnx")}
 #: target -> the scheme of wide weights that become FP8, where nobody names one
-SCHEMES = {"onnx": "meta", "ort": "meta", "torch": "dynamic"}
+SCHEMES = {
+    **dict.fromkeys(("onnx", "ort"), "meta"),
+    "torch": "dynamic",
+    "tensorrt": "mixed",
+    "tensorrt-rtx": "static",
+}
+#: target -> the package that builds its engines
+PACKAGES: dict[str, Literal["tensorrt", "tensorrt_rtx"]] = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
 #: bits of the weights, for precisions whose weights alone are narrow
 BITS = {"int8": 8, "int4": 4}
-PLANNED = ("tensorrt", "tensorrt-rtx")
 
 
 def choose(
@@ -40,8 +62,9 @@ def choose(
         MoecError: no such target, precision or placement, or they do not go together.
     """
     if target not in TARGETS:
-        found = "planned, not in this version" if target in PLANNED else "no such target"
-        raise MoecError(f"--target {target}", found, " or ".join(TARGETS), "use --target onnx")
+        raise MoecError(
+            f"--target {target}", "no such target", " or ".join(TARGETS), "use --target onnx"
+        )
     if precision not in TARGETS[target]:
         raise MoecError(
             f"--precision {precision} --target {target}",
@@ -71,7 +94,14 @@ def choose(
             "in-place, link or copy" if mode == "pack" else "pack",
             "leave --weights out",
         )  # fmt: skip
+    if dialect == "tensorrt" and scheme and wants_plugin(scheme):
+        dialect = "tensorrt-plugin"
     return dialect, mode
+
+
+def wants_plugin(scheme: Scheme) -> bool:
+    """Whether TensorRT can run the experts of `scheme` in a plugin alone: scales by token."""
+    return any(rule.inputs == "token" for rule in map(scheme.rule, EXPERT_NAMES) if rule)
 
 
 #: precisions of the design that are not there, or not in every target
@@ -85,7 +115,9 @@ _PLACEMENTS = ("in-place", "link", "copy", "pack")
 def default_precision(target: str, scheme: Scheme | None) -> str:
     """The precision of a build where nobody names one."""
     known = TARGETS.get(target, {})
-    return "fp8" if scheme or list(known) == ["fp8"] else "fp32"
+    if scheme or list(known) == ["fp8"]:
+        return "fp8"
+    return next(iter(known), "fp32")
 
 
 def _unknown_precision(precision: str) -> str:

@@ -17,6 +17,7 @@ from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
 from moec.runtime.calls import LONG_PIECE, PIECE, buffered_calls, padded_calls
 from moec.runtime.eager import Run, eager_engine
 from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
+from moec.runtime.interpreter import interpreter
 from moec.runtime.ort import ort_engine
 from moec.runtime.sampling import sample
 from moec.runtime.torch_engine import torch_engine
@@ -27,6 +28,8 @@ from moec.weights.view import TORCH_DTYPES
 
 #: image tiles that go through the vision tower at once, for the same reason
 TILES = 8
+#: what a session may run on
+ENGINES = ("onnxruntime", "torch", "tensorrt", "interpreter", "eager")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Session:
     layout: Layout = "slots"
     device: str = "cpu"
     piece: int = PIECE
+    context: int | None = None  # of caches that neither grow nor come in other sizes
 
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
@@ -90,8 +94,21 @@ class Session:
         return self.new_cache(len(ids), capacity)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows of `capacity` positions; it grows if they get longer."""
+        """An empty cache for `batch` rows of `capacity` positions; it grows if they get longer.
+
+        An engine that was compiled for a context has caches of that size alone.
+        """
+        if self.context is not None:
+            self._check_context(capacity)
+            capacity = self.context
         return new_cache(self.spec, self.precision, batch, capacity, self.layout, self.device)
+
+    def _check_context(self, positions: int) -> None:
+        if self.context is not None and positions > self.context:
+            raise MoecError(
+                f"{positions} positions", f"an engine for a context of {self.context}",
+                f"{self.context} or fewer", f"build with --context {positions}",
+            )  # fmt: skip
 
     def prefill(
         self,
@@ -164,6 +181,7 @@ class Session:
         """
         width, chunk = ids.shape[1], self.spec.text.chunk
         needed = int((cache.lengths + lengths.clamp(min=1)).max())
+        self._check_context(needed)
         if cache.capacity and needed > cache.capacity:
             grow(self.spec, cache, max(needed, 2 * cache.capacity))
         images = self._checked(features, ids, lengths)
@@ -329,7 +347,8 @@ def open_session(
 
     Args:
         device: "cpu"; "cuda" for artefacts of target torch, and of target ort in fp16 or bf16.
-        engine: "onnxruntime" for targets onnx and ort, "torch" for target torch, or "eager".
+        engine: "onnxruntime" for targets onnx and ort, "torch" for target torch, "tensorrt" for
+            targets tensorrt and tensorrt-rtx, whose ONNX an "interpreter" runs too; or "eager".
         preset: options of ONNX Runtime, "lean" (weights stay mapped) or "fast" (folded and
             prepacked).
 
@@ -340,19 +359,19 @@ def open_session(
     path = Path(path)
     for name, given, known in (
         ("device", device, ("cpu", "cuda")),
-        ("engine", engine, (None, "onnxruntime", "torch", "eager")),
+        ("engine", engine, (None, *ENGINES)),
         ("preset", preset, (*PRESETS, EXACT)),
     ):
         if given not in known:
             expected = " or ".join(filter(None, known))
             raise MoecError(f"{name} {given}", f"no such {name}", expected, "choose one of them")
-    if device == "cuda" and engine == "eager":
+    if device == "cuda" and engine in ("eager", "interpreter"):
         raise MoecError(
-            "device cuda", "engine eager", "another engine; the reference runs on the cpu",
+            "device cuda", f"engine {engine}", "another engine; this one runs on the cpu",
             "leave engine out", exit_code=3,
         )  # fmt: skip
     if not (path / NAME).is_file() and (path / "config.json").is_file():
-        if engine in ("onnxruntime", "torch"):
+        if engine not in (None, "eager"):
             raise MoecError(
                 path, "a checkpoint", f"an artefact for engine {engine}",
                 f"python cli.py build --checkpoint {path}",
@@ -364,11 +383,14 @@ def open_session(
         manifest = artefact.manifest
         return eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)
     own = artefact.manifest.engine
-    if engine not in (None, own):
+    able = (own, "interpreter") if own == "tensorrt" else (own,)
+    if engine not in (None, *able):
         raise MoecError(
             f"engine {engine}: {path}", f"an artefact of target {artefact.manifest.target}",
-            f"engine {own} or eager", "leave engine out",
+            f"engine {' or '.join((*able, 'eager'))}", "leave engine out",
         )  # fmt: skip
+    if engine == "interpreter":
+        return interpreter_session(artefact)
     return artefact_session(artefact, device, preset)
 
 
@@ -379,6 +401,18 @@ def artefact_session(
     if artefact.manifest.engine == "torch":
         return torch_session(artefact, device, taps)
     return ort_session(artefact, device, preset, taps)
+
+
+def interpreter_session(artefact: Artefact, taps: Sequence[str] = ()) -> Session:
+    """The ONNX of `artefact`, of a target of TensorRT, in ONNX's reference interpreter."""
+    manifest = artefact.manifest
+    assert manifest.options is not None
+    run = interpreter(artefact, taps)
+    vision = once(partial(interpreter, artefact, part="vision"))
+    return Session(
+        manifest.spec, "fp32", "interpreter", run, artefact, vision, "buffers",
+        piece=manifest.options.piece, context=manifest.options.context,
+    )  # fmt: skip
 
 
 def torch_session(

@@ -97,13 +97,24 @@ def _scheme(name: str, of: tuple[str, ...], weight: str, inputs: str, **more: ob
 
 _LINEAR = EXPERTS + SHARED + DENSE + ATTENTION
 
-#: "dynamic" is ours: what `meta` does, for all linear layers
+#: for engines that know dynamic scales inside a plugin for experts alone
+MIXED = Scheme(
+    name="mixed",
+    rules=(
+        Rule(of=EXPERTS + SHARED, weight="channel", inputs="token"),
+        Rule(of=DENSE + ATTENTION, weight="channel", inputs="tensor"),
+    ),
+)
+#: "dynamic" and "static" are ours: what `meta` does for all linear layers, and the same with scales
+#: that are known before anything runs
 SCHEMES = {
     each.name: each
     for each in (
         #       name        what     weights    inputs
         _scheme("meta", EXPERTS, "channel", "token"),
         _scheme("dynamic", _LINEAR, "channel", "token"),
+        _scheme("static", _LINEAR, "channel", "tensor"),
+        MIXED,
         _scheme("modelopt", _LINEAR, "tensor", "tensor", cache=True),
         _scheme("deepseek", _LINEAR, "block", "group"),
     )

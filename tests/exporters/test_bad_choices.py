@@ -16,7 +16,8 @@ from tests.trees import tree
     "choice",
     [
         {"target": "tpu"},
-        *({"target": name} for name in ("tensorrt", "tensorrt-rtx")),
+        {"precision": "int8", "target": "tensorrt-rtx"},
+        {"weights": "pack", "target": "tensorrt"},
         {"precision": "nvfp4"},
         {"precision": "int4"},
         {"precision": ""},

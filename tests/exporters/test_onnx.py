@@ -112,12 +112,16 @@ def test_declared_shapes_are_what_onnxruntime_produces(
 
 def test_every_op_of_the_vocabulary_has_a_rule() -> None:
     fused = {ops.buffered_attention, ops.columns, ops.skip_norm, ops.spans_of_mask}
+    of_engines = {ops.slot_mask}
     modules = ("moec.graph_builder.ops.fused", "moec.graph_builder.ops.fused_attention")
     of_torch = {each for each in ops.OPS.values() if each.eager.__module__ in modules}
-    assert {rule.op for rule in STANDARD} == set(ops.OPS.values()) - fused - of_torch
+    plain = set(ops.OPS.values()) - fused - of_engines - of_torch
+    expected = dict.fromkeys(DIALECTS, plain | fused) | {
+        "standard": plain,
+        "tensorrt": plain | of_engines | {ops.buffered_attention, ops.moe_layer},
+    }
     for name, dialect in DIALECTS.items():
-        if name != "standard":
-            assert {rule.op for rule in dialect.rules} == set(ops.OPS.values()) - of_torch
+        assert {rule.op for rule in dialect.rules} == expected[name], name
 
 
 def test_an_op_without_a_rule_is_an_error_that_lists_the_rules() -> None:

@@ -15,7 +15,7 @@ from moec.runtime.cache import new_cache
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.presets import PRESETS
-from moec.spec.scheme import SCHEMES, Scheme
+from moec.spec.scheme import SCHEMES, STATIC, Scheme
 from moec.spec.tensors import quantized, scale_of, separate, tensors
 from moec.spec.twin import twin
 from tests.strategies import fp8_specs
@@ -26,9 +26,16 @@ few = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthC
 NODES = {
     "meta": (0, 0, 0),  # experts alone, whose op does all of it
     "dynamic": (4, 4, 7 + 4),  # inputs of q, k and v; of o; of gate and up; of down
-    "modelopt": (0, 7 + 4, 7 + 7 + 4),  # an input for each weight; keys and values twice
+    "static": (0, 7, 7 + 7),  # an input for each weight
+    "modelopt": (0, 7 + 4, 7 + 7 + 4),  # keys and values twice
     "deepseek": (4, 4, 7 + 4),
 }
+
+
+def _mixed(moe: float) -> tuple[float, ...]:
+    """The same of the scheme that is dynamic in experts, where a share of the layers is `moe`."""
+    quantized = 4 + 2 * moe + 3 * (1 - moe)  # of attention; of a shared expert, or dense
+    return 2 * moe, quantized, 7 + quantized
 
 
 @pytest.fixture(
@@ -82,8 +89,11 @@ def test_nodes_are_where_the_scheme_says(spec: ModelSpec, graph: fx.GraphModule)
     layers = spec.text.layers
     kinds = (ops.token_scale, ops.quantize, ops.dequantize)
     found = tuple(count[op.target] / layers for op in kinds)
-    assert found == NODES[spec.scheme.name]
-    assert count[ops.fp8_moe.target] == sum(layer.moe for layer in spec.text.all_layers)
+    moe = sum(layer.moe for layer in spec.text.all_layers)
+    assert found == (
+        _mixed(moe / layers) if spec.scheme.name == "mixed" else NODES[spec.scheme.name]
+    )
+    assert count[ops.fp8_moe.target] == moe
     assert not count[ops.moe.target]
 
 
@@ -94,9 +104,10 @@ def test_products_of_one_input_share_its_rounding_where_scales_are_dynamic(
     assert spec.scheme
     for index, layer in enumerate(spec.text.all_layers):
         ffn = f"layers.{index}.moe.shared" if layer.moe else f"layers.{index}.ffn"
-        attention = [inputs[f"layers.{index}.attn.{part}.weight"] for part in "qkv"]
-        for seen in (attention, [inputs[f"{ffn}.{part}.weight"] for part in ("gate", "up")]):
-            assert len(set(seen)) == (len(seen) if spec.scheme.static else 1)
+        attention = [f"layers.{index}.attn.{part}.weight" for part in "qkv"]
+        for names in (attention, [f"{ffn}.{part}.weight" for part in ("gate", "up")]):
+            seen, rule = [inputs[name] for name in names], spec.scheme.rule(names[0])
+            assert len(set(seen)) == (len(seen) if rule and rule.inputs in STATIC else 1)
             rounded = spec.scheme.name != "meta"
             assert {each.target == ops.dequantize.target for each in seen} == {rounded}
 

@@ -19,6 +19,7 @@ from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.encodes import join_encodes
 from moec.graph_builder.passes.fuse import fuse
 from moec.graph_builder.passes.skip_norm import join_skip_norms
+from moec.graph_builder.passes.static import make_static
 from moec.graph_builder.types import TensorType
 from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
@@ -139,6 +140,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
         for graph in (
             *graphs_of(spec, precision, "standard").values(),
             *graphs_of(spec, precision, "ort").values(),
+            make_static(keep_buffers(build_decoder(spec)), {}),
             *([build_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
         )
         for node in graph.graph.nodes

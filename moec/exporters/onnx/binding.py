@@ -25,7 +25,7 @@ def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> Non
     graph = model.graph
     weights = [*graph.inputs, *graph.initializers.values()]
     for weight in weights:
-        entry = _entry(weight.name or "", entries)
+        entry = entry_of(weight.name or "", entries)
         if entry is None:
             continue
         weight.const_value = ir.ExternalTensor(
@@ -37,13 +37,13 @@ def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> Non
             name=str(weight.name),
             base_dir=root,
         )
-    bound = [each for each in graph.inputs if each.name and _entry(each.name, entries)]
+    bound = [each for each in graph.inputs if each.name and entry_of(each.name, entries)]
     for weight in bound:
         graph.inputs.remove(weight)
         graph.register_initializer(weight)
 
 
-def _entry(name: str, entries: Mapping[str, TensorEntry]) -> TensorEntry | None:
+def entry_of(name: str, entries: Mapping[str, TensorEntry]) -> TensorEntry | None:
     """The bytes of a weight: a parameter, or one expert of it, "PARAMETER[INDEX]"."""
     parameter, _, index = name.partition("[")
     entry = entries.get(parameter)

@@ -5,6 +5,8 @@ along the other first. Of FP8 tensors a runtime may do little: neither gather no
 experts are branches, each on its own slice of the file.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -151,8 +153,9 @@ def lower_fp8_moe(
     inputs: str,
     block: int,
     bound: float | None,
+    write: Callable[..., ir.Value] = branches,
 ) -> ir.Value:
-    """Each chosen expert on its own codes, fused or apart."""
+    """Each chosen expert on its own codes, fused or apart; `write` as in `lower_branches`."""
     fused = len(type_of(down[0]).shape) == 3
     count = type_of(down[0]).shape[0] if fused else len(down)
 
@@ -187,7 +190,7 @@ def lower_fp8_moe(
         act = swiglu(e, *halves)
         return product(act, down, down_scale, down_input, "down")[0]
 
-    return branches(e, node, x, scores, experts, count, ffn)
+    return write(e, node, x, scores, experts, count, ffn)
 
 
 def _of_expert(e: Emitter, fused: ir.Value, expert: int) -> ir.Value:

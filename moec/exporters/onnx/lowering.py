@@ -240,9 +240,7 @@ def lower(
             if each.name in stored and each.name not in weights.packings:
                 kind = dtype_name(type_of(each).dtype)
                 weights.packings[each.name] = Packing(source=each.name, dtype=kind)
-    domains = {"": opset}
-    if any(node.domain == MICROSOFT for node in nodes):
-        domains[MICROSOFT] = 1
+    domains = {node.domain: 1 for node in nodes} | {"": opset}
     ir_graph = ir.Graph(
         [*inputs, *used],
         outputs,

@@ -7,7 +7,12 @@ from moec.graph_builder.ops.attention import (
     scale_queries,
     temperature,
 )
-from moec.graph_builder.ops.buffers import buffered_attention, columns, spans_of_mask
+from moec.graph_builder.ops.buffers import (
+    buffered_attention,
+    columns,
+    slot_mask,
+    spans_of_mask,
+)
 from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
 from moec.graph_builder.ops.fp8 import FP8, dequantize, fp8_moe, quantize, token_scale
 from moec.graph_builder.ops.fused import (
@@ -83,6 +88,7 @@ __all__ = [
     "select",
     "skip_norm",
     "skip_norm_fp8",
+    "slot_mask",
     "spans_of_mask",
     "swiglu",
     "swiglu_fp8",

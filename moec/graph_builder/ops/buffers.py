@@ -88,6 +88,23 @@ def buffered_attention(
     return attention.eager(q, *flat, seen, heads, kv_heads), key, value
 
 
+def _slot_rule(ids: TensorType, last: TensorType, buffer: TensorType) -> TensorType:
+    need(last.shape == ids.shape[:1], "slot_mask", "last", last, f"int32 {ids.shape[:1]}")
+    need(len(buffer.shape) == 4, "slot_mask", "buffer", buffer, "[B, kv_heads, slots, d]")
+    return TensorType((ids.shape[0], 1, ids.shape[1], buffer.shape[2]), torch.bool)
+
+
+@op("slot_mask(Tensor ids, Tensor last, Tensor buffer) -> Tensor", _slot_rule)
+def slot_mask(ids: Tensor, last: Tensor, buffer: Tensor) -> Tensor:
+    """Which slots of `buffer` the tokens ids [B, S] see, bool [B, 1, S, N]: those up to their own.
+
+    `last` [B] is the slot of each row's last token. It is all the mask that `buffered_attention`
+    has without one.
+    """
+    at = last.long()[:, None] + torch.arange(1 - ids.shape[1], 1, device=ids.device)  # [B, S]
+    return (torch.arange(buffer.shape[2], device=ids.device) <= at[..., None])[:, None]
+
+
 def _mask_rule(mask: TensorType, ids: TensorType) -> tuple[TensorType, TensorType, TensorType]:
     rows = ids.shape[:1]
     need(mask.shape[:1] == rows, "spans_of_mask", "mask", mask.shape, f"[{rows[0]}, K]")

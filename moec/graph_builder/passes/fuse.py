@@ -47,6 +47,20 @@ def fuse(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
     return graph
 
 
+def fuse_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
+    """A wide decoder, changed in place: `moe_layer` for each MoE layer, on joined weights.
+
+    The rest stays wide, for `quantize` to go on with.
+    """
+    rewrite = _Rewrite(graph, spec)
+    for layer in spec.text.all_layers:
+        if layer.moe:
+            rewrite.moe(f"layers.{layer.index}.moe")
+    without_unused(graph)
+    graph.delete_all_unused_submodules()
+    return graph
+
+
 class _Rewrite:
     """One run of the pass over `graph`; nodes are known by the names that the decoder gave them."""
 

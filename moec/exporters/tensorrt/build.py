@@ -1,0 +1,150 @@
+"""The engines of an artefact: what to build for each part, and what was built."""
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from moec.exporters.manifest import Engine
+from moec.exporters.tensorrt.api import PACKAGES
+from moec.exporters.tensorrt.engine import build_engine
+from moec.exporters.tensorrt.job import Job, Span
+from moec.exporters.tensorrt.onnx_model import is_fed
+from moec.exporters.tensorrt.options import EngineOptions
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+
+Package = Literal["tensorrt", "tensorrt_rtx"]
+Progress = Callable[[str, int, int], None]
+#: where the plugin's sources and library are in an artefact
+PLUGIN = "plugin"
+
+
+def need_package(package: Package) -> None:
+    """Refuse, before anything is built, to go without the package that builds engines.
+
+    Raises:
+        MoecError: it is not installed (exit code 3).
+    """
+    if find_spec(package) is None:
+        title, install = PACKAGES[package]
+        raise MoecError(
+            title, "not installed", f"the package {package}",
+            f"{install}, or add --no-engine and build the engine elsewhere: python cli.py engine",
+            exit_code=3,
+        )  # fmt: skip
+
+
+def build_engines(
+    models: Mapping[str, ir.Model],
+    folder: Path,
+    root: Path | None,
+    spec: ModelSpec,
+    options: EngineOptions,
+    progress: Progress,
+    package: Package,
+) -> dict[str, Engine]:
+    """An engine PART.engine in `folder` beside each PART.onnx; external data lie below `root`.
+
+    The plugin, for models with one, is built in `folder` too.
+
+    Raises:
+        MoecError: see `build_engine`; or the plugin cannot be built here (exit code 3).
+    """
+    need_package(package)
+    done = {}
+    for part, model in models.items():
+        job = job_of(model, part, folder, root, spec, options, package)
+        if any(node.op_type == "MoecMoe" for node in model.graph):
+            job = job.model_copy(update={"plugins": (_plugin(folder, spec, options, package),)})
+        built = build_engine(job, progress)
+        taken = [str(each.name) for each in model.graph.inputs]
+        bindings = tuple(name for name in taken if not is_fed(name))
+        plugins = tuple(Path(each).relative_to(folder).as_posix() for each in job.plugins)
+        done[part] = Engine(file=f"{part}.engine", built=built, bindings=bindings, plugins=plugins)
+    return done
+
+
+def _plugin(folder: Path, spec: ModelSpec, options: EngineOptions, package: Package) -> str:
+    """The plugin's library, compiled in `folder` for the sizes of `spec`."""
+    if find_spec("triton") is None:
+        raise MoecError(
+            "the MoE plugin", "no package triton", "triton, which compiles its kernels",
+            "pip install triton, or use --scheme static", exit_code=3,
+        )  # fmt: skip
+    from moec.exporters.tensorrt.plugin.build import compile_plugin
+    from moec.kernels.launch import SHARED, Sizes
+
+    text = spec.text
+    sizes = Sizes(text.dim, text.experts.hidden, text.experts.count)
+    wanted = [int(name.removeprefix("SM")) for name in options.architectures]
+    known = [each for each in wanted if each in SHARED] if package == "tensorrt_rtx" else [*SHARED]
+    rows = max(options.piece, options.batch)
+    found = compile_plugin([sizes], rows, known, folder / PLUGIN)
+    if found.library is None:
+        raise MoecError(
+            "the MoE plugin", found.why, "TensorRT's headers and a C++ compiler",
+            "set TENSORRT_INCLUDE to the folder of NvInferRuntime.h, or use --scheme static",
+            exit_code=3,
+        )  # fmt: skip
+    return str(found.library)
+
+
+def job_of(
+    model: ir.Model,
+    part: str,
+    folder: Path,
+    root: Path | None,
+    spec: ModelSpec,
+    options: EngineOptions,
+    package: Package,
+) -> Job:
+    """What to build of a part."""
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    return Job(
+        onnx=str(folder / f"{part}.onnx"),
+        engine=str(folder / f"{part}.engine"),
+        package=package,
+        architectures=options.architectures if package == "tensorrt_rtx" else (),
+        profiles=profiles_of(model, part, spec, options),
+        attentions=len(attentions),
+        masked=part == "model",
+        decomposable=any(node.domain == "trt" for node in attentions),
+        inputs=_dtypes(model.graph.inputs),
+        outputs=_dtypes(model.graph.outputs),
+        weights=str(root) if root else None,
+    )
+
+
+def profiles_of(
+    model: ir.Model, part: str, spec: ModelSpec, options: EngineOptions
+) -> tuple[dict[str, Span], ...]:
+    """The tower's; or the decoder's two: a token for each row, and a piece of one prompt."""
+    if part == "vision":
+        return (_spans(model, {"tiles": (1, 1, options.tiles)}),)
+    piece = min(options.piece, options.slots(spec)["ring_slots"])
+    decode = {"sequence": (1, 1, 1), "logits": (1, 1, 1), "image_tokens": (0, 0, 0)}
+    decode["batch"] = (1, 1, options.batch)
+    prefill = {"sequence": (1, piece, piece), "logits": (1, 1, piece), "batch": (1, 1, 1)}
+    prefill["image_tokens"] = (0, 0, piece)
+    return _spans(model, decode), _spans(model, prefill)
+
+
+def _spans(model: ir.Model, sizes: Mapping[str, tuple[int, int, int]]) -> dict[str, Span]:
+    """The span of each input of `model` that has one of `sizes` in its shape."""
+    found = {}
+    for each in model.graph.inputs:
+        dims = [d.value if isinstance(d, ir.SymbolicDim) else d for d in each.shape or ()]
+        if any(isinstance(dim, str) for dim in dims):
+            small, usual, large = (
+                tuple(sizes[dim][i] if isinstance(dim, str) else int(dim or 0) for dim in dims)
+                for i in range(3)
+            )
+            found[str(each.name)] = Span(min=small, opt=usual, max=large)
+    return found
+
+
+def _dtypes(values: Iterable[ir.Value]) -> dict[str, str]:
+    return {str(each.name): each.dtype.name.lower() for each in values if each.dtype}

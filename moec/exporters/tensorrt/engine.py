@@ -1,0 +1,162 @@
+"""ONNX file -> engine, in a process that may die without taking this one along."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moec.exporters.tensorrt.api import PACKAGES
+from moec.exporters.tensorrt.failures import failure, ran_out
+from moec.exporters.tensorrt.job import PARTIAL, Built, Job
+from moec.spec.errors import MoecError
+
+#: (stage, done, total); the stages are "start", "parse", "check" and "build"
+Progress = Callable[[str, int, int], None]
+
+_COMMAND = (sys.executable, "-m", "moec.exporters.tensorrt.child")
+_ROOT = Path(__file__).parents[3]  # where the child finds this package, installed or not
+_LAST_WORDS = 40  # lines
+
+
+def build_engine(
+    job: Job,
+    progress: Progress = lambda stage, done, total: None,
+    timeout: float | None = None,
+) -> Built:
+    """Build `job.engine` of `job.onnx`; nothing is left behind where that fails.
+
+    Args:
+        progress: called with (stage, done, total), from this thread.
+        timeout: seconds after which to give up.
+
+    Raises:
+        MoecError: exit code 3: the package or a GPU is missing; 2: the job asks for what cannot be,
+            or the file cannot be written; 1: TensorRT refuses the model, changed it, or died.
+    """
+    engine = Path(job.engine)
+    partial = Path(job.engine + PARTIAL)
+    if engine.is_dir():
+        raise MoecError(engine, "a folder", "a file to write the engine to", "choose another place")
+    try:
+        built = _run(job, progress, timeout)
+        os.replace(partial, engine)
+        return built
+    finally:
+        with suppress(OSError):  # the folder may not even be there
+            partial.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class _Child:
+    """What a child said: its result, TensorRT's errors, and the last lines of its chatter."""
+
+    built: Built | None = None
+    refused: MoecError | None = None
+    errors: list[str] = field(default_factory=list)
+    chatter: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_WORDS))
+
+
+def _run(job: Job, progress: Progress, timeout: float | None) -> Built:
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    said, late = _Child(), threading.Event()
+    clock = None
+    process = subprocess.Popen(
+        _COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # Ctrl-C is for this process, which ends the child
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    try:
+        reader = threading.Thread(target=_collect, args=(process, said.chatter), daemon=True)
+        reader.start()
+        if timeout is not None:
+            clock = threading.Timer(timeout, _give_up, (process, late))
+            clock.start()
+        _converse(process, job, said, progress)
+        process.wait()
+        reader.join()
+    finally:
+        if clock:
+            clock.cancel()
+        _kill(process)
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+    if said.built:
+        return said.built
+    if said.refused:
+        raise said.refused
+    raise _died(job, said, process.returncode, timeout if late.is_set() else None)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """End the child and whatever it started, which would hold its pipes open."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _give_up(process: "subprocess.Popen[str]", late: threading.Event) -> None:
+    late.set()
+    _kill(process)
+
+
+def _collect(process: "subprocess.Popen[str]", chatter: deque[str]) -> None:
+    with suppress(ValueError):  # closed, where the build was interrupted
+        for line in process.stderr or ():
+            if line.strip():
+                chatter.append(line.strip())
+
+
+def _converse(process: "subprocess.Popen[str]", job: Job, said: _Child, progress: Progress) -> None:
+    assert process.stdin and process.stdout
+    with suppress(BrokenPipeError):  # it died at once: its last words say of what
+        process.stdin.write(job.model_dump_json())
+        process.stdin.close()
+    for line in process.stdout:
+        if not line.endswith("\n"):  # killed while it spoke
+            break
+        event = json.loads(line)
+        if "progress" in event:
+            progress(*event["progress"])
+        elif "error" in event:
+            said.errors.append(event["error"])
+        elif "built" in event:
+            said.built = Built.model_validate(event["built"])
+        elif "refused" in event:
+            said.refused = MoecError(*event["refused"])
+
+
+def _died(job: Job, said: _Child, code: int, timeout: float | None) -> MoecError:
+    """The refusal for a child that ended without a result."""
+    title = PACKAGES[job.package][0]
+    where = f"{title}: {job.onnx}"
+    if timeout is not None:
+        return MoecError(
+            where, f"still building after {timeout:g} seconds", "an engine by then",
+            "allow more time", exit_code=1,
+        )  # fmt: skip
+    words = [*said.errors, *reversed(said.chatter)]
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    if -code == signal.SIGKILL or ran_out(words):
+        words = [f"killed ({how}), as for want of memory: out of memory", *words]
+        return failure(where, job, words)
+    last = words[0] if words else "without a word"
+    return MoecError(
+        where, f"it died ({how}): {last}", "a build that ends",
+        "build again; if it dies again, build without plugins or with another --precision",
+        exit_code=1,
+    )  # fmt: skip

@@ -1,0 +1,100 @@
+"""Graphs as ONNX for TensorRT, weights bound or left as inputs of the engine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import fx
+
+from moec.exporters.manifest import Ports
+from moec.exporters.onnx.binding import bind
+from moec.exporters.onnx.write import lower_model, ports
+from moec.exporters.precision import fp8_packings
+from moec.exporters.targets import wants_plugin
+from moec.exporters.tensorrt.options import EngineOptions
+from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.parts import build_graph, parts_of
+from moec.graph_builder.passes.buffers import keep_buffers
+from moec.graph_builder.passes.fuse import fuse_experts
+from moec.graph_builder.passes.quantize import quantize
+from moec.graph_builder.passes.static import make_static
+from moec.spec.model import ModelSpec
+from moec.weights.fused import fused_packings, widened
+from moec.weights.packing import Packing
+from moec.weights.shard import TensorEntry
+
+#: experts in ONNX, or in a plugin
+DIALECTS = ("tensorrt", "tensorrt-plugin")
+#: what the graphs take that is no weight: exact names, and how names begin
+_FED = ("input_ids", "past_lengths", "logit_index", "image_features", "pixel_values")
+_CACHES = ("past.", "global.", "ring.")
+
+
+def graphs_of(
+    spec: ModelSpec, precision: str, dialect: str, options: EngineOptions
+) -> dict[str, fx.GraphModule]:
+    """Every graph of an engine's artefact, by part."""
+    graphs = {part: build_graph(spec, precision, part) for part in parts_of(spec)}
+    if dialect == "tensorrt-plugin":
+        wide = build_decoder(widened(spec, spec.dtype), precision)
+        graphs["model"] = quantize(fuse_experts(wide, spec), spec)
+    make_static(keep_buffers(graphs["model"]), options.slots(spec))
+    return graphs
+
+
+def packings_of(spec: ModelSpec) -> dict[str, Packing]:
+    """How wide weights of `spec` become FP8: experts of a plugin as its kernels want them."""
+    found = fp8_packings(spec)
+    if spec.scheme and wants_plugin(spec.scheme):
+        found |= {
+            name: each
+            for name, each in fused_packings(spec).items()
+            if ".moe." in name and each.fp8
+        }
+    return found
+
+
+def lower(
+    graph: fx.GraphModule, dialect: str, name: str, part: str
+) -> tuple[ir.Model, dict[str, Packing]]:
+    """`graph` as ONNX; no input and no node that nobody uses."""
+    lowered = lower_model(graph, DIALECTS[0], name, part)
+    RemoveUnusedNodesPass()(lowered.model)
+    inputs = lowered.model.graph.inputs
+    for each in [each for each in inputs if not each.uses()]:
+        inputs.remove(each)
+    return lowered.model, lowered.packings
+
+
+def save_bound(
+    model: ir.Model, path: Path, entries: Mapping[str, TensorEntry], root: Path, bindings: str
+) -> None:
+    """Point weights into files below `root`, all but `bindings`, and write the model."""
+    shapes = {each.name: each.shape for each in model.graph.inputs}
+    inside = {
+        name: entry
+        for name, entry in entries.items()
+        if bindings != "all"
+        and not (bindings == "experts" and is_expert(name))
+        and shapes.get(name, entry.shape) == entry.shape  # else it is one of several, joined
+    }
+    bind(model, inside, root)
+    ir.save(model, path)
+
+
+def is_expert(weight: str) -> bool:
+    """Whether a stored tensor holds routed experts; their scales are small, and no bindings."""
+    part = weight.partition(".moe.")[2]
+    return bool(part) and not part.startswith(("router.", "shared.")) and "scale" not in part
+
+
+def is_fed(name: str) -> bool:
+    """Whether a graph's input is no weight."""
+    return name in _FED or name.startswith(_CACHES)
+
+
+def ports_of(model: ir.Model) -> Ports:
+    """What a caller gives and gets; weights that are inputs are not among it."""
+    fed = [each for each in model.graph.inputs if is_fed(str(each.name))]
+    return Ports(inputs=ports(fed), outputs=ports(model.graph.outputs))

@@ -1,0 +1,62 @@
+"""What an engine is built for: sizes, GPUs, and where its weights are."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from moec.spec.errors import MoecError
+from moec.spec.frozen import Frozen
+from moec.spec.model import ModelSpec
+
+#: what TensorRT-RTX calls the compute capabilities that it compiles FP8 and bf16 for
+ARCHITECTURES = ("SM89", "SM120")
+
+
+class EngineOptions(Frozen):
+    """Sizes that an engine is compiled for, and how.
+
+    An engine's caches have `context` slots in each row, less in chunked layers. A call takes up to
+    `batch` rows of one token each, or up to `piece` tokens of a prompt, row by row; the tower up to
+    `tiles` image tiles.
+    """
+
+    context: int = Field(default=8192, ge=1, description="tokens of a row, prompt included")
+    batch: int = Field(default=8, ge=1, description="rows at most")
+    piece: int = Field(default=512, ge=1, description="tokens of a prompt in one call at most")
+    tiles: int = Field(default=8, ge=1, description="image tiles in one call at most")
+    architectures: tuple[str, ...] = Field(
+        default=ARCHITECTURES, description="compute capabilities, of target tensorrt-rtx"
+    )
+    bindings: Literal["experts", "all", "none"] = Field(
+        default="experts", description="weights that are inputs of the engine, not inside it"
+    )
+    build: bool = Field(default=True, description="whether to build engines, or the ONNX alone")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.piece > self.context:
+            raise ValueError(f"piece {self.piece} is above context {self.context}")
+        return self
+
+    def slots(self, spec: ModelSpec) -> dict[str, int]:
+        """Slots of the caches by the names that the decoder has for them."""
+        chunk = spec.text.chunk or self.context
+        return {"global_slots": self.context, "ring_slots": min(chunk, self.context)}
+
+
+def engine_options(chosen: Mapping[str, Any]) -> EngineOptions:
+    """Options of which some were chosen by a user.
+
+    Raises:
+        MoecError: names the first that cannot be.
+    """
+    fitting = {"piece": min(int(chosen.get("context", 512)), 512)} | dict(chosen)
+    try:
+        return EngineOptions.model_validate(fitting)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"])) or "piece"
+        raise MoecError(
+            f"--{at}", chosen.get(at, fitting.get(at)), first["msg"].lower(), "choose another"
+        ) from None

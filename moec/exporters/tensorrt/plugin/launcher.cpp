@@ -1,0 +1,175 @@
+// See launcher.h.
+#include "launcher.h"
+
+#include <algorithm>
+#include <array>
+
+#include "driver.h"
+
+namespace moec {
+
+namespace {
+
+/// What a kernel may have without asking.
+constexpr int64_t kSharedByDefault = 48 * 1024;
+
+/// The calling thread's context, by a number that is never used again, and its GPU.
+struct Here {
+    unsigned long long context{};
+    int64_t architecture{}, multiprocessors{};
+
+    Here() {
+        Driver const& cuda = driver();
+        CUcontext current = nullptr;
+        cuda.check(cuda.cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+        if (!current)
+            throw refusal("this thread", "no CUDA context", "a current one",
+                          "select a device before running the layer");
+        cuda.check(cuda.cuCtxGetId(current, &context), "cuCtxGetId");
+        CUdevice device = 0;
+        cuda.check(cuda.cuCtxGetDevice(&device), "cuCtxGetDevice");
+        auto attribute = [&](CUdevice_attribute which) {
+            int found = 0;
+            cuda.check(cuda.cuDeviceGetAttribute(&found, which, device), "cuDeviceGetAttribute");
+            return static_cast<int64_t>(found);
+        };
+        architecture = 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) +
+                       attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+        multiprocessors = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    }
+};
+
+/// A kernel's parameters, and where the driver finds each.
+class Values {
+public:
+    Values(Launch const& launch, std::vector<CUdeviceptr> const& slots, int64_t tokens) {
+        std::size_t const count = launch.parameters.size();
+        mWords.resize(count + 2);  // the last two stay null: Triton's scratch, which none uses
+        mMaps.resize(count);
+        for (std::size_t i = 0; i < count; ++i) {
+            Parameter const& each = launch.parameters[i];
+            if (each.kind == Parameter::kMap) {
+                encode(each, slots[each.slot], tokens, mMaps[i]);
+                pointers.push_back(&mMaps[i]);
+                continue;
+            }
+            mWords[i] = each.kind == Parameter::kNumber ? each.value.at(tokens)
+                        : each.slot < 0                 ? 0
+                                                        : static_cast<int64_t>(slots[each.slot]);
+            pointers.push_back(&mWords[i]);  // little-endian: a narrower number is its first bytes
+        }
+        pointers.push_back(&mWords[count]);
+        pointers.push_back(&mWords[count + 1]);
+    }
+
+    std::vector<void*> pointers;
+
+private:
+    static void encode(Parameter const& each, CUdeviceptr matrix, int64_t tokens,
+                       CUtensorMap& into) {
+        // The driver has the inner dimension first, and no stride for it.
+        std::array<cuuint64_t, 2> const extents{static_cast<cuuint64_t>(each.columns),
+                                                static_cast<cuuint64_t>(each.value.at(tokens))};
+        cuuint64_t const stride = static_cast<cuuint64_t>(each.columns * each.elementBytes);
+        std::array<cuuint32_t, 2> const tile{static_cast<cuuint32_t>(each.tileColumns),
+                                             static_cast<cuuint32_t>(each.tileRows)};
+        std::array<cuuint32_t, 2> const steps{1, 1};
+        Driver const& cuda = driver();
+        cuda.check(cuda.cuTensorMapEncodeTiled(
+                       &into, static_cast<CUtensorMapDataType>(each.element), 2,
+                       reinterpret_cast<void*>(matrix), extents.data(), &stride, tile.data(),
+                       steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+                       static_cast<CUtensorMapSwizzle>(each.swizzle),
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+                   "cuTensorMapEncodeTiled");
+    }
+
+    std::vector<int64_t> mWords;
+    std::vector<CUtensorMap> mMaps;  // aligned to 64, as the driver wants them
+};
+
+/// Kernels read 16 bytes at a time, and so does who copies tiles.
+void checkPointer(std::string const& name, CUdeviceptr pointer) {
+    if (!pointer || pointer % 16)
+        throw refusal(name, pointer ? "a pointer that is not aligned" : "a null pointer",
+                      "one aligned to 16 bytes", "give it memory of its own");
+}
+
+}  // namespace
+
+CUfunction Launcher::function(unsigned long long context, int64_t kernel) {
+    std::lock_guard<std::mutex> const lock(mMutex);
+    auto const found = mLoaded.find({context, kernel});
+    if (found != mLoaded.end()) return found->second;
+    Driver const& cuda = driver();
+    Kernel const& each = mProgram.kernels[kernel];
+    CUmodule module = nullptr;  // stays loaded: its context may end before this does
+    cuda.check(cuda.cuModuleLoadData(&module, each.cubin), "cuModuleLoadData");
+    CUfunction made = nullptr;
+    cuda.check(cuda.cuModuleGetFunction(&made, module, each.name.c_str()), "cuModuleGetFunction");
+    if (each.shared > kSharedByDefault) {
+        constexpr auto kShared = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        cuda.check(cuda.cuFuncSetAttribute(made, kShared, static_cast<int>(each.shared)),
+                   "cuFuncSetAttribute");
+        // As Triton does: what the first-level cache takes would leave room for fewer at a time.
+        cuda.check(cuda.cuFuncSetCacheConfig(made, CU_FUNC_CACHE_PREFER_SHARED),
+                   "cuFuncSetCacheConfig");
+    }
+    return mLoaded[{context, kernel}] = made;
+}
+
+void Launcher::prepare() {
+    Here const here;
+    for (Variant const& variant : mProgram.target(here.architecture).variants)
+        for (Launch const& launch : variant.launches) function(here.context, launch.kernel);
+}
+
+void Launcher::run(int64_t tokens, CUdeviceptr const* given, CUdeviceptr workspace, int64_t room,
+                   CUstream stream) {
+    if (tokens < 1) return;
+    int64_t const needed = mProgram.workspace(tokens);
+    if (room < needed)
+        throw refusal("the workspace", std::to_string(room) + " bytes",
+                      std::to_string(needed) + " for " + std::to_string(tokens) + " tokens",
+                      "give it more");
+    checkPointer("the workspace", workspace);
+    for (std::size_t i = 0; i < mProgram.given.size(); ++i)
+        checkPointer(mProgram.given[i].name, given[i]);
+    Here const here;
+    Driver const& cuda = driver();
+    Target const& target = mProgram.target(here.architecture);
+    for (int64_t done = 0; done < tokens; done += mProgram.most) {
+        int64_t const part = std::min(mProgram.most, tokens - done);
+        Variant const& variant = variantFor(target, part);
+        std::vector<CUdeviceptr> slots;
+        for (std::size_t i = 0; i < mProgram.given.size(); ++i)
+            slots.push_back(given[i] + done * mProgram.given[i].rowBytes);
+        for (int64_t offset : placed(variant, part)) slots.push_back(workspace + offset);
+        for (Launch const& launch : variant.launches) {
+            Values values(launch, slots, part);
+            auto axis = [&](int i) {
+                int64_t const found = launch.grid[i].at(part);
+                return static_cast<unsigned>(found == kEvery ? here.multiprocessors : found);
+            };
+            Kernel const& kernel = mProgram.kernels[launch.kernel];
+            CUlaunchAttribute early{};
+            early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            early.value.programmaticStreamSerializationAllowed = 1;
+            CUlaunchConfig config{};
+            config.gridDimX = axis(0);
+            config.gridDimY = axis(1);
+            config.gridDimZ = axis(2);
+            config.blockDimX = static_cast<unsigned>(kernel.threads);
+            config.blockDimY = config.blockDimZ = 1;
+            config.sharedMemBytes = static_cast<unsigned>(kernel.shared);
+            config.hStream = stream;
+            config.attrs = &early;
+            config.numAttrs = launch.overlap ? 1 : 0;
+            cuda.check(cuda.cuLaunchKernelEx(&config, function(here.context, launch.kernel),
+                                             values.pointers.data(), nullptr),
+                       ("cuLaunchKernelEx " + kernel.name).c_str());
+        }
+    }
+}
+
+}  // namespace moec

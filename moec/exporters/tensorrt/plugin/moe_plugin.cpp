@@ -1,0 +1,348 @@
+// The node "MoecMoe": one MoE layer, top-1, with a shared expert. It runs where there is no Python.
+//
+//     x bf16 [T, D], router bf16 [E, D],
+//     gate_up FP8 [E + 1, 2F, D], gate_up_scale fp32 [E + 1, 2F],
+//     down FP8 [E + 1, D, F], down_scale fp32 [E + 1, D]  ->  bf16 [T, D]
+//
+// The shared expert is last; T alone may be dynamic. A plugin keeps sizes and SHA-256 of its
+// program in the engine, and takes no other program when that is read again.
+#include <NvInferRuntime.h>
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "launcher.h"
+
+using namespace nvinfer1;
+
+extern "C" uint8_t const moec_programs[];
+extern "C" uint8_t const moec_programs_end[];
+
+namespace {
+
+constexpr char kName[] = "MoecMoe";
+constexpr char kVersion[] = "1";
+constexpr char kNamespace[] = "moec";
+constexpr int32_t kInputs = 6;
+constexpr int32_t kFailed = 1;
+
+struct Tensor {
+    char const* name;
+    DataType type;
+    int32_t rank;
+};
+
+/// Inputs in order, then the output.
+constexpr Tensor kTensors[kInputs + 1] = {
+    {"x", DataType::kBF16, 2},
+    {"router", DataType::kBF16, 2},
+    {"gate_up", DataType::kFP8, 3},
+    {"gate_up_scale", DataType::kFLOAT, 2},
+    {"down", DataType::kFP8, 3},
+    {"down_scale", DataType::kFLOAT, 2},
+    {"out", DataType::kBF16, 2},
+};
+
+// -- what is said ---------------------------------------------------------------------------------
+
+std::atomic<ILoggerFinder*> gFinder{nullptr};
+
+/// Libraries whose logger is asked for where no one said how to find it.
+constexpr char const* kLibraries[] = {"libnvinfer.so.11", "libtensorrt_rtx.so.1"};
+
+ILogger* logger() {
+    if (ILoggerFinder* const finder = gFinder) return finder->findLogger();
+    for (char const* name : kLibraries)
+        if (void* const library = dlopen(name, RTLD_NOW | RTLD_NOLOAD))
+            if (void* const find = dlsym(library, "getLogger"))
+                return reinterpret_cast<ILogger* (*)()>(find)();
+    return nullptr;
+}
+
+/// To TensorRT's logger, or to stderr where there is none.
+void say(std::string const& text) noexcept {
+    if (ILogger* const found = logger())
+        found->log(ILogger::Severity::kERROR, text.c_str());
+    else
+        std::fprintf(stderr, "%s\n", text.c_str());
+}
+
+/// 0, or what TensorRT takes for a failure after `call` threw: what it threw has then been said.
+template <class Call>
+int32_t guarded(Call call) noexcept {
+    try {
+        call();
+        return 0;
+    } catch (std::exception const& error) {
+        say(std::string(kName) + ": " + error.what());
+        return kFailed;
+    }
+}
+
+std::string text(DataType type) {
+    switch (type) {
+        case DataType::kFLOAT: return "FLOAT";
+        case DataType::kHALF: return "FLOAT16";
+        case DataType::kBF16: return "BFLOAT16";
+        case DataType::kFP8: return "FLOAT8E4M3FN";
+        default: return "type " + std::to_string(static_cast<int32_t>(type));
+    }
+}
+
+std::string text(Dims const& dims) {
+    std::string found;
+    for (int32_t i = 0; i < dims.nbDims; ++i)
+        found += (i ? ", " : "") + (dims.d[i] < 0 ? "T" : std::to_string(dims.d[i]));
+    return "[" + found + "]";
+}
+
+// -- the programs of this library -----------------------------------------------------------------
+
+using Launchers = std::vector<std::unique_ptr<moec::Launcher>>;
+
+Launchers const& launchers() {
+    static Launchers const found = [] {
+        Launchers made;
+        for (uint8_t const* at = moec_programs; at < moec_programs_end;) {
+            moec::Program program(at, static_cast<std::size_t>(moec_programs_end - at));
+            at += program.size;
+            made.push_back(std::make_unique<moec::Launcher>(std::move(program)));
+        }
+        return made;
+    }();
+    return found;
+}
+
+moec::Launcher& launcherFor(int64_t dim, int64_t hidden, int64_t experts) {
+    std::string known;
+    for (auto const& each : launchers()) {
+        moec::Program const& one = each->program();
+        if (one.dim == dim && one.hidden == hidden && one.experts == experts) return *each;
+        known += (known.empty() ? "" : "; or ") + one.sizes();
+    }
+    throw moec::refusal("its plugin library",
+                        "no program for dim " + std::to_string(dim) + ", hidden " +
+                            std::to_string(hidden) + ", experts " + std::to_string(experts),
+                        known, "load the library that was exported with this model");
+}
+
+/// What is refused of an input, and why.
+moec::Failure wrong(int32_t input, std::string const& found, std::string const& expected) {
+    return moec::refusal(std::string("input ") + kTensors[input].name, found, expected,
+                         "export the model again");
+}
+
+void checkCount(int32_t count) {
+    if (count != kInputs)
+        throw moec::refusal("inputs", std::to_string(count), std::to_string(kInputs),
+                            "export the model again");
+}
+
+/// The launcher for inputs of these shapes; -1 stands for any number of tokens.
+moec::Launcher& launcherFor(Dims const* const* dims, int32_t count) {
+    checkCount(count);
+    for (int32_t i = 0; i < kInputs; ++i)
+        if (dims[i]->nbDims != kTensors[i].rank)
+            throw wrong(i, text(*dims[i]), std::to_string(kTensors[i].rank) + " dimensions");
+    int64_t const tokens = dims[0]->d[0], dim = dims[0]->d[1], experts = dims[1]->d[0];
+    int64_t const hidden = dims[4]->d[2], all = experts + 1;
+    Dims const expected[kInputs] = {
+        {2, {tokens, dim}},     {2, {experts, dim}},     {3, {all, 2 * hidden, dim}},
+        {2, {all, 2 * hidden}}, {3, {all, dim, hidden}}, {2, {all, dim}},
+    };
+    for (int32_t i = 0; i < kInputs; ++i)
+        if (!std::equal(dims[i]->d, dims[i]->d + kTensors[i].rank, expected[i].d))
+            throw wrong(i, text(*dims[i]), text(expected[i]));
+    return launcherFor(dim, hidden, experts);
+}
+
+moec::Launcher& launcherFor(DynamicPluginTensorDesc const* inputs, int32_t count) {
+    Dims const* dims[kInputs];
+    for (int32_t i = 0; i < std::min(count, kInputs); ++i) dims[i] = &inputs[i].desc.dims;
+    return launcherFor(dims, count);
+}
+
+moec::Launcher& launcherFor(PluginTensorDesc const* inputs, int32_t count) {
+    Dims const* dims[kInputs];
+    for (int32_t i = 0; i < std::min(count, kInputs); ++i) dims[i] = &inputs[i].dims;
+    return launcherFor(dims, count);
+}
+
+// -- the plugin -----------------------------------------------------------------------------------
+
+class Plugin final : public IPluginV3,
+                     public IPluginV3OneCore,
+                     public IPluginV3OneBuild,
+                     public IPluginV3OneRuntime {
+public:
+    /// `launcher` is null until shapes say which.
+    Plugin(moec::Launcher* launcher, TensorRTPhase phase) : mLauncher(launcher), mPhase(phase) {}
+
+    IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
+        switch (type) {
+            case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+            case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
+            case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+        }
+        return nullptr;
+    }
+
+    IPluginV3* clone() noexcept override { return new Plugin(mLauncher, mPhase); }
+
+    AsciiChar const* getPluginName() const noexcept override { return kName; }
+    AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
+    AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+    int32_t getNbOutputs() const noexcept override { return 1; }
+
+    int32_t getOutputDataTypes(DataType* outputs, int32_t, DataType const* inputs,
+                               int32_t count) const noexcept override {
+        return guarded([&] {
+            checkCount(count);
+            for (int32_t i = 0; i < kInputs; ++i)
+                if (inputs[i] != kTensors[i].type)
+                    throw wrong(i, text(inputs[i]), text(kTensors[i].type));
+            outputs[0] = kTensors[kInputs].type;
+        });
+    }
+
+    int32_t getOutputShapes(DimsExprs const* inputs, int32_t, DimsExprs const*, int32_t,
+                            DimsExprs* outputs, int32_t, IExprBuilder&) noexcept override {
+        outputs[0] = inputs[0];
+        return 0;
+    }
+
+    bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* all, int32_t,
+                                   int32_t) noexcept override {
+        PluginTensorDesc const& found = all[position].desc;
+        return found.format == TensorFormat::kLINEAR && found.type == kTensors[position].type;
+    }
+
+    int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t count,
+                            DynamicPluginTensorDesc const*, int32_t) noexcept override {
+        return guarded([&] { mLauncher = &launcherFor(inputs, count); });
+    }
+
+    size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t count,
+                            DynamicPluginTensorDesc const*, int32_t) const noexcept override {
+        int64_t found = 0;
+        guarded([&] {
+            found = launcherFor(inputs, count).program().workspace(inputs[0].max.d[0]);
+        });
+        return static_cast<size_t>(found);
+    }
+
+    int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t count, PluginTensorDesc const*,
+                          int32_t) noexcept override {
+        return guarded([&] {
+            moec::Launcher& found = launcherFor(inputs, count);
+            if (mLauncher && mLauncher != &found)
+                throw moec::refusal("shapes", found.program().sizes(), mLauncher->program().sizes(),
+                                    "give the engine the weights that it was built for");
+            mLauncher = &found;
+            // Where engines are built there may be no GPU; where they run, modules are loaded now.
+            if (mPhase == TensorRTPhase::kRUNTIME) found.prepare();
+        });
+    }
+
+    int32_t enqueue(PluginTensorDesc const* inputs, PluginTensorDesc const*,
+                    void const* const* given, void* const* outputs, void* workspace,
+                    cudaStream_t stream) noexcept override {
+        return guarded([&] {
+            if (!mLauncher) mLauncher = &launcherFor(inputs, kInputs);
+            CUdeviceptr pointers[kInputs + 1];
+            for (int32_t i = 0; i < kInputs; ++i)
+                pointers[i] = reinterpret_cast<CUdeviceptr>(given[i]);
+            pointers[kInputs] = reinterpret_cast<CUdeviceptr>(outputs[0]);
+            int64_t const tokens = inputs[0].dims.d[0];
+            mLauncher->run(tokens, pointers, reinterpret_cast<CUdeviceptr>(workspace),
+                           mLauncher->program().workspace(tokens), stream);
+        });
+    }
+
+    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
+
+    PluginFieldCollection const* getFieldsToSerialize() noexcept override {
+        mFields.clear();
+        if (mLauncher) {
+            moec::Program const& program = mLauncher->program();
+            mFields.emplace_back("dim", &program.dim, PluginFieldType::kINT64, 1);
+            mFields.emplace_back("hidden", &program.hidden, PluginFieldType::kINT64, 1);
+            mFields.emplace_back("experts", &program.experts, PluginFieldType::kINT64, 1);
+            mFields.emplace_back("sha256", program.sha.data(), PluginFieldType::kCHAR,
+                                 static_cast<int32_t>(program.sha.size()));
+        }
+        mCollection.nbFields = static_cast<int32_t>(mFields.size());
+        mCollection.fields = mFields.data();
+        return &mCollection;
+    }
+
+private:
+    moec::Launcher* mLauncher;
+    TensorRTPhase mPhase;
+    std::vector<PluginField> mFields;
+    PluginFieldCollection mCollection{};
+};
+
+// -- its creator ----------------------------------------------------------------------------------
+
+class Creator final : public IPluginCreatorV3One {
+public:
+    IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* fields,
+                            TensorRTPhase phase) noexcept override {
+        IPluginV3* made = nullptr;
+        guarded([&] { made = new Plugin(known(*fields, phase), phase); });
+        return made;
+    }
+
+    PluginFieldCollection const* getFieldNames() noexcept override { return &mNone; }
+    AsciiChar const* getPluginName() const noexcept override { return kName; }
+    AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
+    AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+private:
+    /// The launcher that an engine was built with; null in a model that is to become an engine.
+    static moec::Launcher* known(PluginFieldCollection const& fields, TensorRTPhase phase) {
+        int64_t dim = 0, hidden = 0, experts = 0;
+        std::string sha;
+        for (int32_t i = 0; i < fields.nbFields; ++i) {
+            PluginField const& each = fields.fields[i];
+            for (auto [name, into] : {std::pair<char const*, int64_t*>{"dim", &dim},
+                                      {"hidden", &hidden}, {"experts", &experts}})
+                if (!std::strcmp(each.name, name)) std::memcpy(into, each.data, sizeof *into);
+            if (!std::strcmp(each.name, "sha256"))
+                sha.assign(static_cast<char const*>(each.data), each.length);
+        }
+        if (sha.empty() && phase == TensorRTPhase::kBUILD) return nullptr;
+        if (sha.empty())
+            throw moec::refusal("the engine", "no program's SHA-256", "one", "build it again");
+        moec::Launcher& found = launcherFor(dim, hidden, experts);
+        if (found.program().sha != sha)
+            throw moec::refusal("its plugin library", "program " + found.program().sha, sha,
+                                "load the engine's own library, or build the engine again");
+        return &found;
+    }
+
+    PluginFieldCollection mNone{};
+};
+
+Creator gCreator;
+IPluginCreatorInterface* const gCreators[] = {&gCreator};
+
+}  // namespace
+
+#define MOEC_PUBLIC extern "C" __attribute__((visibility("default")))
+
+MOEC_PUBLIC IPluginCreatorInterface* const* getCreators(int32_t& count) {
+    count = 1;
+    return gCreators;
+}
+
+MOEC_PUBLIC void setLoggerFinder(ILoggerFinder* finder) {
+    gFinder = finder;
+}

@@ -1,0 +1,57 @@
+// The launcher for callers in other languages. Functions that may fail write a message and return
+// null, or not 0.
+#include <cstring>
+
+#include "launcher.h"
+
+#define MOEC_PUBLIC extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+template <class Call>
+int guarded(char* message, std::size_t room, Call call) noexcept {
+    try {
+        call();
+        return 0;
+    } catch (std::exception const& error) {
+        if (room) {
+            std::strncpy(message, error.what(), room - 1);
+            message[room - 1] = 0;
+        }
+        return 1;
+    }
+}
+
+}  // namespace
+
+/// A launcher of the program in `bytes`, which have to stay as long as it does.
+MOEC_PUBLIC void* moec_open(void const* bytes, std::size_t size, char* message, std::size_t room) {
+    moec::Launcher* made = nullptr;
+    guarded(message, room, [&] {
+        made = new moec::Launcher(moec::Program(static_cast<uint8_t const*>(bytes), size));
+    });
+    return made;
+}
+
+MOEC_PUBLIC void moec_close(void* launcher) { delete static_cast<moec::Launcher*>(launcher); }
+
+/// Bytes of workspace that up to so many tokens need.
+MOEC_PUBLIC int64_t moec_workspace(void const* launcher, int64_t tokens) {
+    return static_cast<moec::Launcher const*>(launcher)->program().workspace(tokens);
+}
+
+/// Loads all that this thread's GPU may need: before a CUDA graph is captured.
+MOEC_PUBLIC int moec_prepare(void* launcher, char* message, std::size_t room) {
+    return guarded(message, room, [&] { static_cast<moec::Launcher*>(launcher)->prepare(); });
+}
+
+/// Starts the layer. `given`: pointers on the GPU in the program's order, as for `Launcher::run`.
+MOEC_PUBLIC int moec_run(void* launcher, int64_t tokens, uint64_t const* given, uint64_t workspace,
+                         int64_t workspaceBytes, void* stream, char* message, std::size_t room) {
+    return guarded(message, room, [&] {
+        auto* const found = static_cast<moec::Launcher*>(launcher);
+        std::vector<CUdeviceptr> const pointers(given, given + found->program().given.size());
+        found->run(tokens, pointers.data(), workspace, workspaceBytes,
+                   static_cast<CUstream>(stream));
+    });
+}

@@ -28,9 +28,6 @@ from torch import Tensor
 import moec
 from moec.exporters.artefact import open_artefact
 from moec.graph_builder import ops
-from moec.kernels import torch_ops
-from moec.kernels.torch_moe import DecodeMoe
-from moec.kernels.torch_prefill import PrefillMoe
 from moec.runtime.session import Session, torch_session
 from moec.runtime.synthetic import synthetic
 from moec.spec.presets import PRESETS
@@ -50,6 +47,8 @@ def narrow(*shape: int) -> tuple[Tensor, Tensor]:
 
 def step_kernels() -> Iterator[Row]:
     """Each kernel of a layer but the experts, 12 weights and caches in turn."""
+    from moec.kernels import torch_ops  # imports Triton
+
     turns = list(range(12))
     width = TEXT.q_width + 2 * TEXT.kv_width
     qkv, o = ([narrow(n, TEXT.dim) for _ in turns] for n in (width, TEXT.dim))
@@ -94,6 +93,9 @@ def step_kernels() -> Iterator[Row]:
 
 def experts() -> Iterator[Row]:
     """The whole MoE layer: router, codes, routed and shared experts, sum."""
+    from moec.kernels.torch_moe import DecodeMoe  # imports Triton
+    from moec.kernels.torch_prefill import PrefillMoe
+
     layers = [random_weights(SCOUT) for _ in range(4)]
     for tokens in (1, 8, 64):
         inputs = [torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16() for _ in range(8)]

@@ -20,8 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from moec.graph_builder import ops
-from moec.kernels.launch import Sizes
-from moec.kernels.torch_moe import DecodeMoe
+from moec.kernels.sizes import Sizes
 from moec.runtime.gpu import check_device
 from moec.spec.errors import MoecError
 
@@ -102,6 +101,8 @@ def main() -> None:
     arguments.add_argument("--tokens", default="1,2,4,8,16,32,64")
     counts = [int(each) for each in arguments.parse_args().tokens.split(",")]
     need_gpu("benchmarks/moe_kernels.py")
+    from moec.kernels.torch_moe import DecodeMoe  # imports Triton
+
     torch.manual_seed(torch.seed() % 2**31)
     rate = copy_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {rate / 1e12:.2f} TB/s")

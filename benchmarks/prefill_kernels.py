@@ -12,6 +12,7 @@ Medians of CUDA graph replays. Rates count the products that the layer needs, no
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from moe_kernels import SCOUT, error, microseconds, need_gpu, random_weights
@@ -21,11 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 from moec.graph_builder.ops import moe_layer
-from moec.kernels.launch_prefill import Product, Tiles, tiles_for
-from moec.kernels.torch_prefill import PrefillMoe
 
 FP8 = torch.float8_e4m3fn
-PLAIN = Tiles(gate_up=Product(chunk=0, stages=3), down=Product(chunk=0, stages=3), hopper=False)
 
 
 def dense_rate(size: int = 8192) -> float:
@@ -64,8 +62,8 @@ def grouped(weights: dict[str, Tensor], chosen: Tensor) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def launch_times(layer: PrefillMoe, x: Tensor) -> dict[str, float]:
-    """Microseconds of each launch by itself."""
+def launch_times(layer: Any, x: Tensor) -> dict[str, float]:
+    """Microseconds of each launch of a `PrefillMoe` by itself."""
     values = layer.values(x)
     for each in layer.launches(x):
         layer.launch(each, values)
@@ -75,34 +73,33 @@ def launch_times(layer: PrefillMoe, x: Tensor) -> dict[str, float]:
     }
 
 
-def cuts(inputs: int) -> Iterator[tuple[bool, Product]]:
-    """Ways to cut a product; whether Hopper's kernels do."""
-    for product in (
-        Product(chunk=0, stages=3),
-        Product(chunk=0, stages=4),
-        Product(chunk=0, stages=3, exact=128),
-        Product(chunk=0, stages=4, columns=64, exact=128),
-        Product(chunk=1024, stages=4, columns=64),
-    ):
-        yield False, product
+def cuts(inputs: int) -> Iterator[tuple[bool, dict[str, int]]]:
+    """Ways to cut a product, as fields of `Product`; whether Hopper's kernels do."""
+    for stages, columns in ((3, 128), (4, 128), (4, 64)):
+        yield False, {"stages": stages, "columns": columns}
     for chunk in (0, inputs // 2, 2048, 1024, 512):
-        yield True, Product(chunk=chunk)
+        yield True, {"chunk": chunk}
     for group in (4, 16, 32):
-        yield True, Product(group=group)
-    yield True, Product(columns=64, stages=6)
-    yield True, Product(stages=3)
-    yield True, Product(depth=64, stages=8)
+        yield True, {"group": group}
+    yield True, {"columns": 64, "stages": 6}
+    yield True, {"stages": 3}
+    yield True, {"depth": 64, "stages": 8}
 
 
-def tune(weights: dict[str, Tensor], tiles: Tiles, dense: float, tokens: int = 4096) -> None:
+def tune(weights: dict[str, Tensor], tiles: Any, dense: float, tokens: int = 4096) -> None:
+    from moec.kernels.launch_prefill import Product, Tiles
+    from moec.kernels.torch_prefill import PrefillMoe
+
+    plain = Tiles(gate_up=Product(stages=3), down=Product(stages=3), hopper=False)
     x = torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16()
     expected = moe_layer.eager(x, *weights.values())
     for name, inputs, ops in (("gate_up", SCOUT.dim, 4), ("down", SCOUT.hidden, 2)):
         needed = ops * SCOUT.dim * SCOUT.hidden * 2 * tokens
-        for hopper, product in cuts(inputs):
+        for hopper, cut in cuts(inputs):
             if hopper and not tiles.hopper:
                 continue
-            one = replace(tiles if hopper else PLAIN, **{name: product}, programs=tiles.programs)
+            product = Product(**cut)
+            one = replace(tiles if hopper else plain, **{name: product}, programs=tiles.programs)
             try:
                 layer = PrefillMoe(SCOUT, weights, one)
                 values = layer.values(x)
@@ -123,7 +120,7 @@ def tune(weights: dict[str, Tensor], tiles: Tiles, dense: float, tokens: int = 4
             print(
                 f"{name} {'hopper' if hopper else 'triton'} columns {product.columns} "
                 f"depth {product.depth} stages {product.stages} chunk {product.chunk} "
-                f"exact {product.exact} group {product.group}: {took:.0f} us, "
+                f"group {product.group}: {took:.0f} us, "
                 f"{rate / 1e12:.0f} TFLOP/s, {100 * rate / dense:.0f} %, "
                 f"layer's error {wrong:.1e}", flush=True,
             )  # fmt: skip
@@ -135,6 +132,9 @@ def main() -> None:
     arguments.add_argument("--tune", action="store_true")
     given = arguments.parse_args()
     need_gpu("benchmarks/prefill_kernels.py")
+    from moec.kernels.launch_prefill import tiles_for  # imports Triton
+    from moec.kernels.torch_prefill import PrefillMoe
+
     torch.manual_seed(torch.seed() % 2**31)
     device = torch.cuda.get_device_properties(0)
     tiles = tiles_for(10 * device.major + device.minor, device.multi_processor_count)

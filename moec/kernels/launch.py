@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moec.kernels import moe_decode
+from moec.kernels.sizes import PLAIN, SMALLEST
+from moec.kernels.sizes import Sizes as Sizes  # part of what launches are made of
 from moec.spec.errors import MoecError
 
 #: the most tokens that the kernels for few tokens take
 MOST_TOKENS = 64
 #: compute capability that kernels are compiled for -> bytes of shared memory of a program
 SHARED = {89: 101_376, 90: 232_448, 120: 101_376}
-#: inputs or outputs that a step of a product takes at least
-SMALLEST = 32
 #: name of an argument -> what it points at, or its type, as Triton says it
 TYPES = {
     **dict.fromkeys(("x", "router", "act", "out", "skip", "gain", "total", "normed"), "*bf16"),
@@ -27,15 +27,6 @@ TYPES = {
 }
 #: shape and element type of memory that launches write
 Buffers = dict[str, tuple[tuple[int, ...], str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """One MoE layer with a shared expert as wide as a routed one; top-1."""
-
-    dim: int
-    hidden: int
-    experts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,4 +197,4 @@ def power_of_2(size: int) -> int:
 
 
 def _refusal(name: str, found: object, expected: str) -> MoecError:
-    return MoecError(f"decode_moe: {name}", found, expected, "use the eager op moec::fp8_moe")
+    return MoecError(f"decode_moe: {name}", found, expected, PLAIN)

@@ -7,7 +7,8 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from moec.kernels import moe_prefill, products_hopper
 from moec.kernels.launch import TYPES as COMMON
-from moec.kernels.launch import Buffers, Launch, Sizes, fit, power_of_2
+from moec.kernels.launch import Buffers, Launch, fit, power_of_2
+from moec.kernels.sizes import PLAIN, Sizes
 from moec.spec.errors import MoecError
 
 #: name of an argument -> what it points at, or its type, as Triton says it; also those of `launch`
@@ -48,9 +49,8 @@ DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
 class Product:
     """How a product is cut: a tile has 2 * columns outputs, a step `depth` inputs.
 
-    `chunk` is how many FP8 products at most the tensor core adds up before they go to a wider
-    total; 0 stands for all: faster, and a digit less. `exact` is the same within a step, where
-    the compiler does it.
+    `chunk`, for Hopper, is how many FP8 products at most the tensor core adds up before they go to
+    a wider total; 0 stands for all: faster, and a digit less.
     """
 
     columns: int = 128
@@ -58,9 +58,6 @@ class Product:
     stages: int = 4
     chunk: int = 640
     group: int = 8
-    exact: int = 0
-    warps: int = 8
-    flatten: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ class Tiles:
 
 
 #: what compiles for all, within the shared memory that the smallest have
-PORTABLE = Product(columns=64, depth=64, stages=3, chunk=0)
+PORTABLE = Product(columns=64, depth=64, stages=3)
 
 
 def tiles_for(architecture: int, programs: int) -> Tiles:
@@ -225,16 +222,14 @@ def _product(
         "TILE": tiles.rows,
         "COLUMNS": cut.columns,
         "DEPTH": cut.depth,
-        "CHUNK": _chunk(inputs, cut),
         "GROUP": cut.group,
     }
     grid = (tiles.programs, 1, 1)
     if tiles.hopper:
-        constants |= {"STAGES": cut.stages}
+        constants |= {"STAGES": cut.stages, "CHUNK": _chunk(inputs, cut)}
         return Launch(getattr(products_hopper, name), grid, arguments, constants, warps=4)
-    constants |= {"EXACT": cut.exact or None, "FLATTEN": cut.flatten}
     kernel = getattr(moe_prefill, name)
-    return Launch(kernel, grid, arguments, constants, cut.warps, cut.stages)
+    return Launch(kernel, grid, arguments, constants, 8, cut.stages)
 
 
 def _chunk(inputs: int, cut: Product) -> int:
@@ -246,4 +241,4 @@ def _chunk(inputs: int, cut: Product) -> int:
 
 
 def _refusal(name: str, found: object, expected: str) -> MoecError:
-    return MoecError(f"prefill_moe: {name}", found, expected, "use the eager op moec::fp8_moe")
+    return MoecError(f"prefill_moe: {name}", found, expected, PLAIN)

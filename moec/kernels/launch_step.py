@@ -1,25 +1,15 @@
 """What is launched in a decode step beside the MoE layers, as data; no tensor, no torch."""
 
-from dataclasses import dataclass
-
 from moec.kernels import attention, norm
-from moec.kernels.launch import SHARED, SMALLEST, Buffers, Launch, early, fit, power_of_2
+from moec.kernels.launch import SHARED, Buffers, Launch, early, fit, power_of_2
 from moec.kernels.linear import linear as linear_kernel
+from moec.kernels.sizes import PLAIN, SMALLEST, SMALLEST_HEAD, Heads, is_head
 from moec.spec.errors import MoecError
 
 #: keys that a step of attention takes
 KEYS = 128
 #: programs that fill a GPU, about: what attention over a long context is split into
 PROGRAMS = 264
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """Heads of queries and of keys, and the size of one."""
-
-    heads: int
-    kv_heads: int
-    size: int
 
 
 def linear(
@@ -36,9 +26,7 @@ def linear(
     rows, depth = fit(width, 64), fit(dim, 256 if deep else 128)
     for name, size, found in (("width", width, rows), ("dim", dim, depth)):
         if found < SMALLEST:
-            raise MoecError(
-                f"linear: {name}", size, f"a multiple of {SMALLEST}", "use torch._scaled_mm"
-            )
+            raise MoecError(f"linear: {name}", size, f"a multiple of {SMALLEST}", PLAIN)
     columns = max(16, power_of_2(tokens))
     stages = min(6 if deep else 5, 1 + shared // ((rows + columns) * depth))
     return Launch(
@@ -138,12 +126,11 @@ def attend(
 
 def _group(heads: Heads) -> int:
     for name, size, good, expected in (
-        ("size", heads.size, heads.size >= 16 and heads.size == power_of_2(heads.size),
-         "a power of 2"),
+        ("size", heads.size, is_head(heads.size), f"a power of 2, {SMALLEST_HEAD} or more"),
         ("heads", heads.heads, not heads.heads % heads.kv_heads, f"multiple of {heads.kv_heads}"),
     ):  # fmt: skip
         if not good:
-            raise MoecError(f"attention kernels: {name}", size, expected, "use the eager ops")
+            raise MoecError(f"attention kernels: {name}", size, expected, PLAIN)
     return heads.heads // heads.kv_heads
 
 

@@ -126,8 +126,7 @@ def _tile(tile, tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 def gate_up(
     rows, row_scale, plan, weight, weight_scale, act,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, CHUNK: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Any grid of one axis. Descriptors: rows, weight [(experts + 1) * 2 * hidden, dim], act.
 
@@ -135,33 +134,18 @@ def gate_up(
     """
     tiles = tl.load(plan)
     many = HIDDEN // COLUMNS
-    for tile in tl.range(
-        tl.program_id(0), tiles * many, tl.num_programs(0), flatten=FLATTEN
-    ):  # fmt: skip
+    for tile in range(tl.program_id(0), tiles * many, tl.num_programs(0)):
         across, along = _tile(tile, tiles, many, GROUP)
         expert = tl.load(plan + 1 + 2 * across)
         first = expert * (2 * HIDDEN) + along * COLUMNS
         gate = tl.zeros((TILE, COLUMNS), tl.float32)
         up = tl.zeros((TILE, COLUMNS), tl.float32)
-        if CHUNK == DIM:
-            for k in range(0, DIM, DEPTH):
-                x = rows.load([across * TILE, k])
-                w_gate = weight.load([first, k])
-                w_up = weight.load([first + HIDDEN, k])
-                gate = tl.dot(x, w_gate.T, gate, max_num_imprecise_acc=EXACT)
-                up = tl.dot(x, w_up.T, up, max_num_imprecise_acc=EXACT)
-        else:
-            for start in range(0, DIM, CHUNK):
-                gate_part = tl.zeros((TILE, COLUMNS), tl.float32)
-                up_part = tl.zeros((TILE, COLUMNS), tl.float32)
-                for k in range(start, start + CHUNK, DEPTH):
-                    x = rows.load([across * TILE, k])
-                    w_gate = weight.load([first, k])
-                    w_up = weight.load([first + HIDDEN, k])
-                    gate_part = tl.dot(x, w_gate.T, gate_part)
-                    up_part = tl.dot(x, w_up.T, up_part)
-                gate += gate_part
-                up += up_part
+        for k in range(0, DIM, DEPTH):
+            x = rows.load([across * TILE, k])
+            w_gate = weight.load([first, k])
+            w_up = weight.load([first + HIDDEN, k])
+            gate = tl.dot(x, w_gate.T, gate)
+            up = tl.dot(x, w_up.T, up)
         row = across * TILE + tl.arange(0, TILE)
         scales = weight_scale + first + tl.arange(0, COLUMNS)
         x_scale = tl.load(row_scale + row)[:, None]
@@ -189,8 +173,7 @@ def encode(
 def down(
     act_codes, act_scale, plan, weight, weight_scale, parts,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, CHUNK: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Any grid of one axis. Descriptors: act_codes, weight [(experts + 1) * dim, hidden], parts.
 
@@ -198,34 +181,19 @@ def down(
     """
     tiles = tl.load(plan)
     many = DIM // (2 * COLUMNS)
-    for tile in tl.range(
-        tl.program_id(0), tiles * many, tl.num_programs(0), flatten=FLATTEN
-    ):  # fmt: skip
+    for tile in range(tl.program_id(0), tiles * many, tl.num_programs(0)):
         across, along = _tile(tile, tiles, many, GROUP)
         expert = tl.load(plan + 1 + 2 * across)
         column = along * (2 * COLUMNS)
         first = expert * DIM + column
         left = tl.zeros((TILE, COLUMNS), tl.float32)
         right = tl.zeros((TILE, COLUMNS), tl.float32)
-        if CHUNK == HIDDEN:
-            for k in range(0, HIDDEN, DEPTH):
-                x = act_codes.load([across * TILE, k])
-                w_left = weight.load([first, k])
-                w_right = weight.load([first + COLUMNS, k])
-                left = tl.dot(x, w_left.T, left, max_num_imprecise_acc=EXACT)
-                right = tl.dot(x, w_right.T, right, max_num_imprecise_acc=EXACT)
-        else:
-            for start in range(0, HIDDEN, CHUNK):
-                left_part = tl.zeros((TILE, COLUMNS), tl.float32)
-                right_part = tl.zeros((TILE, COLUMNS), tl.float32)
-                for k in range(start, start + CHUNK, DEPTH):
-                    x = act_codes.load([across * TILE, k])
-                    w_left = weight.load([first, k])
-                    w_right = weight.load([first + COLUMNS, k])
-                    left_part = tl.dot(x, w_left.T, left_part)
-                    right_part = tl.dot(x, w_right.T, right_part)
-                left += left_part
-                right += right_part
+        for k in range(0, HIDDEN, DEPTH):
+            x = act_codes.load([across * TILE, k])
+            w_left = weight.load([first, k])
+            w_right = weight.load([first + COLUMNS, k])
+            left = tl.dot(x, w_left.T, left)
+            right = tl.dot(x, w_right.T, right)
         row = across * TILE + tl.arange(0, TILE)
         scales = weight_scale + first + tl.arange(0, COLUMNS)
         x_scale = tl.load(act_scale + row)[:, None]

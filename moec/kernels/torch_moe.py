@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moec.kernels.launch import Sizes, Tiles, decode_moe, scratch, tiles_for
+from moec.kernels.launch import Tiles, decode_moe, scratch, tiles_for
+from moec.kernels.sizes import Sizes
 from moec.kernels.torch_launch import buffers, overlaps, run
 
 

@@ -13,9 +13,9 @@ from torch.nn.attention.bias import causal_lower_right
 from moec.graph_builder.ops.registry import implement
 from moec.graph_builder.ops.rope import inverse_frequencies
 from moec.kernels import launch_step as step
-from moec.kernels.launch import MOST_TOKENS, Launch, Sizes
+from moec.kernels.launch import MOST_TOKENS, Launch
 from moec.kernels.launch_prefill import fits
-from moec.kernels.launch_step import Heads
+from moec.kernels.sizes import Heads, Sizes
 from moec.kernels.torch_launch import buffers, overlaps, run, shared
 from moec.kernels.torch_moe import DecodeMoe
 from moec.kernels.torch_prefill import PrefillMoe

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moec.kernels.launch import Launch, Sizes
+from moec.kernels.launch import Launch
 from moec.kernels.launch_prefill import (
     Tiles,
     block_shapes,
@@ -18,6 +18,7 @@ from moec.kernels.launch_prefill import (
     scratch,
     tiles_for,
 )
+from moec.kernels.sizes import Sizes
 from moec.kernels.torch_launch import buffers, run
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moec.runtime.gpu import memory_for
 from moec.spec.model import ModelSpec
 from moec.weights.view import STORED, TORCH_DTYPES
 
@@ -43,7 +44,11 @@ def new_cache(
     layout: Layout = "slots",
     device: str = "cpu",
 ) -> Cache:
-    """An empty cache with room for `capacity` positions a row; 0 keeps nothing."""
+    """An empty cache with room for `capacity` positions a row; 0 keeps nothing.
+
+    Raises:
+        MoecError: more than the GPU has room for (exit code 3).
+    """
     text, narrow = spec.text, spec.scheme is not None and spec.scheme.cache
     dtype = STORED["fp8"] if narrow else TORCH_DTYPES[precision]
 
@@ -53,22 +58,32 @@ def new_cache(
             return batch, count, text.kv_width
         return batch, text.kv_heads, count, text.head_dim
 
-    tensors = {
-        f"past.{layer.index}.{kind}": torch.zeros(shape(layer.chunk), dtype=dtype, device=device)
-        for layer in text.all_layers
-        for kind in ("key", "value")
-    }
+    with memory_for(f"caches of {batch} x {capacity} positions"):
+        tensors = {
+            f"past.{layer.index}.{kind}": torch.zeros(
+                shape(layer.chunk), dtype=dtype, device=device
+            )
+            for layer in text.all_layers
+            for kind in ("key", "value")
+        }
     return Cache(torch.zeros(batch, dtype=torch.int64), tensors, capacity)
 
 
 def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
-    """Make room for `capacity` positions. Each keeps its slot: a ring that wraps is full size."""
-    for layer in spec.text.all_layers:
-        more = slots(layer.chunk, capacity) - slots(layer.chunk, cache.capacity)
-        for kind in ("key", "value"):
-            name = f"past.{layer.index}.{kind}"
-            if more:
-                cache.tensors[name] = functional.pad(cache.tensors[name], (0, 0, 0, more))
+    """Make room for `capacity` positions. Each keeps its slot: a ring that wraps is full size.
+
+    Raises:
+        MoecError: more than the GPU has room for (exit code 3). What has grown by then stays so.
+    """
+    with memory_for(f"caches of {len(cache.lengths)} x {capacity} positions"):
+        for layer in spec.text.all_layers:
+            wanted = slots(layer.chunk, capacity)
+            for kind in ("key", "value"):
+                name = f"past.{layer.index}.{kind}"
+                tensor = cache.tensors[name]
+                more = wanted - tensor.shape[-2]  # a call before may have failed half-way
+                if more > 0:
+                    cache.tensors[name] = functional.pad(tensor, (0, 0, 0, more))
     cache.capacity = capacity
 
 

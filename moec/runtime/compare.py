@@ -29,13 +29,20 @@ TOLERANCES = {
     "fp16": Tolerance(error=3e-2, agreement=0.98, order=2),
     "bf16": Tolerance(error=2e-1, agreement=0.9, order=2),
 }
-#: of one layer on inputs that are the same: a rounding to FP8 falls on either side of a tie in a
-#: token of thousands, and changes an element by a sixteenth; in bf16 in one of a few tokens, and
-#: some of those change their expert
+#: of one layer on inputs that are the same, of the better half of the tokens: a rounding to FP8
+#: falls on either side of a tie, in bf16 in one of a few tokens, and changes an element by a
+#: sixteenth; in one of a hundred it changes the expert, and attention carries that to tokens after
 SAME_INPUTS = {
-    **dict.fromkeys(("fp32", "fp16"), Tolerance(error=1e-3, agreement=0.95, order=2)),
-    "bf16": Tolerance(error=5e-2, agreement=0.95, order=2),
+    **dict.fromkeys(("fp32", "fp16"), Tolerance(error=1e-3, agreement=0.5, order=2)),
+    "bf16": Tolerance(error=5e-2, agreement=0.5, order=2),
 }
+#: of the same, with the tokens that such roundings have touched: in bf16 one in ten of a short text
+SAME_INPUTS_MOST = {
+    **dict.fromkeys(("fp32", "fp16"), Tolerance(error=5e-2, agreement=0.95, order=2)),
+    "bf16": Tolerance(error=2e-1, agreement=0.95, order=2),
+}
+#: tokens of an expert of which the better half says something of it
+ENOUGH = 8
 #: of all layers, where each such rounding moves others: what is left is as near as FP8 itself is
 FP8_NOISE = Tolerance(error=2e-1, agreement=0.9, order=2)
 #: of products that round activations to int8, in blocks: of the better half of the tokens, since a
@@ -58,6 +65,24 @@ def error(
         found, expected = found[kept], expected[kept]
     ratio = norm(found - expected) / norm(expected).clamp(min=1e-30)
     return Check(name, "error", float(ratio), tolerance.error, detail)
+
+
+def worst_error(
+    name: str, found: Tensor, expected: Tensor, chosen: Tensor | None, tolerance: Tolerance
+) -> Check:
+    """The largest error, of all tokens and of those of each expert that has `ENOUGH`.
+
+    chosen [tokens, k] are experts. What is wrong with one expert, most tokens do not show.
+    """
+    groups: dict[str, slice | Tensor] = {"": slice(None)}
+    groups |= {} if chosen is None else _by_expert(chosen)
+    checks = [error(name, found[of], expected[of], tolerance, at) for at, of in groups.items()]
+    return max(checks, key=lambda check: (math.isnan(check.found), check.found))
+
+
+def _by_expert(chosen: Tensor) -> dict[str, Tensor]:
+    rows = {f"expert {e}": (chosen == e).any(1) for e in sorted({*chosen.flatten().tolist()})}
+    return {name: mine for name, mine in rows.items() if int(mine.sum()) >= ENOUGH}
 
 
 def agreement(name: str, same: Tensor, clear: Tensor, tolerance: Tolerance) -> Check:

@@ -2,6 +2,9 @@
 
 A graph knows addresses, not tensors, so each cache has one of its own for each batch size; a few
 are kept. A cache at the same place, as a later generation's often is, finds the graph again.
+
+A graph costs as much as several steps, and the last piece of a prompt may be a single token, which
+looks like a step: so the first call with an address runs as it is, and the second is captured.
 """
 
 from collections import OrderedDict
@@ -10,18 +13,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from moec.spec.errors import MoecError
-
 Call = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 #: graphs that are kept; each holds the memory of one step's inner values
 MOST = 8
+#: addresses that are remembered from a first call: more than a batch has rows
+SEEN = 1024
 
 
 class Replays:
-    """Run `call` on feeds whose shapes do not change, by graphs.
+    """Run `call` on feeds whose shapes do not change, by graphs from the second time on.
 
     `moving` names the inputs that are new in each call, integers for each row. Those on CUDA must
-    stay where they are; any other is as it was in the first call.
+    stay where they are; any other is as it was when the graph was captured.
     """
 
     def __init__(self, call: Call, moving: tuple[str, ...]) -> None:
@@ -29,21 +32,29 @@ class Replays:
         self.graphs: OrderedDict[
             object, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]
         ] = OrderedDict()
+        self.seen: OrderedDict[object, None] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What `call` gives; the feeds in `moving` are [batch] or [batch, 1].
 
-        Nothing here waits for the GPU: those on it stay there, the others follow in its own time.
+        A replay does not wait for the GPU: those on it stay there, the others follow in its own
+        time.
         """
         key = tuple((n, x.data_ptr(), x.shape) for n, x in feeds.items()
                     if x.is_cuda and n not in self.moving)  # fmt: skip
+        if key not in self.graphs and key not in self.seen:
+            self.seen[key] = None
+            if len(self.seen) > SEEN:
+                self.seen.popitem(last=False)
+            return self.call(feeds)
         ours = [feeds[name].flatten() for name in self.moving]
         rows = torch.stack(
             [torch.zeros(len(x), dtype=torch.int64) if x.is_cuda else x.long() for x in ours]
         )
         if key not in self.graphs:
             self.graphs[key] = self._captured(feeds, rows)
+            del self.seen[key]  # a graph that had to go starts over
             if len(self.graphs) > MOST:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
@@ -71,15 +82,9 @@ class Replays:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.stream(side):  # compiles kernels, and sets up what libraries keep
-                step()
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, pool=self.pool):
-                results = step()
-        except torch.cuda.OutOfMemoryError as error:
-            raise MoecError(
-                "decode on CUDA", next(iter(str(error).splitlines())), "memory for one step",
-                "use a smaller batch or context: python cli.py plan",
-            ) from None  # fmt: skip
+        with torch.cuda.stream(side):  # what libraries set up for a stream
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=self.pool):
+            results = step()
         return graph, given, results

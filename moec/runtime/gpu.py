@@ -1,5 +1,7 @@
-"""Whether there is a GPU for kernels."""
+"""Whether there is a GPU for kernels, and what to say when its memory is full."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -29,3 +31,25 @@ def check_device(device: str, what: str) -> None:
             f"device cuda: {what}", found, "a GPU with FP8, torch with CUDA and triton",
             "use device cpu, or pip install triton and a torch with CUDA", exit_code=3,
         )  # fmt: skip
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Run a block that needs memory of the GPU, and say clearly if that is not there.
+
+    torch, CUDA and Triton each have an error of their own for this; all have the words in common.
+
+    Raises:
+        MoecError: how much was wanted and how much is free (exit code 3).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        # What was asked for, what the GPU has; then follow torch's own accounts and advice.
+        found = ". ".join(str(error).split(". ")[:3])
+        raise MoecError(
+            f"device cuda: {what}", found, "memory for it",
+            "use a smaller batch or context: python cli.py plan says what they take", exit_code=3,
+        ) from None  # fmt: skip

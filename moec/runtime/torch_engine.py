@@ -16,7 +16,7 @@ from moec.exporters.torch.program import part_graph
 from moec.graph_builder.passes.lift import lift_weights
 from moec.runtime.cuda_graphs import Replays
 from moec.runtime.eager import Run
-from moec.runtime.gpu import check_device
+from moec.runtime.gpu import check_device, memory_for
 from moec.runtime.weights import load
 from moec.spec.errors import MoecError
 
@@ -38,14 +38,18 @@ def torch_engine(
     name and on `device`, stand in for the artefact's own, which need not be there.
 
     Raises:
-        MoecError: no such device or no Triton (exit code 3), no weights, or a broken program.
+        MoecError: no weights, or a broken program; with exit code 3 no such device, no Triton, a
+            model that the kernels do not fit, or not enough memory, now or in a call.
     """
     check_device(device, str(artefact.path))
     if device == "cuda":
+        from moec.kernels.sizes import check_sizes
         from moec.kernels.torch_ops import register
 
+        check_sizes(artefact.manifest.spec)
         register()
-    given = load(artefact, device, part) if weights is None else weights
+    with memory_for(f"weights of {artefact.path}"):
+        given = load(artefact, device, part) if weights is None else weights
     graph, outputs = _tapped(artefact, part, taps) if taps else _stored(artefact, part)
     flat = {_flat(name): each for name, each in given.items()}
     ports = artefact.manifest.ports(part).inputs
@@ -74,7 +78,10 @@ def torch_engine(
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         decode = steps and feeds["input_ids"].shape[1] == 1 and "image_features" not in feeds
-        return dict(zip(outputs, steps(feeds) if steps and decode else call(feeds), strict=True))
+        first = next(iter(feeds))
+        with memory_for(f"a call with {first} {list(feeds[first].shape)}"):
+            results = steps(feeds) if steps and decode else call(feeds)
+        return dict(zip(outputs, results, strict=True))
 
     return run
 

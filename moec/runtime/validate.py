@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.export import export, write_manifest
+from moec.exporters.manifest import Manifest
 from moec.exporters.onnx.fused_experts import BLOCK
 from moec.exporters.presets import EXACT
 from moec.runtime.calibrate import calibrate
@@ -20,11 +21,13 @@ from moec.runtime.compare import (
     FAST_PRODUCTS,
     FP8_NOISE,
     SAME_INPUTS,
+    SAME_INPUTS_MOST,
     TOLERANCES,
     Tolerance,
     agreement,
     argmax_agreement,
     error,
+    worst_error,
 )
 from moec.runtime.cost import cost
 from moec.runtime.image_checks import draw_images, fusion, tower
@@ -44,6 +47,9 @@ MOST_TOKENS = 512
 #: routers of random weights flip on near ties, a token in hundreds at each layer, and what follows
 #: is another token: after dozens of layers, or among few, nothing would be left to compare.
 TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4", "fp8"), (4, 101))
+#: target -> block and head size of its twin, where kernels want more than that: those for many
+#: tokens a width that 256 divides and experts that 128 does, those for attention heads of 16
+WIDTHS = {"torch": {"block": 128, "head_dim": 16}}
 
 Progress = Callable[[str, int, int], None]
 
@@ -100,8 +106,7 @@ def validate(
     check_device(artefact, device)
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = TWINS.get(artefact.manifest.precision, (None, None))
-        blocks = any(packing.bits for packing in artefact.manifest.packings.values())
-        small = twin(artefact.manifest.spec, layers, BLOCK if blocks else 16)
+        small = twin(artefact.manifest.spec, layers, **_widths(artefact.manifest))
         progress("twin", 0, 1)
         built = _build_twin(artefact, small, Path(folder), seed)
         report = _validate(built, tokens or longest, seed, progress, device)
@@ -112,6 +117,12 @@ def validate(
             f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}."
         )
     return report
+
+
+def _widths(manifest: Manifest) -> dict[str, int]:
+    """The twin's widths: of tiles, of the blocks of narrow integers, or as small as can be."""
+    blocks = any(packing.bits for packing in manifest.packings.values())
+    return WIDTHS.get(manifest.target, {"block": BLOCK} if blocks else {})
 
 
 def _build_twin(artefact: Artefact, small: ModelSpec, folder: Path, seed: int) -> Artefact:
@@ -223,8 +234,9 @@ def _ladder(
         yield error(f"layers.{layer.index}", found[name], expected[name], tolerance)
     a, b = found["logits"], expected["logits"]
     yield error("logits, all positions", a, b, tolerance)
-    ends = lengths.cumsum(0) - 1
-    yield error("logits, last token", a[ends], b[ends], tolerance)
+    if not spec.scheme:  # two tokens: roundings to FP8 may have moved both to other experts
+        ends = lengths.cumsum(0) - 1
+        yield error("logits, last token", a[ends], b[ends], tolerance)
     yield argmax_agreement("argmax", a, b, tolerance)
     chunk = spec.text.chunk
     if chunk and int(lengths.max()) > chunk:
@@ -237,13 +249,18 @@ def _ladder(
 def _each_layer(
     subject: Subject, ids: Tensor, lengths: Tensor, found: dict[str, Tensor], hidden: list[str]
 ) -> Iterator[Check]:
-    """Every layer by itself: the reference starts from what the engine made of the layer before."""
+    """Every layer by itself: the reference starts from what the engine made of the layer before.
+
+    Half of its tokens are held to what roundings make of all, most to what they make of some.
+    """
     given = {name: found[name] for name in hidden}
     expected = subject.reference_from(ids, lengths, given, hidden)
+    compute = subject.artefact.manifest.compute
     for name in (*hidden[1:], "logits"):
-        label = f"{name.removesuffix('.out')}, same inputs"
-        compute = subject.artefact.manifest.compute
-        yield error(label, found[name], expected[name], SAME_INPUTS[compute])
+        label, a, b = name.removesuffix(".out"), found[name], expected[name]
+        chosen = found.get(f"{label}.moe.route.1")
+        yield worst_error(f"{label}, same inputs", a, b, chosen, SAME_INPUTS[compute])
+        yield error(f"{label}, most tokens", a, b, SAME_INPUTS_MOST[compute])
 
 
 def _cached(

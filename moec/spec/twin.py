@@ -11,11 +11,13 @@ from moec.spec.tensors import eligible
 CHUNK = 8
 
 
-def twin(spec: ModelSpec, layers: int | None = None, block: int = 16) -> ModelSpec:
+def twin(
+    spec: ModelSpec, layers: int | None = None, block: int = 16, head_dim: int = 8
+) -> ModelSpec:
     """`spec` shrunk in width; depth, patterns, expert count, head ratio and switches are kept.
 
-    With `layers`, the decoder and the tower are no deeper than that. Widths are multiples of
-    `block`, for weights that are quantised in blocks.
+    With `layers`, the decoder and the tower are no deeper than that. The decoder's widths are
+    multiples of `block`, for weights that are quantised in blocks and kernels that work in tiles.
 
     The chunk shrinks to 8 tokens and everything counted in positions with it, so that a proof of a
     few dozen tokens crosses several chunk borders and temperature steps; an image tile shrinks to 4
@@ -29,7 +31,7 @@ def twin(spec: ModelSpec, layers: int | None = None, block: int = 16) -> ModelSp
             "dim": 2 * block,
             "heads": text.heads // text.kv_heads * 2,
             "kv_heads": 2,
-            "head_dim": 8,
+            "head_dim": head_dim,
             "vocab": 256,
             "max_positions": 32 * CHUNK,
             "chunk": text.chunk and CHUNK,

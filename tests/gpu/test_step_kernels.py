@@ -26,6 +26,6 @@ def test_attention(heads: tuple[int, int, int], batch: int, slots: int, count: i
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40, 64, 200])
-@pytest.mark.parametrize("sizes", [(128, 64, 16), (1024, 2048, 5)])
+@pytest.mark.parametrize("sizes", [(128, 64, 16), (1024, 2048, 5), (512, 1024, 128)])
 def test_experts(sizes: tuple[int, int, int], tokens: int) -> None:
     check(step_cases.experts("cuda", *sizes, tokens))

@@ -78,6 +78,13 @@ def test_the_proof_passes(built: Path) -> None:
     assert report.passed, [check for check in report.checks if not check.passed]
 
 
+@pytest.mark.parametrize("name", ["scout", "maverick"])
+def test_an_artefact_without_weights_is_proven_on_its_twin(name: str, tmp_path: Path) -> None:
+    art = moec.export(name, target="torch", precision="fp8", out=tmp_path / "a")
+    report = moec.validate(art.path, device="cuda")
+    assert report.twin and report.passed, [each for each in report.checks if not each.passed]
+
+
 @pytest.mark.parametrize("pattern", ["M", "DM"])
 def test_two_layers_of_full_width_are_plain_torchs(pattern: str, tmp_path: Path) -> None:
     """Chunk and global attention, dense and MoE; 100 tokens at once, then 8 one by one."""

@@ -10,26 +10,26 @@ from moec.kernels.launch import Sizes
 from moec.kernels.launch_prefill import Product, Tiles
 from moec.kernels.torch_prefill import PrefillMoe
 
-LOOPS = {
-    "one": Product(columns=64, depth=64, chunk=0, flatten=True),
-    "exact": Product(columns=64, depth=64, chunk=0, exact=64),
-    "chunk": Product(columns=64, depth=64, chunk=128),
+CUTS = {
+    "square": Product(columns=64, depth=64),
+    "deep": Product(columns=64, depth=128),
+    "narrow": Product(columns=32, depth=64, group=1),
 }
 
 
 def main() -> None:
     torch.manual_seed(torch.seed() % 2**31)
-    for experts, tokens, loop in (
-        (4, 9, "one"), (3, 40, "exact"), (16, 33, "chunk"), (1, 32, "one"), (5, 65, "chunk"),
+    for experts, tokens, cut in (
+        (4, 9, "square"), (3, 40, "deep"), (16, 33, "narrow"), (1, 32, "square"), (5, 65, "narrow"),
     ):  # fmt: skip
         sizes = Sizes(dim=128, hidden=256, experts=experts)
         given = weights(sizes)
-        product = LOOPS[loop]
+        product = CUTS[cut]
         layer = PrefillMoe(sizes, given, Tiles(32, product, product, programs=3, hopper=False))
         x = torch.randn(tokens, sizes.dim).bfloat16()
         found = layer(x)
         expected = ops.moe_layer.eager(x, *given.values())
-        print(experts, tokens, loop, error(found, expected), torch.equal(layer(x), found))
+        print(experts, tokens, cut, error(found, expected), torch.equal(layer(x), found))
 
 
 if __name__ == "__main__":

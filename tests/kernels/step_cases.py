@@ -27,12 +27,16 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def limit(name: str) -> float:
-    """The largest error: bf16 differs by a rounding here and there, codes by a step of theirs."""
+    """The largest error: bf16 differs by a rounding here and there, codes by a step of theirs.
+
+    Experts round what SwiGLU made: where sums of another order round a row's largest element the
+    other way, its scale moves, and with that all its codes; few tokens have no others to even it.
+    """
     if "again" in name:
         return 0.0
     if "attention" in name:
         return 3.5e-2
-    return 1e-2 if name in ("moe", "norm and moe") else 5e-3
+    return 2e-2 if name in ("moe", "norm and moe") else 5e-3
 
 
 def steps(device: str, dim: int, tokens: int) -> Iterator[tuple[str, float]]:

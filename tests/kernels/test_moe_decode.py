@@ -24,7 +24,7 @@ def test_the_kernels_are_the_eager_op() -> None:
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 8
     for experts, tokens, error, repeats in rows:
-        assert float(error) < 1e-2, (experts, tokens)
+        assert float(error) < 2e-2, (experts, tokens)  # as in step_cases.limit
         assert repeats == "True"
 
 

@@ -23,8 +23,8 @@ def test_the_kernels_are_the_eager_op() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 5
-    for experts, tokens, loop, error, repeats in rows:
-        assert float(error) < 1e-2, (experts, tokens, loop)
+    for experts, tokens, cut, error, repeats in rows:
+        assert float(error) < 1e-2, (experts, tokens, cut)
         assert repeats == "True"
 
 

@@ -19,8 +19,11 @@ from moec.runtime.session import artefact_session, torch_session
 from moec.runtime.torch_engine import torch_engine
 from moec.runtime.weights import load
 from moec.spec.errors import MoecError
+from moec.spec.presets import PRESETS
+from moec.spec.twin import twin
 from moec.weights.fused import fused_tensors
 from moec.weights.packed_file import PACKED
+from moec.weights.random import write_random_checkpoint
 from moec.weights.view import STORED
 
 
@@ -150,6 +153,21 @@ def test_cuda_without_triton_is_refused(art: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(MoecError, match="triton") as caught:
         moec.open_session(art, device="cuda")
     assert caught.value.exit_code == 3
+
+
+def test_sizes_that_the_kernels_do_not_take_are_refused_on_cuda_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="kernels need triton")
+    write_random_checkpoint(twin(PRESETS["tiny-scout"], 2), tmp_path / "narrow")
+    art = moec.export(tmp_path / "narrow", target="torch", out=tmp_path / "art").path
+    assert moec.open_session(art).logits([[5, 6]]).shape == (1, 2, 256)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *of: (9, 0))
+    monkeypatch.setattr("moec.runtime.torch_engine.load", None)  # not so far
+    with pytest.raises(MoecError, match=r"text\.head_dim 8") as caught:
+        moec.open_session(art, device="cuda")
+    assert caught.value.exit_code == 3 and "--device cpu" in caught.value.next_step
 
 
 def test_engines_of_other_targets_are_refused(art: Path, tiny_onnx: Path) -> None:

@@ -10,15 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.exporters.artefact import Artefact, open_artefact
 from moec.exporters.export import write_manifest
 from moec.exporters.manifest import File
-from moec.runtime import pieces
-from moec.runtime.compare import TOLERANCES, error
+from moec.runtime import pieces, torch_engine
+from moec.runtime.compare import ENOUGH, SAME_INPUTS, TOLERANCES, error, worst_error
+from moec.runtime.report import Report
 from moec.runtime.validate import record
+from moec.runtime.weights import load
+from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
+from moec.weights.view import view
 
 
 def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -47,6 +51,34 @@ def test_a_weightless_build_is_proven_on_its_twin(name: str, tmp_path: Path) -> 
         "scout": 96, "maverick": 72,
     }[name]  # fmt: skip
     assert any(check.name == "logits, chunk borders" for check in report.checks)
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick"])
+def test_the_twin_of_target_torch_fits_every_kernel(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="kernels need triton")
+    from moec.kernels.launch_prefill import fits, prefill_moe
+    from moec.kernels.sizes import Sizes, check_sizes
+    from tests.kernels.test_sizes import launch_all
+
+    built = list[ModelSpec]()
+
+    def build(artefact: Artefact, small: ModelSpec, *rest: object) -> Artefact:
+        built.append(small)
+        raise InterruptedError
+
+    monkeypatch.setattr("moec.runtime.validate._build_twin", build)
+    artefact = moec.export(name, target="torch", precision="fp8", out=tmp_path / "a")
+    with pytest.raises(InterruptedError):
+        moec.validate(artefact.path)
+    (small,) = built
+    text = small.text
+    check_sizes(small)
+    launch_all(small)
+    sizes = Sizes(text.dim, text.experts.hidden, text.experts.count)
+    assert fits(sizes) and prefill_moe(sizes, 100)
+    ModelSpec.model_validate(small.model_dump())
 
 
 @pytest.mark.parametrize("name", ["tiny-scout", "scout", "maverick"])
@@ -216,3 +248,80 @@ def test_nan_weights_are_reported_where_they_are(tiny: Path, tmp_path: Path) -> 
     failed = next(check for check in report.checks if check.name == "layers.5")
     assert "not finite" in failed.detail
     assert report.to_dict()["passed"] is False
+
+
+# ---------------------------------------------------------------- FP8: a layer on the same inputs
+
+
+def _layers(report: Report) -> dict[str, bool]:
+    ends = ("same inputs", "most tokens")
+    return {each.name: each.passed for each in report.checks if each.name.endswith(ends)}
+
+
+@pytest.mark.parametrize("seed", [2, 8])
+def test_a_tie_that_flips_a_router_fails_no_layer(seed: int, fp8_twin: Path) -> None:
+    """With seed 8 three of 32 tokens of layer 1 go to another expert."""
+    checks = _layers(moec.validate(fp8_twin, tokens=20, seed=seed))
+    assert len(checks) == 2 * 5 and all(checks.values()), checks
+
+
+@pytest.fixture(scope="module")
+def fp8_twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scout for target torch, without weights."""
+    out = tmp_path_factory.mktemp("fp8") / "scout"
+    spec = PRESETS["scout"].model_copy(update={"vision": None})
+    return moec.export(spec, target="torch", precision="fp8", out=out).path
+
+
+def test_a_wrong_scale_of_a_program_fails_its_layer(
+    fp8_twin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _damage(monkeypatch, "layers.1.attn.o.weight_scale", lambda scale: scale * 1.2)
+    checks = _layers(moec.validate(fp8_twin, tokens=40, seed=1))
+    assert [name for name, passed in checks.items() if not passed] == ["layers.1, same inputs"]
+
+
+def test_one_wrong_expert_fails_its_layer(fp8_twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth of the tokens is no half, and too few for the limit of most."""
+    _damage(monkeypatch, "layers.1.moe.down", lambda down: torch.cat([down[1:2], down[1:]]))
+    report = moec.validate(fp8_twin, tokens=160, seed=1)
+    failed = [each for each in report.checks if not each.passed]
+    assert (failed[0].name, failed[0].detail) == ("layers.1, same inputs", "expert 0")
+
+
+def _damage(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    def changed(*given: object) -> dict[str, torch.Tensor]:
+        found = load(*given)  # type: ignore[arg-type]
+        return found | {name: change(found[name])}
+
+    monkeypatch.setattr(torch_engine, "load", changed)
+
+
+def test_a_scale_three_per_cent_off_fails_its_layer(tiny: Path, tmp_path: Path) -> None:
+    artefact = moec.export(tiny, precision="fp8", scheme="dynamic", out=tmp_path / "a")
+    scale = view(artefact.stored()["layers.2.attn.o.weight_scale"])
+    model = ir.load(artefact.graph("model"))
+    _constant(model, "layers.2.attn.o.weight.wide", 1, 1.03 * scale.numpy())
+    ir.save(model, artefact.graph("model"))
+    file = artefact.graph("model")
+    files = artefact.manifest.files | {file.name: File(size=file.stat().st_size, sha256="0" * 64)}
+    write_manifest(artefact.path, artefact.manifest.model_copy(update={"files": files}))
+    checks = _layers(moec.validate(artefact.path, tokens=20, seed=1))
+    assert [name for name, passed in checks.items() if not passed] == ["layers.2, same inputs"]
+
+
+def test_the_worst_expert_is_the_error_of_a_layer() -> None:
+    expected = torch.randn(100, 8)
+    found, chosen = expected.clone(), torch.arange(100)[:, None] % 12
+    limits = SAME_INPUTS["bf16"]
+    assert worst_error("x", found, expected, chosen, limits).passed
+    found[chosen[:, 0] == 3] += 1.0
+    assert int((chosen == 3).sum()) >= ENOUGH
+    check = worst_error("x", found, expected, chosen, limits)
+    assert not check.passed and check.detail == "expert 3"
+    assert worst_error("x", found, expected, None, limits).passed
+    assert worst_error("x", found[:60], expected[:60], chosen[:60], limits).passed  # 5 are few
+    found[0] = torch.nan
+    assert not worst_error("x", found, expected, chosen, limits).passed

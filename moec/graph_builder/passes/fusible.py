@@ -24,6 +24,8 @@ class _Odd(NamedTuple):
 def check_fusible(spec: ModelSpec) -> None:
     """Refuse what the fused ops cannot express.
 
+    Sizes are all right: a CPU runs any, and a session on a GPU asks what its kernels take.
+
     Raises:
         MoecError: names the field of the spec, what it is, and what it may be.
     """

@@ -36,8 +36,9 @@ def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model
     """
     model = ir.load(artefact.graph(part))
     weights = unbound(model, artefact)
+    show_routers(model.graph)
     known = {each.name: each for node in model.graph for each in node.outputs}
-    model.graph.outputs.extend(known[name] for name in taps if name in known)
+    model.graph.outputs.extend(known[name] for name in taps)
     widen(model)
     evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[Attention, MoecMoe])
     given = [str(each.name) for each in model.graph.inputs if each.name not in weights]
@@ -54,6 +55,19 @@ def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model
         return found
 
     return run
+
+
+def show_routers(graph: ir.Graph) -> None:
+    """Compute, beside each plugin, what it keeps to itself: logits and choice of its router."""
+    for node in [node for node in graph if node.op_type == "MoecMoe"]:
+        at = str(node.outputs[0].name).removesuffix(".out")
+        logits = ir.Node("", "Gemm", node.inputs[:2], [ir.AttrInt64("transB", 1)])
+        chosen = ir.Node("", "ArgMax", logits.outputs, [ir.AttrInt64("axis", 1)])
+        for each, name, dtype in (
+            (logits, f"{at}.router", _FLOAT), (chosen, f"{at}.route.1", ir.DataType.INT64),
+        ):  # fmt: skip
+            each.outputs[0].name, each.outputs[0].type = name, ir.TensorType(dtype)
+            graph.append(each)
 
 
 def unbound(model: ir.Model, artefact: Artefact) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.interpreter import interpreter
 from moec.runtime.ort import ort_engine
 from moec.runtime.sampling import sample
+from moec.runtime.tensorrt_engine import tensorrt_engine
 from moec.runtime.torch_engine import torch_engine
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
@@ -139,11 +140,11 @@ class Session:
         """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated.
 
         The logits lie on the session's device. Tokens that lie on the GPU, as those chosen from
-        logits do, are taken as they are by engine "torch": nobody waits for the
+        logits do, are taken as they are by engines "torch" and "tensorrt": nobody waits for the
         step, and nobody checks that they are in the vocabulary.
         """
         column = torch.as_tensor(tokens)[:, None]
-        if self.engine != "torch" or self.device == "cpu":
+        if self.engine not in ("torch", "tensorrt") or self.device == "cpu":
             column = column.cpu()
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
 
@@ -314,7 +315,8 @@ class Session:
     def _see(self, tiles: Tensor) -> Tensor:
         assert self.vision is not None
         run = self.vision()
-        pieces = torch.split(tiles, TILES)
+        options = self.artefact and self.artefact.manifest.options
+        pieces = torch.split(tiles, min(TILES, options.tiles) if options else TILES)
         return torch.cat([run({"pixel_values": piece})["image_features"].cpu() for piece in pieces])
 
     def _checked(
@@ -397,9 +399,11 @@ def open_session(
 def artefact_session(
     artefact: Artefact, device: str = "cpu", preset: str = "lean", taps: Sequence[str] = ()
 ) -> Session:
-    """`artefact` in the engine of its target; `taps` as in `ort_session`."""
+    """`artefact` in the engine of its target; `taps` as in `ort_session`, but for TensorRT."""
     if artefact.manifest.engine == "torch":
         return torch_session(artefact, device, taps)
+    if artefact.manifest.engine == "tensorrt":
+        return tensorrt_session(artefact, device)
     return ort_session(artefact, device, preset, taps)
 
 
@@ -412,6 +416,18 @@ def interpreter_session(artefact: Artefact, taps: Sequence[str] = ()) -> Session
     return Session(
         manifest.spec, "fp32", "interpreter", run, artefact, vision, "buffers",
         piece=manifest.options.piece, context=manifest.options.context,
+    )  # fmt: skip
+
+
+def tensorrt_session(artefact: Artefact, device: str = "cuda") -> Session:
+    """`artefact` in TensorRT, on engines that were built for it."""
+    manifest = artefact.manifest
+    assert manifest.options is not None
+    run = tensorrt_engine(artefact, device=device)
+    vision = once(partial(tensorrt_engine, artefact, part="vision", device=device))
+    return Session(
+        manifest.spec, manifest.compute, "tensorrt", run, artefact, vision, "buffers", device,
+        manifest.options.piece, manifest.options.context,
     )  # fmt: skip
 
 

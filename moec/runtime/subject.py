@@ -10,16 +10,24 @@ from moec.exporters.artefact import Artefact
 from moec.runtime import gpu
 from moec.runtime.cache import new_cache
 from moec.runtime.eager import Run, eager_engine
+from moec.runtime.interpreter import interpreter
 from moec.runtime.ort import check_kernels, ort_engine
-from moec.runtime.session import Session, artefact_session, eager_session
+from moec.runtime.session import Session, artefact_session, eager_session, interpreter_session
 from moec.runtime.torch_engine import torch_engine
+from moec.spec.errors import MoecError
 
 
 def check_device(artefact: Artefact, device: str) -> None:
     """Refuse a device on which the artefact's engine cannot run it (exit code 3)."""
-    if artefact.manifest.engine == "torch":
+    engine = artefact.manifest.engine
+    if engine == "torch":
         gpu.check_device(device, str(artefact.path))
-    else:
+    elif engine == "tensorrt" and device == "cuda":
+        raise MoecError(
+            f"{artefact.path} on {device}", "an engine, whose inner values nobody sees",
+            "its ONNX, which is proven on the cpu", "leave --device out", exit_code=3,
+        )  # fmt: skip
+    elif engine != "tensorrt":
         check_kernels(artefact, device)
 
 
@@ -31,12 +39,35 @@ class Subject:
     device: str
     preset: str
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether ONNX's interpreter stands in for an engine."""
+        return self.artefact.manifest.engine == "tensorrt"
+
+    @property
+    def engine(self) -> str:
+        """What runs it, in words."""
+        if self.interpreted:
+            return "ONNX's interpreter"
+        return self.artefact.manifest.engine + (
+            "" if self.device == "cpu" else f" on {self.device}"
+        )
+
+    @property
+    def compute(self) -> str:
+        """What it computes in: "fp32", "fp16" or "bf16"."""
+        return "fp32" if self.interpreted else self.artefact.manifest.compute
+
     def session(self, taps: Sequence[str] = ()) -> Session:
         """A new session."""
+        if self.interpreted:
+            return interpreter_session(self.artefact, taps)
         return artefact_session(self.artefact, self.device, self.preset, taps)
 
     def tower(self, taps: Sequence[str]) -> Run:
         """The vision tower alone."""
+        if self.interpreted:
+            return interpreter(self.artefact, taps, "vision")
         if self.artefact.manifest.engine == "torch":
             return torch_engine(self.artefact, self.device, taps, "vision")
         return ort_engine(self.artefact, self.preset, taps, "vision", self.device)

@@ -50,6 +50,8 @@ TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4", "fp8"), (4, 101))
 #: target -> block and head size of its twin, where kernels want more than that: those for many
 #: tokens a width that 256 divides and experts that 128 does, those for attention heads of 16
 WIDTHS = {"torch": {"block": 128, "head_dim": 16}}
+#: of a twin whose target has engines: none is built, and caches are as small as its chunks
+TWIN_OPTIONS = {"context": MOST_TOKENS, "piece": MOST_TOKENS, "build": False}
 
 Progress = Callable[[str, int, int], None]
 
@@ -147,6 +149,7 @@ def _build_twin(artefact: Artefact, small: ModelSpec, folder: Path, seed: int) -
         scheme=ours,
         scales=scales,
         cache=None if scheme is None or ours else "fp8" if scheme.cache else "wide",
+        options=manifest.options and manifest.options.model_copy(update=TWIN_OPTIONS),
     )
 
 
@@ -165,16 +168,21 @@ def _validate(
     # products add is a check of its own.
     exact = EXACT in manifest.presets
     subject = Subject(artefact, device, EXACT if exact else "lean")
-    tolerance = FP8_NOISE if manifest.spec.scheme else TOLERANCES[manifest.compute]
+    tolerance = FP8_NOISE if manifest.spec.scheme else TOLERANCES[subject.compute]
     chunk = manifest.spec.text.chunk
     longest = tokens or min(MOST_TOKENS, 3 * (chunk or 16) + 5)
+    if manifest.options:
+        longest = min(longest, manifest.options.context)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([longest, max(1, longest * 5 // 8)])
     ids = torch.randint(0, manifest.spec.text.vocab, (2, longest), generator=generator)
     report = Report(
-        str(artefact.path), manifest.engine + ("" if device == "cpu" else f" on {device}"),
-        "eager fp32", manifest.precision, seed, lengths.tolist(), versions=dict(manifest.versions),
+        str(artefact.path), subject.engine, "eager fp32", manifest.precision, seed,
+        lengths.tolist(), versions=dict(manifest.versions),
     )  # fmt: skip
+    if subject.interpreted:
+        engines = "was built, and not run" if manifest.engines else "is not built yet"
+        report.notes.append(f"The engine {engines}: what ran is its ONNX, widened to float32.")
     if chunk and longest <= chunk:
         report.notes.append(
             f"No chunk border was crossed: chunk {chunk}, {longest} tokens; use --tokens for more."
@@ -187,7 +195,7 @@ def _validate(
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
         narrow = any(name.startswith("vision.") for name in quantized(manifest.spec))
-        limits = tolerance if narrow else TOLERANCES[manifest.compute]
+        limits = tolerance if narrow else TOLERANCES[subject.compute]
         stages.insert(0, ("vision tower", lambda: tower(subject, images.pixels, limits)))
         if images.placed:
             stages.append(("images", lambda: fusion(subject, images, lengths, tolerance)))
@@ -255,7 +263,7 @@ def _each_layer(
     """
     given = {name: found[name] for name in hidden}
     expected = subject.reference_from(ids, lengths, given, hidden)
-    compute = subject.artefact.manifest.compute
+    compute = subject.compute
     for name in (*hidden[1:], "logits"):
         label, a, b = name.removesuffix(".out"), found[name], expected[name]
         chosen = found.get(f"{label}.moe.route.1")

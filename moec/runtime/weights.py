@@ -29,7 +29,7 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
     manifest = artefact.manifest
     spec, stored = manifest.spec, artefact.stored()
     wide = {packing.source: packing.names(spec.dtype)[0] for packing in manifest.packings.values()}
-    reader = _Reader(device)
+    reader = Reader(device)
     found: dict[str, Tensor] = {}
     for name, fused in fused_tensors(spec, manifest.compute, part).items():
         found[name] = torch.empty(fused.shape, dtype=STORED[fused.dtype], device=device)
@@ -49,7 +49,7 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
     return found
 
 
-class _Reader:
+class Reader:
     """Reads bytes of files into tensors of bytes on `device`, in pieces."""
 
     def __init__(self, device: str) -> None:

@@ -6,9 +6,9 @@ What differs from `standard`, and why:
                 rings by where the caller writes, and by the mask
     attention   always with an explicit mask: of is_causal and nonpad_kv_seqlen the parser makes
                 something else, or nothing; on queries that are scaled already
-    experts     all rows through each: there are no data-dependent shapes. Behind an If for each
-                expert, but in FP8, which may not enter an If: there all experts run. Or a plugin
-                runs the chosen ones
+    experts     there are no data-dependent shapes: few rows gather the weights of their experts,
+                of many all experts run; in FP8, which may be neither gathered nor enter an If,
+                always. Or a plugin runs the chosen ones
     FP8         a product of two rounded operands is one in float32, for the parser to see through
     fusion      a running count of image tokens finds each one's feature
 """
@@ -20,11 +20,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import lower_branches
 from moec.exporters.onnx.fp8 import lower_fp8_moe
 from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
-from moec.exporters.onnx.masked_experts import conditional, dense
 from moec.exporters.onnx.standard import STANDARD, column, lower_linear, steps
+from moec.exporters.onnx.static_experts import dense, few_or_many
 from moec.graph_builder import ops
 from moec.graph_builder.types import TensorType
 
@@ -119,16 +118,15 @@ def _attend(
     """Attention of heads of `size`, on queries that are scaled before it.
 
     The parser would scale queries and keys, each by a root that it takes in their own dtype: in
-    bfloat16 that is off by up to 0.4 % for all scores alike, and rounds both.
+    bfloat16 that is off by up to 0.4 % for all scores alike, and rounds both. Where TensorRT has no
+    kernel for a size or dtype, it may take attention apart.
     """
     q, *rest = inputs
     wide = TensorType(out.shape, _FLOAT)
     gain = e.constant(np.float32(size**-0.5))
     scaled = e.op("Mul", [e.cast(q, _FLOAT, "q.float32"), gain], wide, "q.scaled")
     inputs = [e.cast(scaled, out.dtype, "q.rounded"), *rest]
-    if out.dtype == _FLOAT:  # of which TensorRT has no kernel: it may take it apart
-        return e.op(f"{TRT}::Attention", inputs, out, label, TRT_decomposable=1, scale=1.0, **how)
-    return e.op("Attention", inputs, out, label, scale=1.0, **how)
+    return e.op(f"{TRT}::Attention", inputs, out, label, TRT_decomposable=1, scale=1.0, **how)
 
 
 def _attention(
@@ -215,7 +213,7 @@ TENSORRT = (
     Rule(ops.fuse, _fuse),
     Rule(ops.linear, _linear),
     Rule(ops.moe_layer, _moe_layer),
-    Rule(ops.moe, partial(lower_branches, write=conditional)),
+    Rule(ops.moe, few_or_many),
     Rule(ops.fp8_moe, partial(lower_fp8_moe, write=dense)),
     *STANDARD,
 )

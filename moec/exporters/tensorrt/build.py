@@ -111,7 +111,7 @@ def job_of(
         profiles=profiles_of(model, part, spec, options),
         attentions=len(attentions),
         masked=part == "model",
-        decomposable=any(node.domain == "trt" for node in attentions),
+        decomposable=True,
         inputs=_dtypes(model.graph.inputs),
         outputs=_dtypes(model.graph.outputs),
         weights=str(root) if root else None,

@@ -25,7 +25,10 @@ ROOT = Path(moec.__file__).parent
 SCRIPT = Path(__file__).with_name("bindings.py")
 NEAR = (*(ROOT / "exporters" / "tensorrt").rglob("*.py"), *(ROOT / "runtime").glob("*tensorrt*.py"))
 #: the sources that touch the API
-TOUCHING = {"api.py", "callbacks.py", "checks.py", "child.py", "parse.py", "tensorrt_engine.py"}
+TOUCHING = {
+    "api.py", "callbacks.py", "checks.py", "child.py", "parse.py", "tensorrt_engine.py",
+    "tensorrt_open.py",
+}  # fmt: skip
 SOURCES = [path for path in sorted(NEAR) if path.name in TOUCHING]
 Api = dict[str, dict[str, str]]
 
@@ -43,11 +46,17 @@ OBJECTS = {
     "attention": "IAttention",
     "tensor": "ITensor",
     "registry": "IPluginRegistry",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "tensorrt_open.py:config": "IRuntimeConfig",
 }
 #: variables of other things, of which TensorRT could have an attribute of that name
 OTHERS = {
     "self", "job", "span", "writer", "log", "sys.stdin", "np", "held", "each", "whole", "data",
     "data.ctypes", "callbacks.py:file", "child.py:out", "major", "minor",
+    "x", "io", "opened", "opened.stream", "current", "stream", "recorded", "each.value", "torch",
+    "feeds['input_ids']", "feeds[first]",
 }  # fmt: skip
 
 #: class -> member -> signature, of properties their type; "value": a member of an enumeration
@@ -61,12 +70,17 @@ USES: Api = {
     "module": {
         "Builder": "(logger: ILogger) -> None",
         "ComputeCapability": "(value: int) -> None",
+        "DynamicShapesKernelSpecializationStrategy": "(value: int) -> None",
+        "EngineInvalidityDiagnostics": "(value: int) -> None",
+        "ExecutionContextAllocationStrategy": "(value: int) -> None",
         "IAttentionOutputLayer": "class",
         "ILogger": "() -> None",
         "IProgressMonitor": "() -> None",
         "IStreamWriter": "() -> None",
         "LayerType": "(value: int) -> None",
         "OnnxParser": "(network: INetworkDefinition, logger: ILogger) -> None",
+        "Runtime": "(logger: ILogger) -> None",
+        "TensorIOMode": "(value: int) -> None",
         "get_plugin_registry": "() -> detail::accessor<detail::accessor_policies::str_attr>",
     },
     "IPluginRegistry": {
@@ -133,6 +147,54 @@ USES: Api = {
         "num_errors": "int",
         "parse_model_proto": "() -> bool",
     },
+    "Runtime": {
+        "deserialize_cuda_engine": (
+            "(serialized_engine: Buffer) -> ICudaEngine"
+            " | (stream_reader_v2: IStreamReaderV2) -> ICudaEngine"
+        ),
+        "get_engine_validity": "(buffer: Buffer) -> tuple",
+    },
+    "ICudaEngine": {
+        "create_execution_context": (
+            "(strategy: ExecutionContextAllocationStrategy"
+            " = <ExecutionContextAllocationStrategy.STATIC: 0>) -> IExecutionContext"
+            " | (runtime_config: IRuntimeConfig = None) -> IExecutionContext"
+        ),
+        "create_runtime_config": "() -> IRuntimeConfig",
+        "device_memory_size_v2": "int",
+        "get_aliased_input_tensor": "(name: str) -> str",
+        "get_tensor_dtype": "(name: str) -> DataType",
+        "get_tensor_mode": "(name: str) -> TensorIOMode",
+        "get_tensor_name": "(index: int) -> str",
+        "get_tensor_profile_shape": "(name: str, profile_index: int) -> list[Dims]",
+        "get_tensor_shape": "(name: str) -> Dims",
+        "num_io_tensors": "int",
+        "num_optimization_profiles": "int",
+    },
+    "IRuntimeConfig": {
+        "dynamic_shapes_kernel_specialization_strategy": (
+            "DynamicShapesKernelSpecializationStrategy, settable"
+        ),
+        "set_execution_context_allocation_strategy": (
+            "(strategy: ExecutionContextAllocationStrategy"
+            " = <ExecutionContextAllocationStrategy.STATIC: 0>) -> None"
+        ),
+    },
+    "IExecutionContext": {
+        "execute_async_v3": "(stream_handle: int) -> bool",
+        "get_tensor_shape": "(name: str) -> Dims",
+        "is_stream_capturable": "(stream: int) -> bool",
+        "set_device_memory": "(memory: int, size: int) -> None",
+        "set_input_shape": (
+            "(name: str, shape: tuple) -> bool | (name: str, shape: list) -> bool"
+            " | (name: str, shape: Dims) -> bool"
+        ),
+        "set_optimization_profile_async": "(profile_index: int, stream_handle: int) -> bool",
+        "set_tensor_address": "(name: str, memory: int) -> bool",
+    },
+    "TensorIOMode": {"INPUT": "value"},
+    "ExecutionContextAllocationStrategy": {"USER_MANAGED": "value"},
+    "DynamicShapesKernelSpecializationStrategy": {"EAGER": "value"},
     "ParserError": {
         "desc": "() -> str",
         "node": "() -> int",
@@ -145,6 +207,14 @@ RTX_ALONE = {
     "module.ComputeCapability": "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities": "num_compute_capabilities",
     "IBuilderConfig.set_compute_capability": "num_compute_capabilities",
+    "module.EngineInvalidityDiagnostics": "get_engine_validity",
+    "Runtime.get_engine_validity": "get_engine_validity",
+    "IExecutionContext.is_stream_capturable": "is_stream_capturable",
+    "module.DynamicShapesKernelSpecializationStrategy": "DynamicShapesKernelSpecializationStrategy",
+    "DynamicShapesKernelSpecializationStrategy.EAGER": "DynamicShapesKernelSpecializationStrategy",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": (
+        "DynamicShapesKernelSpecializationStrategy"
+    ),
 }
 
 

@@ -1,0 +1,229 @@
+"""Targets of TensorRT: what is in their ONNX, and what it computes in ONNX's interpreter."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+
+import moec
+from moec.exporters.artefact import open_artefact
+from moec.exporters.export import export
+from moec.exporters.onnx.lowering import DTYPES
+from moec.exporters.tensorrt.options import EngineOptions
+from moec.graph_builder.ops import FP8
+from moec.runtime.compare import SAME_INPUTS, error
+from moec.runtime.session import eager_session, interpreter_session
+from moec.runtime.subject import Subject
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+from moec.weights.random import write_random_checkpoint
+from tests.strategies import specs
+
+#: the ONNX alone
+SMALL = EngineOptions(context=512, build=False)
+FP8_TYPE = DTYPES[FP8]
+#: what TensorRT lacks, or whose shapes only a run knows
+MISSING = {"NonZero", "Unique", "Loop", "ScatterElements", "ScatterND"}
+#: what may take FP8
+TAKES_FP8 = {"DequantizeLinear", "MoecMoe"}
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16", "static", "mixed"])
+def art(
+    request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """tiny-scout without engines: wide, and in FP8 by a scheme."""
+    how = {"scheme": request.param} if request.param in ("static", "mixed") else {}
+    precision = "fp8" if how else request.param
+    out = tmp_path_factory.mktemp("tensorrt") / request.param
+    return export(tiny, "tensorrt", precision, out, options=SMALL, **how).path
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tensorrt") / "wide"
+    return export(tiny, "tensorrt-rtx", "bf16", out, options=SMALL).path
+
+
+def test_the_onnx_holds_what_the_parser_takes_as_meant(art: Path) -> None:
+    manifest, model = open_artefact(art).manifest, ir.load(art / "model.onnx")
+    nodes, text = list(model.graph.all_nodes()), manifest.spec.text
+    kinds = Counter(node.op_type for node in nodes)
+    assert not MISSING & set(kinds)
+    attentions = [node for node in nodes if node.op_type == "Attention"]
+    assert len(attentions) == text.layers
+    for node in attentions:
+        assert len(node.inputs) == 4 and node.attributes["scale"].as_float() == 1.0
+        assert node.domain == "trt" and node.attributes["TRT_decomposable"].as_int() == 1
+    for node in nodes:
+        for each in node.inputs:
+            if each is not None and each.dtype == FP8_TYPE:
+                assert node.op_type in TAKES_FP8, node.name
+    assert kinds["If"] == (text.layers if manifest.precision != "fp8" else 0)
+    assert kinds["MoecMoe"] == (text.layers if manifest.dialect == "tensorrt-plugin" else 0)
+    assert all(each.uses() for each in model.graph.inputs)
+    fed = {port.name for port in manifest.inputs}
+    assert {"input_ids", "past.0.key", "ring.last", "image_features"} <= fed
+    taken = {str(each.name) for each in model.graph.inputs} - fed
+    assert taken and all(".moe." in name for name in taken), "experts are given, the rest is inside"
+
+
+def test_caches_have_fixed_sizes(wide: Path) -> None:
+    ports = {port.name: port.shape for port in open_artefact(wide).manifest.inputs}
+    assert ports["past.0.key"] == ("batch", 2, 128, 32), "a ring has the slots of its chunk"
+    assert ports["past.3.key"] == ("batch", 2, 512, 32), "a global layer those of the context"
+
+
+def test_it_computes_the_golden_logits(
+    wide: Path, tiny: Path, tmp_path: Path, golden: dict[str, Tensor]
+) -> None:
+    single = export(tiny, "tensorrt", "fp32", tmp_path / "fp32", options=SMALL).path
+    for path in (wide, single):  # half precision is widened
+        session = moec.open_session(path, engine="interpreter")
+        logits = session.logits(golden["input_ids"])
+        assert (logits[:, -48:] - golden["logits"]).abs().max() < 2e-4
+        assert torch.equal(logits.argmax(-1), golden["argmax"])
+        seen = session.logits(golden["mm_input_ids"], golden["pixel_values"])
+        assert (seen - golden["mm_logits"]).abs().max() < 2e-4
+        plain = session.logits(golden["mm_input_ids"])
+        assert (plain - golden["mm_logits"]).abs().max() > 1, "without features all are tokens"
+
+
+def test_decode_past_a_chunk_border_and_rows_of_different_lengths(
+    wide: Path, golden: dict[str, Tensor]
+) -> None:
+    session, ids = moec.open_session(wide, engine="interpreter"), golden["input_ids"][:, :134]
+    expected = session.logits(ids)
+    lengths = torch.tensor([127, 3])
+    logits, cache = session.prefill(ids[:, :127], lengths=lengths)
+    for step in range(4):  # row 0 goes over the border at 128
+        ends = lengths + step
+        for row, end in enumerate(ends.tolist()):
+            assert (logits[row] - expected[row, end - 1]).abs().max() < 2e-4
+        logits = session.decode(ids[[0, 1], ends], cache)
+
+
+def test_more_than_the_context_is_refused(wide: Path) -> None:
+    session = moec.open_session(wide, engine="interpreter")
+    with pytest.raises(MoecError) as caught:
+        session.generate([[1] * 500], max_new_tokens=20)
+    assert "--context 520" in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["static", "mixed"])
+def test_each_layer_in_fp8_is_the_eager_layer(scheme: str, tiny: Path, tmp_path: Path) -> None:
+    art = export(tiny, "tensorrt", "fp8", tmp_path / "a", scheme=scheme, options=SMALL)
+    hidden = ["embed", *(f"layers.{i}.out" for i in range(art.manifest.spec.text.layers))]
+    ids = torch.randint(0, 4096, (1, 140))
+    lengths = torch.tensor([140])
+    found = interpreter_session(art, hidden).trace(ids, lengths, hidden)
+    given = {name: found[name] for name in hidden}
+    expected = Subject(art, "cpu", "lean").reference_from(ids, lengths, given, hidden)
+    for name in (*hidden[1:], "logits"):
+        check = error(name, found[name], expected[name], SAME_INPUTS["fp32"])
+        assert check.passed, check
+
+
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
+@given(spec=specs())
+def test_random_models_compute_what_eager_does(spec: ModelSpec) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(spec, Path(folder) / "weights")
+        options = EngineOptions(context=24, piece=24, build=False)
+        art = export(
+            Path(folder) / "weights", "tensorrt", "fp32", Path(folder) / "a", options=options
+        )
+        ids = torch.randint(0, spec.text.vocab, (2, 20))
+        session = interpreter_session(art)
+        reference = eager_session(spec, art.entries(), "fp32")
+        found, expected = session.logits(ids), reference.logits(ids)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max().clamp(min=1)
+        _, cache = session.prefill(ids[:, :7])
+        for at in range(7, 12):
+            logits = session.decode(ids[:, at], cache)
+            assert (logits - expected[:, at]).abs().max() < 1e-4 * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("bindings", ["experts", "all", "none"])
+def test_what_an_engine_is_given_can_be_chosen(bindings: str, sound: Path, tmp_path: Path) -> None:
+    options = EngineOptions(context=64, piece=64, bindings=bindings, build=False)  # type: ignore[arg-type]
+    art = export(sound, "tensorrt-rtx", "bf16", tmp_path / "a", options=options)
+    graph = ir.load(art.path / "model.onnx").graph
+    fed = {port.name for port in art.manifest.inputs}
+    taken = {str(each.name) for each in graph.inputs} - fed
+    inside = {
+        str(name)
+        for name, each in graph.initializers.items()
+        if isinstance(each.const_value, ir.ExternalTensor)
+    }
+    assert ("layers.0.moe.down" in taken) == (bindings != "none")
+    assert ("layers.0.attn.q.weight" in taken) == (bindings == "all")
+    assert not taken & inside and bool(inside) == (bindings != "all")
+    assert art.manifest.weights.mode == "in-place", "no byte of them is copied"
+
+
+def test_scout_is_written_without_weights(tmp_path: Path) -> None:
+    options = EngineOptions(build=False)
+    art = export("scout", "tensorrt", "fp8", tmp_path / "a", options=options)
+    assert art.manifest.dialect == "tensorrt-plugin" and art.manifest.compute == "bf16"
+    assert art.manifest.build.bytes_written < 2e6
+    model = ir.load(art.path / "model.onnx")
+    shapes = {each.name: tuple(each.shape or ()) for each in model.graph.inputs}
+    assert shapes["layers.47.moe.gate_up"] == (17, 16384, 5120)
+    with pytest.raises(MoecError, match="without weights"):
+        moec.open_session(art.path, engine="interpreter")
+
+
+def test_binding_later_is_building_with_weights(tiny: Path, art: Path, tmp_path: Path) -> None:
+    manifest = open_artefact(art).manifest
+    scheme = manifest.spec.scheme
+    export(
+        moec.load_spec(tiny), "tensorrt", manifest.precision, tmp_path / "a", scheme=scheme,
+        options=SMALL,
+    )  # fmt: skip
+    bound = moec.bind(tmp_path / "a", tiny)
+    assert bound.manifest.files == manifest.files or scheme
+    found, expected = (ir.load(path / "model.onnx").graph for path in (bound.path, art))
+    assert {i.name for i in found.inputs} == {i.name for i in expected.inputs}
+    assert set(found.initializers) == set(expected.initializers)
+
+
+@pytest.mark.parametrize(
+    "choice, named",
+    [
+        ({"scheme": "dynamic"}, "--scheme static"),
+        ({"scheme": "deepseek"}, "--scheme static"),
+        ({"scheme": "modelopt"}, "--cache wide"),
+        ({"scheme": "static", "cache": "fp8"}, "--cache wide"),
+    ],
+    ids=str,
+)
+def test_schemes_that_no_engine_has_are_refused(
+    choice: dict[str, str], named: str, tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MoecError) as caught:
+        export(tiny, "tensorrt", "fp8", tmp_path / "a", options=SMALL, **choice)  # type: ignore[arg-type]
+    assert named in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_static_scales_of_a_tensor_each_build_too(tiny: Path, tmp_path: Path) -> None:
+    art = export(
+        tiny, "tensorrt-rtx", "fp8", tmp_path / "a", scheme="modelopt", cache="wide", options=SMALL
+    )
+    assert art.manifest.dialect == "tensorrt"
+    session = interpreter_session(art)
+    assert torch.isfinite(session.logits(torch.randint(0, 4096, (1, 8)))).all()
+
+
+def test_options_without_engines_are_refused(sound: Path, tmp_path: Path) -> None:
+    with pytest.raises(MoecError, match="no engines"):
+        export(sound, "onnx", out=tmp_path / "a", options=SMALL)
+    with pytest.raises(ValueError, match="above context"):
+        EngineOptions(context=8, piece=16)

@@ -137,11 +137,18 @@ def engine(
         list[str] | None,
         typer.Option("--sm", help="Of tensorrt-rtx: others than those that it was built for."),
     ] = None,
+    trtexec: Annotated[
+        bool, typer.Option("--trtexec", help="Print commands that do it without moec instead.")
+    ] = False,
 ) -> None:
     """Build the engines of an artefact whose ONNX was built with --no-engine, or elsewhere."""
-    from moec.exporters.export import build_engines
+    from moec.exporters.export import build_engines, trtexec_commands
     from moec.show import artefact_tables, bar
 
+    if trtexec:
+        for line in trtexec_commands(artefact):
+            sys.stdout.write(f"{line}\n")
+        return
     with bar(console) as progress:
         art = build_engines(artefact, tuple(architectures or ()), progress)
     artefact_tables(console, art)

@@ -34,6 +34,7 @@ from moec.exporters.targets import (
 )
 from moec.exporters.tensorrt.build import need_package
 from moec.exporters.tensorrt.options import EngineOptions
+from moec.exporters.tensorrt.trtexec import commands
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
@@ -239,13 +240,9 @@ def build_engines(
     Raises:
         MoecError: not an artefact of a target with engines, or what builds engines is missing.
     """
-    built = open_artefact(artefact)
+    built = _with_engines(artefact)
     manifest, backend = built.manifest, _backend_of(built)
-    if not backend.engines or manifest.options is None:
-        raise MoecError(
-            artefact, f"an artefact of target {manifest.target}", " or ".join(PACKAGES),
-            "build it with --target tensorrt",
-        )  # fmt: skip
+    assert backend.engines and manifest.options
     options = manifest.options.model_copy(update={"build": True})
     if architectures:
         options = options.model_copy(update={"architectures": architectures})
@@ -269,6 +266,32 @@ def build_engines(
     )
     write_manifest(built.path, done)
     return Artefact(built.path, done)
+
+
+def trtexec_commands(artefact: str | Path) -> list[str]:
+    """What builds the same engines without moec: see `moec.exporters.tensorrt.trtexec`.
+
+    Raises:
+        MoecError: not an artefact of target tensorrt, or weights that trtexec would not find.
+    """
+    built = _with_engines(artefact)
+    if built.manifest.target != "tensorrt":
+        raise MoecError(
+            artefact, f"an artefact of target {built.manifest.target}", "target tensorrt",
+            "build it with --target tensorrt",
+        )  # fmt: skip
+    return list(commands(built))
+
+
+def _with_engines(artefact: str | Path) -> Artefact:
+    """An artefact of a target that has engines."""
+    built = open_artefact(artefact)
+    if not _backend_of(built).engines or built.manifest.options is None:
+        raise MoecError(
+            artefact, f"an artefact of target {built.manifest.target}", " or ".join(PACKAGES),
+            "build it with --target tensorrt",
+        )  # fmt: skip
+    return built
 
 
 def _write(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
 
@@ -15,6 +15,9 @@ from moec.exporters.tensorrt.onnx_model import is_fed
 from moec.exporters.tensorrt.options import EngineOptions
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from moec.exporters.tensorrt.plugin.build import Plugin
 
 Package = Literal["tensorrt", "tensorrt_rtx"]
 Progress = Callable[[str, int, int], None]
@@ -57,8 +60,9 @@ def build_engines(
     done = {}
     for part, model in models.items():
         job = job_of(model, part, folder, root, spec, options, package)
-        if any(node.op_type == "MoecMoe" for node in model.graph):
-            job = job.model_copy(update={"plugins": (_plugin(folder, spec, options, package),)})
+        if wants_plugin_library(model):
+            library = _library(plugin_of(folder, spec, options, package))
+            job = job.model_copy(update={"plugins": (library,)})
         built = build_engine(job, progress)
         taken = [str(each.name) for each in model.graph.inputs]
         bindings = tuple(name for name in taken if not is_fed(name))
@@ -67,8 +71,17 @@ def build_engines(
     return done
 
 
-def _plugin(folder: Path, spec: ModelSpec, options: EngineOptions, package: Package) -> str:
-    """The plugin's library, compiled in `folder` for the sizes of `spec`."""
+def wants_plugin_library(model: ir.Model) -> bool:
+    """Whether a node of `model` is the plugin's."""
+    return any(node.op_type == "MoecMoe" for node in model.graph)
+
+
+def plugin_of(folder: Path, spec: ModelSpec, options: EngineOptions, package: Package) -> "Plugin":
+    """The plugin for the sizes of `spec`, in `folder`: its sources, and compiled if that can be.
+
+    Raises:
+        MoecError: no Triton (exit code 3), or no kernels for these sizes.
+    """
     if find_spec("triton") is None:
         raise MoecError(
             "the MoE plugin", "no package triton", "triton, which compiles its kernels",
@@ -82,7 +95,10 @@ def _plugin(folder: Path, spec: ModelSpec, options: EngineOptions, package: Pack
     wanted = [int(name.removeprefix("SM")) for name in options.architectures]
     known = [each for each in wanted if each in SHARED] if package == "tensorrt_rtx" else [*SHARED]
     rows = max(options.piece, options.batch)
-    found = compile_plugin([sizes], rows, known, folder / PLUGIN)
+    return compile_plugin([sizes], rows, known, folder / PLUGIN)
+
+
+def _library(found: "Plugin") -> str:
     if found.library is None:
         raise MoecError(
             "the MoE plugin", found.why, "TensorRT's headers and a C++ compiler",

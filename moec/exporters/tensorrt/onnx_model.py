@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import fx
 
+from moec.exporters.artefact import Artefact
 from moec.exporters.manifest import Ports
 from moec.exporters.onnx.binding import bind
 from moec.exporters.onnx.write import lower_model, ports
@@ -81,6 +82,11 @@ def save_bound(
     }
     bind(model, inside, root)
     ir.save(model, path)
+
+
+def load(artefact: Artefact, part: str) -> ir.Model:
+    """The ONNX of an artefact's part, as it was written."""
+    return ir.load(artefact.graph(part))
 
 
 def is_expert(weight: str) -> bool:

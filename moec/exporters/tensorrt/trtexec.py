@@ -1,0 +1,50 @@
+"""The same engines by TensorRT's own command: what to say to `trtexec`, and to the compiler."""
+
+import shlex
+from collections.abc import Iterator
+
+from moec.exporters.artefact import Artefact
+from moec.exporters.tensorrt.build import job_of, plugin_of, wants_plugin_library
+from moec.exporters.tensorrt.job import Job
+from moec.exporters.tensorrt.onnx_model import load
+from moec.spec.errors import MoecError
+
+
+def commands(artefact: Artefact) -> Iterator[str]:
+    """A command for each part of `artefact`, of target tensorrt; before them that of the plugin.
+
+    The plugin's sources are written to the artefact. What these commands do not do is hold what the
+    parser made of the graph against what it means: `build_engines` does.
+
+    Raises:
+        MoecError: weights that trtexec would not find: it looks beside the model alone.
+    """
+    manifest, path = artefact.manifest, artefact.path
+    assert manifest.options is not None
+    if manifest.weights.mode == "in-place" and manifest.options.bindings != "all":
+        raise MoecError(
+            path, f"weights in place, in {manifest.weights.folder}", "weights beside the model",
+            f"python cli.py bind {path} --checkpoint {manifest.checkpoint} --weights link",
+        )  # fmt: skip
+    for part in artefact.parts:
+        model, plugins = load(artefact, part), tuple[str, ...]()
+        if wants_plugin_library(model):
+            plugin = plugin_of(path, manifest.spec, manifest.options, "tensorrt")
+            yield plugin.command
+            plugins = (str(path / "plugin" / "libmoec_plugin.so"),)
+        job = job_of(model, part, path, None, manifest.spec, manifest.options, "tensorrt")
+        yield _command(job, plugins)
+
+
+def _command(job: Job, plugins: tuple[str, ...]) -> str:
+    words = ["trtexec", f"--onnx={job.onnx}", f"--saveEngine={job.engine}", "--skipInference"]
+    words += [f"--staticPlugins={each}" for each in plugins]
+    for index, profile in enumerate(job.profiles):
+        words.append(f"--profile={index}")
+        for option, which in (("minShapes", "min"), ("optShapes", "opt"), ("maxShapes", "max")):
+            shapes = (
+                f"{name}:{'x'.join(map(str, getattr(span, which)))}"
+                for name, span in profile.items()
+            )
+            words.append(f"--{option}={','.join(shapes)}")
+    return shlex.join(words)

@@ -17,7 +17,7 @@ from moec.spec.plan import Plan
 
 if TYPE_CHECKING:
     from moec.exporters.artefact import Artefact
-    from moec.exporters.manifest import Build
+    from moec.exporters.manifest import Build, Engine
     from moec.runtime.bench import Timing
 
 
@@ -83,10 +83,28 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for engine in manifest.engines.values():
+        console.print(_engine(engine), highlight=False, soft_wrap=True)
+        for message in engine.built.messages:
+            console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+    if manifest.options and not manifest.engines:
+        console.print(f"no engine yet: python cli.py engine {art.path}", highlight=False)
     if manifest.weights.mode == "unbound":
         console.print(
             f"no weights yet: python cli.py bind {art.path} --checkpoint DIR", highlight=False
         )
+
+
+def _engine(engine: "Engine") -> str:
+    """How an engine was built, in a line."""
+    built = engine.built
+    kinds = ", ".join(f"{count:,} {name}" for name, count in built.precisions.items())
+    return (
+        f"{engine.file}: {built.package} {built.version} for "
+        f"{', '.join(built.architectures) or 'the GPU here'}, built and not run · "
+        f"{built.layers:,} layers ({kinds}) · {len(engine.bindings):,} weights as inputs · "
+        f"peak memory {size(built.peak_bytes)}"
+    )
 
 
 def _rate(build: "Build") -> str:

@@ -172,10 +172,12 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
     if tokens < 1:
         raise _refusal("tokens", tokens, "at least 1")
     many = most_tiles(sizes, tokens, tiles.rows)
+    experts = max(16, power_of_2(sizes.experts))
+    depth = max(16, 8192 // (16 + experts))  # of many routers less is in shared memory at once
     routed = {
         "DIM": sizes.dim,
         "EXPERTS": sizes.experts,
-        "EXPERTS_2": max(16, power_of_2(sizes.experts)),
+        "EXPERTS_2": experts,
         "BLOCK": 16,
         "WIDTH": fit(sizes.dim, 1024),
     }
@@ -183,7 +185,7 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
         Launch(
             moe_prefill.route, (-(-tokens // 16), 1, 1),
             ("x", "router", "chosen", "score", "rows", "row_scale", "tokens"),
-            routed | {"DEPTH": fit(sizes.dim, 256)}, warps=8,
+            routed | {"DEPTH": fit(sizes.dim, power_of_2(depth + 1) // 2)}, warps=8,
         ),
         Launch(
             moe_prefill.arrange, (-(-tokens // 16), 1, 1),

@@ -1,5 +1,6 @@
 """Targets of TensorRT: what is in their ONNX, and what it computes in ONNX's interpreter."""
 
+import shlex
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import moec
 from moec.exporters.artefact import open_artefact
-from moec.exporters.export import export
+from moec.exporters.export import export, trtexec_commands
 from moec.exporters.onnx.lowering import DTYPES
 from moec.exporters.tensorrt.options import EngineOptions
 from moec.graph_builder.ops import FP8
@@ -227,3 +228,30 @@ def test_options_without_engines_are_refused(sound: Path, tmp_path: Path) -> Non
         export(sound, "onnx", out=tmp_path / "a", options=SMALL)
     with pytest.raises(ValueError, match="above context"):
         EngineOptions(context=8, piece=16)
+
+
+def test_commands_for_trtexec(tiny: Path, tmp_path: Path, wide: Path) -> None:
+    options = EngineOptions(context=256, batch=3, piece=64, build=False)
+    art = export(tiny, "tensorrt", "fp8", tmp_path / "a", options=options)
+    plugin, model, vision = trtexec_commands(art.path)
+    assert plugin.endswith("plugin/build.sh") and (art.path / "plugin/programs.bin").is_file()
+    words = shlex.split(model)
+    assert words[:2] == ["trtexec", f"--onnx={art.path}/model.onnx"]
+    assert f"--staticPlugins={art.path}/plugin/libmoec_plugin.so" in words
+    decode, prefill = (words.index(f"--profile={i}") for i in range(2))
+    assert "input_ids:3x1,past_lengths:3" in words[decode + 3], "largest: three rows, a token each"
+    assert "input_ids:1x64,past_lengths:1" in words[prefill + 3]
+    assert "past.3.key:3x2x256x32" in words[decode + 3]
+    assert "pixel_values:8x3x56x56" in vision and "Plugins" not in vision
+
+
+def test_trtexec_finds_weights_beside_the_model_alone(
+    tiny: Path, tmp_path: Path, wide: Path
+) -> None:
+    art = export(tiny, "tensorrt", "bf16", tmp_path / "a", options=SMALL)
+    with pytest.raises(MoecError, match="--weights link"):
+        trtexec_commands(art.path)
+    linked = moec.bind(art.path, tiny, weights="copy")
+    assert len(trtexec_commands(linked.path)) == 2
+    with pytest.raises(MoecError, match="target tensorrt-rtx"):
+        trtexec_commands(wide)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,19 @@ def test_every_kernel_compiles_ahead_of_time(architecture: int, tokens: int) -> 
             assert (each.element, each.bytes) in ((0, 1), (9, 2))
             assert 16 << each.swizzle == min(128, each.columns * each.bytes)
             assert max(each.rows, each.columns) <= 256
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_experts_of_maverick_compile_too(architecture: int, tokens: int) -> None:
+    maverick = replace(SCOUT, experts=128)
+    found = (
+        prefill_moe(maverick, tokens, tiles_for(architecture, 132))
+        if tokens > MOST_TOKENS
+        else decode_moe(maverick, tokens)
+    )
+    for launch in found:
+        compile_launch(launch, architecture)
 
 
 def check_entry(found: Compiled, ptx: str) -> None:

@@ -47,7 +47,9 @@ def _odd_plugin(spec: ModelSpec, scheme: Scheme, inside: set[str]) -> Iterator[O
     """What the plugin's kernels, which are those of target torch, cannot do."""
     fix, experts, rules = "use --scheme static", spec.text.experts, quantized(spec)
     if scheme.layout != "moec":
-        yield f"scheme {scheme.name}: layout", scheme.layout, "wide weights, for the plugin", fix
+        found = f"{scheme.layout}, of a checkpoint that is FP8 already, with scales by token"
+        expected = "wide weights, or FP8 with static scales, as ModelOpt writes"
+        yield f"scheme {scheme.name}: layout", found, expected, "build from the wide weights"
     if scheme.bound is not None or scheme.scales != "fp32":
         found = f"bound {scheme.bound}, scales {scheme.scales}"
         yield f"scheme {scheme.name}", found, "no bound and fp32 scales, for the plugin", fix

@@ -1,10 +1,11 @@
 """What each FP8 scheme costs in quality, on the trained examples/tiny-scout.
 
-    python benchmarks/fp8_schemes.py [--target onnx|ort]
+    python benchmarks/fp8_schemes.py [--target onnx|ort|tensorrt]
 
 Over the 16 held-out windows, against the float32 graph on the bf16 weights: perplexity, KL, the
 share of positions with another likeliest token, of routers with another choice. Static scales are
-calibrated on other tokens. `eager` is the perplexity of the same FP8 graph in eager mode.
+calibrated on other tokens. `eager` is the perplexity of the same FP8 graph in eager mode. Target
+tensorrt is its ONNX in ONNX's interpreter, of the schemes that it has.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import moec
+from moec.exporters.tensorrt.options import EngineOptions
 from moec.runtime.cost import cost
 from moec.spec.files import load_scheme
 from moec.spec.scheme import ATTENTION, SCHEMES, Scheme
@@ -45,14 +47,17 @@ def main() -> None:
     windows = golden["eval_ids"].long()
     scales = moec.calibrate(TINY, golden["input_ids"].long())
     cases: list[tuple[str, str | Scheme, str | None]] = [(n, n, None) for n in SCHEMES]
-    if target == "ort":
-        cases = [(n, n, "wide") for n in SCHEMES]
-    else:
-        cases.append(("modelopt, caches wide", "modelopt", "wide"))
-    cases += [
+    parts: list[tuple[str, str | Scheme, str | None]] = [
         (name, Scheme.model_validate({"name": "part", "rules": rules}), None)
         for name, rules in PARTS.items()
     ]
+    if target == "tensorrt":
+        cases = [(n, n, "wide") for n in ("static", "mixed", "modelopt")]
+    elif target == "ort":
+        cases = [(n, n, "wide") for n in SCHEMES] + parts
+    else:
+        cases += [("modelopt, caches wide", "modelopt", "wide"), *parts]
+    options = EngineOptions(context=520, build=False) if target == "tensorrt" else None
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     columns = ("scheme", "perplexity", "change", "eager", "KL", "another choice", "router flips")
     for column in columns:
@@ -62,7 +67,7 @@ def main() -> None:
             static = load_scheme(scheme).static
             art = moec.export(
                 TINY, target, "fp8", Path(folder) / "art", scheme=scheme,
-                scales=scales if static else None, cache=cache,
+                scales=scales if static else None, cache=cache, options=options,
             )  # fmt: skip
             found = cost(art, "bf16", windows)
             eager = moec.open_session(art.path, engine="eager").logits(windows[:, :-1])

@@ -1,11 +1,12 @@
 """Build engines of TensorRT-RTX for SM89 and SM120 without a GPU: seconds, bytes, memory.
 
-    python benchmarks/tensorrt_builds.py [--json FILE]
+    python benchmarks/tensorrt_builds.py [--full] [--json FILE]
 
 Each in one run beside its limit; none of the engines is run. `two layers` are layers 0 and 1 of the
 full width, all weights as inputs of the engine, for the text alone; `tower` the whole vision tower
 of Scout. `all layers` writes the ONNX of the full model, and builds no engine. In `plugin` experts
-run in the plugin, compiled against the interface in tests/exporters/tensorrt_plugin/include.
+run in the plugin, compiled against the interface in tests/exporters/tensorrt_plugin/include. With
+`--full` also the whole decoders, all weights as inputs.
 
 Exit code 1 if a build fails or misses a limit.
 """
@@ -55,10 +56,14 @@ class Row:
         return self.seconds <= self.limit and self.peak <= self.most
 
 
-def two_layers(name: str) -> ModelSpec:
+def decoder(name: str, layers: int) -> ModelSpec:
     spec = PRESETS[name]
-    text = spec.text.model_copy(update={"layers": 2})
+    text = spec.text.model_copy(update={"layers": layers})
     return spec.model_copy(update={"text": text, "vision": None})
+
+
+def two_layers(name: str) -> ModelSpec:
+    return decoder(name, 2)
 
 
 def build(
@@ -75,6 +80,14 @@ def build(
         layers=sum(each.layers for each in built),
         written=art.manifest.build.bytes_written,
     )  # fmt: skip
+
+
+def whole(folder: Path) -> Iterator[Row]:
+    for name, precision, scheme in (
+        ("scout", "bf16", None), ("scout", "fp8", "mixed"), ("maverick", "fp8", "mixed"),
+    ):  # fmt: skip
+        label = f"{name}, all layers, {'plugin' if scheme else precision}"
+        yield build(label, decoder(name, 48), 300, folder, precision=precision, scheme=scheme)
 
 
 def rows(folder: Path) -> Iterator[Row]:
@@ -99,6 +112,7 @@ def rows(folder: Path) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="whole decoders too: six minutes")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ.setdefault("TENSORRT_INCLUDE", str(HEADERS))
@@ -108,7 +122,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for row in rows(Path(folder)):
+            for row in (*rows(Path(folder)), *(whole(Path(folder)) if args.full else ())):
                 found.append(row)
                 print(row.build, f"{row.seconds:.1f} s", file=sys.stderr, flush=True)
                 table.add_row(

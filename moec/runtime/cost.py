@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.exporters.artefact import Artefact
-from moec.runtime.session import Session, artefact_session, eager_session
+from moec.runtime.session import Session, eager_session
+from moec.runtime.subject import Subject
 from moec.runtime.token_file import read_rows
 from moec.spec.errors import MoecError
 from moec.spec.files import diff
@@ -85,7 +86,7 @@ def cost(
     moe = [layer.index for layer in spec.text.all_layers if layer.moe]
     routes = [f"layers.{index}.moe.route.1" for index in moe]
     wide = eager_session(spec, entries, "fp32", taps=[*taps, *routes])
-    narrow = artefact_session(artefact, device, taps=[*taps, *routes])
+    narrow = Subject(artefact, device, "lean").session([*taps, *routes])
     text = "given rows"
     if rows is None:
         rows, text = _draw(wide, seed), f"rows that the reference drew, seed {seed}"

@@ -56,14 +56,14 @@ class Row:
         return self.seconds <= self.limit and self.peak <= self.most
 
 
-def decoder(name: str, layers: int) -> ModelSpec:
+def decoder(name: str, **changes: object) -> ModelSpec:
     spec = PRESETS[name]
-    text = spec.text.model_copy(update={"layers": layers})
+    text = spec.text.model_copy(update=changes)
     return spec.model_copy(update={"text": text, "vision": None})
 
 
 def two_layers(name: str) -> ModelSpec:
-    return decoder(name, 2)
+    return decoder(name, layers=2, attention="LG", rope="RN", qk_norm="Q-", temperature="-T")
 
 
 def build(
@@ -87,7 +87,7 @@ def whole(folder: Path) -> Iterator[Row]:
         ("scout", "bf16", None), ("scout", "fp8", "mixed"), ("maverick", "fp8", "mixed"),
     ):  # fmt: skip
         label = f"{name}, all layers, {'plugin' if scheme else precision}"
-        yield build(label, decoder(name, 48), 300, folder, precision=precision, scheme=scheme)
+        yield build(label, decoder(name), 300, folder, precision=precision, scheme=scheme)
 
 
 def rows(folder: Path) -> Iterator[Row]:
@@ -99,8 +99,8 @@ def rows(folder: Path) -> Iterator[Row]:
             yield build(label, two_layers(name), 60, folder, precision=precision)
     plugin = two_layers("scout")
     yield build("scout, two layers, plugin", plugin, 60, folder, precision="fp8", scheme="mixed")
-    text = PRESETS["scout"].text.model_copy(update={"layers": 1})
-    tower = PRESETS["scout"].model_copy(update={"text": text})
+    one = decoder("scout", layers=1, attention="L", rope="R", qk_norm="Q", temperature="-")
+    tower = one.model_copy(update={"vision": PRESETS["scout"].vision})
     yield build("scout, tower and one layer, bf16", tower, 60, folder, precision="bf16")
     only = EngineOptions(build=False)
     for name, scheme in (("scout", "mixed"), ("scout", "static"), ("maverick", "mixed")):

@@ -142,7 +142,7 @@ def engine(
     ] = False,
 ) -> None:
     """Build the engines of an artefact whose ONNX was built with --no-engine, or elsewhere."""
-    from moec.exporters.export import build_engines, trtexec_commands
+    from moec.exporters.engines import build_engines, trtexec_commands
     from moec.show import artefact_tables, bar
 
     if trtexec:
@@ -161,13 +161,16 @@ def bind(
     out: Annotated[Path | None, typer.Option(help="Default: replace the artefact.")] = None,
     weights: Placement = None,
     scales: Scales = None,
+    engine: Annotated[
+        bool, typer.Option("--engine/--no-engine", help="Build engines anew if they must be.")
+    ] = True,
 ) -> None:
     """Attach a checkpoint to an artefact that was built without one."""
     import moec
     from moec.show import artefact_tables, bar
 
     with bar(console) as progress:
-        art = moec.bind(artefact, checkpoint, out, weights, progress, scales)
+        art = moec.bind(artefact, checkpoint, out, weights, progress, scales, engine)
     artefact_tables(console, art)
 
 
@@ -251,7 +254,9 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="onnxruntime, torch or eager; default as the target has it."),
+        typer.Option(
+            help="onnxruntime, torch, tensorrt, interpreter or eager; default as the target has it."
+        ),
     ] = None,
     preset: Annotated[str, typer.Option(help="lean or fast.")] = "lean",
     device: Device = "cpu",

@@ -1,13 +1,14 @@
 """An artefact on disk: read it back, find its weights, notice when they changed."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from moec.exporters.manifest import NAME, Manifest
+from moec.exporters.manifest import NAME, Engine, File, Manifest
 from moec.exporters.targets import SUFFIXES
 from moec.spec.errors import MoecError
 from moec.spec.fields import read_json
@@ -180,6 +181,20 @@ def open_artefact(path: str | Path) -> Artefact:
     return Artefact(path, manifest)
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder`/manifest.json so that a reader sees the old one or the new one."""
+    draft = folder / f".{NAME}.{os.getpid()}"
+    draft.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    draft.replace(folder / NAME)
+
+
+def file_of(path: Path) -> File:
+    """Size and hash of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return File(size=path.stat().st_size, sha256=digest)
+
+
 def verify_files(artefact: Artefact) -> None:
     """Hash every file that the build wrote, and check the weights that it left in place.
 
@@ -187,12 +202,30 @@ def verify_files(artefact: Artefact) -> None:
         MoecError: the first file that is not as it was written (exit code 1).
     """
     for name, expected in artefact.manifest.files.items():
-        with (artefact.path / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_of(artefact.path / name).sha256
         if found != expected.sha256:
             raise MoecError(
                 artefact.path / name, f"sha256 {found}", expected.sha256,
                 "build the artefact again", exit_code=1,
             )  # fmt: skip
+    for engine in artefact.manifest.engines.values():
+        check_engine(artefact, engine, whole=True)
     if artefact.manifest.weights.mode != "unbound":
         artefact.stored()
+
+
+def check_engine(artefact: Artefact, engine: Engine, whole: bool = False) -> None:
+    """Refuse an engine whose files are not as they were written; with `whole` all their bytes.
+
+    Raises:
+        MoecError: the first that is not (exit code 1).
+    """
+    for name, expected in engine.files.items():
+        path = artefact.path / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected.size or (whole and file_of(path).sha256 != expected.sha256):
+            found = "other bytes" if size == expected.size else f"{size} bytes"
+            raise MoecError(
+                path, found, f"{expected.size} bytes, as they were written",
+                f"python cli.py engine {artefact.path}", exit_code=1,
+            )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import fx
 
 from moec.exporters.artefact import Artefact
 from moec.exporters.manifest import Engine, Ports, Preset
+from moec.exporters.onnx.binding import load_onnx
 from moec.exporters.onnx.ort import check_sizes
 from moec.exporters.onnx.standard import OPSET
 from moec.exporters.onnx.write import (
@@ -30,6 +31,7 @@ from moec.exporters.tensorrt.expressible import check_expressible
 from moec.exporters.tensorrt.options import EngineOptions
 from moec.exporters.torch import program
 from moec.graph_builder.passes.fusible import check_fusible
+from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.weights.fused import fused_packings
 from moec.weights.packing import Packing
@@ -78,7 +80,7 @@ _ONNX = Backend(
     graphs=lambda spec, precision, dialect, options: graphs_of(spec, precision, dialect),
     lower=_lower_onnx,
     fp8_packings=fp8_packings,
-    load=lambda artefact, part: ir.load(artefact.graph(part)),
+    load=lambda artefact, part: load_onnx(artefact.graph(part)),
     save_unbound=save_checked,
     save_bound=lambda model, path, entries, root, options: save_bound(model, path, entries, root),
     ports=lambda model: Ports(inputs=ports(model.graph.inputs), outputs=ports(model.graph.outputs)),
@@ -89,7 +91,7 @@ _ONNX = Backend(
 _TENSORRT = replace(
     _ONNX,
     dialects=onnx_model.DIALECTS,
-    check=lambda spec, precision: check_expressible(spec),
+    check=check_expressible,
     graphs=onnx_model.graphs_of,
     lower=onnx_model.lower,
     fp8_packings=onnx_model.packings_of,
@@ -120,3 +122,24 @@ BACKENDS = {
         presets=lambda quantized, fp8: {},
     ),
 }
+
+
+def backend_of(artefact: Artefact) -> Backend:
+    """The functions of the target of `artefact`.
+
+    Raises:
+        MoecError: another version of moec built it.
+    """
+    manifest = artefact.manifest
+    backend = BACKENDS.get(manifest.target)
+    known = backend.dialects if backend else BACKENDS
+    if (
+        not backend
+        or manifest.dialect not in known
+        or (backend.presets(False, False) and not manifest.presets)
+    ):
+        raise MoecError(
+            f"{artefact.path}: dialect {manifest.dialect}", "built by another version of moec",
+            " or ".join(known), "build the artefact again",
+        )  # fmt: skip
+    return backend

@@ -1,9 +1,9 @@
 """`export` and `bind`: from a description of a model, with or without weights, to an artefact."""
 
 import gc
-import hashlib
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.exporters.artefact import Artefact, open_artefact
-from moec.exporters.backends import BACKENDS, Backend, Model
+from moec.exporters.artefact import Artefact, file_of, open_artefact, write_manifest
+from moec.exporters.backends import BACKENDS, Model, backend_of
+from moec.exporters.engines import build_engines
 from moec.exporters.folder import refuse_foreign, writing
 from moec.exporters.genai import write_genai
-from moec.exporters.manifest import NAME, Build, File, Manifest, Ports, Weights, compute_of
+from moec.exporters.manifest import Build, Manifest, Ports, Weights, compute_of
 from moec.exporters.memory import memory
 from moec.exporters.onnx.write import GENAI
 from moec.exporters.placement import Progress, pack, place
@@ -32,9 +33,8 @@ from moec.exporters.targets import (
     choose,
     default_precision,
 )
-from moec.exporters.tensorrt.build import need_package
+from moec.exporters.tensorrt.build import ENGINES, check_options, need_package
 from moec.exporters.tensorrt.options import EngineOptions
-from moec.exporters.tensorrt.trtexec import commands
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
@@ -141,8 +141,12 @@ def export(
                 "leave them out",
             )  # fmt: skip
         sizes = options or EngineOptions()
-        if sizes.build and target in PACKAGES:
-            need_package(PACKAGES[target])
+        if backend.engines:
+            sizes = check_options(sizes, target, dialect)
+            if sizes.build:
+                need_package(PACKAGES[target])
+            if sizes.build and not checkpoint:  # what such an engine is; no weights will change it
+                sizes = sizes.model_copy(update={"bindings": "all"})
         path = Path(out or f"build/{spec.name}-{target}-{precision}")
         refuse_foreign(path)
         if checkpoint:
@@ -180,7 +184,20 @@ def export(
         versions=_versions(),
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )
-    return _write(path, models, manifest, checkpoint, entries, mode, stages, constants)
+    art = _write(path, models, manifest, checkpoint, entries, mode, stages, constants)
+    return _with_engines(art, progress) if backend.engines and sizes.build else art
+
+
+def _with_engines(art: Artefact, progress: Progress) -> Artefact:
+    """`art`, which is whole, with its engines; it stays where they cannot be built."""
+    try:
+        return build_engines(art, progress=progress)
+    except MoecError as error:
+        raise MoecError(
+            error.where, error.found, error.expected,
+            f"{error.next_step}; the rest is there: python cli.py engine {art.path}",
+            exit_code=error.exit_code,
+        ) from error  # fmt: skip
 
 
 @_no_collection()
@@ -191,11 +208,13 @@ def bind(
     weights: str | None = None,
     progress: Progress = lambda stage, done, total: None,
     scales: str | Path | Calibration | None = None,
+    engine: bool = True,
 ) -> Artefact:
     """Attach `checkpoint` to an artefact that was built without one, or bind it anew.
 
     The result goes to `out`, or replaces the artefact. The graph stays as it was built. `scales`
-    as in `export`.
+    as in `export`. An engine that takes all weights as inputs stays too; others are built anew
+    where the artefact was to have some, unless `engine` is false.
 
     Raises:
         MoecError: the checkpoint is not of the artefact's model, or is broken.
@@ -203,7 +222,7 @@ def bind(
     stages = _Stages(progress)
     with stages("read"):
         built = open_artefact(artefact)
-        backend = _backend_of(built)
+        backend = backend_of(built)
         packs = bool(built.manifest.packings)
         mode = weights or ("pack" if packs else "in-place")
         check_placement(mode, packs)
@@ -226,72 +245,17 @@ def bind(
                 f"python cli.py build --checkpoint {checkpoint}",
             )
         constants = _constants(built.manifest.spec, mode, scales, read.folder)
+        options = built.manifest.options
+        stays = bool(built.manifest.engines) and options is not None and options.bindings == "all"
+        wants = engine and options is not None and options.build and not stays
+        if wants:
+            need_package(PACKAGES[built.manifest.target])
         models = {part: backend.load(built, part) for part in built.parts}
-    return _write(path, models, built.manifest, read, entries, mode, stages, constants)
-
-
-def build_engines(
-    artefact: str | Path,
-    architectures: tuple[str, ...] = (),
-    progress: Progress = lambda stage, done, total: None,
-) -> Artefact:
-    """Build the engines of an artefact as it lies there, for others of `architectures` if given.
-
-    Raises:
-        MoecError: not an artefact of a target with engines, or what builds engines is missing.
-    """
-    built = _with_engines(artefact)
-    manifest, backend = built.manifest, _backend_of(built)
-    assert backend.engines and manifest.options
-    options = manifest.options.model_copy(update={"build": True})
-    if architectures:
-        options = options.model_copy(update={"architectures": architectures})
-    if manifest.weights.mode != "unbound":
-        built.stored()  # refuses changed shards
-    models = {part: backend.load(built, part) for part in built.parts}
-    start = time.perf_counter()
-    engines = backend.engines(
-        models, built.path, built.weights_folder, manifest.spec, options, progress
-    )
-    seconds = manifest.build.seconds | {"engine": round(time.perf_counter() - start, 3)}
-    folders = {each for engine in engines.values() for each in (engine.file, *engine.plugins)}
-    files = manifest.files | {name: _file(built.path / name) for name in sorted(folders)}
-    done = manifest.model_copy(
-        update={
-            "options": options,
-            "engines": engines,
-            "files": files,
-            "build": manifest.build.model_copy(update={"seconds": seconds}),
-        }
-    )
-    write_manifest(built.path, done)
-    return Artefact(built.path, done)
-
-
-def trtexec_commands(artefact: str | Path) -> list[str]:
-    """What builds the same engines without moec: see `moec.exporters.tensorrt.trtexec`.
-
-    Raises:
-        MoecError: not an artefact of target tensorrt, or weights that trtexec would not find.
-    """
-    built = _with_engines(artefact)
-    if built.manifest.target != "tensorrt":
-        raise MoecError(
-            artefact, f"an artefact of target {built.manifest.target}", "target tensorrt",
-            "build it with --target tensorrt",
-        )  # fmt: skip
-    return list(commands(built))
-
-
-def _with_engines(artefact: str | Path) -> Artefact:
-    """An artefact of a target that has engines."""
-    built = open_artefact(artefact)
-    if not _backend_of(built).engines or built.manifest.options is None:
-        raise MoecError(
-            artefact, f"an artefact of target {built.manifest.target}", " or ".join(PACKAGES),
-            "build it with --target tensorrt",
-        )  # fmt: skip
-    return built
+    art = _write(
+        path, models, built.manifest, read, entries, mode, stages, constants,
+        engines=built if stays else None,
+    )  # fmt: skip
+    return _with_engines(art, progress) if wants else art
 
 
 def _write(
@@ -303,12 +267,14 @@ def _write(
     mode: str,
     stages: _Stages,
     constants: dict[str, Tensor],
+    engines: Artefact | None = None,
 ) -> Artefact:
+    """The artefact at `path`; with the engines of another, which fit it, or without any."""
     with writing(path) as folder:
         if not (checkpoint and mode == "pack"):
             discard(folder / PACKED)
         backend, suffix = BACKENDS[manifest.target], SUFFIXES[manifest.target]
-        options, engines = manifest.options or EngineOptions(), manifest.engines
+        options = manifest.options or EngineOptions()
         targets = {folder / f"{part}{suffix}": model for part, model in models.items()}
         if manifest.weights.mode == "unbound":
             with stages("check"):
@@ -325,12 +291,6 @@ def _write(
             with stages("write"):
                 for target, model in targets.items():
                     backend.save_bound(model, target, bound.entries, bound.root, options)
-        if backend.engines and options.build:
-            with stages("engine"):
-                root = bound.root if bound else None
-                engines = backend.engines(
-                    models, folder, root, manifest.spec, options, stages.progress
-                )
         if GENAI in models:
             root = Path(bound.weights.folder) if bound and bound.weights.folder else path
             companions = checkpoint.folder if checkpoint else None
@@ -339,13 +299,15 @@ def _write(
             each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
         }
         shards = set(bound.weights.shards) if bound else set()
-        files = {name: _file(folder / name) for name in sorted(written - shards)}
+        files = {name: file_of(folder / name) for name in sorted(written - shards)}
+        if engines:
+            shutil.copytree(engines.path / ENGINES, folder / ENGINES)
         done = manifest.model_copy(
             update={
                 "checkpoint": str(checkpoint.folder.resolve()) if checkpoint else None,
                 "weights": bound.weights if bound else manifest.weights,
                 "files": files,
-                "engines": engines,
+                "engines": engines.manifest.engines if engines else {},
                 **_ports({part: backend.ports(model) for part, model in models.items()}),
                 "parity": None,
                 "build": Build(
@@ -363,22 +325,6 @@ def _write(
     return Artefact(path, done)
 
 
-def _backend_of(artefact: Artefact) -> Backend:
-    manifest = artefact.manifest
-    backend = BACKENDS.get(manifest.target)
-    known = backend.dialects if backend else BACKENDS
-    if (
-        not backend
-        or manifest.dialect not in known
-        or (backend.presets(False, False) and not manifest.presets)
-    ):
-        raise MoecError(
-            f"{artefact.path}: dialect {manifest.dialect}", "built by another version of moec",
-            " or ".join(known), "build the artefact again",
-        )  # fmt: skip
-    return backend
-
-
 def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:
     """What the graphs take and give, as fields of the manifest."""
     decoder = by_part["model"]
@@ -387,13 +333,6 @@ def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:
         "outputs": decoder.outputs,
         "vision": by_part.get("vision"),
     }
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder`/manifest.json so that a reader sees the old one or the new one."""
-    draft = folder / f".{NAME}.{os.getpid()}"
-    draft.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    draft.replace(folder / NAME)
 
 
 def _constants(
@@ -433,12 +372,6 @@ def _refuse_inside(out: Path, checkpoint: Path) -> None:
             f"--out {out}", f"the folder of the checkpoint {checkpoint}", "another folder",
             "choose another --out",
         )  # fmt: skip
-
-
-def _file(path: Path) -> File:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return File(size=path.stat().st_size, sha256=digest)
 
 
 def _versions() -> dict[str, str]:

@@ -14,13 +14,14 @@ from moec.weights.packed_file import PACKED, under_way
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[Path]:
+def writing(out: Path, ours: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends well.
 
     On any error, Ctrl-C included, it is removed. A killed process leaves it under a hidden name
     that the next build of the same `out` removes. An artefact that `out` holds is replaced.
     Packed weights that were under way when Ctrl-C or a kill came are kept there too: the next
-    build of the same `out` finds them in its folder, and goes on with them.
+    build of the same `out` finds them in its folder, and goes on with them. A folder inside an
+    artefact is `ours`, whatever it holds.
 
     Raises:
         MoecError: `out` holds something that is no artefact, or cannot be written, or the disk
@@ -31,7 +32,8 @@ def writing(out: Path) -> Iterator[Path]:
     made: list[Path] = []
     kept: tuple[Path, ...] = ()
     try:
-        refuse_foreign(out)
+        if not ours:
+            refuse_foreign(out)
         made = [parent for parent in out.parents if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():  # this process was stopped before
@@ -45,7 +47,8 @@ def writing(out: Path) -> Iterator[Path]:
         except BaseException:
             kept = under_way(partial / PACKED)
             raise
-        refuse_foreign(out)
+        if not ours:
+            refuse_foreign(out)
         if out.exists():
             out.rename(replaced)
         partial.rename(out)

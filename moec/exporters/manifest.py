@@ -91,12 +91,14 @@ class Engine(Frozen):
     """An engine file: where it is, how it was built, and whether it ever ran.
 
     `bindings` are weights that it takes as inputs, `plugins` libraries that it wants loaded.
+    `files` are its own: those of the manifest do without, so that an engine can be built again.
     """
 
     file: str
     built: Built
     bindings: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
+    files: dict[str, File] = Field(default_factory=dict)
 
 
 class Build(Frozen):

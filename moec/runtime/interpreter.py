@@ -17,7 +17,7 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from moec.exporters.artefact import Artefact
-from moec.exporters.onnx.binding import entry_of
+from moec.exporters.onnx.binding import entry_of, load_onnx
 from moec.exporters.onnx.lowering import type_of
 from moec.exporters.tensorrt.bindings import weights_of
 from moec.graph_builder import ops
@@ -32,9 +32,9 @@ def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model
     """Run a part of `artefact`, "model" or "vision", node by node; `taps` as in `ort_engine`.
 
     Raises:
-        MoecError: the artefact has no weights, or they changed.
+        MoecError: the artefact has no weights, or they changed; or damaged ONNX (exit code 1).
     """
-    model = ir.load(artefact.graph(part))
+    model = load_onnx(artefact.graph(part))
     weights = unbound(model, artefact)
     show_routers(model.graph)
     known = {each.name: each for node in model.graph for each in node.outputs}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.exporters.artefact import Artefact
+from moec.exporters.onnx.binding import load_onnx
 from moec.exporters.onnx.lowering import DTYPES
 from moec.graph_builder.ops import FP8
 from moec.runtime.eager import Run
@@ -223,7 +224,7 @@ def _with_outputs(file: Path, taps: Sequence[str]) -> str | bytes:
 
     A changed model is in memory; its weights stay where they are.
     """
-    model = ir.load(file)
+    model = load_onnx(file)
     known = {each.name: each for node in model.graph for each in node.outputs}
     model.graph.outputs.extend(known[name] for name in taps)
     outputs = model.graph.outputs

@@ -13,6 +13,7 @@ from torch import Tensor
 from moec.exporters.artefact import Artefact, Entry, open_artefact
 from moec.exporters.manifest import NAME
 from moec.exporters.presets import EXACT, PRESETS
+from moec.exporters.tensorrt.options import EngineOptions
 from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
 from moec.runtime.calls import LONG_PIECE, PIECE, buffered_calls, padded_calls
 from moec.runtime.eager import Run, eager_engine
@@ -59,6 +60,7 @@ class Session:
     device: str = "cpu"
     piece: int = PIECE
     context: int | None = None  # of caches that neither grow nor come in other sizes
+    batch: int | None = None  # rows of a decode step at most
 
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
@@ -92,13 +94,24 @@ class Session:
     def _no_cache(self, ids: Tensor) -> Cache:
         """What one pass over ids [B, S] needs: buffers, or nothing."""
         capacity = ids.shape[1] if self.layout == "buffers" else 0
-        return self.new_cache(len(ids), capacity)
+        return self._new_cache(len(ids), capacity)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of `capacity` positions; it grows if they get longer.
 
         An engine that was compiled for a context has caches of that size alone.
+
+        Raises:
+            MoecError: more rows or positions than the engine takes, or than the GPU has room for.
         """
+        if self.batch is not None and batch > self.batch:  # the first decode step would be refused
+            raise MoecError(
+                f"{batch} rows", f"an engine for a batch of {self.batch}",
+                f"{self.batch} or fewer", f"give it fewer at once, or build with --batch {batch}",
+            )  # fmt: skip
+        return self._new_cache(batch, capacity)
+
+    def _new_cache(self, batch: int, capacity: int) -> Cache:
         if self.context is not None:
             self._check_context(capacity)
             capacity = self.context
@@ -241,7 +254,7 @@ class Session:
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
         alive = torch.ones(len(rows), dtype=torch.bool)
-        capacity = int(counts.max()) + max_new_tokens
+        capacity = int(counts.max()) + max_new_tokens - 1  # the last token is not fed
         cache = self.new_cache(len(ids), capacity)
         logits = self.extend(ids, counts, cache, features)
         for step in range(max_new_tokens):
@@ -409,26 +422,34 @@ def artefact_session(
 
 def interpreter_session(artefact: Artefact, taps: Sequence[str] = ()) -> Session:
     """The ONNX of `artefact`, of a target of TensorRT, in ONNX's reference interpreter."""
-    manifest = artefact.manifest
-    assert manifest.options is not None
+    manifest, options = artefact.manifest, _options(artefact)
     run = interpreter(artefact, taps)
     vision = once(partial(interpreter, artefact, part="vision"))
     return Session(
         manifest.spec, "fp32", "interpreter", run, artefact, vision, "buffers",
-        piece=manifest.options.piece, context=manifest.options.context,
+        piece=options.piece, context=options.context,
     )  # fmt: skip
 
 
 def tensorrt_session(artefact: Artefact, device: str = "cuda") -> Session:
     """`artefact` in TensorRT, on engines that were built for it."""
-    manifest = artefact.manifest
-    assert manifest.options is not None
+    manifest, options = artefact.manifest, _options(artefact)
     run = tensorrt_engine(artefact, device=device)
     vision = once(partial(tensorrt_engine, artefact, part="vision", device=device))
     return Session(
         manifest.spec, manifest.compute, "tensorrt", run, artefact, vision, "buffers", device,
-        manifest.options.piece, manifest.options.context,
+        options.piece, options.context, options.batch,
     )  # fmt: skip
+
+
+def _options(artefact: Artefact) -> EngineOptions:
+    options = artefact.manifest.options
+    if options is None:
+        raise MoecError(
+            f"{artefact.path / NAME}: options", "null", "the sizes that an engine is built for",
+            "build the artefact again",
+        )  # fmt: skip
+    return options
 
 
 def torch_session(

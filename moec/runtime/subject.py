@@ -18,17 +18,19 @@ from moec.spec.errors import MoecError
 
 
 def check_device(artefact: Artefact, device: str) -> None:
-    """Refuse a device on which the artefact's engine cannot run it (exit code 3)."""
+    """Refuse a device on which the artefact's engine cannot run it (exit code 3), or none (2)."""
     engine = artefact.manifest.engine
     if engine == "torch":
         gpu.check_device(device, str(artefact.path))
-    elif engine == "tensorrt" and device == "cuda":
+    elif engine != "tensorrt":
+        check_kernels(artefact, device)
+    elif device == "cuda":
         raise MoecError(
             f"{artefact.path} on {device}", "an engine, whose inner values nobody sees",
             "its ONNX, which is proven on the cpu", "leave --device out", exit_code=3,
         )  # fmt: skip
-    elif engine != "tensorrt":
-        check_kernels(artefact, device)
+    elif device != "cpu":
+        raise MoecError(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.exporters.artefact import Artefact
+from moec.exporters.artefact import Artefact, check_engine
 from moec.exporters.manifest import Engine, Ports
 from moec.exporters.onnx.lowering import DTYPES as ONNX_DTYPES
 from moec.exporters.tensorrt.api import PACKAGES
@@ -22,8 +22,11 @@ Spans = Mapping[str, tuple[Shape, Shape]]
 _TORCH = {each.name.lower(): dtype for dtype, each in ONNX_DTYPES.items()}
 #: names of dtypes in TensorRT -> torch's, of those that a caller can give
 KINDS = {theirs: _TORCH[onnx] for onnx, theirs in DTYPES.items() if onnx in _TORCH}
-#: part -> the options of a build that bound what one call of it may be
-_OPTIONS = {"model": "--batch, --piece or --context", "vision": "--tiles"}
+#: part -> what to do about a call that is too large; no option of a build counts tiles
+_FIXES = {
+    "model": "give it less at once, or build with a larger --batch, --piece or --context",
+    "vision": "give it fewer tiles at once",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def engine_of(artefact: Artefact, part: str) -> Engine:
     """What the manifest says of the engine of `part`.
 
     Raises:
-        MoecError: there is none.
+        MoecError: there is none, or its files are not as they were written (exit code 1).
     """
     found = artefact.manifest.engines.get(part)
     if found is None:
@@ -54,6 +57,7 @@ def engine_of(artefact: Artefact, part: str) -> Engine:
             f"{artefact.path}: {part}", "its ONNX alone", "an engine",
             f"python cli.py engine {artefact.path}, or run the ONNX with engine interpreter",
         )  # fmt: skip
+    check_engine(artefact, found)
     return found
 
 
@@ -169,5 +173,5 @@ def no_profile(part: str, shapes: Mapping[str, Shape], profiles: Sequence[Spans]
     limits = [f"{list(spans[name][0])} to {list(spans[name][1])}" for spans in profiles]
     return MoecError(
         f"engine of {part}: {name}", list(shapes[name]), " or ".join(dict.fromkeys(limits)),
-        f"give it less at once, or build with a larger {_OPTIONS[part]}",
+        _FIXES[part],
     )  # fmt: skip

@@ -10,7 +10,7 @@ wait for theirs: a graph keeps the kernels that it was captured with.
 """
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,8 @@ from moec.spec.errors import MoecError
 
 #: layers of branches and loops, which no CUDA graph holds
 _BRANCHES = {"CONDITION", "TRIP_LIMIT", "RECURRENCE"}
+#: of a file: bytes, and when it changed, in nanoseconds
+Stamp = tuple[int, int]
 #: bytes; TensorRT takes no address that is not a multiple
 ALIGNED = 256
 
@@ -80,8 +82,7 @@ def open_engine(trt: Any, artefact: Artefact, part: str, device: str) -> OpenEng
     recorded, manifest = engine_of(artefact, part), artefact.manifest
     parts = weights_of(manifest, artefact.stored(), list(recorded.bindings))
     file, log = artefact.path / recorded.file, _log(trt)
-    for path in recorded.plugins:
-        _add_plugin(trt, str(artefact.path / path))
+    _add_plugins(trt, [(artefact.path / path).resolve() for path in recorded.plugins])
     runtime, engine = _deserialized(trt, file, log)
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found = {name: _io(trt, engine, name) for name in names}
@@ -122,9 +123,39 @@ def _log(trt: Any) -> Any:
 
 
 @cache
-def _add_plugin(trt: Any, path: str) -> None:
-    """Load a library, once in a process: TensorRT refuses the same plugins a second time."""
-    add_plugins(trt, (path,), _log(trt))
+def _libraries(trt: Any) -> dict[Path, Stamp | None]:
+    """The plugin libraries that this process has loaded, as they were then."""
+    return {}
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """What tells a file from what it was before; None where there is none."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _add_plugins(trt: Any, paths: Sequence[Path]) -> None:
+    """Load libraries, each once in a process: TensorRT takes no plugin of the same name again.
+
+    Raises:
+        MoecError: a library does not load; or libraries of another artefact, or other bytes of
+            these, were loaded before.
+    """
+    loaded = _libraries(trt)
+    others = loaded.keys() - set(paths)
+    for path in paths:
+        stamp = _stamp(path)
+        if others or loaded.get(path, stamp) != stamp:
+            was = f"{min(others)}, which was loaded before" if others else "changed since it loaded"
+            raise MoecError(
+                f"plugin: {path}", was, "one artefact with a plugin in a process",
+                "open it in a new process",
+            )  # fmt: skip
+        if path not in loaded:
+            add_plugins(trt, (str(path),), _log(trt))
+            loaded[path] = stamp
 
 
 def _deserialized(trt: Any, file: Path, log: Any) -> tuple[Any, Any]:

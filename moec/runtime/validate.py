@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moec.exporters.artefact import Artefact, open_artefact
-from moec.exporters.export import export, write_manifest
+from moec.exporters.artefact import Artefact, open_artefact, write_manifest
+from moec.exporters.export import export
 from moec.exporters.manifest import Manifest
 from moec.exporters.onnx.fused_experts import BLOCK
 from moec.exporters.presets import EXACT
+from moec.kernels.sizes import SMALLEST
 from moec.runtime.calibrate import calibrate
 from moec.runtime.compare import (
     FAST_PRODUCTS,
@@ -47,9 +48,10 @@ MOST_TOKENS = 512
 #: routers of random weights flip on near ties, a token in hundreds at each layer, and what follows
 #: is another token: after dozens of layers, or among few, nothing would be left to compare.
 TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4", "fp8"), (4, 101))
-#: target -> block and head size of its twin, where kernels want more than that: those for many
-#: tokens a width that 256 divides and experts that 128 does, those for attention heads of 16
-WIDTHS = {"torch": {"block": 128, "head_dim": 16}}
+#: dialect -> block and head size of its twin, where kernels want more than that: those for many
+#: tokens a width that 256 divides and experts that 128 does, those for attention heads of 16.
+#: No kernel of the plugin runs in a proof: it need only be one that some could be compiled for
+WIDTHS = {"torch": {"block": 128, "head_dim": 16}, "tensorrt-plugin": {"block": SMALLEST}}
 #: of a twin whose target has engines: none is built, and caches are as small as its chunks
 TWIN_OPTIONS = {"context": MOST_TOKENS, "piece": MOST_TOKENS, "build": False}
 
@@ -124,7 +126,7 @@ def validate(
 def _widths(manifest: Manifest) -> dict[str, int]:
     """The twin's widths: of tiles, of the blocks of narrow integers, or as small as can be."""
     blocks = any(packing.bits for packing in manifest.packings.values())
-    return WIDTHS.get(manifest.target, {"block": BLOCK} if blocks else {})
+    return WIDTHS.get(manifest.dialect, {"block": BLOCK} if blocks else {})
 
 
 def _build_twin(artefact: Artefact, small: ModelSpec, folder: Path, seed: int) -> Artefact:
@@ -295,7 +297,8 @@ def _greedy(subject: Subject, ids: Tensor, tolerance: Tolerance) -> Iterator[Che
     session = subject.session()
     reference = subject.reference()
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
-    tokens = session.generate(prompt, max_new_tokens=8, stop=())
+    room = 8 if session.context is None else session.context - prompt.shape[1] + 1
+    tokens = session.generate(prompt, max_new_tokens=min(8, room), stop=())
     logits = reference.logits(tokens)[0, prompt.shape[1] - 1 : -1]
     best = logits.max(-1).values
     given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]

@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "a checkpoint that is not there": ("build --checkpoint gone", "gone"),
     "a preset for a checkpoint": ("build --checkpoint scout", "scout"),
     "an unknown target": ("build --variant scout --target tpu", "tpu"),
-    "a planned target": ("build --variant scout --target tensorrt", "planned"),
+    "a target of an odd size": ("build --variant scout --target tensorrt --piece 0", "--piece"),
     "a scheme of another precision": ("build --variant scout --scheme meta", "--precision fp8"),
     "a scheme that is none": ("build --variant scout --precision fp8 --scheme nf4", "deepseek"),
     "a cache of another kind": ("build --variant scout --precision fp8 --cache int8", "wide"),

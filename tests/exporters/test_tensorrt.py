@@ -1,8 +1,12 @@
 """Targets of TensorRT: what is in their ONNX, and what it computes in ONNX's interpreter."""
 
 import shlex
+import subprocess
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,8 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 import moec
-from moec.exporters.artefact import open_artefact
-from moec.exporters.export import export, trtexec_commands
+from moec.exporters.artefact import Artefact, open_artefact
+from moec.exporters.backends import BACKENDS
+from moec.exporters.engines import trtexec_commands
+from moec.exporters.export import export
 from moec.exporters.onnx.lowering import DTYPES
 from moec.exporters.tensorrt.options import EngineOptions
 from moec.graph_builder.ops import FP8
@@ -22,7 +28,10 @@ from moec.runtime.session import eager_session, interpreter_session
 from moec.runtime.subject import Subject
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
+from tests.refusals import refusal
 from tests.strategies import specs
 
 #: the ONNX alone
@@ -113,12 +122,41 @@ def test_more_than_the_context_is_refused(wide: Path) -> None:
     session = moec.open_session(wide, engine="interpreter")
     with pytest.raises(MoecError) as caught:
         session.generate([[1] * 500], max_new_tokens=20)
-    assert "--context 520" in str(caught.value)
+    assert "--context 519" in str(caught.value), "the last token is not fed"
 
 
-@pytest.mark.parametrize("scheme", ["static", "mixed"])
-def test_each_layer_in_fp8_is_the_eager_layer(scheme: str, tiny: Path, tmp_path: Path) -> None:
-    art = export(tiny, "tensorrt", "fp8", tmp_path / "a", scheme=scheme, options=SMALL)
+def test_a_long_context_makes_no_large_file(sound: Path, tmp_path: Path) -> None:
+    options = EngineOptions(context=1 << 24, build=False)
+    art = export(sound, "tensorrt", "bf16", tmp_path / "a", options=options)
+    assert art.model.stat().st_size < 1e6
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+def test_a_damaged_file_is_refused(target: str, sound: Path, tmp_path: Path) -> None:
+    options = SMALL if target == "tensorrt" else None
+    art = export(sound, target, "fp32", tmp_path / "a", options=options)
+    load = BACKENDS[target].load
+    assert len(load(art, "model").graph)
+    art.model.write_bytes(b"\xff" * art.model.stat().st_size)
+    refusal(lambda: load(art, "model"), "model.onnx", 1)
+    if target == "tensorrt":
+        refusal(lambda: moec.open_session(art.path, engine="interpreter"), "model.onnx", 1)
+        refusal(lambda: moec.validate(art.path), "build the artefact again", 1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cache", "dialect"),
+    [
+        ("static", None, "tensorrt"),
+        ("mixed", None, "tensorrt-plugin"),
+        ("modelopt", "wide", "tensorrt"),
+    ],
+)
+def test_each_layer_in_fp8_is_the_eager_layer(
+    scheme: str, cache: str | None, dialect: str, tiny: Path, tmp_path: Path
+) -> None:
+    art = export(tiny, "tensorrt", "fp8", tmp_path / "a", scheme=scheme, cache=cache, options=SMALL)
+    assert art.manifest.dialect == dialect
     hidden = ["embed", *(f"layers.{i}.out" for i in range(art.manifest.spec.text.layers))]
     ids = torch.randint(0, 4096, (1, 140))
     lengths = torch.tensor([140])
@@ -189,11 +227,38 @@ def test_binding_later_is_building_with_weights(tiny: Path, art: Path, tmp_path:
         moec.load_spec(tiny), "tensorrt", manifest.precision, tmp_path / "a", scheme=scheme,
         options=SMALL,
     )  # fmt: skip
-    bound = moec.bind(tmp_path / "a", tiny)
-    assert bound.manifest.files == manifest.files or scheme
-    found, expected = (ir.load(path / "model.onnx").graph for path in (bound.path, art))
-    assert {i.name for i in found.inputs} == {i.name for i in expected.inputs}
-    assert set(found.initializers) == set(expected.initializers)
+    bound, built = moec.bind(tmp_path / "a", tiny), open_artefact(art)
+    for part in ("model", "vision"):
+        found, expected = (ir.load(each.graph(part)).graph for each in (bound, built))
+        assert _ports(found.inputs) == _ports(expected.inputs)
+        assert _ports(found.outputs) == _ports(expected.outputs)
+        assert [_operands(node) for node in found] == [_operands(node) for node in expected]
+        assert _bytes(found, bound) == _bytes(expected, built)
+
+
+def _ports(values: Iterable[ir.Value]) -> dict[str, str]:
+    """Names, types and shapes."""
+    return {str(each.name): f"{each.dtype} {each.shape}" for each in values}
+
+
+def _operands(node: ir.Node) -> tuple[str, list[str | None], list[str | None]]:
+    inputs = [each and each.name for each in node.inputs]
+    return node.op_type, inputs, [each.name for each in node.outputs]
+
+
+def _bytes(graph: ir.Graph, art: Artefact) -> dict[str, bytes]:
+    """What each initializer of a graph of `art` holds, wherever that lies."""
+    found = {}
+    for name, each in graph.initializers.items():
+        held = each.const_value
+        assert held is not None
+        if isinstance(held, ir.ExternalTensor):
+            start, size = held.offset or 0, held.length or 0
+            whole = (art.weights_folder / held.location).read_bytes()
+            found[name] = whole[start : start + size]
+        else:
+            found[name] = held.tobytes()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -214,13 +279,37 @@ def test_schemes_that_no_engine_has_are_refused(
     assert named in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_static_scales_of_a_tensor_each_build_too(tiny: Path, tmp_path: Path) -> None:
-    art = export(
-        tiny, "tensorrt-rtx", "fp8", tmp_path / "a", scheme="modelopt", cache="wide", options=SMALL
-    )
-    assert art.manifest.dialect == "tensorrt"
-    session = interpreter_session(art)
-    assert torch.isfinite(session.logits(torch.randint(0, 4096, (1, 8)))).all()
+def test_heads_that_no_kernel_has_are_refused_in_half_precision(tmp_path: Path) -> None:
+    spec = _text(head_dim=12)
+    for precision in ("bf16", "fp16", "fp8"):
+        error = refusal(
+            lambda: export(spec, "tensorrt-rtx", precision, tmp_path / "a", options=SMALL),  # noqa: B023
+            "text.head_dim",
+        )
+        assert error.found == "12" and error.next_step == "use --precision fp32"
+    export(spec, "tensorrt-rtx", "fp32", tmp_path / "a", options=SMALL)
+
+
+@pytest.mark.parametrize("name", ["dim", "hidden"])
+def test_sizes_that_the_plugin_has_no_kernels_for_are_refused(name: str, tmp_path: Path) -> None:
+    spec = _text(**{name: 80})
+    build = partial(export, spec, "tensorrt", "fp8", options=SMALL)
+    error = refusal(lambda: build(tmp_path / "a", scheme="mixed"), name)
+    assert error.expected.startswith("a multiple of 32") and "--scheme static" in error.next_step
+    build(tmp_path / "a", scheme="static")
+
+
+def test_a_build_of_other_targets_imports_no_triton() -> None:
+    code = "import sys, moec.exporters.export; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _text(hidden: int = 64, **changes: int) -> ModelSpec:
+    """The decoder of tests' model, of other sizes."""
+    spec = twin(PRESETS["tiny-scout"])
+    experts = spec.text.experts.model_copy(update={"hidden": hidden, "shared_hidden": hidden})
+    text = spec.text.model_copy(update={"experts": experts, **changes})
+    return ModelSpec.model_validate(spec.model_copy(update={"text": text}).model_dump())
 
 
 def test_options_without_engines_are_refused(sound: Path, tmp_path: Path) -> None:
@@ -234,10 +323,12 @@ def test_commands_for_trtexec(tiny: Path, tmp_path: Path, wide: Path) -> None:
     options = EngineOptions(context=256, batch=3, piece=64, build=False)
     art = export(tiny, "tensorrt", "fp8", tmp_path / "a", options=options)
     plugin, model, vision = trtexec_commands(art.path)
-    assert plugin.endswith("plugin/build.sh") and (art.path / "plugin/programs.bin").is_file()
+    assert (
+        plugin.endswith("plugin/build.sh") and (art.path / "trtexec/plugin/programs.bin").is_file()
+    )
     words = shlex.split(model)
     assert words[:2] == ["trtexec", f"--onnx={art.path}/model.onnx"]
-    assert f"--staticPlugins={art.path}/plugin/libmoec_plugin.so" in words
+    assert f"--staticPlugins={art.path}/trtexec/plugin/libmoec_plugin.so" in words
     decode, prefill = (words.index(f"--profile={i}") for i in range(2))
     assert "input_ids:3x1,past_lengths:3" in words[decode + 3], "largest: three rows, a token each"
     assert "input_ids:1x64,past_lengths:1" in words[prefill + 3]

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import moec
-from moec.runtime.session import Session
+from moec.cli import app
+from moec.runtime.session import ENGINES, Session
 from tests.damage import SPEC
 from tests.refusals import refusal
 
@@ -34,6 +36,11 @@ IDS: dict[str, tuple[Any, str]] = {
     "one dimension": (torch.tensor([1, 2, 3]), "input_ids"),
     "three dimensions": (torch.ones(1, 2, 3, dtype=torch.int64), "input_ids"),
 }
+
+
+def test_the_help_names_every_engine() -> None:
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["generate", "--help"]).output
+    assert all(engine in shown for engine in ENGINES)
 
 
 @pytest.fixture(scope="module")

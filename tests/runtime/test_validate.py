@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moec
-from moec.exporters.artefact import Artefact, open_artefact
-from moec.exporters.export import write_manifest
+from moec.exporters.artefact import Artefact, open_artefact, write_manifest
 from moec.exporters.manifest import File
+from moec.exporters.tensorrt.options import EngineOptions
 from moec.runtime import pieces, torch_engine
 from moec.runtime.compare import ENOUGH, SAME_INPUTS, TOLERANCES, error, worst_error
 from moec.runtime.report import Report
@@ -23,6 +23,7 @@ from moec.spec.presets import PRESETS
 from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import view
+from tests.refusals import refusal
 
 
 def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -51,6 +52,48 @@ def test_a_weightless_build_is_proven_on_its_twin(name: str, tmp_path: Path) -> 
         "scout": 96, "maverick": 72,
     }[name]  # fmt: skip
     assert any(check.name == "logits, chunk borders" for check in report.checks)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of four layers, the last of which sees everything."""
+    spec = twin(PRESETS["tiny-scout"], 4)
+    experts = spec.text.experts.model_copy(update={"count": 3})
+    text = spec.text.model_copy(update={"experts": experts})
+    folder = tmp_path_factory.mktemp("small") / "checkpoint"
+    write_random_checkpoint(spec.model_copy(update={"text": text}), folder)
+    return folder
+
+
+@pytest.mark.parametrize("context", [1, 2, 8, 9])
+def test_an_engine_for_few_tokens_is_proven_within_them(
+    context: int, small: Path, tmp_path: Path
+) -> None:
+    options = EngineOptions(context=context, batch=1, piece=context, build=False)
+    art = moec.export(small, "tensorrt", "fp32", tmp_path / "a", options=options)
+    report = moec.validate(art.path)
+    assert report.passed and report.tokens[0] == context
+    (greedy,) = (check for check in report.checks if check.name == "greedy tokens")
+    assert f"{min(8, context)}" in greedy.detail
+
+
+def test_a_weightless_build_with_a_plugin_is_proven_on_its_twin(
+    tmp_path: Path,
+) -> None:
+    options = EngineOptions(context=32, piece=32, build=False)
+    art = moec.export(
+        "tiny-scout", "tensorrt", "fp8", tmp_path / "a", scheme="mixed", options=options
+    )
+    assert art.manifest.dialect == "tensorrt-plugin"
+    report = moec.validate(art.path, tokens=12)
+    assert report.passed and report.twin
+
+
+def test_a_device_that_is_none_is_refused(small: Path, tmp_path: Path) -> None:
+    options = EngineOptions(context=8, piece=8, build=False)
+    art = moec.export(small, "tensorrt", "fp32", tmp_path / "a", options=options)
+    refusal(lambda: moec.validate(art.path, device="banana"), "banana", 2)
+    refusal(lambda: moec.validate(art.path, device="cuda"), "cuda", 3)
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])

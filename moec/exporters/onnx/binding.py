@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from moec.spec.errors import MoecError
 from moec.weights.shard import TensorEntry
 
 _DTYPES = {
@@ -14,6 +16,20 @@ _DTYPES = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "uint8": ir.DataType.UINT8,
 }
+
+
+def load_onnx(path: Path) -> ir.Model:
+    """The model at `path`; its weights stay where they are.
+
+    Raises:
+        MoecError: it is gone, or damaged (exit code 1).
+    """
+    try:
+        return ir.load(path)
+    except (OSError, DecodeError, ir.serde.SerdeError, ValueError) as error:
+        raise MoecError(
+            path, error, "the ONNX of an artefact", "build the artefact again", exit_code=1
+        ) from None
 
 
 def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> None:

@@ -52,13 +52,7 @@ def _buffered_attention(
     out, *buffers = node.meta["type"]
     batch, count, width = out.shape
     assert mask is not None
-    # Where the call's tokens start: the last one's slot, less the steps, of which the mask knows.
-    ends = e.cast(last, _INT64, "last")
-    flat = type_of(ends)
-    size = e.op("Shape", [mask], TensorType((1,), _INT64), "size", start=2, end=3)
-    before = e.op("Sub", [ends, size], flat, "before")
-    first = e.op("Add", [before, e.constant([1])], flat, "first")
-    kept = []
+    first, kept = _first(e, last, mask, 2), []
     for buffer, new, kind, label in zip(
         (key, value), (k, v), buffers, ("key", "value"), strict=True
     ):
@@ -78,23 +72,27 @@ def _masks_slots(node: fx.Node) -> bool:
     return isinstance(mask, fx.Node) and mask.target == ops.slot_mask.target
 
 
+def _first(e: Emitter, last: ir.Value, x: ir.Value, axis: int) -> ir.Value:
+    """The slots where a call's tokens start, int64 [B]: it ends at `last`, steps along x's axis."""
+    ends = e.cast(last, _INT64, "last")
+    size = e.op("Shape", [x], TensorType((1,), _INT64), "size", start=axis, end=axis + 1)
+    before = e.op("Sub", [ends, size], type_of(ends), "before")
+    return e.op("Add", [before, e.constant([1])], type_of(ends), "first")
+
+
 def _slot_mask(
     e: Emitter, node: fx.Node, ids: ir.Value, last: ir.Value, buffer: ir.Value
 ) -> ir.Value:
     """Slots up to a token's own, bool [B, 1, S, N]."""
     out: TensorType = node.meta["type"]
-    batch, _, count, slots = out.shape
+    batch, _, count, _ = out.shape
     every = steps(e, ids, 1, "steps")
-    size = e.op("Shape", [ids], TensorType((1,), _INT64), "size", start=1, end=2)
-    ends = e.cast(last, _INT64, "last")
-    before = e.op("Sub", [ends, size], type_of(ends), "before")
-    first = e.op("Add", [before, e.constant([1])], type_of(ends), "first")
-    own = e.op(
-        "Add", [column(e, first, "first.column"), every], TensorType((batch, count), _INT64), "own"
-    )
+    starts = column(e, _first(e, last, ids, 1), "first.column")
+    own = e.op("Add", [starts, every], TensorType((batch, count), _INT64), "own")
     deep = TensorType((batch, 1, count, 1), _INT64)
     rows = e.op("Unsqueeze", [own, e.constant([1, 3])], deep, "own.deep")
-    return e.op("LessOrEqual", [e.constant(np.arange(slots)), rows], out)
+    # Counted in a run: as a constant, the slots of a long context would be most of the file.
+    return e.op("LessOrEqual", [steps(e, buffer, 2, "slots"), rows], out)
 
 
 def _by_head(e: Emitter, x: ir.Value, heads: int, label: str) -> ir.Value:

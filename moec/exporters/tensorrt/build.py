@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
+import torch
 
 from moec.exporters.manifest import Engine
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.exporters.tensorrt.engine import build_engine
 from moec.exporters.tensorrt.job import Job, Span
 from moec.exporters.tensorrt.onnx_model import is_fed
-from moec.exporters.tensorrt.options import EngineOptions
+from moec.exporters.tensorrt.options import ARCHITECTURES, EngineOptions
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 
@@ -21,8 +22,30 @@ if TYPE_CHECKING:
 
 Package = Literal["tensorrt", "tensorrt_rtx"]
 Progress = Callable[[str, int, int], None]
-#: where the plugin's sources and library are in an artefact
-PLUGIN = "plugin"
+#: the folder of an artefact's engines, and in it that of the plugin's sources and library
+ENGINES, PLUGIN = "engine", "plugin"
+
+
+def check_options(options: EngineOptions, target: str, dialect: str) -> EngineOptions:
+    """`options` with what `target` has where nobody chose.
+
+    Raises:
+        MoecError: a choice that target or dialect does not have.
+    """
+    if target == "tensorrt" and options.architectures:
+        raise MoecError(
+            "--sm", f"{', '.join(options.architectures)}, with --target tensorrt",
+            "the GPU where the engine is built, which is the one that it runs on",
+            "leave --sm out, or use --target tensorrt-rtx",
+        )  # fmt: skip
+    if dialect == "tensorrt-plugin" and options.bindings == "none":
+        raise MoecError(
+            "--bindings none", "experts in the plugin, which takes their weights joined",
+            "experts or all", "choose one of them, or use --scheme static",
+        )  # fmt: skip
+    if target == "tensorrt-rtx" and not options.architectures:
+        return options.model_copy(update={"architectures": ARCHITECTURES})
+    return options
 
 
 def need_package(package: Package) -> None:
@@ -42,6 +65,7 @@ def need_package(package: Package) -> None:
 
 def build_engines(
     models: Mapping[str, ir.Model],
+    path: Path,
     folder: Path,
     root: Path | None,
     spec: ModelSpec,
@@ -49,26 +73,38 @@ def build_engines(
     progress: Progress,
     package: Package,
 ) -> dict[str, Engine]:
-    """An engine PART.engine in `folder` beside each PART.onnx; external data lie below `root`.
+    """An engine `folder`/PART.engine of each `path`/PART.onnx; external data lie below `root`.
 
-    The plugin, for models with one, is built in `folder` too.
+    The plugin, for models with one, is built in `folder` too. What is recorded are paths as they
+    will be in the artefact, where `folder` is called ENGINES.
 
     Raises:
         MoecError: see `build_engine`; or the plugin cannot be built here (exit code 3).
     """
-    need_package(package)
     done = {}
     for part, model in models.items():
-        job = job_of(model, part, folder, root, spec, options, package)
+        job = job_of(model, part, path, folder, root, spec, options, package)
         if wants_plugin_library(model):
             library = _library(plugin_of(folder, spec, options, package))
             job = job.model_copy(update={"plugins": (library,)})
         built = build_engine(job, progress)
-        taken = [str(each.name) for each in model.graph.inputs]
-        bindings = tuple(name for name in taken if not is_fed(name))
-        plugins = tuple(Path(each).relative_to(folder).as_posix() for each in job.plugins)
-        done[part] = Engine(file=f"{part}.engine", built=built, bindings=bindings, plugins=plugins)
+        if not built.architectures and torch.cuda.is_available():
+            here = "SM{}{}".format(*torch.cuda.get_device_capability())
+            built = built.model_copy(update={"architectures": (here,)})
+        places = (
+            f"{ENGINES}/{Path(each).relative_to(folder).as_posix()}"
+            for each in (job.engine, *job.plugins)
+        )
+        file, *plugins = places
+        done[part] = Engine(
+            file=file, built=built, bindings=taken_by(model), plugins=tuple(plugins)
+        )
     return done
+
+
+def taken_by(model: ir.Model) -> tuple[str, ...]:
+    """The weights that are inputs of `model`."""
+    return tuple(str(each.name) for each in model.graph.inputs if not is_fed(str(each.name)))
 
 
 def wants_plugin_library(model: ir.Model) -> bool:
@@ -102,8 +138,8 @@ def _library(found: "Plugin") -> str:
     if found.library is None:
         raise MoecError(
             "the MoE plugin", found.why, "TensorRT's headers and a C++ compiler",
-            "set TENSORRT_INCLUDE to the folder of NvInferRuntime.h, or use --scheme static",
-            exit_code=3,
+            "install what is missing; TENSORRT_INCLUDE names the folder of NvInferRuntime.h, CXX "
+            "the compiler; or use --scheme static", exit_code=3,
         )  # fmt: skip
     return str(found.library)
 
@@ -111,6 +147,7 @@ def _library(found: "Plugin") -> str:
 def job_of(
     model: ir.Model,
     part: str,
+    path: Path,
     folder: Path,
     root: Path | None,
     spec: ModelSpec,
@@ -120,7 +157,7 @@ def job_of(
     """What to build of a part."""
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     return Job(
-        onnx=str(folder / f"{part}.onnx"),
+        onnx=str(path / f"{part}.onnx"),
         engine=str(folder / f"{part}.engine"),
         package=package,
         architectures=options.architectures if package == "tensorrt_rtx" else (),

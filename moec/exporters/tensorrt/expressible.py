@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from moec.exporters.targets import wants_plugin
+from moec.kernels.sizes import SMALLEST
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
@@ -11,20 +12,31 @@ from moec.weights.fused import fp8_pieces
 
 #: where, found, expected, what to do
 Odd = tuple[str, object, str, str]
+#: what the size of a head must be a multiple of, for attention in half precision
+_HEAD = 8
 
 
-def check_expressible(spec: ModelSpec) -> None:
-    """Refuse a model or scheme for which there is no engine.
+def check_expressible(spec: ModelSpec, precision: str) -> None:
+    """Refuse a model, in a precision and its scheme, for which there is no engine.
 
     Raises:
         MoecError: names the field of the spec, what it is, and what it may be.
     """
-    odd = next(_odd(spec, spec.scheme), None) if spec.scheme else None
+    odd = next(_odd(spec, precision), None)
     if odd:
         raise MoecError(f"{spec.name}: {odd[0]}", *odd[1:])
 
 
-def _odd(spec: ModelSpec, scheme: Scheme) -> Iterator[Odd]:
+def _odd(spec: ModelSpec, precision: str) -> Iterator[Odd]:
+    size = spec.text.head_dim
+    if precision != "fp32" and size % _HEAD:
+        expected = f"a multiple of {_HEAD} in half precision"
+        yield "text.head_dim", size, expected, "use --precision fp32"
+    if spec.scheme:
+        yield from _odd_scheme(spec, spec.scheme)
+
+
+def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[Odd]:
     at = f"scheme {scheme.name}"
     if scheme.cache:
         expected = "wide ones: TensorRT updates no FP8 cache"
@@ -58,6 +70,9 @@ def _odd_plugin(spec: ModelSpec, scheme: Scheme, inside: set[str]) -> Iterator[O
     if experts.shared_hidden != experts.hidden:
         found = f"{experts.shared_hidden}, where experts have {experts.hidden}"
         yield "text.experts.shared_hidden", found, "as wide as the others, for the plugin", fix
+    for name, size in (("text.dim", spec.text.dim), ("text.experts.hidden", experts.hidden)):
+        if size % SMALLEST:
+            yield name, size, f"a multiple of {SMALLEST}, for the plugin", fix
     for name in sorted(inside):
         rule = rules.get(name)
         kind = (rule.weight, rule.inputs) if rule else None

@@ -9,7 +9,7 @@ from torch import fx
 
 from moec.exporters.artefact import Artefact
 from moec.exporters.manifest import Ports
-from moec.exporters.onnx.binding import bind
+from moec.exporters.onnx.binding import bind, load_onnx
 from moec.exporters.onnx.write import lower_model, ports
 from moec.exporters.precision import fp8_packings
 from moec.exporters.targets import wants_plugin
@@ -85,8 +85,12 @@ def save_bound(
 
 
 def load(artefact: Artefact, part: str) -> ir.Model:
-    """The ONNX of an artefact's part, as it was written."""
-    return ir.load(artefact.graph(part))
+    """The ONNX of an artefact's part, as it was written.
+
+    Raises:
+        MoecError: it is gone, or damaged (exit code 1).
+    """
+    return load_onnx(artefact.graph(part))
 
 
 def is_expert(weight: str) -> bool:

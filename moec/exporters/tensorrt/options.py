@@ -1,7 +1,7 @@
 """What an engine is built for: sizes, GPUs, and where its weights are."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,6 +13,10 @@ from moec.spec.model import ModelSpec
 ARCHITECTURES = ("SM89", "SM120")
 
 
+#: a field -> what the command line calls it, where that is another name
+_OPTIONS = {"architectures": "--sm"}
+
+
 class EngineOptions(Frozen):
     """Sizes that an engine is compiled for, and how.
 
@@ -21,12 +25,16 @@ class EngineOptions(Frozen):
     `tiles` image tiles.
     """
 
-    context: int = Field(default=8192, ge=1, description="tokens of a row, prompt included")
-    batch: int = Field(default=8, ge=1, description="rows at most")
-    piece: int = Field(default=512, ge=1, description="tokens of a prompt in one call at most")
-    tiles: int = Field(default=8, ge=1, description="image tiles in one call at most")
-    architectures: tuple[str, ...] = Field(
-        default=ARCHITECTURES, description="compute capabilities, of target tensorrt-rtx"
+    context: int = Field(
+        default=8192, ge=1, le=1 << 24, description="tokens of a row, prompt included"
+    )
+    batch: int = Field(default=8, ge=1, le=1 << 12, description="rows at most")
+    piece: int = Field(
+        default=512, ge=1, le=1 << 16, description="tokens of a prompt in one call at most"
+    )
+    tiles: int = Field(default=8, ge=1, le=1 << 10, description="image tiles in one call at most")
+    architectures: tuple[Annotated[str, Field(pattern=r"^SM\d+$")], ...] = Field(
+        default=(), description="compute capabilities, of target tensorrt-rtx; (): the usual"
     )
     bindings: Literal["experts", "all", "none"] = Field(
         default="experts", description="weights that are inputs of the engine, not inside it"
@@ -37,6 +45,8 @@ class EngineOptions(Frozen):
     def _check(self) -> Self:
         if self.piece > self.context:
             raise ValueError(f"piece {self.piece} is above context {self.context}")
+        if len(set(self.architectures)) < len(self.architectures):
+            raise ValueError(f"architectures {', '.join(self.architectures)}: one is there twice")
         return self
 
     def slots(self, spec: ModelSpec) -> dict[str, int]:
@@ -51,12 +61,16 @@ def engine_options(chosen: Mapping[str, Any]) -> EngineOptions:
     Raises:
         MoecError: names the first that cannot be.
     """
-    fitting = {"piece": min(int(chosen.get("context", 512)), 512)} | dict(chosen)
+    context = chosen.get("context")
+    fitting = {"piece": min(context, 512) if isinstance(context, int) else 512} | dict(chosen)
     try:
         return EngineOptions.model_validate(fitting)
     except ValidationError as error:
         first = error.errors()[0]
-        at = ".".join(map(str, first["loc"])) or "piece"
+        at = str(first["loc"][0]) if first["loc"] else "piece"
         raise MoecError(
-            f"--{at}", chosen.get(at, fitting.get(at)), first["msg"].lower(), "choose another"
+            _OPTIONS.get(at, f"--{at}"),
+            fitting.get(at),
+            first["msg"].removeprefix("Value error, "),
+            "choose another",
         ) from None

@@ -2,19 +2,21 @@
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from moec.exporters.artefact import Artefact
 from moec.exporters.tensorrt.build import job_of, plugin_of, wants_plugin_library
 from moec.exporters.tensorrt.job import Job
 from moec.exporters.tensorrt.onnx_model import load
+from moec.exporters.tensorrt.options import EngineOptions
 from moec.spec.errors import MoecError
 
 
 def commands(artefact: Artefact) -> Iterator[str]:
     """A command for each part of `artefact`, of target tensorrt; before them that of the plugin.
 
-    The plugin's sources are written to the artefact. What these commands do not do is hold what the
-    parser made of the graph against what it means: `build_engines` does.
+    They write to the folder `trtexec` of the artefact, as the plugin's sources are. What they do
+    not do is hold what the parser made of the graph against what it means: `build_engines` does.
 
     Raises:
         MoecError: weights that trtexec would not find: it looks beside the model alone.
@@ -26,13 +28,26 @@ def commands(artefact: Artefact) -> Iterator[str]:
             path, f"weights in place, in {manifest.weights.folder}", "weights beside the model",
             f"python cli.py bind {path} --checkpoint {manifest.checkpoint} --weights link",
         )  # fmt: skip
+    folder = path / "trtexec"
+    try:
+        folder.mkdir(exist_ok=True)
+        yield from _parts(artefact, manifest.options, folder)
+    except OSError as error:
+        raise MoecError(
+            error.filename or folder, error.strerror, "a folder that can be written",
+            "make room, or copy the artefact elsewhere",
+        ) from None  # fmt: skip
+
+
+def _parts(artefact: Artefact, options: EngineOptions, folder: Path) -> Iterator[str]:
+    manifest, path = artefact.manifest, artefact.path
     for part in artefact.parts:
         model, plugins = load(artefact, part), tuple[str, ...]()
         if wants_plugin_library(model):
-            plugin = plugin_of(path, manifest.spec, manifest.options, "tensorrt")
+            plugin = plugin_of(folder, manifest.spec, options, "tensorrt")
             yield plugin.command
-            plugins = (str(path / "plugin" / "libmoec_plugin.so"),)
-        job = job_of(model, part, path, None, manifest.spec, manifest.options, "tensorrt")
+            plugins = (str(plugin.folder / "libmoec_plugin.so"),)
+        job = job_of(model, part, path, folder, None, manifest.spec, options, "tensorrt")
         yield _command(job, plugins)
 
 

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,7 +134,9 @@ def test_a_build_that_takes_too_long(
     assert time.monotonic() - start < 10
 
 
-def test_ctrl_c_ends_the_child(wanted: Job, half: str, child: Callable[[str], None]) -> None:
+def test_ctrl_c_ends_the_child(
+    wanted: Job, half: str, child: Callable[[str], None], listens_to_ctrl_c: None
+) -> None:
     # The job is read first: then this process is listening, and no longer starting the child.
     child(f"cat > /dev/null; echo $$ > '{wanted.onnx}.pid'; {half} exec sleep 60")
     main = threading.main_thread().ident
@@ -151,6 +153,14 @@ def test_ctrl_c_ends_the_child(wanted: Job, half: str, child: Callable[[str], No
     assert not Path(wanted.engine + PARTIAL).exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path(f"{wanted.onnx}.pid").read_text()), 0)
+
+
+@pytest.fixture
+def listens_to_ctrl_c() -> Iterator[None]:
+    """Where tests were started in the background, the shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_error_of_the_caller_ends_the_child(wanted: Job, tmp_path: Path) -> None:

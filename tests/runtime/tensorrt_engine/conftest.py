@@ -82,7 +82,7 @@ def session_of(artefact: Artefact, package: Package) -> Session:
     return Session(
         manifest.spec, manifest.compute, "tensorrt", opened(), with_them,
         lambda: opened(part="vision"), "buffers", "cpu", piece=manifest.options.piece,
-        context=manifest.options.context,
+        context=manifest.options.context, batch=manifest.options.batch,
     )  # fmt: skip
 
 

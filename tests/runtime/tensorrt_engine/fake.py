@@ -293,7 +293,7 @@ class Context:
         spans = {
             (each.untyped_storage().data_ptr(), each.untyped_storage().nbytes())
             for each in gc.get_objects()
-            if issubclass(type(each), Tensor)
+            if issubclass(type(each), Tensor) and each.layout == torch.strided
         }
         for name in self.plan.tensors:
             start, size = self.addresses[name], self._view(name).nbytes
@@ -313,7 +313,8 @@ def plan_of(artefact: Artefact, part: str = "model") -> Plan:
     model = ir.load(artefact.graph(part))
     assert manifest.options
     job = job_of(
-        model, part, artefact.path, None, manifest.spec, manifest.options, "tensorrt_rtx"
+        model, part, artefact.path, artefact.path, None, manifest.spec, manifest.options,
+        "tensorrt_rtx",
     )  # fmt: skip
     tensors = {}
     for values, kinds in ((model.graph.inputs, job.inputs), (model.graph.outputs, job.outputs)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moec.exporters.artefact import Artefact
-from moec.runtime.session import Session
+from moec.runtime.session import Session, interpreter_session, tensorrt_session
 from moec.runtime.tensorrt_engine import tensorrt_engine
 from tests.refusals import refusal
 from tests.runtime.tensorrt_engine.conftest import OPTIONS, opening, session_of
@@ -119,6 +119,32 @@ def test_plugins_are_loaded_first_and_once(
     assert package.libraries == [str(tmp_path / "lib.so")]
 
 
+def test_a_process_has_one_artefact_with_a_plugin(
+    art: Artefact, package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("moec.exporters.tensorrt.api.preload", lambda: None)
+    package.log = _silent(package)
+    first, second = (_with_plugin(art, package, tmp_path / name) for name in ("first", "second"))
+    tensorrt_engine(first, "model", "cpu", package)
+    error = refusal(lambda: tensorrt_engine(second, "model", "cpu", package), "second/lib.so")
+    assert "first/lib.so" in error.found and "new process" in error.next_step
+    opening(art, package)()  # without a plugin it disturbs nobody
+    tensorrt_engine(first, "model", "cpu", package)
+    (first.path / "lib.so").write_bytes(b"built again")
+    refusal(lambda: tensorrt_engine(first, "model", "cpu", package), "changed since")
+
+
+def _with_plugin(art: Artefact, package: Package, folder: Path) -> Artefact:
+    """`art` as if it lay in `folder`, beside the library of its plugin."""
+    folder.mkdir()
+    (folder / "lib.so").write_bytes(b"")
+    (folder / "model.engine").write_bytes(b"engine of model")
+    with_them = with_engines(art, package.plans)
+    engine = with_them.manifest.engines["model"].model_copy(update={"plugins": ("lib.so",)})
+    manifest = with_them.manifest.model_copy(update={"engines": {"model": engine}})
+    return replace(with_them, path=folder, manifest=manifest)
+
+
 def _silent(package: Package) -> object:
     class Log(package.ILogger):  # type: ignore[name-defined, misc]
         def log(self, severity: int, msg: str) -> None:
@@ -200,7 +226,7 @@ def test_shapes_that_it_was_not_built_for(
     session: Session, feeds: dict[str, tuple[int, ...]], name: str
 ) -> None:
     rows = feeds.get("input_ids", (1, 1))[0]
-    cache = session.new_cache(rows, 8)
+    cache = replace(session, batch=None).new_cache(rows, 8)
     shapes = {"input_ids": (1, 1), "past_lengths": (rows,), "global.last": (rows,),
               "ring.last": (rows,), "logit_index": (rows, 1)} | feeds  # fmt: skip
     given = cache.tensors | {n: torch.zeros(shape) for n, shape in shapes.items()}
@@ -208,11 +234,31 @@ def test_shapes_that_it_was_not_built_for(
     assert "--batch, --piece or --context" in error.next_step and " to [" in error.expected
 
 
+def test_more_rows_than_it_was_built_for(session: Session, package: Package) -> None:
+    rows = [[5, 6]] * (OPTIONS.batch + 1)
+    for call in (session.generate, session.prefill):
+        error = refusal(lambda: call(rows), f"--batch {OPTIONS.batch + 1}")  # noqa: B023
+        assert not package.plans["model"].calls and str(OPTIONS.batch) in error.expected
+    assert len(session.logits(rows)) == len(rows), "prompts go row by row, and need no step"
+
+
+def test_a_context_holds_all_tokens_but_the_last(session: Session) -> None:
+    row = [5] * (OPTIONS.context - 2)
+    assert len(session.generate([row], max_new_tokens=3, stop=())[0]) == OPTIONS.context + 1
+    refusal(lambda: session.generate([row], max_new_tokens=4), f"--context {OPTIONS.context + 1}")
+
+
+def test_an_artefact_without_options(art: Artefact) -> None:
+    lost = replace(art, manifest=art.manifest.model_copy(update={"options": None}))
+    for opened in (interpreter_session, tensorrt_session):
+        refusal(lambda: opened(lost), "build the artefact again")  # noqa: B023
+
+
 def test_more_tiles_than_it_was_built_for(session: Session) -> None:
     pixels = torch.zeros(OPTIONS.tiles + 1, 3, 56, 56)
     assert session.vision
     error = refusal(lambda: session.vision()({"pixel_values": pixels}), "pixel_values")  # type: ignore[misc]
-    assert "--tiles" in error.next_step
+    assert "--" not in error.next_step, "no option of a build counts tiles"
 
 
 @pytest.mark.parametrize("words", ["Error Code 1: the kernel is ill", ""])

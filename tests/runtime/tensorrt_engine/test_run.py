@@ -170,7 +170,10 @@ def test_bf16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["static", "mixed"])
 def test_fp8_experts_are_bindings(scheme: str, tmp_path: Path) -> None:
     """Whole tensors of codes; for a plugin, several that are joined."""
-    spec = SMALL.model_copy(update={"dtype": "bf16", "vision": None})
+    wide = {"hidden": 32, "shared_hidden": 32}  # the plugin has no kernels for less
+    experts = SMALL.text.experts.model_copy(update=wide)
+    text = SMALL.text.model_copy(update={"experts": experts})
+    spec = SMALL.model_copy(update={"dtype": "bf16", "vision": None, "text": text})
     write_random_checkpoint(spec, tmp_path / "checkpoint")
     scales = moec.calibrate(tmp_path / "checkpoint", torch.tensor([_row(30)]))
     art = built(spec, tmp_path, "fp8", scheme=scheme, scales=scales)

@@ -120,7 +120,8 @@ def export(
         options: what engines are built for; targets "tensorrt" and "tensorrt-rtx" alone.
 
     Raises:
-        MoecError: anything wrong with source, weights or out; nothing is left behind.
+        MoecError: anything wrong with source, weights or out; nothing is left behind. Or an engine
+            cannot be built: then all else is there.
     """
     stages = _Stages(progress)
     with stages("read"):

@@ -22,6 +22,7 @@ from torch import Tensor
 from moec.exporters.artefact import Artefact
 from moec.exporters.tensorrt.api import add_plugins
 from moec.exporters.tensorrt.bindings import weights_of
+from moec.exporters.tensorrt.build import ENGINES
 from moec.exporters.tensorrt.callbacks import new_log
 from moec.runtime.tensorrt_fit import (
     KINDS,
@@ -212,7 +213,8 @@ def _context(trt: Any, engine: Any, steady: bool) -> Any:
 def failed(file: Path, log: Any, what: str) -> MoecError:
     """The refusal for what an engine did not do: TensorRT's first error, or `what` without one."""
     found = log.errors[0] if log.errors else what
+    artefact = file.parent.parent if file.parent.name == ENGINES else file.parent
     return MoecError(
         file, found, "an engine that loads and runs",
-        f"build it again: python cli.py engine {file.parent}", exit_code=1,
+        f"build it again: python cli.py engine {artefact}", exit_code=1,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import gc
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -290,11 +291,12 @@ class Context:
     def _all_alive(self) -> bool:
         """Whether the memory of each tensor is that of a tensor of torch's, all of it."""
         gc.collect()
-        spans = {
-            (each.untyped_storage().data_ptr(), each.untyped_storage().nbytes())
-            for each in gc.get_objects()
-            if issubclass(type(each), Tensor) and each.layout == torch.strided
-        }
+        spans = set()
+        for each in gc.get_objects():
+            if issubclass(type(each), Tensor):
+                with suppress(RuntimeError, NotImplementedError):  # fakes, sparse: without memory
+                    storage = each.untyped_storage()
+                    spans.add((storage.data_ptr(), storage.nbytes()))
         for name in self.plan.tensors:
             start, size = self.addresses[name], self._view(name).nbytes
             if not any(at <= start and start + size <= at + long for at, long in spans):

@@ -213,7 +213,7 @@ def _context(trt: Any, engine: Any, steady: bool) -> Any:
 def failed(file: Path, log: Any, what: str) -> MoecError:
     """The refusal for what an engine did not do: TensorRT's first error, or `what` without one."""
     found = log.errors[0] if log.errors else what
-    artefact = file.parent.parent if file.parent.name == ENGINES else file.parent
+    artefact = file.parent.parent if file.parts[-2] == ENGINES else file.parent
     return MoecError(
         file, found, "an engine that loads and runs",
         f"build it again: python cli.py engine {artefact}", exit_code=1,

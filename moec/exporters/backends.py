@@ -49,8 +49,8 @@ class Backend:
     dialect, `lower` (graph, dialect, name, part) the model of one and how it wants weights stored,
     `fp8_packings` how wide weights become FP8. `load` takes the model of an artefact's part up
     again. Models are saved before weights are known, and (model, path, entries, root) after.
-    `engines` (models, folder, root, spec, options, progress) builds what a machine runs; targets
-    without it have no options.
+    `engines` (models, path, folder, root, spec, options, progress) builds into `folder` what a
+    machine runs; targets without it have no options.
     """
 
     dialects: Collection[str]

@@ -112,8 +112,8 @@ def export(
             there is nothing to place, but "pack" still says what the graph will want.
         progress: called with (stage, done, total).
         scheme: how wide weights become FP8: "meta" (default), "dynamic" (default for target
-            "torch", which has no other), "static" (default for TensorRT), "modelopt", "deepseek",
-            or a file. FP8 checkpoints come with theirs.
+            "torch", which has no other), "mixed" (default for "tensorrt"), "static" (default for
+            "tensorrt-rtx"), "modelopt", "deepseek", or a file. FP8 checkpoints come with theirs.
         scales: what `calibrate` found, for schemes with static scales; default the checkpoint's
             own file scales.json.
         cache: "fp8" or "wide": how keys and values are kept; default as the scheme says.

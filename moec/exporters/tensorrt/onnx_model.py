@@ -7,9 +7,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import fx
 
-from moec.exporters.artefact import Artefact
 from moec.exporters.manifest import Ports
-from moec.exporters.onnx.binding import bind, load_onnx
+from moec.exporters.onnx.binding import bind
 from moec.exporters.onnx.write import lower_model, ports
 from moec.exporters.precision import fp8_packings
 from moec.exporters.targets import wants_plugin
@@ -82,15 +81,6 @@ def save_bound(
     }
     bind(model, inside, root)
     ir.save(model, path)
-
-
-def load(artefact: Artefact, part: str) -> ir.Model:
-    """The ONNX of an artefact's part, as it was written.
-
-    Raises:
-        MoecError: it is gone, or damaged (exit code 1).
-    """
-    return load_onnx(artefact.graph(part))
 
 
 def is_expert(weight: str) -> bool:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moec.exporters.artefact import Artefact
+from moec.exporters.onnx.binding import load_onnx
 from moec.exporters.tensorrt.build import job_of, plugin_of, wants_plugin_library
 from moec.exporters.tensorrt.job import Job
-from moec.exporters.tensorrt.onnx_model import load
 from moec.exporters.tensorrt.options import EngineOptions
 from moec.spec.errors import MoecError
 
@@ -42,7 +42,7 @@ def commands(artefact: Artefact) -> Iterator[str]:
 def _parts(artefact: Artefact, options: EngineOptions, folder: Path) -> Iterator[str]:
     manifest, path = artefact.manifest, artefact.path
     for part in artefact.parts:
-        model, plugins = load(artefact, part), tuple[str, ...]()
+        model, plugins = load_onnx(artefact.graph(part)), tuple[str, ...]()
         if wants_plugin_library(model):
             plugin = plugin_of(folder, manifest.spec, options, "tensorrt")
             yield plugin.command

@@ -5,8 +5,8 @@ four warps have 64 rows each and do not wait for one another: while one rounds a
 keeps the tensor core busy.
 
 The tensor core adds FP8 products with some 14 bits. So every CHUNK of inputs what it has is added
-to a total. There is no room for that in float32 beside 64 x 256 sums: it is kept in float16, two in
-a register, scaled down so that no sum of codes overflows: 448 * 448 * 8192 / 2^15 < 65504.
+to a total. There is no room for that in float32 beside 64 x 256 sums: it is kept in bf16, two in a
+register, and what that cuts off stays with the tensor core's sums, so that nothing is lost.
 """
 
 from triton.experimental import gluon
@@ -60,34 +60,45 @@ def _copy(
 
 @gluon.jit
 def _add(total, left, right):
-    """total + (left, right), as two float16 in an int32."""
+    """total + (left, right), cut to two bf16 in an int32; and what was cut off."""
     return gl.inline_asm_elementwise(
         """{
-        .reg .f16 l, r;
+        .reg .b32 t, u;
         .reg .f32 a, b;
-        mov.b32 {l, r}, $1;
-        cvt.f32.f16 a, l;
-        cvt.f32.f16 b, r;
-        fma.rn.f32 a, $2, 0f38000000, a;
-        fma.rn.f32 b, $3, 0f38000000, b;
-        cvt.rn.f16x2.f32 $0, b, a;
+        shl.b32 t, $3, 16;
+        and.b32 u, $3, 0xffff0000;
+        mov.b32 a, t;
+        mov.b32 b, u;
+        add.f32 a, a, $4;
+        add.f32 b, b, $5;
+        mov.b32 t, a;
+        mov.b32 u, b;
+        prmt.b32 $0, t, u, 0x7632;
+        and.b32 t, t, 0xffff0000;
+        and.b32 u, u, 0xffff0000;
+        mov.b32 $1, t;
+        mov.b32 $2, u;
+        sub.f32 $1, a, $1;
+        sub.f32 $2, b, $2;
         }""",
-        "=r,r,f,f", [total, left, right], dtype=gl.int32, is_pure=True, pack=1,
+        "=&r,=&f,=&f,r,f,f", [total, left, right], dtype=(gl.int32, gl.float32, gl.float32),
+        is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def _sum(total, left, right):
-    """As `_add`, but both as float32, in the scale that sums of codes have."""
+    """As `_add`, but both as float32."""
     return gl.inline_asm_elementwise(
         """{
-        .reg .f16 l, r;
+        .reg .b32 t;
         .reg .f32 a, b;
-        mov.b32 {l, r}, $2;
-        cvt.f32.f16 a, l;
-        cvt.f32.f16 b, r;
-        fma.rn.f32 $0, a, 0f47000000, $3;
-        fma.rn.f32 $1, b, 0f47000000, $4;
+        shl.b32 t, $2, 16;
+        mov.b32 a, t;
+        and.b32 t, $2, 0xffff0000;
+        mov.b32 b, t;
+        add.f32 $0, a, $3;
+        add.f32 $1, b, $4;
         }""",
         "=&f,=&f,r,f,f", [total, left, right], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
     )  # fmt: skip
@@ -138,15 +149,17 @@ def _multiply(
             total = gl.zeros((64, COLUMNS), gl.int32, SUMS)
             for chunk in range(INPUTS // CHUNK):
                 if chunk > 0:
-                    total = _add(total, left, right)
+                    total, left, right = _add(total, left, right)
                 for inner in range(CHUNK // DEPTH):
                     slot = step % STAGES
                     mbarrier.wait(full.index(slot), step // STAGES & 1)
                     x = x_tiles.index(slot).slice(PART * 64, 64)
                     w_left = w_tiles.index(2 * slot).permute((1, 0))
                     w_right = w_tiles.index(2 * slot + 1).permute((1, 0))
-                    left = warpgroup_mma(x, w_left, left, use_acc=inner > 0, is_async=True)
-                    right = warpgroup_mma(x, w_right, right, use_acc=inner > 0, is_async=True)
+                    left = warpgroup_mma(x, w_left, left, use_acc=chunk + inner > 0, is_async=True)
+                    right = warpgroup_mma(
+                        x, w_right, right, use_acc=chunk + inner > 0, is_async=True
+                    )
                     left, right = warpgroup_mma_wait(2, deps=(left, right))
                     before = (step + STAGES - 1) % STAGES
                     mbarrier.arrive(empty.index(before), pred=inner > 0)

@@ -9,8 +9,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from moec.kernels.descriptors import block_shapes, signature
 from moec.kernels.launch import SHARED, Launch
-from moec.kernels.launch_prefill import block_shapes, signature
 from moec.spec.errors import MoecError
 
 #: a type of Triton's in a descriptor's metadata -> the driver's CUtensorMapDataType

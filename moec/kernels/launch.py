@@ -22,7 +22,9 @@ TYPES = {
     **dict.fromkeys(("codes", "gate_up", "act_codes", "down", "weight"), "*fp8e4nv"),
     **dict.fromkeys(("logits", "scale", "gate_up_scale", "down_scale", "weight_scale"), "*fp32"),
     **dict.fromkeys(("parts", "most", "sums", "cos", "sin", "temperature"), "*fp32"),
+    **dict.fromkeys(("rates", "factor"), "*fp32"),
     **dict.fromkeys(("largest", "last"), "*i32"),
+    "positions": "*i64",
     **dict.fromkeys(("tokens", "steps", "slots"), "i32"),
 }
 #: shape and element type of memory that launches write

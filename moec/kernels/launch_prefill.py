@@ -3,46 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from triton.experimental.gluon.language import NVMMASharedLayout
-
 from moec.kernels import moe_prefill, products_hopper
-from moec.kernels.launch import TYPES as COMMON
+from moec.kernels.descriptors import TYPES
 from moec.kernels.launch import Buffers, Launch, fit, power_of_2
 from moec.kernels.sizes import PLAIN, Sizes
 from moec.spec.errors import MoecError
 
-#: name of an argument -> what it points at, or its type, as Triton says it; also those of `launch`
-TYPES = COMMON | {
-    **dict.fromkeys(("chosen", "place", "plan"), "*i32"),
-    **dict.fromkeys(("score", "row_scale", "act_scale"), "*fp32"),
-    "rows": "*fp8e4nv",
-    "products": "*bf16",
-}
-#: rows of a tile of `products_hopper`, and the most inputs: with more, its totals might overflow
-HOPPER_ROWS, HOPPER_INPUTS = 128, 10240
-#: kernel -> the arguments that it has as descriptors, for the engine that copies tiles; their tiles
-DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
-    moe_prefill.gate_up: {
-        "rows": ("TILE", "DEPTH"),
-        "gate_up": ("COLUMNS", "DEPTH"),
-        "act": ("TILE", "COLUMNS"),
-    },
-    moe_prefill.down: {
-        "act_codes": ("TILE", "DEPTH"),
-        "down": ("COLUMNS", "DEPTH"),
-        "products": ("TILE", "COLUMNS"),
-    },
-    products_hopper.gate_up: {
-        "rows": ("TILE", "DEPTH"),
-        "gate_up": ("COLUMNS", "DEPTH"),
-        "act": (64, "COLUMNS"),
-    },
-    products_hopper.down: {
-        "act_codes": ("TILE", "DEPTH"),
-        "down": ("COLUMNS", "DEPTH"),
-        "products": (64, "COLUMNS"),
-    },
-}
+#: rows of a tile of `products_hopper`
+HOPPER_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +18,7 @@ class Product:
     """How a product is cut: a tile has 2 * columns outputs, a step `depth` inputs.
 
     `chunk`, for Hopper, is how many FP8 products at most the tensor core adds up before they go to
-    a wider total; 0 stands for all: faster, and a digit less.
+    a wider total; 0 stands for all. What rounds to codes of the next product needs more of them.
     """
 
     columns: int = 128
@@ -69,7 +37,7 @@ class Tiles:
 
     rows: int = 128
     gate_up: Product = Product()
-    down: Product = Product()
+    down: Product = Product(chunk=2048)
     programs: int = 132
     hopper: bool = True
 
@@ -87,40 +55,7 @@ def tiles_for(architecture: int, programs: int) -> Tiles:
 
 def fits(sizes: Sizes) -> bool:
     """Whether the tiles for any GPU divide a layer of these sizes."""
-    inside = max(sizes.dim, sizes.hidden) <= HOPPER_INPUTS
-    return inside and sizes.dim % 256 == 0 and sizes.hidden % 128 == 0
-
-
-def block_shapes(launch: Launch) -> dict[str, tuple[int, ...]]:
-    """The tile of each argument that is a descriptor."""
-    return {
-        name: tuple(launch.constants.get(each, each) for each in axes)
-        for name, axes in DESCRIPTORS.get(launch.kernel, {}).items()
-    }
-
-
-def layouts(launch: Launch) -> dict[str, Any]:
-    """How Gluon's kernels have the tiles of their descriptors in shared memory."""
-    if launch.kernel not in (products_hopper.gate_up, products_hopper.down):
-        return {}
-    size = {"*fp8e4nv": 1, "*bf16": 2}
-    return {
-        name: NVMMASharedLayout(min(128, shape[-1] * size[TYPES[name]]), 8 * size[TYPES[name]], 2)
-        for name, shape in block_shapes(launch).items()
-    }
-
-
-def signature(launch: Launch) -> tuple[str, ...]:
-    """The types of a launch's arguments, as Triton says them."""
-    shapes, laid = block_shapes(launch), layouts(launch)
-    found = []
-    for name in launch.arguments:
-        kind = TYPES[name]
-        if name in shapes:
-            tail = f",{laid[name]!r}" if laid else ""
-            kind = f"tensordesc<{kind[1:]}{list(shapes[name])}{tail}>"
-        found.append(kind)
-    return tuple(found)
+    return sizes.dim % 256 == 0 and sizes.hidden % 128 == 0
 
 
 def most_tiles(sizes: Sizes, tokens: int, rows: int) -> int:
@@ -167,8 +102,6 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
             raise _refusal(name, size, f"a multiple of {multiple}")
     if tiles.hopper and tiles.rows != HOPPER_ROWS:
         raise _refusal("rows", tiles.rows, str(HOPPER_ROWS))
-    if tiles.hopper and max(sizes.dim, sizes.hidden) > HOPPER_INPUTS:
-        raise _refusal("inputs", max(sizes.dim, sizes.hidden), f"at most {HOPPER_INPUTS}")
     if tokens < 1:
         raise _refusal("tokens", tokens, "at least 1")
     many = most_tiles(sizes, tokens, tiles.rows)

@@ -1,6 +1,6 @@
 """What is launched in a decode step beside the MoE layers, as data; no tensor, no torch."""
 
-from moec.kernels import attention, norm
+from moec.kernels import attention, norm, positions
 from moec.kernels.launch import SHARED, Buffers, Launch, early, fit, power_of_2
 from moec.kernels.linear import linear as linear_kernel
 from moec.kernels.sizes import PLAIN, SMALLEST, SMALLEST_HEAD, Heads, is_head
@@ -76,6 +76,20 @@ def swiglu(hidden: int, tokens: int, overlap: bool = False) -> Launch:
     )  # fmt: skip
 
 
+def rope_table(size: int, tokens: int) -> Launch:
+    """Cosines and sines for heads of `size`."""
+    return Launch(
+        positions.rope_table, (tokens, 1, 1), ("positions", "rates", "cos", "sin"),
+        {"HALF": size // 2}, 1,
+    )  # fmt: skip
+
+
+def temperature(floor: int, scale: float, tokens: int) -> Launch:
+    """The factor of each token's queries."""
+    constants = {"FLOOR": floor, "SCALE": scale}
+    return Launch(positions.temperature, (tokens, 1, 1), ("positions", "factor"), constants, 1)
+
+
 def rope_append(
     heads: Heads, tokens: int, rope: bool, eps: float | None, temperature: bool,
     overlap: bool = False,
@@ -113,7 +127,7 @@ def attend(
         Launch(
             attention.combine, (batch, heads.heads, 1), ("parts", "most", "sums", "last", "out"),
             {"HEADS": heads.heads, "SIZE": heads.size, "SPLITS_2": power_of_2(splits), **split},
-            2, options=early(overlap),
+            1, options=early(overlap),
         ),
     )  # fmt: skip
     each = (splits, batch, heads.heads)

@@ -34,9 +34,11 @@ from itertools import chain, groupby, pairwise
 
 from triton import knobs
 
-from moec.kernels import launch, launch_prefill
+from moec.kernels import launch_prefill
 from moec.kernels.compile import Compiled, TensorMap, compile_launch
+from moec.kernels.descriptors import block_shapes
 from moec.kernels.launch import MOST_TOKENS, SHARED, Buffers, Launch, Sizes
+from moec.kernels.launch_stream import few_moe
 from moec.spec.errors import MoecError
 
 MAGIC, VERSION = b"moecprog", 1
@@ -238,9 +240,7 @@ def _launched(
 ) -> tuple[tuple[Launch, ...], Buffers, Buffers]:
     """The launches for so many tokens, the buffers that they share, all matrices."""
     if tokens <= MOST_TOKENS:
-        tiles = launch.tiles_for(sizes, tokens)
-        launches = launch.decode_moe(sizes, tokens, tiles, overlap=architecture >= 90)
-        written = launch.scratch(sizes, tokens, tiles)
+        launches, written = few_moe(sizes, tokens, architecture)
     else:
         wide = launch_prefill.tiles_for(architecture, EVERY)
         launches = launch_prefill.prefill_moe(sizes, tokens, wide)
@@ -252,7 +252,7 @@ def _launched(
         "gate_up": ((experts * 2 * sizes.hidden, sizes.dim), "fp8e4nv"),
         "down": ((experts * sizes.dim, sizes.hidden), "fp8e4nv"),
     }
-    described = {name for each in launches for name in launch_prefill.block_shapes(each)}
+    described = {name for each in launches for name in block_shapes(each)}
     matrices = {k: each for k, each in (buffers | weights).items() if k in described}
     return launches, buffers, matrices
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia import hopper
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moec.kernels.launch import SHARED, Buffers, Launch
+from moec.kernels.descriptors import block_shapes, layouts
+from moec.kernels.launch import Buffers, Launch
 
 DTYPES = {
     "fp32": torch.float32,
@@ -19,10 +22,24 @@ DTYPES = {
 
 def run(launch: Launch, values: Mapping[str, Any]) -> None:
     """Start a launch on `values`, tensors and numbers by the names of its arguments."""
+    laid = layouts(launch)
+    described = {
+        name: _descriptor(values[name], shape, laid.get(name))
+        for name, shape in block_shapes(launch).items()
+    }
+    given = {**values, **described}
     launch.kernel[launch.grid](
-        *(values[name] for name in launch.arguments), **launch.constants,
+        *(given[name] for name in launch.arguments), **launch.constants,
         num_warps=launch.warps, num_stages=launch.stages, **launch.options,
     )  # fmt: skip
+
+
+def _descriptor(tensor: Tensor, block: tuple[int, ...], layout: Any) -> Any:
+    flat = tensor.flatten(0, -2)
+    shape, strides = list(flat.shape), list(flat.stride())
+    if layout is None:
+        return TensorDescriptor(flat, shape, strides, list(block))
+    return hopper.TensorDescriptor(flat, shape, strides, list(block), layout)
 
 
 def buffers(wanted: Buffers, device: torch.device) -> dict[str, Tensor]:
@@ -34,15 +51,14 @@ def buffers(wanted: Buffers, device: torch.device) -> dict[str, Tensor]:
 
 
 @cache
-def shared(device: torch.device) -> int:
-    """Bytes of shared memory that a program on `device` may have."""
+def architecture(device: torch.device) -> int:
+    """The compute capability of `device`, such as 90; 0: no GPU."""
     if device.type != "cuda":
-        return SHARED[90]
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
-    return SHARED.get(10 * major + minor, min(SHARED.values()))
+    return 10 * major + minor
 
 
-@cache
 def overlaps(device: torch.device) -> bool:
     """Whether launches on `device` may start before the ones before them end."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return architecture(device) >= 90

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moec.kernels.launch import Tiles, decode_moe, scratch, tiles_for
+from moec.kernels.launch import Tiles
+from moec.kernels.launch_stream import few_moe
 from moec.kernels.sizes import Sizes
-from moec.kernels.torch_launch import buffers, overlaps, run
+from moec.kernels.torch_launch import architecture, buffers, run
 
 
 class DecodeMoe:
@@ -24,18 +25,13 @@ class DecodeMoe:
         tokens: int,
         weights: Mapping[str, Tensor],
         tiles: Tiles | None = None,
-        overlap: bool | None = None,
         eps: float | None = None,
         combine: bool = True,
     ) -> None:
         device = weights["gate_up"].device
-        overlap = overlaps(device) if overlap is None else overlap
-        tiles = tiles or tiles_for(sizes, tokens)
-        self.launches = decode_moe(sizes, tokens, tiles, overlap, eps, combine)
-        used = {name for each in self.launches for name in each.arguments}
-        written = {
-            name: each for name, each in scratch(sizes, tokens, tiles).items() if name in used
-        }
+        self.launches, written = few_moe(
+            sizes, tokens, architecture(device), tiles, eps, combine
+        )  # fmt: skip
         self.values: dict[str, Any] = {**buffers(written, device), **weights, "tokens": tokens}
         self.result = "out" if combine else "parts"
 

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
+from moec.graph_builder import ops
 from moec.graph_builder.ops.registry import implement
 from moec.graph_builder.ops.rope import inverse_frequencies
 from moec.kernels import launch_step as step
 from moec.kernels.launch import MOST_TOKENS, Launch
 from moec.kernels.launch_prefill import fits
-from moec.kernels.sizes import Heads, Sizes
-from moec.kernels.torch_launch import buffers, overlaps, run, shared
+from moec.kernels.launch_stream import few_linear
+from moec.kernels.sizes import Heads, Sizes, is_head
+from moec.kernels.torch_launch import architecture, buffers, overlaps, run
 from moec.kernels.torch_moe import DecodeMoe
 from moec.kernels.torch_prefill import PrefillMoe
 
@@ -28,7 +30,7 @@ def register() -> None:
     """Put these in place of the eager functions wherever tensors are on CUDA."""
     for function in (
         skip_norm, norm_fp8, skip_norm_fp8, encode, swiglu_fp8, fp8_linear, moe_layer, norm_moe,
-        norm_moe_norm_fp8, attention_fp8, rope_table,
+        norm_moe_norm_fp8, attention_fp8, rope_table, temperature, rms_norm, positions, select,
     ):  # fmt: skip
         implement(function.__name__, function, "CUDA")
 
@@ -99,7 +101,7 @@ def fp8_linear(
         )  # fmt: skip
     out = torch.empty(tokens, width, dtype=torch.bfloat16, device=codes.device)
     values = {"codes": codes, "scale": scale, "weight": weight, "weight_scale": weight_scale}
-    launch = step.linear(width, dim, tokens, overlaps(codes.device), shared(codes.device))
+    launch = few_linear(width, dim, tokens, architecture(codes.device))
     run(launch, {**values, "out": out, "tokens": tokens})
     return out
 
@@ -199,8 +201,39 @@ def _attend_many(
 def rope_table(
     positions: Tensor, dim: int, theta: float, scaling: list[float]
 ) -> tuple[Tensor, Tensor]:
-    angles = positions.float()[..., None] * _rates(dim, theta, tuple(scaling), positions.device)
-    return angles.cos(), angles.sin()
+    if not is_head(dim):
+        return ops.rope_table.eager(positions, dim, theta, scaling)  # type: ignore[no-any-return]
+    shape, device = (*positions.shape, dim // 2), positions.device
+    cos, sin = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    rates = _rates(dim, theta, tuple(scaling), device)
+    values = {"positions": positions.contiguous(), "rates": rates, "cos": cos, "sin": sin}
+    run(step.rope_table(dim, positions.numel()), values)
+    return cos, sin
+
+
+def temperature(positions: Tensor, floor: int, scale: float) -> Tensor:
+    factor = torch.empty(*positions.shape, 1, dtype=torch.float32, device=positions.device)
+    launch = step.temperature(floor, scale, positions.numel())
+    run(launch, {"positions": positions.contiguous(), "factor": factor})
+    return factor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype != torch.bfloat16 or len(x.shape) != 2:
+        return ops.rms_norm.eager(x, weight, eps)  # type: ignore[no-any-return]
+    return _norm(x, None, weight, eps, narrow=False)["normed"]
+
+
+def positions(ids: Tensor, past: Tensor) -> Tensor:
+    if ids.shape[1] == 1:
+        return past[:, None].clone()
+    return ops.positions.eager(ids, past)  # type: ignore[no-any-return]
+
+
+def select(x: Tensor, index: Tensor) -> Tensor:
+    if x.shape[1] == index.shape[1] == 1:
+        return x[:, 0].clone()
+    return ops.select.eager(x, index)  # type: ignore[no-any-return]
 
 
 @cache

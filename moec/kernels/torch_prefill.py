@@ -6,20 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon.nvidia import hopper
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moec.kernels.launch import Launch
 from moec.kernels.launch_prefill import (
     Tiles,
-    block_shapes,
-    layouts,
     prefill_moe,
     scratch,
     tiles_for,
 )
 from moec.kernels.sizes import Sizes
-from moec.kernels.torch_launch import buffers, run
+from moec.kernels.torch_launch import architecture, buffers, run
 
 
 class PrefillMoe:
@@ -50,23 +46,10 @@ class PrefillMoe:
 
     def launch(self, each: Launch, values: Mapping[str, Any]) -> None:
         """One of the launches by itself, on what the ones before have left."""
-        laid = layouts(each)
-        described = {
-            name: _descriptor(values[name], shape, laid.get(name))
-            for name, shape in block_shapes(each).items()
-        }
-        run(each, {**values, **described})
+        run(each, values)
 
 
 @cache
 def _tiles(device: torch.device) -> Tiles:
-    found = torch.cuda.get_device_properties(device)
-    return tiles_for(10 * found.major + found.minor, found.multi_processor_count)
-
-
-def _descriptor(tensor: Tensor, block: tuple[int, ...], layout: Any) -> Any:
-    flat = tensor.flatten(0, -2)
-    shape, strides = list(flat.shape), list(flat.stride())
-    if layout is None:
-        return TensorDescriptor(flat, shape, strides, list(block))
-    return hopper.TensorDescriptor(flat, shape, strides, list(block), layout)
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    return tiles_for(architecture(device), programs)

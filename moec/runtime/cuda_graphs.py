@@ -49,8 +49,10 @@ class Replays:
                 self.seen.popitem(last=False)
             return self.call(feeds)
         ours = [feeds[name].flatten() for name in self.moving]
-        rows = torch.stack(
-            [torch.zeros(len(x), dtype=torch.int64) if x.is_cuda else x.long() for x in ours]
+        rows = _both(
+            torch.stack(
+                [torch.zeros(len(x), dtype=torch.int64) if x.is_cuda else x.long() for x in ours]
+            )
         )
         if key not in self.graphs:
             self.graphs[key] = self._captured(feeds, rows)
@@ -60,9 +62,9 @@ class Replays:
         self.graphs.move_to_end(key)
         graph, given, results = self.graphs[key]
         given.copy_(rows.pin_memory(), non_blocking=True)
-        for place, row in zip(given, ours, strict=True):
+        for name, row in zip(self.moving, ours, strict=True):
             if row.is_cuda:
-                place.copy_(row)
+                self._place(given, name, feeds[name]).copy_(feeds[name])
         graph.replay()
         return tuple(each.clone() for each in results)
 
@@ -70,14 +72,10 @@ class Replays:
         self, feeds: Mapping[str, Tensor], rows: Tensor
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]:
         given = rows.cuda()
-        kinds = {name: (feeds[name].shape, feeds[name].dtype) for name in self.moving}
+        places = {name: self._place(given, name, feeds[name]) for name in self.moving}
 
         def step() -> tuple[Tensor, ...]:
-            fresh = {
-                name: given[i].view(shape).to(dtype)
-                for i, (name, (shape, dtype)) in enumerate(kinds.items())
-            }
-            return self.call({**feeds, **fresh})
+            return self.call({**feeds, **places})
 
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -88,3 +86,17 @@ class Replays:
         with torch.cuda.graph(graph, pool=self.pool):
             results = step()
         return graph, given, results
+
+    def _place(self, given: Tensor, name: str, like: Tensor) -> Tensor:
+        """Where a replay finds the feed `name`, in a type and shape as `like` has."""
+        count = len(self.moving) * like.numel()  # all have as many elements
+        narrow = like.dtype == torch.int32
+        kind = (
+            given[8 * count :].view(torch.int32) if narrow else given[: 8 * count].view(torch.int64)
+        )
+        return kind.view(len(self.moving), -1)[self.moving.index(name)].view(like.shape)
+
+
+def _both(rows: Tensor) -> Tensor:
+    """The bytes of `rows`, int64, then of the same as int32: no step has to convert any."""
+    return torch.cat([rows.flatten().view(torch.uint8), rows.int().flatten().view(torch.uint8)])

@@ -16,6 +16,12 @@ def test_steps_on_packed_tokens(dim: int, tokens: int) -> None:
     check(step_cases.steps("cuda", dim, tokens))
 
 
+@pytest.mark.parametrize(("batch", "count"), [(1, 1), (64, 1), (1, 3000), (3, 7)])
+@pytest.mark.parametrize("size", [32, 128])
+def test_positions(size: int, batch: int, count: int) -> None:
+    check(step_cases.tables("cuda", size, batch, count))
+
+
 @pytest.mark.parametrize("heads", [(40, 8, 128), (4, 2, 32), (16, 16, 64), (6, 3, 16)])
 @pytest.mark.parametrize(
     ("batch", "slots", "count"),

@@ -11,6 +11,7 @@ def main() -> None:
     torch.manual_seed(torch.seed() % 2**31)
     cases = chain(
         *(step_cases.steps("cpu", *each) for each in ((128, 1), (192, 17))),
+        *(step_cases.tables("cpu", 16, *each) for each in ((3, 1), (2, 5))),
         *(step_cases.experts("cpu", 128, 64, *each) for each in ((4, 3), (2, 17))),
         *(
             step_cases.attention("cpu", batch, *heads, slots, count)

@@ -36,6 +36,8 @@ def limit(name: str) -> float:
         return 0.0
     if "attention" in name:
         return 3.5e-2
+    if name in ("rope_table", "temperature"):
+        return 1e-6
     return 2e-2 if name in ("moe", "norm and moe") else 5e-3
 
 
@@ -56,6 +58,7 @@ def steps(device: str, dim: int, tokens: int) -> Iterator[tuple[str, float]]:
             yield f"{name}, sum", error(found[2], expected[2])
     expected, found = ops.skip_norm.eager(x, y, gain, 1e-5), torch_ops.skip_norm(x, y, gain, 1e-5)
     yield "skip_norm", max(map(error, found, expected))
+    yield "rms_norm", error(torch_ops.rms_norm(x, gain, 1e-5), ops.rms_norm.eager(x, gain, 1e-5))
     codes, scale = ops.encode.eager(x)
     weight, weight_scale = narrow(2 * dim, dim, device=device)
     given = codes, scale, weight, weight_scale, "bf16"
@@ -63,6 +66,25 @@ def steps(device: str, dim: int, tokens: int) -> Iterator[tuple[str, float]]:
     found = torch_ops.fp8_linear(*given)
     yield "fp8_linear", error(found, expected)
     yield "fp8_linear, again", float((torch_ops.fp8_linear(*given) != found).sum())
+
+
+def tables(device: str, size: int, batch: int, count: int) -> Iterator[tuple[str, float]]:
+    """(what, relative error) of what a step makes of positions, far ones too; and of its end."""
+    positions = torch.randint(0, 10_000_000, (batch, count), device=device)
+    positions[0, 0] = 8191  # where a temperature's step begins
+    for scaling in ([], [16.0, 1.0, 1.0, 8192.0]):
+        given = positions, size, 5e5, scaling
+        found, expected = torch_ops.rope_table(*given), ops.rope_table.eager(*given)
+        yield "rope_table", max(map(error, found, expected))
+    given = positions, 8192, 0.1
+    yield "temperature", error(torch_ops.temperature(*given), ops.temperature.eager(*given))
+    past = torch.randint(0, 5000, (batch,), device=device)
+    found, expected = torch_ops.positions(positions, past), ops.positions.eager(positions, past)
+    yield "positions, again", float((found != expected).sum())
+    x = torch.randn(batch, count, 64, device=device).bfloat16()
+    index = torch.randint(0, count, (batch, 1), device=device)
+    found, expected = torch_ops.select(x, index), ops.select.eager(x, index)
+    yield "select, again", float((found != expected).sum())
 
 
 def experts(

@@ -13,17 +13,21 @@ pytest.importorskip("triton", reason="kernels need triton")
 
 import moec.kernels
 from moec.kernels.compile import Compiled, build, compile_launch
+from moec.kernels.descriptors import block_shapes
 from moec.kernels.launch import MOST_TOKENS, SHARED, Launch, Sizes, Tiles, decode_moe
-from moec.kernels.launch_prefill import block_shapes, prefill_moe, tiles_for
+from moec.kernels.launch_prefill import prefill_moe, tiles_for
 from moec.kernels.launch_step import (
     Heads,
     attend,
     encode,
     linear,
     rope_append,
+    rope_table,
     skip_norm,
     swiglu,
+    temperature,
 )
+from moec.kernels.launch_stream import few_linear, few_moe
 from moec.spec.errors import MoecError
 
 SCOUT, HEADS, SLOTS = Sizes(5120, 8192, 16), Heads(40, 8, 128), 8192
@@ -31,7 +35,7 @@ QKV = (HEADS.heads + 2 * HEADS.kv_heads) * HEADS.size
 #: a parameter's type -> how PTX declares it
 DECLARED = {
     "i1": ".u8", "i32": ".u32", "i64": ".u64", "map": ".align 64 .b8",
-    **dict.fromkeys(("*bf16", "*fp32", "*fp8e4nv", "*i32"), ".u64 .ptr .global .align 1"),
+    **dict.fromkeys(("*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"), ".u64 .ptr .global .align 1"),
 }  # fmt: skip
 
 
@@ -46,13 +50,16 @@ def launches(architecture: int, tokens: int) -> Iterator[Launch]:
         yield from decode_moe(SCOUT, tokens, overlap=overlap, eps=1e-5)
         yield decode_moe(SCOUT, tokens, overlap=overlap)[0]
         yield skip_norm(dim, tokens, 1e-5, True, True, overlap, parts=4)
-        yield linear(QKV, dim, tokens, overlap, SHARED[architecture])
-        yield linear(dim, HEADS.heads * HEADS.size, tokens, overlap, SHARED[architecture])
-        yield linear(dim, 2 * SCOUT.hidden, tokens, overlap, SHARED[architecture])
+        yield from few_moe(SCOUT, tokens, architecture, eps=1e-5)[0]
+        for width, inputs in ((QKV, dim), (dim, HEADS.heads * HEADS.size), (dim, 16384)):
+            yield linear(width, inputs, tokens, overlap, SHARED[architecture])
+            yield few_linear(width, inputs, tokens, architecture)
         yield from attend(HEADS, tokens, SLOTS, True, 1e-5, False, overlap)[0]
         yield from attend(HEADS, tokens, SLOTS, False, None, True, overlap)[0]
     for add, narrow in ((False, True), (True, True), (True, False)):
         yield skip_norm(dim, tokens, 1e-5, add, narrow, overlap)
+    yield rope_table(HEADS.size, tokens)
+    yield temperature(8192, 0.1, tokens)
     yield encode(dim, tokens, overlap)
     yield swiglu(2 * SCOUT.hidden, tokens, overlap)
 
@@ -81,7 +88,7 @@ def test_experts_of_maverick_compile_too(architecture: int, tokens: int) -> None
     found = (
         prefill_moe(maverick, tokens, tiles_for(architecture, 132))
         if tokens > MOST_TOKENS
-        else decode_moe(maverick, tokens)
+        else few_moe(maverick, tokens, architecture)[0]
     )
     for launch in found:
         compile_launch(launch, architecture)
@@ -107,7 +114,7 @@ def test_nothing_that_is_compiled_needs_torch() -> None:
     """A plugin is built where there is none."""
     folder = Path(moec.kernels.__file__).parent
     names = [path.stem for path in folder.glob("[!_]*.py") if "torch_" not in path.stem]
-    assert {"compile", "launch_step", "products_hopper"} <= set(names)
+    assert {"compile", "launch_step", "products_hopper", "stream_hopper"} <= set(names)
     code = "import sys; sys.modules['torch'] = None\n"
     code += "".join(f"import moec.kernels.{name}\n" for name in names)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(moec.__file__).parents[1])

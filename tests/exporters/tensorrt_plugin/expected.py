@@ -6,9 +6,10 @@ from typing import Any
 
 from triton import knobs
 
-from moec.kernels import launch, launch_prefill
+from moec.kernels import launch_prefill
 from moec.kernels.compile import Compiled, compile_launch
 from moec.kernels.launch import MOST_TOKENS, Launch, Sizes
+from moec.kernels.launch_stream import few_moe
 
 MULTIPROCESSORS = 132
 BYTES = {"fp8e4nv": 1, "bf16": 2, "fp32": 4, "i32": 4}
@@ -19,8 +20,7 @@ def launches(
 ) -> tuple[tuple[Launch, ...], dict[str, tuple[tuple[int, ...], int]]]:
     """Launches; and shape and bytes of each buffer."""
     if tokens <= MOST_TOKENS:
-        found = launch.decode_moe(sizes, tokens, overlap=architecture >= 90)
-        buffers = launch.scratch(sizes, tokens, launch.tiles_for(sizes, tokens))
+        found, buffers = few_moe(sizes, tokens, architecture)
     else:
         tiles = launch_prefill.tiles_for(architecture, MULTIPROCESSORS)
         found = launch_prefill.prefill_moe(sizes, tokens, tiles)

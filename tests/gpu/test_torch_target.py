@@ -15,6 +15,9 @@ from moec.runtime.synthetic import synthetic
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 
+#: relative error of logits that rounding to FP8 in other places may make
+NOISE = 6e-2
+
 
 @pytest.fixture(scope="module")
 def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,8 +42,13 @@ def test_perplexity_and_greedy_tokens_are_the_eager_graphs(
     assert abs(float(found[0] / found[1]) - 1) < 0.005
     prompt = golden["input_ids"][:2, :200]
     ours, theirs = (each.generate(prompt, max_new_tokens=100, stop=()) for each in (session, eager))
-    # A near tie may part them; until then they are one text.
-    assert (ours == theirs)[:, 200:].float().cumprod(1).mean() > 0.7
+    logits = eager.logits(theirs)
+    for row, (mine, other) in enumerate(zip(ours.tolist(), theirs.tolist(), strict=True)):
+        parted = [i for i, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1]]
+        for i in parted[:1]:  # only a near tie may part them; until then they are one text
+            scores = logits[row, i - 1]
+            gap = float(scores[other[i]] - scores[mine[i]])
+            assert i >= 200 and gap < 4 * NOISE * float(scores.std()), (row, i, gap)
 
 
 def test_rows_of_a_batch_are_rows_alone(session: Session) -> None:
@@ -51,21 +59,24 @@ def test_rows_of_a_batch_are_rows_alone(session: Session) -> None:
     together = _decode(session, rows, steps)
     for index, row in enumerate(rows):
         alone = _decode(session, [row], steps[index : index + 1])
-        assert (together[:, index] - alone[:, 0]).norm() < 6e-2 * alone.norm()
+        assert (together[:, index] - alone[:, 0]).norm() < NOISE * alone.norm()
 
 
 def test_a_graph_for_each_cache(session: Session) -> None:
-    """Steps of two generations in turn, and the same steps without graphs."""
-    prompts = torch.randint(0, 4096, (2, 1, 40))
+    """Steps of two generations in turn are those of each alone, to the bit; and of a prefill."""
+    prompts, steps = torch.randint(0, 4096, (2, 1, 40)), torch.randint(0, 4096, (20, 1))
     caches = [session.prefill(prompt, capacity=200)[1] for prompt in prompts]
-    steps = torch.randint(0, 4096, (20, 1))
     found: list[list[Tensor]] = [[], []]
     for token in steps:
         for cache, logits in zip(caches, found, strict=True):
             logits.append(session.decode(token, cache))
     for prompt, logits in zip(prompts, found, strict=True):
+        mine = torch.cat(logits).cpu()
+        alone = _decode(session, prompt.tolist(), steps.T)[1:, 0]
+        assert torch.equal(mine, alone)
         whole = session.logits(torch.cat([prompt, steps.T], 1))[0, 40:]
-        assert (torch.cat(logits).cpu() - whole).norm() < 6e-2 * whole.norm()
+        # Of a token whose two best experts tie, prefill may choose the other.
+        assert ((mine - whole).norm(dim=1) / whole.norm(dim=1)).median() < NOISE
 
 
 def _decode(session: Session, rows: list[list[int]], steps: Tensor) -> Tensor:
@@ -106,4 +117,4 @@ def test_two_layers_of_full_width_are_plain_torchs(pattern: str, tmp_path: Path)
     found, expected = map(torch.stack, results)
     error = (found - expected).norm(dim=2) / expected.norm(dim=2)
     print(f"{pattern}: median relative error of a token's logits {error.median():.1e}")
-    assert error.median(0).values.max() < 6e-2  # of each row
+    assert error.median(0).values.max() < NOISE  # of each row

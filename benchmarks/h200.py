@@ -203,12 +203,25 @@ def _steps(session: Session, tokens: Tensor, cache: object, steps: int) -> float
     return statistics.median(times)
 
 
+def _generate_ms(session: Session, ids: Tensor, count: int) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        session.generate(ids, max_new_tokens=count, stop=())
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
 def whole_model(session: Session) -> Iterator[Row]:
     """Scout, 48 layers."""
     for batch in (1, 8, 64):
         took = decode_ms(session, batch, 1024)
         read = moec.plan(session.spec, "fp8", context=1024, batch=batch).decode_read_bytes
         yield f"Scout: decode, batch {batch}, 1k", 1e3 * took, read, None, ""
+    ids = torch.randint(0, TEXT.vocab, (1, 1024))
+    took = [_generate_ms(session, ids, count) for count in (1, 97)]
+    read = moec.plan(session.spec, "fp8", context=1024).decode_read_bytes
+    yield "Scout: generate, batch 1, 1k", 1e3 * (took[1] - took[0]) / 96, read, None, ""
     for tokens in (1024, 8192):
         ids = torch.randint(0, TEXT.vocab, (1, tokens))
         times = []

@@ -149,4 +149,4 @@ def _group(heads: Heads) -> int:
 
 
 def _warps(width: int) -> int:
-    return max(1, min(16, power_of_2(width) // 512))
+    return max(1, min(32, power_of_2(width) // 256))

@@ -1,10 +1,11 @@
 """Whether there is a GPU for kernels, and what to say when its memory is full."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from moec.spec.errors import MoecError
 
@@ -53,3 +54,19 @@ def memory_for(what: str) -> Iterator[None]:
             f"device cuda: {what}", found, "memory for it",
             "use a smaller batch or context: python cli.py plan says what they take", exit_code=3,
         ) from None  # fmt: skip
+
+
+def on_host(values: Tensor) -> Callable[[], Tensor]:
+    """Start to copy `values` to the host; the result waits for that, not for work begun since."""
+    if not values.is_cuda:
+        return lambda: values
+    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copied.copy_(values, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def arrived() -> Tensor:
+        done.synchronize()
+        return copied
+
+    return arrived

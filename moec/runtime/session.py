@@ -17,6 +17,7 @@ from moec.exporters.tensorrt.options import EngineOptions
 from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
 from moec.runtime.calls import LONG_PIECE, PIECE, buffered_calls, padded_calls
 from moec.runtime.eager import Run, eager_engine
+from moec.runtime.gpu import on_host
 from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.interpreter import interpreter
 from moec.runtime.ort import ort_engine
@@ -260,7 +261,12 @@ class Session:
         for step in range(max_new_tokens):
             # The likeliest token is found where the logits are; draws are made on the CPU.
             given = logits.cpu() if temperature else logits
-            tokens = sample(given, temperature, top_k, top_p, generator).cpu()
+            tokens = sample(given, temperature, top_k, top_p, generator)
+            arrived = on_host(tokens)
+            # While the host looks whether a row has ended, the GPU goes on as if none had.
+            ahead = tokens.is_cuda and bool(alive.all()) and step + 1 < max_new_tokens
+            logits = self.decode(tokens, cache) if ahead else logits
+            tokens = arrived()
             new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
             for row, token in zip(rows, new, strict=True):
                 row += [] if token is None else [token]
@@ -269,7 +275,8 @@ class Session:
             alive = torch.tensor([token is not None and token not in ends for token in new])
             if not alive.any() or step + 1 == max_new_tokens:
                 break
-            logits = self.extend(tokens[:, None], alive.long(), cache)
+            if not ahead:
+                logits = self.extend(tokens[:, None], alive.long(), cache)
         longest = max(map(len, rows))
         pad = self.spec.tokens.padding
         return _like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))

@@ -79,6 +79,30 @@ def test_a_graph_for_each_cache(session: Session) -> None:
         assert ((mine - whole).norm(dim=1) / whole.norm(dim=1)).median() < NOISE
 
 
+def test_generation_that_runs_ahead_is_one_that_waits(session: Session) -> None:
+    """Rows of different length, one of which ends early."""
+    rows = [torch.randint(0, 4096, (n,)).tolist() for n in (20, 7, 33)]
+    lengths = torch.tensor([20, 7, 33])
+    ids = torch.zeros(3, 33, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    free = session.generate(ids, max_new_tokens=12, lengths=lengths, stop=())
+    logits, cache = session.prefill(rows, capacity=64)
+    waited = []
+    for _ in range(12):
+        waited.append(logits.argmax(-1).cpu())
+        logits = session.decode(waited[-1], cache)
+    expected = torch.stack(waited, 1)
+    assert [
+        row[n : n + 12].tolist() for row, n in zip(free, lengths, strict=True)
+    ] == expected.tolist()
+    end = int(expected[1, 4])
+    ended = session.generate(ids, max_new_tokens=12, lengths=lengths, stop=(end,))
+    for row, n, whole in zip(ended.tolist(), lengths.tolist(), expected.tolist(), strict=True):
+        many = whole.index(end) + 1 if end in whole else 12
+        assert row[n : n + many] == whole[:many]
+
+
 def _decode(session: Session, rows: list[list[int]], steps: Tensor) -> Tensor:
     logits, cache = session.prefill(rows, capacity=520)
     return torch.stack([x.cpu() for x in (logits, *(session.decode(t, cache) for t in steps.T))])

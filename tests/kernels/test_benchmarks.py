@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["h200", "moe_kernels", "prefill_kernels"])
+@pytest.mark.parametrize("name", ["h200", "layer_timeline", "moe_kernels", "prefill_kernels"])
 def test_without_a_gpu_and_without_triton(name: str) -> None:
     code = (
         "import runpy, sys\n"

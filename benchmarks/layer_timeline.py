@@ -1,0 +1,97 @@
+"""Where the time of a decode step goes: the launches of a layer of Scout, one after the other.
+
+    python benchmarks/layer_timeline.py [--layers 8] [--batches 1,2,4,8,16]
+
+Some of Scout's layers, its embedding and its head, in FP8 with random weights, through an artefact
+of target torch. For each batch the time of a step, by the clock; and for each launch of a layer the
+microseconds from the end of the one before to its own, as the profiler has them, the mean over
+layers. Launches overlap: what one has done before the one ahead ends does not count as its own.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from h200 import TEXT
+from moe_kernels import copy_rate, need_gpu
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import moec
+from moec.exporters.artefact import open_artefact
+from moec.runtime.session import Session, torch_session
+from moec.runtime.synthetic import synthetic
+from moec.spec.model import ModelSpec
+
+CONTEXT, STEPS = 1024, 16
+
+
+def first_launches(events: list[Any]) -> list[tuple[str, float]]:
+    """Name and microseconds of each launch of a layer, from its router to the next layer's."""
+    starts = [i for i, event in enumerate(events) if event.name.startswith("route")]
+    layers = [events[i:j] for i, j in pairwise(starts)]
+    usual = statistics.mode(len(layer) for layer in layers)  # others hold the end of a step
+    found: list[list[float]] = [[] for _ in range(usual)]
+    for start, layer in zip(starts, layers, strict=False):
+        if start and len(layer) == usual:
+            end = events[start - 1].time_range.end
+            for i, event in enumerate(layer):
+                found[i].append(event.time_range.end - end)
+                end = max(end, event.time_range.end)
+            names = [event.name.split("(")[0] for event in layer]
+    return list(zip(names, map(statistics.mean, found), strict=True))
+
+
+def measure(session: Session, batch: int) -> tuple[float, list[tuple[str, float]]]:
+    """Milliseconds of a step with the choice of its token, and its launches."""
+    ids = torch.randint(0, TEXT.vocab, (batch, CONTEXT))
+    logits, cache = session.prefill(ids, capacity=CONTEXT + 8 * STEPS)
+    tokens, times = logits.argmax(-1).cuda(), []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            tokens = session.decode(tokens, cache).argmax(-1)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start) / STEPS)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(3):
+            tokens = session.decode(tokens, cache).argmax(-1)
+        torch.cuda.synchronize()
+    events = [each for each in found.events() if each.device_type == DeviceType.CUDA]
+    events.sort(key=lambda each: each.time_range.start)
+    return statistics.median(times[1:]), first_launches(events)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--layers", type=int, default=8)
+    arguments.add_argument("--batches", default="1,2,4,8,16")
+    given = arguments.parse_args()
+    need_gpu("benchmarks/layer_timeline.py")
+    rate = copy_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {rate / 1e12:.2f} TB/s")
+    text = TEXT.model_copy(update={"layers": given.layers})
+    spec = ModelSpec(name="layers", provenance="custom", dtype="bf16", text=text)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "layers"
+        artefact = open_artefact(moec.export(spec, target="torch", precision="fp8", out=out).path)
+        weights = synthetic(artefact.manifest.spec, 1, "cuda")
+        session = torch_session(artefact, "cuda", weights=weights)
+    for batch in map(int, given.batches.split(",")):
+        took, launches = measure(session, batch)
+        read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes
+        print(
+            f"batch {batch}: {took:.3f} ms, {100 * read / took * 1e3 / rate:.1f} % of the copy; "
+            f"a layer {sum(each for _, each in launches):.1f} us: "
+            + ", ".join(f"{name} {each:.1f}" for name, each in launches), flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

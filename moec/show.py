@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moec.runtime.report import cells, cost_cells
+from moec.runtime.report import cells, cost_cells, spoken
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import counts
 from moec.spec.plan import Plan
@@ -131,7 +131,7 @@ def report_table(console: Console, report: dict[str, Any]) -> None:
         console.print(f"note: {note}", highlight=False)
     verdict = "PASSED" if report["passed"] else f"FAILED, first at {report['first_divergence']}"
     console.print(
-        f"{verdict} · rows of {report['tokens']} tokens · seed {report['seed']}",
+        f"{verdict} · rows of {spoken(report['tokens'])} tokens · seed {report['seed']}",
         style="green" if report["passed"] else "bold red",
         highlight=False,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.compare import Tolerance, error
-from moec.runtime.report import Check
+from moec.runtime.report import Check, spoken
 from moec.runtime.session import Session, features_within
 
 
@@ -38,5 +38,5 @@ def in_pieces(
         got = session.extend(ids[:, columns], own, cache, fused).cpu()
         pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
     found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))
-    detail = f"{len(edges) - 1} calls, rows of {lengths.tolist()} tokens"
+    detail = f"{len(edges) - 1} calls, rows of {spoken(lengths.tolist())} tokens"
     return error(name, found, expected, tolerance, detail)

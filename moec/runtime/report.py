@@ -84,11 +84,17 @@ class Report:
             "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}"
             ".bad{background:#fdd}</style>"
             f"<h1>{html.escape(self.subject)}: {html.escape(verdict)}</h1>"
-            f"<p>{self.engine} against {self.reference}, {self.precision}, rows of {self.tokens} "
-            f"tokens, seed {self.seed}</p>{notes}<table><tr><th>check<th>found<th>limit"
+            f"<p>{self.engine} against {self.reference}, {self.precision}, rows of "
+            f"{spoken(self.tokens)} tokens, seed {self.seed}</p>{notes}<table><tr><th>check<th>found<th>limit"
             f"<th>detail</tr>{rows}</table>{cost}",
             encoding="utf-8",
         )
+
+
+def spoken(lengths: list[int]) -> str:
+    """Lengths of rows; of pairs that come again and again, the first."""
+    pair, many = lengths[:2], len(lengths) // 2
+    return f"{many} x {pair}" if many > 1 and lengths == pair * many else str(lengths)
 
 
 def cells(check: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -85,8 +85,8 @@ class Report:
             ".bad{background:#fdd}</style>"
             f"<h1>{html.escape(self.subject)}: {html.escape(verdict)}</h1>"
             f"<p>{self.engine} against {self.reference}, {self.precision}, rows of "
-            f"{spoken(self.tokens)} tokens, seed {self.seed}</p>{notes}<table><tr><th>check<th>found<th>limit"
-            f"<th>detail</tr>{rows}</table>{cost}",
+            f"{spoken(self.tokens)} tokens, seed {self.seed}</p>{notes}<table>"
+            f"<tr><th>check<th>found<th>limit<th>detail</tr>{rows}</table>{cost}",
             encoding="utf-8",
         )
 

@@ -50,7 +50,7 @@ MOST_TOKENS = 512
 TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4", "fp8"), (4, 101))
 #: tokens that a twin with such routers is proven on at least, in more rows if need be: among few,
 #: one that went to another expert is a large part of an error
-ENOUGH = 128
+TWIN_TOKENS = 128
 #: dialect -> block and head size of its twin, where kernels want more than that: those for many
 #: tokens a width that 256 divides and experts that 128 does, those for attention heads of 16.
 #: No kernel of the plugin runs in a proof: it need only be one that some could be compiled for
@@ -116,7 +116,7 @@ def validate(
         small = twin(artefact.manifest.spec, layers, **_widths(artefact.manifest))
         progress("twin", 0, 1)
         built = _build_twin(artefact, small, Path(folder), seed)
-        pairs = -(-ENOUGH // (2 * tokens)) if longest and tokens else 1
+        pairs = -(-TWIN_TOKENS // (2 * tokens)) if longest and tokens else 1
         report = _validate(built, tokens or longest, seed, progress, device, pairs)
         report.twin, report.subject = True, f"{artefact.path} (its twin)"
         report.notes.append(

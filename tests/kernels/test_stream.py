@@ -1,0 +1,65 @@
+"""Which layers have streams, and what is launched for them; GPU tests say what they compute."""
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels need triton")
+
+from moec.kernels import stream_hopper
+from moec.kernels.compile import compile_launch
+from moec.kernels.launch import Launch, Sizes
+from moec.kernels.launch_stream import Stream, few_linear, few_moe
+
+SCOUT = Sizes(5120, 8192, 16)
+
+
+def streams(launches: tuple[Launch, ...]) -> list[str]:
+    ours = stream_hopper.linear, stream_hopper.gate_up, stream_hopper.down
+    return [each.name for each in launches if each.kernel in ours]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "architecture", "has"),
+    [
+        (SCOUT, 1, 90, True), (SCOUT, 16, 90, True), (Sizes(5120, 8192, 128), 16, 90, True),
+        (SCOUT, 17, 90, False), (SCOUT, 1, 89, False), (SCOUT, 1, 120, False),
+        (SCOUT, 1, 100, False), (SCOUT, 1, 0, False),
+        (Sizes(128, 512, 4), 4, 90, True), (Sizes(128, 512, 4), 5, 90, False),
+        (Sizes(192, 512, 4), 1, 90, False), (Sizes(128, 256, 4), 1, 90, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("combine", [True, False])
+def test_layers_that_have_streams(
+    sizes: Sizes, tokens: int, architecture: int, has: bool, combine: bool
+) -> None:
+    launches, written = few_moe(sizes, tokens, architecture, combine=combine)
+    assert streams(launches) == (["gate_up", "down"] if has else [])
+    names = ["route", "gate_up", "encode", "down", *(["combine"] if combine else [])]
+    assert [each.name for each in launches] == names
+    arguments = {name for each in launches for name in each.arguments}
+    assert written.keys() <= arguments and ("out" in written) == combine
+    if has:
+        assert written["parts"] == ((Stream().split, tokens, sizes.dim), "fp32")
+        assert all(each.constants["PARTS"] == Stream().split for each in launches[4:])
+
+
+@pytest.mark.parametrize(
+    ("width", "dim", "tokens", "architecture", "has"),
+    [
+        (7168, 5120, 1, 90, True), (5120, 5120, 16, 90, True), (64, 128, 1, 90, True),
+        (7168, 5120, 17, 90, False), (7168, 5120, 1, 120, False), (96, 128, 1, 90, False),
+        (64, 96, 1, 90, False),
+    ],
+)  # fmt: skip
+def test_linear_layers_that_have_streams(
+    width: int, dim: int, tokens: int, architecture: int, has: bool
+) -> None:
+    launch = few_linear(width, dim, tokens, architecture)
+    assert bool(streams((launch,))) == has and launch.name == "linear"
+
+
+@pytest.mark.parametrize("sizes", [Sizes(128, 512, 4), Sizes(2048, 1024, 64)])
+def test_small_layers_compile(sizes: Sizes) -> None:
+    """With fewer steps than there is room for."""
+    for launch in (*few_moe(sizes, 3, 90)[0], few_linear(64, 128, 1, 90)):
+        found = compile_launch(launch, 90)
+        assert found.overlap and found.cubin

@@ -90,11 +90,9 @@ class Replays:
     def _place(self, given: Tensor, name: str, like: Tensor) -> Tensor:
         """Where a replay finds the feed `name`, in a type and shape as `like` has."""
         count = len(self.moving) * like.numel()  # all have as many elements
-        narrow = like.dtype == torch.int32
-        kind = (
-            given[8 * count :].view(torch.int32) if narrow else given[: 8 * count].view(torch.int64)
-        )
-        return kind.view(len(self.moving), -1)[self.moving.index(name)].view(like.shape)
+        part = given[8 * count :] if like.dtype == torch.int32 else given[: 8 * count]
+        rows = part.view(like.dtype).view(len(self.moving), -1)
+        return rows[self.moving.index(name)].view(like.shape)
 
 
 def _both(rows: Tensor) -> Tensor:

@@ -6,16 +6,8 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from moec.kernels import moe_prefill, products_hopper, stream_hopper
-from moec.kernels.launch import TYPES as COMMON
-from moec.kernels.launch import Launch
+from moec.kernels.launch import TYPES, Launch
 
-#: name of an argument -> what it points at, or its type, as Triton says it; also those of `launch`
-TYPES = COMMON | {
-    **dict.fromkeys(("chosen", "place", "plan"), "*i32"),
-    **dict.fromkeys(("score", "row_scale", "act_scale"), "*fp32"),
-    "rows": "*fp8e4nv",
-    "products": "*bf16",
-}
 #: kernel -> the arguments that it has as descriptors, for the engine that copies tiles; their tiles
 DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
     moe_prefill.gate_up: {

@@ -22,8 +22,11 @@ TYPES = {
     **dict.fromkeys(("codes", "gate_up", "act_codes", "down", "weight"), "*fp8e4nv"),
     **dict.fromkeys(("logits", "scale", "gate_up_scale", "down_scale", "weight_scale"), "*fp32"),
     **dict.fromkeys(("parts", "most", "sums", "cos", "sin", "temperature"), "*fp32"),
-    **dict.fromkeys(("rates", "factor"), "*fp32"),
-    **dict.fromkeys(("largest", "last"), "*i32"),
+    "rates": "*fp32",
+    **dict.fromkeys(("largest", "last", "chosen", "place", "plan"), "*i32"),
+    **dict.fromkeys(("score", "row_scale", "act_scale"), "*fp32"),
+    "rows": "*fp8e4nv",
+    "products": "*bf16",
     "positions": "*i64",
     **dict.fromkeys(("tokens", "steps", "slots"), "i32"),
 }
@@ -73,6 +76,11 @@ def tiles_for(sizes: Sizes, tokens: int) -> Tiles:
         down_depth=depth // split,
         split=split,
     )
+
+
+def shared_of(architecture: int) -> int:
+    """Bytes of shared memory of a program: of a GPU that nobody compiled for, the least of all."""
+    return SHARED.get(architecture, min(SHARED.values()))
 
 
 def fit(size: int, most: int) -> int:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.kernels import moe_prefill, products_hopper
-from moec.kernels.descriptors import TYPES
-from moec.kernels.launch import Buffers, Launch, fit, power_of_2
+from moec.kernels.launch import TYPES, Buffers, Launch, fit, power_of_2
 from moec.kernels.sizes import PLAIN, Sizes
 from moec.spec.errors import MoecError
 
@@ -18,7 +17,7 @@ class Product:
     """How a product is cut: a tile has 2 * columns outputs, a step `depth` inputs.
 
     `chunk`, for Hopper, is how many FP8 products at most the tensor core adds up before they go to
-    a wider total; 0 stands for all. What rounds to codes of the next product needs more of them.
+    a total; 0 stands for all. What becomes codes of the next product wants smaller chunks.
     """
 
     columns: int = 128

@@ -1,7 +1,7 @@
 """What is launched in a decode step beside the MoE layers, as data; no tensor, no torch."""
 
 from moec.kernels import attention, norm, positions
-from moec.kernels.launch import SHARED, Buffers, Launch, early, fit, power_of_2
+from moec.kernels.launch import MOST_TOKENS, SHARED, Buffers, Launch, early, fit, power_of_2
 from moec.kernels.linear import linear as linear_kernel
 from moec.kernels.sizes import PLAIN, SMALLEST, SMALLEST_HEAD, Heads, is_head
 from moec.spec.errors import MoecError
@@ -54,7 +54,7 @@ def skip_norm(
          "tokens"),
         {"DIM": dim, "DIM_2": power_of_2(dim), "EPS": eps, "ADD": add, "PARTS": parts,
          "NARROW": narrow, "OVERLAP": overlap},
-        _warps(dim), options=early(overlap),
+        _warps(dim, tokens), options=early(overlap),
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def encode(dim: int, tokens: int, overlap: bool = False) -> Launch:
     return Launch(
         norm.encode, (tokens, 1, 1), ("x", "codes", "scale"),
         {"DIM": dim, "DIM_2": power_of_2(dim), "OVERLAP": overlap},
-        _warps(dim), options=early(overlap),
+        _warps(dim, tokens), options=early(overlap),
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def swiglu(hidden: int, tokens: int, overlap: bool = False) -> Launch:
     return Launch(
         norm.swiglu, (tokens, 1, 1), ("hidden", "codes", "scale"),
         {"HIDDEN": hidden, "HIDDEN_2": power_of_2(hidden), "OVERLAP": overlap},
-        _warps(hidden), options=early(overlap),
+        _warps(hidden, tokens), options=early(overlap),
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def rope_table(size: int, tokens: int) -> Launch:
 def temperature(floor: int, scale: float, tokens: int) -> Launch:
     """The factor of each token's queries."""
     constants = {"FLOOR": floor, "SCALE": scale}
-    return Launch(positions.temperature, (tokens, 1, 1), ("positions", "factor"), constants, 1)
+    return Launch(positions.temperature, (tokens, 1, 1), ("positions", "temperature"), constants, 1)
 
 
 def rope_append(
@@ -148,5 +148,7 @@ def _group(heads: Heads) -> int:
     return heads.heads // heads.kv_heads
 
 
-def _warps(width: int) -> int:
-    return max(1, min(32, power_of_2(width) // 256))
+def _warps(width: int, tokens: int) -> int:
+    """Of few rows, each is waited for: it gets twice the warps."""
+    most = 32 if tokens <= MOST_TOKENS else 16
+    return max(1, min(most, most * power_of_2(width) // 8192))

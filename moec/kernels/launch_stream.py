@@ -6,7 +6,7 @@ On sm_90, for at most 16 tokens, products are those of `stream_hopper`; else tho
 from dataclasses import dataclass, replace
 
 from moec.kernels import launch, launch_step, stream_hopper
-from moec.kernels.launch import SHARED, Buffers, Launch, Tiles, power_of_2
+from moec.kernels.launch import Buffers, Launch, Tiles, power_of_2
 from moec.kernels.sizes import Sizes
 
 #: the architecture that has streams, and the most tokens of one
@@ -21,7 +21,7 @@ OPTIONS = {"launch_pdl": True, "maxnreg": 64}
 class Stream:
     """Steps under way in each product, and the shares of inputs that `down` has.
 
-    A linear layer takes what memory there is where it has `few_programs`: others leave room for the
+    A linear layer of at most `few_programs` takes what memory there is: others leave room for the
     attention that comes next.
     """
 
@@ -43,10 +43,8 @@ def few_linear(
     """
     few = tokens <= MOST_COLUMNS and architecture == HOPPER
     if not few or width % ROWS or dim % DEPTH:
-        shared = SHARED.get(
-            architecture, SHARED[HOPPER] if not architecture else min(SHARED.values())
-        )
-        return launch_step.linear(width, dim, tokens, architecture >= HOPPER, shared)
+        room = launch.shared_of(architecture)
+        return launch_step.linear(width, dim, tokens, architecture >= HOPPER, room)
     programs = width // ROWS
     stages = stream.linear_few if programs <= stream.few_programs else stream.linear
     return Launch(
@@ -62,13 +60,16 @@ def few_moe(
 ) -> tuple[tuple[Launch, ...], Buffers]:  # fmt: skip
     """The launches of `launch.decode_moe`, and what of `launch.scratch` they use.
 
+    With `tiles`, those that have some.
+
     Raises:
         MoecError: sizes that no tiles divide, or too many tokens.
     """
+    streams = tiles is None and architecture == HOPPER and _streams(sizes, tokens, stream)
     tiles = tiles or launch.tiles_for(sizes, tokens)
     found = launch.decode_moe(sizes, tokens, tiles, architecture >= HOPPER, eps, combine)
     written = launch.scratch(sizes, tokens, tiles)
-    if architecture == HOPPER and _streams(sizes, tokens, stream):
+    if streams:
         route, _, encode, _, *rest = found
         parts = [replace(each, constants={**each.constants, "PARTS": stream.split})
                  for each in rest]  # fmt: skip
@@ -109,5 +110,5 @@ def _layer(sizes: Sizes) -> dict[str, int]:
 
 def _tile(stages: int) -> dict[str, int | bool]:
     return {
-        "COLUMNS": MOST_COLUMNS, "ROWS": ROWS, "DEPTH": DEPTH, "STAGES": stages, "OVERLAP": True,
+        "COLUMNS": MOST_COLUMNS, "ROWS": ROWS, "DEPTH": DEPTH, "STAGES": stages,
     }  # fmt: skip

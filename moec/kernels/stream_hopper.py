@@ -5,10 +5,9 @@ come first nobody has to be told, so the stream starts before the launch ahead h
 the tokens' codes wait for it. At one token that is what a step gains: memory works through the
 small launches between the products.
 
-Weights are the wide operand, COLUMNS tokens the narrow one, what is beyond the last is zero.
+Weights are the wide operand, COLUMNS tokens the narrow one; what is beyond the last is not used.
 """
 
-import triton.language.extra.cuda as cuda
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,18 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-
-@gluon.jit
-def _wait(OVERLAP: gl.constexpr):
-    if OVERLAP:
-        cuda.gdc_wait()
-
-
-@gluon.jit
-def _next_may_start(OVERLAP: gl.constexpr):
-    if OVERLAP:
-        cuda.gdc_launch_dependents()
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @gluon.jit
@@ -67,7 +55,7 @@ def _ask(weight, row, second, k, slot, w_tiles, full, EACH: gl.constexpr, BYTES:
 @gluon.jit
 def _copy_first(
     codes, weight, token, row, second, begin, x_tiles, w_tiles, full, empty,
-    INPUTS: gl.constexpr, EACH: gl.constexpr, OVERLAP: gl.constexpr,
+    INPUTS: gl.constexpr, EACH: gl.constexpr,
 ):  # fmt: skip
     """The first INPUTS: as many of the weights as there is room for before the wait."""
     STAGES: gl.constexpr = x_tiles.shape[0]
@@ -77,8 +65,8 @@ def _copy_first(
     EARLY: gl.constexpr = STAGES if STAGES < STEPS else STEPS
     for step in range(EARLY):
         _ask(weight, row, second, begin + step * DEPTH, step, w_tiles, full, EACH, BYTES)
-    _wait(OVERLAP)
-    _next_may_start(OVERLAP)
+    gdc_wait()
+    gdc_launch_dependents()  # not before: the next would take room from those ahead
     for step in range(EARLY):
         tma.async_copy_global_to_shared(
             codes, [token, begin + step * DEPTH], full.index(step), x_tiles.index(step)
@@ -161,19 +149,17 @@ def _two_products(step, x_tiles, w_tiles, full, empty, SUMS: gl.constexpr, INPUT
 
 
 @gluon.jit
-def _copy_linear(
-    codes, weight, x_tiles, w_tiles, full, empty, DIM: gl.constexpr, OVERLAP: gl.constexpr
-):
+def _copy_linear(codes, weight, x_tiles, w_tiles, full, empty, DIM: gl.constexpr):
     row = gl.program_id(0) * w_tiles.shape[1]
     _copy_first(
-        codes, weight, 0, row, 0, 0, x_tiles, w_tiles, full, empty, DIM, 1, OVERLAP
+        codes, weight, 0, row, 0, 0, x_tiles, w_tiles, full, empty, DIM, 1
     )  # fmt: skip
 
 
 @gluon.jit
 def _sum_linear(
     scale, weight_scale, out, tokens, x_tiles, w_tiles, full, empty,
-    WIDTH: gl.constexpr, DIM: gl.constexpr, OVERLAP: gl.constexpr,
+    WIDTH: gl.constexpr, DIM: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = w_tiles.shape[1]
     COLUMNS: gl.constexpr = x_tiles.shape[1]
@@ -182,7 +168,7 @@ def _sum_linear(
     token = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
     used = token < tokens
     by_row = gl.load(weight_scale + column)
-    _wait(OVERLAP)
+    gdc_wait()
     by_token = gl.load(scale + token, mask=used, other=0.0)
     total = _product(0, x_tiles, w_tiles, full, empty, SUMS, DIM)
     total = total * by_row[:, None] * by_token[None, :]
@@ -194,7 +180,7 @@ def _sum_linear(
 def linear(
     codes, scale, weight, weight_scale, out, tokens,
     WIDTH: gl.constexpr, DIM: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr,
-    DEPTH: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    DEPTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `linear.linear`; descriptors: codes, weight."""
     x_tiles, w_tiles, full, empty = _room(codes, weight, STAGES, COLUMNS, ROWS, DEPTH, 1)
@@ -202,9 +188,9 @@ def linear(
         [
             (_sum_linear, (
                 scale, weight_scale, out, tokens, x_tiles, w_tiles, full, empty,
-                WIDTH, DIM, OVERLAP,
+                WIDTH, DIM,
             )),
-            (_copy_linear, (codes, weight, x_tiles, w_tiles, full, empty, DIM, OVERLAP)),
+            (_copy_linear, (codes, weight, x_tiles, w_tiles, full, empty, DIM)),
         ],
         [1], [40],
     )  # fmt: skip
@@ -222,7 +208,7 @@ def _choices(
     inside = (token < tokens)[:, None] & (expert < EXPERTS)[None, :]
     rows = gl.load(
         logits + token[:, None] * EXPERTS + expert[None, :], mask=inside, other=float("-inf"),
-        cache_modifier=".cg",  # past the first level, which may hold what was there before
+        cache_modifier=".cg",
     )  # fmt: skip
     best = gl.max(rows, 1)
     chosen = gl.min(gl.where(rows == best[:, None], expert[None, :], EXPERTS - 1), 1)
@@ -240,13 +226,12 @@ def _expert(chosen, token, slot):
 def _copy_gate_up(
     logits, codes, weight, tokens, x_tiles, w_tiles, full, empty,
     DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
-    OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The shared expert's weights, then those that the tokens chose."""
     row = gl.program_id(0) * w_tiles.shape[1]
     _copy_first(
         codes, weight, 0, EXPERTS * (2 * HIDDEN) + row, HIDDEN, 0, x_tiles, w_tiles, full, empty,
-        DIM, 2, OVERLAP,
+        DIM, 2,
     )  # fmt: skip
     step = DIM // x_tiles.shape[2]
     chosen, _, token = _choices(logits, tokens, EXPERTS, EXPERTS_2, x_tiles.shape[1], 1)
@@ -285,13 +270,12 @@ def _swiglu(
 def _sum_gate_up(
     logits, scale, weight_scale, act, largest, tokens, x_tiles, w_tiles, full, empty,
     DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
-    OVERLAP: gl.constexpr,
 ):  # fmt: skip
     COLUMNS: gl.constexpr = x_tiles.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     token = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
     used = token < tokens
-    _wait(OVERLAP)
+    gdc_wait()
     by_token = gl.load(scale + token, mask=used, other=0.0)
     _swiglu(
         by_token, weight_scale, act, largest, used, tokens, EXPERTS * (2 * HIDDEN), 0,
@@ -317,9 +301,8 @@ def gate_up(
     logits, codes, scale, weight, weight_scale, act, largest, tokens,
     DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
     COLUMNS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """Grid (hidden / ROWS): as `moe_decode.gate_up` for at most as many tokens as experts.
+    """Grid (hidden / ROWS): as `moe_decode.gate_up`, for COLUMNS tokens at most.
 
     Descriptors: codes, weight. A program goes through all experts, the shared one first, whose
     weights come before anyone has chosen.
@@ -329,11 +312,11 @@ def gate_up(
         [
             (_sum_gate_up, (
                 logits, scale, weight_scale, act, largest, tokens, x_tiles, w_tiles, full, empty,
-                DIM, HIDDEN, EXPERTS, EXPERTS_2, OVERLAP,
+                DIM, HIDDEN, EXPERTS, EXPERTS_2,
             )),
             (_copy_gate_up, (
                 logits, codes, weight, tokens, x_tiles, w_tiles, full, empty,
-                DIM, HIDDEN, EXPERTS, EXPERTS_2, OVERLAP,
+                DIM, HIDDEN, EXPERTS, EXPERTS_2,
             )),
         ],
         [1], [40],
@@ -344,13 +327,13 @@ def gate_up(
 def _copy_down(
     logits, act_codes, weight, tokens, x_tiles, w_tiles, full, empty,
     DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
-    SPLIT: gl.constexpr, OVERLAP: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     row = gl.program_id(0) * w_tiles.shape[1]
     begin = gl.program_id(1) * (HIDDEN // SPLIT)
     _copy_first(
         act_codes, weight, tokens, EXPERTS * DIM + row, 0, begin, x_tiles, w_tiles, full, empty,
-        HIDDEN // SPLIT, 1, OVERLAP,
+        HIDDEN // SPLIT, 1,
     )  # fmt: skip
     step = HIDDEN // SPLIT // x_tiles.shape[2]
     chosen, _, token = _choices(logits, tokens, EXPERTS, EXPERTS_2, x_tiles.shape[1], 1)
@@ -374,7 +357,7 @@ def _act_scale(largest, at, used):
 def _sum_down(
     logits, largest, weight_scale, parts, tokens, x_tiles, w_tiles, full, empty,
     DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
-    SPLIT: gl.constexpr, OVERLAP: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = w_tiles.shape[1]
     COLUMNS: gl.constexpr = x_tiles.shape[1]
@@ -384,7 +367,7 @@ def _sum_down(
     token = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
     used = token < tokens
     by_row = gl.load(weight_scale + EXPERTS * DIM + column)
-    _wait(OVERLAP)
+    gdc_wait()
     shared = _act_scale(largest, tokens + token, used)
     routed = _act_scale(largest, token, used)
     total = _product(0, x_tiles, w_tiles, full, empty, SUMS, INPUTS)
@@ -397,8 +380,8 @@ def _sum_down(
         if live:
             by_row = gl.load(weight_scale + expert * DIM + column)
             more = _product(step, x_tiles, w_tiles, full, empty, SUMS, INPUTS)
-            mine = gl.where(placed == expert, routed, 0.0)
-            total += more * by_row[:, None] * mine[None, :]
+            more = more * by_row[:, None] * routed[None, :]
+            total += gl.where((placed == expert)[None, :], more, 0.0)
             step += INPUTS // x_tiles.shape[2]
     at = parts + (gl.program_id(1) * tokens + token[None, :]) * DIM + column[:, None]
     gl.store(at, total, mask=used[None, :])
@@ -409,9 +392,9 @@ def down(
     logits, act_codes, largest, weight, weight_scale, parts, tokens,
     DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
     SPLIT: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
-    STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Grid (dim / ROWS, SPLIT): as `moe_decode.down` for at most as many tokens as experts.
+    """Grid (dim / ROWS, SPLIT): as `moe_decode.down`, for COLUMNS tokens at most.
 
     Descriptors: act_codes, weight. Writes parts, float32 [SPLIT, tokens, dim], each of a share of
     the inputs, of the shared expert and the token's own.
@@ -421,11 +404,11 @@ def down(
         [
             (_sum_down, (
                 logits, largest, weight_scale, parts, tokens, x_tiles, w_tiles, full, empty,
-                DIM, HIDDEN, EXPERTS, EXPERTS_2, SPLIT, OVERLAP,
+                DIM, HIDDEN, EXPERTS, EXPERTS_2, SPLIT,
             )),
             (_copy_down, (
                 logits, act_codes, weight, tokens, x_tiles, w_tiles, full, empty,
-                DIM, HIDDEN, EXPERTS, EXPERTS_2, SPLIT, OVERLAP,
+                DIM, HIDDEN, EXPERTS, EXPERTS_2, SPLIT,
             )),
         ],
         [1], [40],

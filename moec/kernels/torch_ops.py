@@ -214,14 +214,14 @@ def rope_table(
 def temperature(positions: Tensor, floor: int, scale: float) -> Tensor:
     factor = torch.empty(*positions.shape, 1, dtype=torch.float32, device=positions.device)
     launch = step.temperature(floor, scale, positions.numel())
-    run(launch, {"positions": positions.contiguous(), "factor": factor})
+    run(launch, {"positions": positions.contiguous(), "temperature": factor})
     return factor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype != torch.bfloat16 or len(x.shape) != 2:
         return ops.rms_norm.eager(x, weight, eps)  # type: ignore[no-any-return]
-    return _norm(x, None, weight, eps, narrow=False)["normed"]
+    return _norm(x.contiguous(), None, weight, eps, narrow=False)["normed"]
 
 
 def positions(ids: Tensor, past: Tensor) -> Tensor:

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from moec.kernels.launch import Launch
-from moec.kernels.launch_prefill import (
-    Tiles,
-    prefill_moe,
-    scratch,
-    tiles_for,
-)
+from moec.kernels.launch_prefill import Tiles, prefill_moe, scratch, tiles_for
 from moec.kernels.sizes import Sizes
 from moec.kernels.torch_launch import architecture, buffers, run
 

@@ -30,7 +30,8 @@ class Replays:
     def __init__(self, call: Call, moving: tuple[str, ...]) -> None:
         self.call, self.moving = call, moving
         self.graphs: OrderedDict[
-            object, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]
+            object,
+            tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor], tuple[Tensor, ...]],
         ] = OrderedDict()
         self.seen: OrderedDict[object, None] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
@@ -60,17 +61,17 @@ class Replays:
             if len(self.graphs) > MOST:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
-        graph, given, results = self.graphs[key]
+        graph, given, places, results = self.graphs[key]
         given.copy_(rows.pin_memory(), non_blocking=True)
-        for name, row in zip(self.moving, ours, strict=True):
-            if row.is_cuda:
-                self._place(given, name, feeds[name]).copy_(feeds[name])
+        for name, place in places.items():
+            if feeds[name].is_cuda:
+                place.copy_(feeds[name])
         graph.replay()
         return tuple(each.clone() for each in results)
 
     def _captured(
         self, feeds: Mapping[str, Tensor], rows: Tensor
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
         given = rows.cuda()
         places = {name: self._place(given, name, feeds[name]) for name in self.moving}
 
@@ -85,10 +86,10 @@ class Replays:
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph, pool=self.pool):
             results = step()
-        return graph, given, results
+        return graph, given, places, results
 
     def _place(self, given: Tensor, name: str, like: Tensor) -> Tensor:
-        """Where a replay finds the feed `name`, in a type and shape as `like` has."""
+        """Where in `given` a graph finds the feed `name`, in the type and shape that `like` has."""
         count = len(self.moving) * like.numel()  # all have as many elements
         part = given[8 * count :] if like.dtype == torch.int32 else given[: 8 * count]
         rows = part.view(like.dtype).view(len(self.moving), -1)

@@ -1,4 +1,4 @@
-"""Whether there is a GPU for kernels, and what to say when its memory is full."""
+"""Whether there is a GPU for our kernels; when its memory is full; and the way to the host."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

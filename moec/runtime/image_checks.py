@@ -21,7 +21,7 @@ ROWS = (2, 1)
 class Images:
     """Noise as `pixels` [sum(ROWS), C, H, W], and text with `placed` of these tiles in it.
 
-    `ids` [2, S] are image tokens where `seen` [2, S].
+    `ids` [B, S] are image tokens where `seen` [B, S], in the first two rows.
     """
 
     pixels: Tensor
@@ -33,7 +33,7 @@ class Images:
 def draw_images(
     spec: ModelSpec, ids: Tensor, lengths: Tensor, generator: torch.Generator
 ) -> Images:
-    """Tiles of noise, and a copy of `ids` [2, S] with image tokens in the middle of its rows."""
+    """Tiles of noise, and a copy of `ids` [B, S] with image tokens in the middle of two rows."""
     vision, image = spec.vision, spec.tokens.image
     assert vision is not None and image is not None
     shape = (sum(ROWS), vision.channels, vision.image, vision.image)

@@ -150,6 +150,11 @@ class Session:
         """
         return self._see(read_tiles(pixel_values, self.spec))
 
+    @property
+    def waits_for_nobody(self) -> bool:
+        """Whether a decode step on tokens that lie on the GPU only starts the work there."""
+        return self.engine in ("torch", "tensorrt") and self.device != "cpu"
+
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
         """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated.
 
@@ -158,7 +163,7 @@ class Session:
         step, and nobody checks that they are in the vocabulary.
         """
         column = torch.as_tensor(tokens)[:, None]
-        if self.engine not in ("torch", "tensorrt") or self.device == "cpu":
+        if not self.waits_for_nobody:
             column = column.cpu()
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
 
@@ -264,8 +269,9 @@ class Session:
             tokens = sample(given, temperature, top_k, top_p, generator)
             arrived = on_host(tokens)
             # While the host looks whether a row has ended, the GPU goes on as if none had.
-            ahead = tokens.is_cuda and bool(alive.all()) and step + 1 < max_new_tokens
-            logits = self.decode(tokens, cache) if ahead else logits
+            ahead = self.waits_for_nobody and bool(alive.all()) and step + 1 < max_new_tokens
+            if ahead:
+                logits = self.decode(tokens, cache)
             tokens = arrived()
             new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
             for row, token in zip(rows, new, strict=True):

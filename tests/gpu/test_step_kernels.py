@@ -31,7 +31,10 @@ def test_attention(heads: tuple[int, int, int], batch: int, slots: int, count: i
     check(step_cases.attention("cuda", batch, *heads, slots, count))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40, 64, 200])
-@pytest.mark.parametrize("sizes", [(128, 64, 16), (1024, 2048, 5), (512, 1024, 128)])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 16, 17, 40, 64, 200])
+@pytest.mark.parametrize(
+    "sizes",
+    [(128, 64, 16), (1024, 2048, 5), (512, 1024, 128), (2048, 4096, 16), (640, 1536, 1)],
+)
 def test_experts(sizes: tuple[int, int, int], tokens: int) -> None:
     check(step_cases.experts("cuda", *sizes, tokens))

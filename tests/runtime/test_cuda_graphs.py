@@ -102,6 +102,30 @@ def test_few_graphs_are_kept_and_one_that_went_starts_over(gpu: type[Graph]) -> 
     assert int(steps(feeds(4, caches[0]))[0]) == 7 and len(gpu.captured) == MOST + 2
 
 
+def test_feeds_of_either_type_on_the_host_or_the_gpu(gpu: type[Graph]) -> None:
+    """A graph reads what its capture saw; later feeds may be of another type and lie elsewhere."""
+
+    def sum_of(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        ids, last, past = feeds["input_ids"], feeds["ring.last"], feeds["past"]
+        assert ids.shape == (2, 1) and last.shape == (2,)
+        out = ids[:, 0] + 10 * last + past.sum()
+        if Graph.open:
+            Graph.open.work.append(lambda: out.copy_(ids[:, 0] + 10 * last + past.sum()))
+        return (out,)
+
+    kinds = (torch.int64, torch.int32)
+    for captured in kinds:
+        steps, one = Replays(sum_of, ("input_ids", "ring.last")), cache()
+        for step, kind in enumerate((captured, captured, *kinds, *kinds)):
+            ids = torch.tensor([[step], [step + 1]], dtype=kind)
+            last = torch.tensor([step, 7], dtype=torch.int32)
+            if step % 2:
+                ids = ids.as_subclass(OnGpu)
+            (found,) = steps({"input_ids": ids, "ring.last": last, "past": one})
+            assert found.tolist() == [11 * step + 3, step + 74]
+        assert len(steps.graphs) == 1
+
+
 def test_addresses_of_first_calls_do_not_pile_up(
     gpu: type[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:

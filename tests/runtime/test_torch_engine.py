@@ -15,7 +15,7 @@ from torch import Tensor
 import moec
 from moec.exporters.artefact import open_artefact
 from moec.runtime.compare import FP8_NOISE
-from moec.runtime.session import artefact_session, torch_session
+from moec.runtime.session import Session, artefact_session, torch_session
 from moec.runtime.torch_engine import torch_engine
 from moec.runtime.weights import load
 from moec.spec.errors import MoecError
@@ -76,6 +76,31 @@ def test_a_call_writes_the_caches_that_it_is_given(art: Path) -> None:
     for name, tensor in cache.tensors.items():
         assert tensor is before[name]
         assert tensor[:, :, 0].any() and not tensor[:, :, 1:].any()
+
+
+def test_generation_that_runs_ahead_is_one_that_waits(
+    art: Path, golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a step starts before anyone knows whether a row has ended."""
+    session = moec.open_session(art)
+    ids, lengths = golden["input_ids"][:2, :40], torch.tensor([40, 9])
+
+    def run(stop: tuple[int, ...]) -> tuple[list[list[int]], list[list[int | None]]]:
+        seen: list[list[int | None]] = []
+        out = session.generate(
+            ids, lengths=lengths, max_new_tokens=5, stop=stop, stream=seen.append
+        )
+        return out.tolist(), seen
+
+    free = run(())
+    stop = (int(free[1][2][1] or 0),)  # what the shorter row says third
+    waited = run(stop)
+    steps = []
+    decode = Session.decode
+    monkeypatch.setattr(Session, "waits_for_nobody", property(lambda self: True))
+    monkeypatch.setattr(Session, "decode", lambda *args: steps.append(1) or decode(*args))
+    assert run(()) == free and len(steps) == 4
+    assert run(stop) == waited and any(None in step for step in waited[1])
 
 
 def test_the_engine_keeps_no_caches(art: Path, golden: dict[str, Tensor]) -> None:

@@ -108,7 +108,5 @@ def _layer(sizes: Sizes) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _tile(stages: int) -> dict[str, int | bool]:
-    return {
-        "COLUMNS": MOST_COLUMNS, "ROWS": ROWS, "DEPTH": DEPTH, "STAGES": stages,
-    }  # fmt: skip
+def _tile(stages: int) -> dict[str, int]:
+    return {"COLUMNS": MOST_COLUMNS, "ROWS": ROWS, "DEPTH": DEPTH, "STAGES": stages}

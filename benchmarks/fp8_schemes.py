@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import moec
-from moec.exporters.tensorrt.options import EngineOptions
-from moec.runtime.cost import cost
+from moec.artefact.engine_options import EngineOptions
+from moec.runtime.proof.cost import cost
 from moec.spec.files import load_scheme
 from moec.spec.scheme import ATTENTION, SCHEMES, Scheme
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from moec.exporters.memory import memory
+from moec.artefact.process_memory import memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 import moec
-from moec.exporters.artefact import Artefact
+from moec.artefact.artefact import Artefact
 from moec.exporters.onnx.write import lower_model, save_bound
 from moec.graph_builder import ops
 from moec.graph_builder.builder import Builder
 from moec.spec.model import ModelSpec, Tokens
 from moec.spec.parameters import text_parameters
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import TORCH_DTYPES
 

@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import Tensor
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
 from moec.graph_builder import ops
+from moec.runtime.engines.synthetic import synthetic
 from moec.runtime.session import Session, torch_session
-from moec.runtime.synthetic import synthetic
 from moec.spec.presets import PRESETS
 
 FP8 = torch.float8_e4m3fn
@@ -47,7 +47,7 @@ def narrow(*shape: int) -> tuple[Tensor, Tensor]:
 
 def step_kernels() -> Iterator[Row]:
     """Each kernel of a layer but the experts, 12 weights and caches in turn."""
-    from moec.kernels import torch_ops  # imports Triton
+    from moec.kernels.torch import ops as torch_ops  # imports Triton
 
     turns = list(range(12))
     width = TEXT.q_width + 2 * TEXT.kv_width
@@ -93,8 +93,8 @@ def step_kernels() -> Iterator[Row]:
 
 def experts() -> Iterator[Row]:
     """The whole MoE layer: router, codes, routed and shared experts, sum."""
-    from moec.kernels.torch_moe import DecodeMoe  # imports Triton
-    from moec.kernels.torch_prefill import PrefillMoe
+    from moec.kernels.torch.moe import DecodeMoe  # imports Triton
+    from moec.kernels.torch.prefill import PrefillMoe
 
     layers = [random_weights(SCOUT) for _ in range(4)]
     for tokens in (1, 8, 64):
@@ -147,7 +147,7 @@ def _check(weights: dict[str, Tensor], x: Tensor, found: Tensor, again: Tensor) 
 
 def peers() -> Iterator[Row]:
     """Hugging Face's MoE layer in bf16, eager and compiled."""
-    from moec.runtime.torchvision_ops import declare_torchvision_ops
+    from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 
     declare_torchvision_ops()
     from transformers import Llama4TextConfig

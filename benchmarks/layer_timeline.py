@@ -23,9 +23,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
+from moec.runtime.engines.synthetic import synthetic
 from moec.runtime.session import Session, torch_session
-from moec.runtime.synthetic import synthetic
 from moec.spec.model import ModelSpec
 
 CONTEXT, STEPS = 1024, 16

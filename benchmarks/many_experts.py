@@ -36,16 +36,16 @@ from torch import Tensor
 from unrolled_experts import unrolled_experts
 
 import moec
-from moec.exporters.artefact import Artefact, open_artefact
-from moec.exporters.memory import memory
-from moec.exporters.presets import PRESETS as SESSION_PRESETS
+from moec.artefact.artefact import Artefact, open_artefact
+from moec.artefact.process_memory import memory
+from moec.artefact.session_options import PRESETS as SESSION_PRESETS
 from moec.runtime.cache import Cache
-from moec.runtime.eager import eager_engine
-from moec.runtime.ort import ort_engine
+from moec.runtime.engines.eager import eager_engine
+from moec.runtime.engines.ort import ort_engine
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 from moec.weights.shard import TensorEntry
 

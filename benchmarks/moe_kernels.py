@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moec.graph_builder import ops
 from moec.kernels.sizes import Sizes
-from moec.runtime.gpu import check_device
+from moec.runtime.engines.gpu import check_device
 from moec.spec.errors import MoecError
 
 SCOUT = Sizes(dim=5120, hidden=8192, experts=16)
@@ -101,7 +101,7 @@ def main() -> None:
     arguments.add_argument("--tokens", default="1,2,4,8,16,32,64")
     counts = [int(each) for each in arguments.parse_args().tokens.split(",")]
     need_gpu("benchmarks/moe_kernels.py")
-    from moec.kernels.torch_moe import DecodeMoe  # imports Triton
+    from moec.kernels.torch.moe import DecodeMoe  # imports Triton
 
     torch.manual_seed(torch.seed() % 2**31)
     rate = copy_rate()

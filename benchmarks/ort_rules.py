@@ -29,8 +29,8 @@ from moec.exporters.onnx.write import DIALECTS, GENAI, Dialect
 from moec.graph_builder import ops
 from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.genai import genai_inputs
-from moec.runtime.bench import Lane, race
-from moec.show import size
+from moec.runtime.bench.bench import Lane, race
+from moec.tables import size
 from moec.weights.random import write_random_checkpoint
 
 #: name -> target, precision, placement, what stands in for the `ort` dialect, presets

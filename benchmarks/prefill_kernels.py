@@ -87,8 +87,8 @@ def cuts(inputs: int) -> Iterator[tuple[bool, dict[str, int]]]:
 
 
 def tune(weights: dict[str, Tensor], tiles: Any, dense: float, tokens: int = 4096) -> None:
-    from moec.kernels.launch_prefill import Product, Tiles
-    from moec.kernels.torch_prefill import PrefillMoe
+    from moec.kernels.launches.prefill import Product, Tiles
+    from moec.kernels.torch.prefill import PrefillMoe
 
     plain = Tiles(gate_up=Product(stages=3), down=Product(stages=3), hopper=False)
     x = torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16()
@@ -132,8 +132,8 @@ def main() -> None:
     arguments.add_argument("--tune", action="store_true")
     given = arguments.parse_args()
     need_gpu("benchmarks/prefill_kernels.py")
-    from moec.kernels.launch_prefill import tiles_for  # imports Triton
-    from moec.kernels.torch_prefill import PrefillMoe
+    from moec.kernels.launches.prefill import tiles_for  # imports Triton
+    from moec.kernels.torch.prefill import PrefillMoe
 
     torch.manual_seed(torch.seed() % 2**31)
     device = torch.cuda.get_device_properties(0)

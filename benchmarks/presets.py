@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 
 import moec
-from moec.runtime.bench import Lane, race
-from moec.show import bench_table
+from moec.runtime.bench.bench import Lane, race
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
+from moec.tables import bench_table
 from moec.weights.random import write_random_checkpoint
 
 WAYS = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", ""))

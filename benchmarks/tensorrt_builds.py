@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moec
-from moec.exporters.tensorrt.options import EngineOptions
+from moec.artefact.engine_options import EngineOptions
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS

@@ -115,7 +115,7 @@ def transformers(folder: str) -> Run:
     """The peer: its tower and projector, in float32 with torch's fused attention."""
     import torch
 
-    from moec.runtime.torchvision_ops import declare_torchvision_ops
+    from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 
     declare_torchvision_ops()
     from transformers import Llama4ForConditionalGeneration

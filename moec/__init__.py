@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from moec.exporters.export import bind, export
     from moec.graph_builder.parts import build_graph
     from moec.runtime.calibrate import calibrate
-    from moec.runtime.prompt import encode
+    from moec.runtime.inputs.prompt import encode
+    from moec.runtime.proof.validate import validate
     from moec.runtime.session import open_session
-    from moec.runtime.validate import validate
     from moec.spec.errors import MoecError
     from moec.spec.files import load_spec
     from moec.spec.plan import plan
@@ -32,12 +32,12 @@ _HOMES = {
     "bind": "moec.exporters.export",
     "build_graph": "moec.graph_builder.parts",
     "calibrate": "moec.runtime.calibrate",
-    "encode": "moec.runtime.prompt",
+    "encode": "moec.runtime.inputs.prompt",
     "export": "moec.exporters.export",
     "load_spec": "moec.spec.files",
     "open_session": "moec.runtime.session",
     "plan": "moec.spec.plan",
-    "validate": "moec.runtime.validate",
+    "validate": "moec.runtime.proof.validate",
 }
 
 

@@ -104,7 +104,7 @@ def build(
         )  # fmt: skip
     _expect(variant, spec, checkpoint)
     import moec
-    from moec.show import artefact_tables, bar
+    from moec.tables import artefact_tables, bar
 
     sizes: dict[str, Any] = {"context": context, "batch": batch, "piece": piece}
     sizes |= {"bindings": bindings, "architectures": architectures}
@@ -125,7 +125,7 @@ def _options(chosen: dict[str, Any]) -> Any:
     """Options of engines; None where nobody chose any."""
     if not chosen:
         return None
-    from moec.exporters.tensorrt.options import engine_options
+    from moec.artefact.engine_options import engine_options
 
     return engine_options(chosen)
 
@@ -143,7 +143,7 @@ def engine(
 ) -> None:
     """Build the engines of an artefact whose ONNX was built with --no-engine, or elsewhere."""
     from moec.exporters.engines import build_engines, trtexec_commands
-    from moec.show import artefact_tables, bar
+    from moec.tables import artefact_tables, bar
 
     if trtexec:
         for line in trtexec_commands(artefact):
@@ -167,7 +167,7 @@ def bind(
 ) -> None:
     """Attach a checkpoint to an artefact that was built without one."""
     import moec
-    from moec.show import artefact_tables, bar
+    from moec.tables import artefact_tables, bar
 
     with bar(console) as progress:
         art = moec.bind(artefact, checkpoint, out, weights, progress, scales, engine)
@@ -185,7 +185,7 @@ def calibrate(
 ) -> None:
     """Find static scales: how large inputs of products, keys and values get on some tokens."""
     import moec
-    from moec.show import bar
+    from moec.tables import bar
 
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise MoecError(f"--out {out}", "a folder, or in one that is not there", "a file to write",
@@ -272,9 +272,9 @@ def generate(
     if image and prompt is None:
         raise MoecError("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
     import moec
-    from moec.exporters.artefact import open_artefact
-    from moec.runtime.prompt import compose
-    from moec.runtime.text import open_text
+    from moec.artefact.artefact import open_artefact
+    from moec.runtime.inputs.prompt import compose
+    from moec.runtime.inputs.text import open_text
 
     stream: Any = None
     row, pixels = [], None
@@ -325,7 +325,7 @@ def plan(
 ) -> None:
     """Say what a model costs before anyone builds it."""
     import moec
-    from moec.show import plan_table
+    from moec.tables import plan_table
 
     result = moec.plan(model, precision, context, batch, device, tiles, scheme)
     if as_json:
@@ -341,8 +341,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show an artefact's manifest; with --verify, check every byte that the build wrote."""
-    from moec.exporters.artefact import open_artefact, verify_files
-    from moec.show import artefact_tables, report_table
+    from moec.artefact.artefact import open_artefact, verify_files
+    from moec.tables import artefact_tables, report_table
 
     art = open_artefact(artefact)
     if as_json:
@@ -371,8 +371,8 @@ def bench(
     ONNX Runtime by preset, the eager reference, transformers eager and compiled: each in a process
     of its own, in turns.
     """
-    from moec.runtime.bench import bench as measure
-    from moec.show import bench_table
+    from moec.runtime.bench.bench import bench as measure
+    from moec.tables import bench_table
 
     rows = measure(artefact, batch, prompt_tokens, new_tokens, device, rounds)
     if as_json:
@@ -384,8 +384,8 @@ def bench(
 @specs.command("list")
 def spec_list() -> None:
     """The presets, side by side."""
-    from moec.show import spec_table
     from moec.spec.presets import PRESETS
+    from moec.tables import spec_table
 
     spec_table(console, PRESETS.values())
 
@@ -396,8 +396,8 @@ def spec_show(
     form: Annotated[str, typer.Option("--format", help="yaml, json or config.")] = "yaml",
 ) -> None:
     """Print a preset, spec file or checkpoint as YAML, JSON or a Hugging Face config.json."""
-    from moec.spec.config_json import write_config
     from moec.spec.files import dump_yaml, load_spec
+    from moec.spec.hf.config import write_config
 
     spec = load_spec(model)
     if form == "yaml":
@@ -419,8 +419,8 @@ def spec_schema() -> None:
 @specs.command("diff")
 def spec_diff(left: str, right: str) -> None:
     """Print the fields in which two specs differ; exit code 1 if there are any."""
-    from moec.show import diff_table
     from moec.spec.files import diff, load_spec
+    from moec.tables import diff_table
 
     rows = diff(load_spec(left), load_spec(right))
     if rows:
@@ -441,8 +441,8 @@ def _prove(
     rows: Path | None = None,
 ) -> None:
     import moec
-    from moec.runtime.validate import record
-    from moec.show import bar, report_table
+    from moec.runtime.proof.validate import record
+    from moec.tables import bar, report_table
 
     with bar(console, quiet=as_json) as progress:
         report = moec.validate(artefact, tokens, seed, on_twin, progress, device, reference, rows)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moec
-from moec.runtime.torchvision_ops import declare_torchvision_ops
+from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 from moec.weights.random import write_random_checkpoint
 from tests.damage import EMBED, FIRST, INDEX, SECOND, SPEC
 

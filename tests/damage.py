@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 
 #: the sound checkpoint: its model, its files, and three of its tensors, all in the first shard
 SPEC = twin(PRESETS["tiny-scout"])

@@ -9,7 +9,7 @@ from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
 
 import moec
 from moec.runtime.cache import new_cache
-from moec.runtime.eager import eager_engine
+from moec.runtime.engines.eager import eager_engine
 from moec.weights.checkpoint import read_checkpoint
 from moec.weights.name_map import match
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from moec.exporters.artefact import open_artefact, verify_files
+from moec.artefact.artefact import open_artefact, verify_files
 
 #: what `out` holds before the build
 HELD = ("nothing", "an artefact")

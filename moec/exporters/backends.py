@@ -9,9 +9,12 @@ from typing import Any
 import onnx_ir as ir
 from torch import fx
 
-from moec.exporters.artefact import Artefact
-from moec.exporters.manifest import Engine, Ports, Preset
-from moec.exporters.onnx.binding import load_onnx
+from moec.artefact.artefact import Artefact
+from moec.artefact.engine_options import EngineOptions
+from moec.artefact.manifest import Engine, Ports, Preset
+from moec.artefact.session_options import presets
+from moec.artefact.targets import BITS, PACKAGES
+from moec.exporters.onnx.external_data import load_onnx
 from moec.exporters.onnx.ort import check_sizes
 from moec.exporters.onnx.standard import OPSET
 from moec.exporters.onnx.write import (
@@ -23,17 +26,14 @@ from moec.exporters.onnx.write import (
     save_checked,
 )
 from moec.exporters.precision import fp8_packings
-from moec.exporters.presets import presets
-from moec.exporters.targets import BITS, PACKAGES
 from moec.exporters.tensorrt import onnx_model
 from moec.exporters.tensorrt.build import build_engines
-from moec.exporters.tensorrt.expressible import check_expressible
-from moec.exporters.tensorrt.options import EngineOptions
+from moec.exporters.tensorrt.support import check_expressible
 from moec.exporters.torch import program
-from moec.graph_builder.passes.fusible import check_fusible
+from moec.graph_builder.passes.torch_support import check_fusible
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
-from moec.weights.fused import fused_packings
+from moec.weights.joined import fused_packings
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 

@@ -4,13 +4,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from moec.exporters.artefact import Artefact, file_of, open_artefact, write_manifest
+from moec.artefact.artefact import Artefact, file_of, open_artefact, write_manifest
+from moec.artefact.engine_options import EngineOptions, engine_options
+from moec.artefact.folder import writing
+from moec.artefact.placement import Progress
+from moec.artefact.targets import PACKAGES
 from moec.exporters.backends import backend_of
-from moec.exporters.folder import writing
-from moec.exporters.placement import Progress
-from moec.exporters.targets import PACKAGES
 from moec.exporters.tensorrt.build import ENGINES, check_options, need_package
-from moec.exporters.tensorrt.options import EngineOptions, engine_options
 from moec.exporters.tensorrt.trtexec import commands
 from moec.spec.errors import MoecError
 

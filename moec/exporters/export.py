@@ -15,17 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.exporters.artefact import Artefact, file_of, open_artefact, write_manifest
-from moec.exporters.backends import BACKENDS, Model, backend_of
-from moec.exporters.engines import build_engines
-from moec.exporters.folder import refuse_foreign, writing
-from moec.exporters.genai import write_genai
-from moec.exporters.manifest import Build, Manifest, Ports, Weights, compute_of
-from moec.exporters.memory import memory
-from moec.exporters.onnx.write import GENAI
-from moec.exporters.placement import Progress, pack, place
-from moec.exporters.precision import in_precision
-from moec.exporters.targets import (
+from moec.artefact.artefact import Artefact, file_of, open_artefact, write_manifest
+from moec.artefact.engine_options import EngineOptions
+from moec.artefact.folder import refuse_foreign, writing
+from moec.artefact.manifest import Build, Manifest, Ports, Weights, compute_of
+from moec.artefact.placement import Progress, pack, place
+from moec.artefact.process_memory import memory
+from moec.artefact.targets import (
     PACKAGES,
     SCHEMES,
     SUFFIXES,
@@ -33,8 +29,12 @@ from moec.exporters.targets import (
     choose,
     default_precision,
 )
+from moec.exporters.backends import BACKENDS, Model, backend_of
+from moec.exporters.engines import build_engines
+from moec.exporters.onnx.genai import write_genai
+from moec.exporters.onnx.write import GENAI
+from moec.exporters.precision import in_precision
 from moec.exporters.tensorrt.build import ENGINES, check_options, need_package
-from moec.exporters.tensorrt.options import EngineOptions
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec

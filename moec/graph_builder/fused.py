@@ -3,7 +3,7 @@
 Inputs are those of `moec.graph_builder.decoder`, but for `lengths`: a call has no padding. Caches
 are buffers, see `moec.graph_builder.passes.buffers`: `past.{i}.key` and `past.{i}.value`, written
 by the call; `ring.last`, `ring.total`, `global.last`, `global.total` say where. The output is
-`logits`. Weights are those of `moec.weights.fused`.
+`logits`. Weights are those of `moec.weights.joined`.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from torch import fx
 
 from moec.graph_builder.decoder import build_decoder
 from moec.graph_builder.passes.buffers import keep_buffers
-from moec.graph_builder.passes.encodes import join_encodes
 from moec.graph_builder.passes.fuse import fuse
-from moec.graph_builder.passes.neighbours import join_neighbours
+from moec.graph_builder.passes.fuse_neighbours import join_neighbours
+from moec.graph_builder.passes.fuse_quantisation import join_encodes
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.tap import tap
 from moec.spec.model import ModelSpec
-from moec.weights.fused import widened
+from moec.weights.joined import widened
 
 
 def build_fused(

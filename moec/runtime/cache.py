@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moec.runtime.gpu import memory_for
+from moec.runtime.engines.gpu import memory_for
 from moec.spec.model import ModelSpec
 from moec.weights.view import STORED, TORCH_DTYPES
 

@@ -11,8 +11,8 @@ from moec.graph_builder import ops
 from moec.graph_builder.ops.moe import over_chosen
 from moec.graph_builder.parts import build_graph
 from moec.runtime.cache import new_cache
-from moec.runtime.eager import fill
-from moec.runtime.token_file import read_rows
+from moec.runtime.engines.eager import fill
+from moec.runtime.inputs.token_file import read_rows
 from moec.spec.calibration import Calibration
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec

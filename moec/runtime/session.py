@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.exporters.artefact import Artefact, Entry, open_artefact
-from moec.exporters.manifest import NAME
-from moec.exporters.presets import EXACT, PRESETS
-from moec.exporters.tensorrt.options import EngineOptions
+from moec.artefact.artefact import Artefact, Entry, open_artefact
+from moec.artefact.engine_options import EngineOptions
+from moec.artefact.manifest import NAME
+from moec.artefact.session_options import EXACT, PRESETS
+from moec.runtime.batching import LONG_PIECE, PIECE, buffered_calls, padded_calls
 from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
-from moec.runtime.calls import LONG_PIECE, PIECE, buffered_calls, padded_calls
-from moec.runtime.eager import Run, eager_engine
-from moec.runtime.gpu import on_host
-from moec.runtime.inputs import Ids, Pixels, check_ids, read_ids, read_tiles
-from moec.runtime.interpreter import interpreter
-from moec.runtime.ort import ort_engine
+from moec.runtime.engines.eager import Run, eager_engine
+from moec.runtime.engines.gpu import on_host
+from moec.runtime.engines.interpreter import interpreter
+from moec.runtime.engines.ort import ort_engine
+from moec.runtime.engines.tensorrt import tensorrt_engine
+from moec.runtime.engines.torch_program import torch_engine
+from moec.runtime.inputs.arrays import Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.sampling import sample
-from moec.runtime.tensorrt_engine import tensorrt_engine
-from moec.runtime.torch_engine import torch_engine
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from moec.spec.config_json import read_config
 from moec.spec.errors import MoecError
 from moec.spec.frozen import Frozen
+from moec.spec.hf.config import read_config
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.scheme import SCHEMES, Scheme

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moec.spec.errors import MoecError
 from moec.spec.files import load_spec
-from moec.spec.hf_names import keys
+from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moec.spec.config_json import write_config
-from moec.spec.hf_names import keys
+from moec.spec.hf.config import write_config
+from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.scheme import LARGEST

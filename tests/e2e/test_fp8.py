@@ -8,7 +8,7 @@ from torch import Tensor
 
 import moec
 from moec.exporters.export import export
-from moec.runtime.cost import cost
+from moec.runtime.proof.cost import cost
 from moec.spec.calibration import Calibration
 from moec.spec.scheme import SCHEMES
 
@@ -66,10 +66,10 @@ def test_the_command_line_from_calibration_to_cost(
     page = tmp_path / "report.html"
     code, _ = run("validate", art, "--tokens", 60, "--reference", "bf16", "--html", page)
     assert code == 0 and "router flips" in page.read_text()
-    parity = moec.exporters.artefact.open_artefact(art).manifest.parity  # type: ignore[attr-defined]
+    parity = moec.artefact.artefact.open_artefact(art).manifest.parity  # type: ignore[attr-defined]
     assert parity and parity["passed"] and parity["cost"]["router_flips"] > 0
     assert parity["cost"]["text"].startswith("rows that the reference drew")
-    monkeypatch.setattr("moec.runtime.bench.PEERS", ())  # which take half a minute to compile
+    monkeypatch.setattr("moec.runtime.bench.bench.PEERS", ())  # which take half a minute to compile
     code, err = run("bench", art, "--prompt-tokens", 8, "--new-tokens", 4, "--rounds", 1)
     assert (code, err) == (0, "")
     code, _ = run("generate", art, "--prompt", "def main(", "--max-new-tokens", 4)

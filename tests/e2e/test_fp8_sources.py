@@ -12,7 +12,7 @@ from torch import Tensor
 import moec
 from moec.graph_builder.ops.fp8 import dequantize, expert_weight, fp8_moe, rounded
 from moec.runtime.session import eager_session
-from moec.spec.hf_names import keys
+from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import input_scale_of, scale_of
 from moec.weights.name_map import read_model
@@ -30,7 +30,7 @@ FORMATS = {
 #: a process of its own: the libraries patch transformers, and torchvision may lack its operators
 RUN = """
 import runpy, sys
-from moec.runtime.torchvision_ops import declare_torchvision_ops
+from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 declare_torchvision_ops()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
 from moec.runtime.cache import new_cache
-from moec.runtime.eager import eager_engine
-from moec.runtime.ort import ort_engine
+from moec.runtime.engines.eager import eager_engine
+from moec.runtime.engines.ort import ort_engine
 from moec.runtime.session import Session
 
 ENGINES = ("onnxruntime", "eager")

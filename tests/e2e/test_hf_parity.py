@@ -19,7 +19,7 @@ import moec
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 from tests.oracle import relative, routers_are_clear, transformers_logits
 from tests.strategies import specs

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import moec
-from moec.runtime.ort import QUANTIZED_FROM
+from moec.runtime.engines.ort import QUANTIZED_FROM
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 
 PERPLEXITY = 13.3217

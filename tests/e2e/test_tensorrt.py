@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 import moec
+from moec.artefact.artefact import open_artefact, verify_files
+from moec.artefact.engine_job import Job
+from moec.artefact.engine_options import EngineOptions
 from moec.exporters import engines
-from moec.exporters.artefact import open_artefact, verify_files
 from moec.exporters.engines import build_engines
 from moec.exporters.tensorrt import build
-from moec.exporters.tensorrt.job import Job
-from moec.exporters.tensorrt.options import EngineOptions
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
 
 PERPLEXITY = 13.3217
 

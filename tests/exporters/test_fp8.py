@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
 from moec.exporters.export import export
 from moec.runtime.calibrate import calibrate
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
+from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES
 from moec.spec.tensors import quantized
-from moec.spec.twin import twin
 from moec.weights.random import write_random_checkpoint
 from tests.strategies import schemes, specs
 

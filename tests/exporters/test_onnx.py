@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
 from moec.exporters.onnx.lowering import Rule, lower
 from moec.exporters.onnx.standard import OPSET, STANDARD
 from moec.exporters.onnx.write import DIALECTS, lower_model
@@ -23,7 +23,7 @@ from moec.graph_builder.parts import build_parts
 from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 
 FULL_SIZE = [(name, precision) for name in ("scout", "maverick") for precision in ("fp32", "bf16")]

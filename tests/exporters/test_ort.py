@@ -12,7 +12,7 @@ import moec
 from benchmarks.sparse_checkpoint import write_sparse_checkpoint
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 from tests.refusals import refused_and_nothing_left
 

@@ -16,20 +16,20 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 import moec
-from moec.exporters.artefact import Artefact, open_artefact
+from moec.artefact.artefact import Artefact, open_artefact
+from moec.artefact.engine_options import EngineOptions
 from moec.exporters.backends import BACKENDS
 from moec.exporters.engines import trtexec_commands
 from moec.exporters.export import export
 from moec.exporters.onnx.lowering import DTYPES
-from moec.exporters.tensorrt.options import EngineOptions
 from moec.graph_builder.ops import FP8
-from moec.runtime.compare import SAME_INPUTS, error
+from moec.runtime.proof.compare import SAME_INPUTS, error
+from moec.runtime.proof.under_test import Subject
 from moec.runtime.session import eager_session, interpreter_session
-from moec.runtime.subject import Subject
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 from tests.refusals import refusal
 from tests.strategies import specs

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import moec
-from moec.exporters.artefact import open_artefact, verify_files
-from moec.runtime.weights import load
+from moec.artefact.artefact import open_artefact, verify_files
+from moec.runtime.engines.weights import load
 from moec.spec.scheme import SCHEMES
 from moec.weights.name_map import read_model
 from moec.weights.packed_file import PACKED

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moec.graph_builder import ops
-from moec.kernels.launch import MOST_TOKENS, Sizes
-from moec.kernels.torch_moe import DecodeMoe
+from moec.kernels.launches.launch import MOST_TOKENS, Sizes
+from moec.kernels.torch.moe import DecodeMoe
 
 
 @pytest.mark.parametrize("experts", [16, 3])

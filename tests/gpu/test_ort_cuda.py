@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
 from moec.runtime.session import Session, ort_session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moec.graph_builder import ops
-from moec.kernels.launch import MOST_TOKENS, SHARED, Sizes
+from moec.kernels.launches.launch import MOST_TOKENS, SHARED, Sizes
 
 SIZES, MOST = Sizes(dim=512, hidden=1024, experts=16), 1000
 NAMES = ("router", "gate_up", "gate_up_scale", "down", "down_scale")
@@ -19,7 +19,7 @@ class Layer:
 
     def __init__(self, folder: Path, architecture: int) -> None:
         from benchmarks.moe_kernels import random_weights
-        from moec.kernels.programs import build_program
+        from moec.kernels.ahead_of_time.plugin_program import build_program
         from tests.exporters.tensorrt_plugin.launcher import Launcher, compile_library
 
         torch.manual_seed(1)
@@ -63,8 +63,8 @@ def random_input(tokens: int) -> Tensor:
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 64, 65, 200, MOST, MOST + 33, 2 * MOST])
 def test_it_is_the_layer(layer: Layer, tokens: int) -> None:
     from benchmarks.moe_kernels import error
-    from moec.kernels.torch_moe import DecodeMoe
-    from moec.kernels.torch_prefill import PrefillMoe
+    from moec.kernels.torch.moe import DecodeMoe
+    from moec.kernels.torch.prefill import PrefillMoe
 
     x = random_input(tokens)
     found = layer(x)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
+from moec.runtime.engines.synthetic import synthetic
 from moec.runtime.session import Session, open_session, torch_session
-from moec.runtime.synthetic import synthetic
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 

@@ -16,10 +16,10 @@ from moec.runtime.cache import Cache, new_cache, spans
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
+from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES
 from moec.spec.tensors import tensors
-from moec.spec.twin import twin
-from moec.weights.fused import fused_tensors
+from moec.weights.joined import fused_tensors
 from moec.weights.view import STORED
 from tests.strategies import specs
 

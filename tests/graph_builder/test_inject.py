@@ -14,8 +14,8 @@ from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
+from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES
-from moec.spec.twin import twin
 
 LAYERS = 3
 SPEC = twin(PRESETS["tiny-scout"], LAYERS).model_copy(update={"vision": None})

@@ -88,7 +88,7 @@ def test_passes_keep_the_meaning(spec: ModelSpec, seed: int, data: st.DataObject
 
 def test_genai_calls_may_cross_borders_and_pad_on_the_right() -> None:
     from moec.spec.presets import PRESETS
-    from moec.spec.twin import twin
+    from moec.spec.reduced import twin
 
     spec = twin(PRESETS["scout"], 4).model_copy(update={"vision": None})
     chunk = spec.text.chunk or 0

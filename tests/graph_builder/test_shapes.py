@@ -16,8 +16,8 @@ from moec.graph_builder.decoder import build_decoder
 from moec.graph_builder.fused import build_fused
 from moec.graph_builder.parts import build_parts
 from moec.graph_builder.passes.buffers import keep_buffers
-from moec.graph_builder.passes.encodes import join_encodes
 from moec.graph_builder.passes.fuse import fuse
+from moec.graph_builder.passes.fuse_quantisation import join_encodes
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.static import make_static
 from moec.graph_builder.types import TensorType
@@ -25,9 +25,9 @@ from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
+from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES
-from moec.spec.twin import twin
-from moec.weights.fused import widened
+from moec.weights.joined import widened
 from moec.weights.view import TORCH_DTYPES
 from tests.strategies import fp8_specs, specs, vision_specs
 

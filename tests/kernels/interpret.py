@@ -5,8 +5,8 @@ import torch
 from step_cases import error, narrow
 
 from moec.graph_builder import ops
-from moec.kernels.launch import Sizes, Tiles
-from moec.kernels.torch_moe import DecodeMoe
+from moec.kernels.launches.launch import Sizes, Tiles
+from moec.kernels.torch.moe import DecodeMoe
 
 
 def weights(sizes: Sizes) -> dict[str, torch.Tensor]:

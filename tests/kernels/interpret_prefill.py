@@ -6,9 +6,9 @@ from interpret import weights
 from step_cases import error
 
 from moec.graph_builder import ops
-from moec.kernels.launch import Sizes
-from moec.kernels.launch_prefill import Product, Tiles
-from moec.kernels.torch_prefill import PrefillMoe
+from moec.kernels.launches.launch import Sizes
+from moec.kernels.launches.prefill import Product, Tiles
+from moec.kernels.torch.prefill import PrefillMoe
 
 CUTS = {
     "square": Product(columns=64, depth=64),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moec.graph_builder import ops
-from moec.kernels import torch_ops
+from moec.kernels.torch import ops as torch_ops
 
 FP8 = torch.float8_e4m3fn
 

@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("triton", reason="kernels need triton")
 
 import moec.kernels
-from moec.kernels.compile import Compiled, build, compile_launch
-from moec.kernels.descriptors import block_shapes
-from moec.kernels.launch import MOST_TOKENS, SHARED, Launch, Sizes, Tiles, decode_moe
-from moec.kernels.launch_prefill import prefill_moe, tiles_for
-from moec.kernels.launch_step import (
+from moec.kernels.ahead_of_time.compile import Compiled, build, compile_launch
+from moec.kernels.launches.descriptors import block_shapes
+from moec.kernels.launches.launch import MOST_TOKENS, SHARED, Launch, Sizes, Tiles, decode_moe
+from moec.kernels.launches.prefill import prefill_moe, tiles_for
+from moec.kernels.launches.step import (
     Heads,
     attend,
     encode,
@@ -27,7 +27,7 @@ from moec.kernels.launch_step import (
     swiglu,
     temperature,
 )
-from moec.kernels.launch_stream import few_linear, few_moe
+from moec.kernels.launches.stream import few_linear, few_moe
 from moec.spec.errors import MoecError
 
 SCOUT, HEADS, SLOTS = Sizes(5120, 8192, 16), Heads(40, 8, 128), 8192

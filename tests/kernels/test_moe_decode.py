@@ -36,7 +36,7 @@ def test_the_kernels_are_the_eager_op() -> None:
 def test_sizes_that_the_tiles_do_not_divide_are_refused(
     sizes: tuple[int, int, int], tokens: int, named: str
 ) -> None:
-    from moec.kernels.launch import Sizes, decode_moe
+    from moec.kernels.launches.launch import Sizes, decode_moe
 
     with pytest.raises(MoecError, match=f"decode_moe: {named}"):
         decode_moe(Sizes(*sizes), tokens)

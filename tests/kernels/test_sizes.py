@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-from moec.kernels.launch import decode_moe
-from moec.kernels.launch_prefill import prefill_moe
-from moec.kernels.launch_step import attend, linear, rope_append
+from moec.kernels.launches.launch import decode_moe
+from moec.kernels.launches.prefill import prefill_moe
+from moec.kernels.launches.step import attend, linear, rope_append
 from moec.kernels.sizes import Heads, Sizes, check_sizes
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec

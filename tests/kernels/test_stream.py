@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-from moec.kernels import stream_hopper
-from moec.kernels.compile import compile_launch
-from moec.kernels.launch import Launch, Sizes
-from moec.kernels.launch_stream import Stream, few_linear, few_moe
+from moec.kernels.ahead_of_time.compile import compile_launch
+from moec.kernels.hopper import stream as stream_hopper
+from moec.kernels.launches.launch import Launch, Sizes
+from moec.kernels.launches.stream import Stream, few_linear, few_moe
 
 SCOUT = Sizes(5120, 8192, 16)
 

@@ -15,8 +15,8 @@ from moec.runtime.session import eager_session
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
+from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES, Scheme
-from moec.spec.twin import twin
 from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
 

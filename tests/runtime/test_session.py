@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import moec
-from moec.runtime.calls import PIECE
+from moec.runtime.batching import PIECE
 from moec.runtime.sampling import sample
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError

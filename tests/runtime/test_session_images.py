@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import moec
-from moec.exporters.artefact import open_artefact
+from moec.artefact.artefact import open_artefact
 from moec.runtime.cache import new_cache
 from moec.runtime.session import PIECE, TILES, Session
 from moec.spec.errors import MoecError

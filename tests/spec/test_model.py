@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from moec.spec.model import ModelSpec, shortest_tile
 from moec.spec.parameters import counts
 from moec.spec.presets import PRESETS
-from moec.spec.twin import twin
+from moec.spec.reduced import twin
 from tests.strategies import specs
 
 

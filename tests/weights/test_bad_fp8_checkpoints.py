@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import moec
-from moec.spec.hf_names import keys
+from moec.spec.hf.names import keys
 from moec.spec.presets import PRESETS
+from moec.spec.reduced import twin
 from moec.spec.scheme import ATTENTION, DENSE, EXPERTS, SHARED, Scheme
 from moec.spec.tensors import tensors
-from moec.spec.twin import twin
 from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import view

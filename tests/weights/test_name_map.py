@@ -8,9 +8,9 @@ from safetensors import safe_open
 from transformers import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration
 
 from moec.graph_builder.decoder import build_decoder
-from moec.spec.config_json import write_config
 from moec.spec.files import load_spec
-from moec.spec.hf_names import TEXT, VISION
+from moec.spec.hf.config import write_config
+from moec.spec.hf.names import TEXT, VISION
 from moec.spec.parameters import counts, parameters
 from moec.spec.presets import PRESETS
 from moec.weights.checkpoint import read_checkpoint

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moec
-from moec.exporters.artefact import open_artefact, verify_files
+from moec.artefact.artefact import open_artefact, verify_files
 from moec.spec.errors import MoecError
 from moec.weights.packed_file import PACKED, write_packed
 from moec.weights.packing import Packing
@@ -223,7 +223,7 @@ def test_a_name_that_was_cut_off_has_not_landed(folder: Path) -> None:
 #: the real command line, but packing stops half way, says so, and waits for its parent
 COMMAND = """
 import contextlib, signal, sys
-import moec.cli, moec.show, moec.weights.packed_file
+import moec.cli, moec.tables, moec.weights.packed_file
 
 moec.weights.packed_file.LANDED = 1
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell that ignores it
@@ -240,7 +240,7 @@ def bar(*args, **kwargs):
 
     yield progress
 
-moec.show.bar = bar
+moec.tables.bar = bar
 moec.cli.main()
 """
 

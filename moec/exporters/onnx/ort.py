@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from moec.exporters.onnx.expert_branches import lower_branches
-from moec.exporters.onnx.fused_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype_name, type_of
+from moec.exporters.onnx.ort_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops
 from moec.graph_builder.types import TensorType

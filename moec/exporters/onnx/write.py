@@ -9,8 +9,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import fx
 
-from moec.exporters.manifest import Port
-from moec.exporters.onnx.binding import bind
+from moec.artefact.manifest import Port
+from moec.exporters.onnx.external_data import bind
 from moec.exporters.onnx.lowering import Lowered, Rule, lower
 from moec.exporters.onnx.ort import ORT, ORT_INT4, ORT_INT8, ORT_PACKED
 from moec.exporters.onnx.standard import OPSET, STANDARD

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import onnx_ir as ir
 import torch
 
-from moec.exporters.manifest import Engine
+from moec.artefact.engine_job import Job, Span
+from moec.artefact.engine_options import ARCHITECTURES, EngineOptions
+from moec.artefact.manifest import Engine
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.exporters.tensorrt.engine import build_engine
-from moec.exporters.tensorrt.job import Job, Span
 from moec.exporters.tensorrt.onnx_model import is_fed
-from moec.exporters.tensorrt.options import ARCHITECTURES, EngineOptions
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 
@@ -124,7 +124,7 @@ def plugin_of(folder: Path, spec: ModelSpec, options: EngineOptions, package: Pa
             "pip install triton, or use --scheme static", exit_code=3,
         )  # fmt: skip
     from moec.exporters.tensorrt.plugin.build import compile_plugin
-    from moec.kernels.launch import SHARED, Sizes
+    from moec.kernels.launches.launch import SHARED, Sizes
 
     text = spec.text
     sizes = Sizes(text.dim, text.experts.hidden, text.experts.count)

@@ -12,15 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moec.artefact.engine_job import PARTIAL, Built, Job
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.exporters.tensorrt.failures import failure, ran_out
-from moec.exporters.tensorrt.job import PARTIAL, Built, Job
 from moec.spec.errors import MoecError
 
 #: (stage, done, total); the stages are "start", "parse", "check" and "build"
 Progress = Callable[[str, int, int], None]
 
-_COMMAND = (sys.executable, "-m", "moec.exporters.tensorrt.child")
+_COMMAND = (sys.executable, "-m", "moec.exporters.tensorrt.process.child")
 _ROOT = Path(__file__).parents[3]  # where the child finds this package, installed or not
 _LAST_WORDS = 40  # lines
 

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from moec.artefact.engine_job import Job
 from moec.exporters.tensorrt.api import PACKAGES
-from moec.exporters.tensorrt.job import Job
 from moec.spec.errors import MoecError
 
 _NO_GPU = r"cudaError (35|100)\b|CUDA driver version is insufficient|no CUDA-capable device"

@@ -7,12 +7,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import fx
 
-from moec.exporters.manifest import Ports
-from moec.exporters.onnx.binding import bind
+from moec.artefact.engine_options import EngineOptions
+from moec.artefact.manifest import Ports
+from moec.artefact.targets import wants_plugin
+from moec.exporters.onnx.external_data import bind
 from moec.exporters.onnx.write import lower_model, ports
 from moec.exporters.precision import fp8_packings
-from moec.exporters.targets import wants_plugin
-from moec.exporters.tensorrt.options import EngineOptions
 from moec.graph_builder.decoder import build_decoder
 from moec.graph_builder.parts import build_graph, parts_of
 from moec.graph_builder.passes.buffers import keep_buffers
@@ -20,7 +20,7 @@ from moec.graph_builder.passes.fuse import fuse_experts
 from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.static import make_static
 from moec.spec.model import ModelSpec
-from moec.weights.fused import fused_packings, widened
+from moec.weights.joined import fused_packings, widened
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 

@@ -4,11 +4,11 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from moec.exporters.artefact import Artefact
-from moec.exporters.onnx.binding import load_onnx
+from moec.artefact.artefact import Artefact
+from moec.artefact.engine_job import Job
+from moec.artefact.engine_options import EngineOptions
+from moec.exporters.onnx.external_data import load_onnx
 from moec.exporters.tensorrt.build import job_of, plugin_of, wants_plugin_library
-from moec.exporters.tensorrt.job import Job
-from moec.exporters.tensorrt.options import EngineOptions
 from moec.spec.errors import MoecError
 
 

@@ -17,16 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from moec.exporters.artefact import Artefact
-from moec.exporters.manifest import Port, Ports
+from moec.artefact.artefact import Artefact
+from moec.artefact.manifest import Port, Ports
 from moec.graph_builder.fused import build_fused
 from moec.graph_builder.parts import parts_of
-from moec.graph_builder.passes.lift import lift_weights
 from moec.graph_builder.passes.tap import tap
+from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.types import TensorType
 from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
-from moec.weights.fused import widened
+from moec.weights.joined import widened
 
 #: sizes that may be 0; no other may
 _MAY_BE_NONE = ("image_tokens",)

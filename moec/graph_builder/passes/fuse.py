@@ -1,6 +1,6 @@
 """Put fused FP8 ops in place of a layer's products, experts and attention, on joined weights.
 
-What is joined, and from which tensors: `moec.weights.fused`.
+What is joined, and from which tensors: `moec.weights.joined`.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ from torch import fx, nn
 from moec.graph_builder import ops
 from moec.graph_builder.builder import call, call_each, submodule, tag
 from moec.graph_builder.passes.buffers import without_unused
-from moec.graph_builder.passes.fusible import check_fusible
+from moec.graph_builder.passes.torch_support import check_fusible
 from moec.graph_builder.types import TensorType
 from moec.spec.model import LayerSpec, ModelSpec
 from moec.spec.tensors import scale_of
-from moec.weights.fused import fused_tensors
+from moec.weights.joined import fused_tensors
 from moec.weights.view import STORED, TORCH_DTYPES
 
 

@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper as h
 
-from moec.exporters.tensorrt.job import Job, Span
+from moec.artefact.engine_job import Job, Span
 
 BATCH, HEADS, GROUPS, STEPS, SLOTS, SIZE = "batch", 8, 2, 4, 16, 64
 #: the inputs of attention, and of what tests add to it

@@ -10,10 +10,10 @@ import torch
 from onnx import TensorProto as T
 from onnx import helper as h
 
+from moec.artefact.engine_job import Built, Job
 from moec.exporters.tensorrt import api
 from moec.exporters.tensorrt.callbacks import new_log
 from moec.exporters.tensorrt.engine import build_engine
-from moec.exporters.tensorrt.job import Built, Job
 from tests.exporters.tensorrt_engine.models import attention, job, model, spans, value
 from tests.refusals import refusal, refused_and_nothing_left
 

@@ -15,15 +15,15 @@ import pytest
 from onnx import TensorProto
 from onnx.helper import make_node
 
+from moec.artefact.engine_job import PARTIAL, Job
 from moec.exporters.tensorrt import engine
 from moec.exporters.tensorrt.engine import build_engine
-from moec.exporters.tensorrt.job import PARTIAL, Job
 from moec.spec.errors import MoecError
 from tests.exporters.tensorrt_engine.models import SHAPES, attention, job, model, value
 from tests.refusals import refusal, refused_and_nothing_left
 
 pytest.importorskip("tensorrt_rtx")
-CHILD = "exec {python} -m moec.exporters.tensorrt.child"
+CHILD = "exec {python} -m moec.exporters.tensorrt.process.child"
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_killed_parent_takes_the_child_along(wanted: Job, tmp_path: Path) -> N
     pid = tmp_path / "pid"
     waits = textwrap.dedent(f"""
         import os, time
-        from moec.exporters.tensorrt import child
+        from moec.exporters.tensorrt.process import child
         child._die_with_parent()
         open({str(pid)!r}, "w").write(str(os.getpid()) + "\\n")
         time.sleep(60)
@@ -185,7 +185,7 @@ def test_a_killed_parent_takes_the_child_along(wanted: Job, tmp_path: Path) -> N
     parent = textwrap.dedent(f"""
         import sys
         from moec.exporters.tensorrt import engine
-        from moec.exporters.tensorrt.job import Job
+        from moec.artefact.engine_job import Job
         engine._COMMAND = (sys.executable, "-c", {waits!r})
         engine.build_engine(Job.model_validate_json({wanted.model_dump_json()!r}))
     """)

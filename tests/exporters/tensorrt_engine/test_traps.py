@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto as T
 from onnx import helper as h
 
+from moec.artefact.engine_job import Span
 from moec.exporters.tensorrt.engine import build_engine
-from moec.exporters.tensorrt.job import Span
 from tests.exporters.tensorrt_engine.models import SHAPES, attention, job, model, spans, value
 from tests.refusals import refused_and_nothing_left
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from triton import knobs
 
-from moec.kernels import launch_prefill
-from moec.kernels.compile import Compiled, compile_launch
-from moec.kernels.launch import MOST_TOKENS, Launch, Sizes
-from moec.kernels.launch_stream import few_moe
+from moec.kernels.ahead_of_time.compile import Compiled, compile_launch
+from moec.kernels.launches import prefill as launch_prefill
+from moec.kernels.launches.launch import MOST_TOKENS, Launch, Sizes
+from moec.kernels.launches.stream import few_moe
 
 MULTIPROCESSORS = 132
 BYTES = {"fp8e4nv": 1, "bf16": 2, "fp32": 4, "i32": 4}

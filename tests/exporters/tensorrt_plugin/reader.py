@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moec.kernels.programs import Quantity
+from moec.kernels.ahead_of_time.plugin_program import Quantity
 
 
 @dataclass

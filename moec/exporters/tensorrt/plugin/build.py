@@ -14,8 +14,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from moec.kernels.launch import Sizes
-from moec.kernels.programs import build_program, identity
+from moec.kernels.ahead_of_time.plugin_program import build_program, identity
+from moec.kernels.launches.launch import Sizes
 
 LIBRARY, PROGRAMS, SCRIPT = "libmoec_plugin.so", "programs.bin", "build.sh"
 SOURCES = (

@@ -1,4 +1,4 @@
-// A program as read from its bytes: what runs one MoE layer. moec/kernels/programs.py writes them.
+// A program as read from its bytes: what runs one MoE layer. moec/kernels/ahead_of_time/plugin_program.py writes them.
 #pragma once
 
 #include <cstddef>

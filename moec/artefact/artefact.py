@@ -1,0 +1,231 @@
+"""An artefact on disk: read it back, find its weights, notice when they changed."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moec.artefact.manifest import NAME, Engine, File, Manifest
+from moec.artefact.targets import SUFFIXES
+from moec.spec.errors import MoecError
+from moec.spec.fields import read_json
+from moec.spec.model import ModelSpec
+from moec.spec.parameters import parameters
+from moec.spec.tensors import Kind, tensors
+from moec.weights.packing import Packed, Packing
+from moec.weights.shard import TensorEntry, nbytes, read_shard
+
+#: where a parameter is
+Entry = TensorEntry | Packed
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """A folder that `export` wrote."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        """The decoder's file."""
+        return self.graph("model")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that are files here: "model", "vision", "genai/model"."""
+        end = self._suffix
+        return tuple(n.removesuffix(end) for n in self.manifest.files if n.endswith(end))
+
+    def graph(self, part: str) -> Path:
+        """The file of a part: "model" or "vision"."""
+        return self.path / f"{part}{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return SUFFIXES.get(self.manifest.target, ".onnx")
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where the model's external data locations start from."""
+        return Path(self.manifest.weights.folder or self.path)
+
+    def entries(self) -> dict[str, Entry]:
+        """Where every parameter is, by name: as the checkpoint had it, or packed.
+
+        Raises:
+            MoecError: the artefact has no weights yet, or a shard is gone or changed.
+        """
+        stored, spec = self.stored(), self.manifest.spec
+        found: dict[str, Entry] = {name: stored[name] for name in tensors(spec) if name in stored}
+        for name, packing in self.manifest.rewritten.items():
+            if packing.fp8 and packing.arrange == "rows":  # the graph itself says what codes mean
+                continue
+            shape = parameters(spec)[name]
+            parts = tuple(stored[part] for part in packing.names(spec.dtype))
+            found[name] = Packed(packing, shape, parts)
+        return found
+
+    def stored(self) -> dict[str, TensorEntry]:
+        """The bytes of every stored tensor, checked against the shards as they are now.
+
+        Raises:
+            MoecError: the artefact has no weights yet, or a shard is gone or changed.
+        """
+        weights, spec = self.manifest.weights, self.manifest.spec
+        if weights.mode == "unbound":
+            raise MoecError(
+                self.path,
+                "an artefact without weights",
+                "bound weights",
+                f"python cli.py bind {self.path} --checkpoint DIR",
+            )
+        for name, expected in weights.shards.items():
+            path = self.weights_folder / name
+            found = read_shard(path) if path.is_file() else None
+            if not found or (found.size, found.header_sha256) != (
+                expected.size,
+                expected.header_sha256,
+            ):
+                raise MoecError(
+                    path,
+                    "no such file" if found is None else "another size or header",
+                    "the shard that this artefact was bound to",
+                    f"python cli.py bind {self.path} --checkpoint DIR",
+                )
+        kinds = stored_kinds(spec, self.manifest.packings)
+        odd = set(kinds) ^ set(weights.tensors) or {
+            name
+            for name, ref in weights.tensors.items()
+            if ref.file not in weights.shards
+            or ref.length != nbytes(*kinds[name])
+            or not 0 <= ref.offset <= weights.shards[ref.file].size - ref.length
+        }
+        if odd:
+            raise MoecError(
+                f"{self.path / NAME}: weights.tensors.{min(odd)}",
+                "a place that does not fit the spec and the shards",
+                "each parameter of the spec inside one of its shards",
+                "build the artefact again",
+            )
+        return {
+            name: TensorEntry(
+                name,
+                kinds[name][1],
+                kinds[name][0],
+                self.weights_folder / ref.file,
+                ref.offset,
+                ref.length,
+            )
+            for name, ref in weights.tensors.items()
+        }
+
+    def companion(self, name: str) -> Path | None:
+        """File `name`, such as a tokenizer: here, or in the checkpoint; None if neither."""
+        folders = [self.path] + [Path(p) for p in (self.manifest.checkpoint,) if p]
+        return next((f / name for f in folders if (f / name).is_file()), None)
+
+
+def stored_kinds(
+    spec: ModelSpec, packings: Mapping[str, Packing]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor that holds weights of `spec`; its own ones if unpacked."""
+    shapes, found = parameters(spec), {**tensors(spec)}
+    for packing in packings.values():
+        found.pop(packing.source, None)
+        names, kinds = packing.names(spec.dtype), packing.shapes(shapes[packing.source])
+        found.update(zip(names, map(Kind._make, kinds), strict=True))
+    return {name: (kind.shape, kind.dtype) for name, kind in found.items()}
+
+
+def open_artefact(path: str | Path) -> Artefact:
+    """Read `path`/manifest.json.
+
+    Raises:
+        MoecError: not an artefact, of another version, or its model file is gone or changed size.
+    """
+    path = Path(path)
+    if not (path / NAME).is_file():
+        raise MoecError(
+            path, f"no {NAME}", "a folder that build wrote", "python cli.py build --help"
+        )
+    try:
+        manifest = Manifest.model_validate(read_json(path / NAME))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise MoecError(
+            f"{path / NAME}: {'.'.join(map(str, first['loc']))}",
+            first["msg"],
+            "a manifest of this version of moec",
+            "build the artefact again",
+        ) from None
+    if bool(manifest.spec.vision) != bool(manifest.vision):
+        raise MoecError(
+            f"{path / NAME}: vision",
+            "a model with a vision tower, an artefact without"
+            if manifest.spec.vision
+            else "a model without a vision tower, an artefact with one",
+            "an artefact of the whole model; older versions built the decoder alone",
+            "build the artefact again",
+        )
+    for name, expected in manifest.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected.size:
+            raise MoecError(
+                file, f"{size} bytes", f"{expected.size} bytes", "build the artefact again"
+            )
+    return Artefact(path, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder`/manifest.json so that a reader sees the old one or the new one."""
+    draft = folder / f".{NAME}.{os.getpid()}"
+    draft.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    draft.replace(folder / NAME)
+
+
+def file_of(path: Path) -> File:
+    """Size and hash of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return File(size=path.stat().st_size, sha256=digest)
+
+
+def verify_files(artefact: Artefact) -> None:
+    """Hash every file that the build wrote, and check the weights that it left in place.
+
+    Raises:
+        MoecError: the first file that is not as it was written (exit code 1).
+    """
+    for name, expected in artefact.manifest.files.items():
+        found = file_of(artefact.path / name).sha256
+        if found != expected.sha256:
+            raise MoecError(
+                artefact.path / name, f"sha256 {found}", expected.sha256,
+                "build the artefact again", exit_code=1,
+            )  # fmt: skip
+    for engine in artefact.manifest.engines.values():
+        check_engine(artefact, engine, whole=True)
+    if artefact.manifest.weights.mode != "unbound":
+        artefact.stored()
+
+
+def check_engine(artefact: Artefact, engine: Engine, whole: bool = False) -> None:
+    """Refuse an engine whose files are not as they were written; with `whole` all their bytes.
+
+    Raises:
+        MoecError: the first that is not (exit code 1).
+    """
+    for name, expected in engine.files.items():
+        path = artefact.path / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected.size or (whole and file_of(path).sha256 != expected.sha256):
+            found = "other bytes" if size == expected.size else f"{size} bytes"
+            raise MoecError(
+                path, found, f"{expected.size} bytes, as they were written",
+                f"python cli.py engine {artefact.path}", exit_code=1,
+            )  # fmt: skip

@@ -1,0 +1,130 @@
+"""Write a folder so that it appears whole or not at all."""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moec.artefact.manifest import FORMAT, NAME
+from moec.spec.errors import MoecError
+from moec.weights.packed_file import PACKED, under_way
+
+
+@contextmanager
+def writing(out: Path, ours: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well.
+
+    On any error, Ctrl-C included, it is removed. A killed process leaves it under a hidden name
+    that the next build of the same `out` removes. An artefact that `out` holds is replaced.
+    Packed weights that were under way when Ctrl-C or a kill came are kept there too: the next
+    build of the same `out` finds them in its folder, and goes on with them. A folder inside an
+    artefact is `ours`, whatever it holds.
+
+    Raises:
+        MoecError: `out` holds something that is no artefact, or cannot be written, or the disk
+            is full.
+    """
+    out = Path(os.path.abspath(out))  # "." has no name to give to a neighbour
+    partial, replaced = (out.parent / f".{out.name}.{kind}-{os.getpid()}" for kind in _KINDS)
+    made: list[Path] = []
+    kept: tuple[Path, ...] = ()
+    try:
+        if not ours:
+            refuse_foreign(out)
+        made = [parent for parent in out.parents if not parent.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():  # this process was stopped before
+            partial.rename(_free(out))
+        partial.mkdir()
+        _remove_stale(out, partial)
+        try:
+            yield partial
+        except Exception:
+            raise
+        except BaseException:
+            kept = under_way(partial / PACKED)
+            raise
+        if not ours:
+            refuse_foreign(out)
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+        made = []
+    except OSError as error:
+        raise MoecError(
+            error.filename or out,
+            error.strerror or error,
+            "a folder that can be written, with room on the disk",
+            "choose another --out, or make room",
+        ) from None
+    finally:
+        with suppress(OSError):  # a name too long cannot even be looked for
+            for path in partial.iterdir() if kept else ():
+                if path not in kept:
+                    _remove(path)
+            if not kept:
+                shutil.rmtree(partial, ignore_errors=True)
+            if out.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            elif replaced.exists():
+                replaced.rename(out)
+            for parent in made:
+                parent.rmdir()
+
+
+def _free(out: Path) -> Path:
+    """A name for a leftover that belongs to no process."""
+    names = (out.parent / f".{out.name}.moec-partial-0{i}" for i in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
+
+
+_KINDS = ("moec-partial", "moec-replaced")
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse an `out` that is neither absent, nor empty, nor an artefact."""
+    # os.path, unlike pathlib, says no instead of raising on a name that is too long.
+    if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
+        found = "a link" if os.path.islink(out) else "a file"
+    elif os.path.isdir(out) and any(out.iterdir()) and not _is_artefact(out):
+        found = f"a folder that holds something else ({min(p.name for p in out.iterdir())}, ...)"
+    else:
+        return
+    raise MoecError(
+        f"--out {out}", found, "a new or empty folder, or an artefact to replace", "choose another"
+    )
+
+
+def _is_artefact(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _remove_stale(out: Path, partial: Path) -> None:
+    """Remove what dead processes left of `out`; packed weights under way move into `partial`."""
+    for kind in _KINDS:
+        prefix = f".{out.name}.{kind}-"
+        for path in list(out.parent.iterdir()):
+            pid = path.name.removeprefix(prefix)
+            if not path.name.startswith(prefix) or not pid.isdigit() or path == partial:
+                continue
+            if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
+                if kind == "moec-replaced" and not out.exists() and _is_artefact(path):
+                    path.rename(out)  # killed between two renames: the old artefact is whole
+                else:
+                    for file in under_way(path / PACKED):
+                        file.rename(partial / file.name)
+                    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""Where an artefact's weights go: left, linked or copied as they are, or packed."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor
+
+from moec.artefact.manifest import Manifest, ShardRef, TensorRef, WeightMode, Weights
+from moec.spec.errors import MoecError
+from moec.weights.checkpoint import Checkpoint
+from moec.weights.packed_file import PACKED, write_packed
+from moec.weights.shard import TensorEntry, read_shard
+
+#: files beside the weights that a runtime may want
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+#: (stage, done, total) in whatever unit the stage has; called often, must be cheap
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Weights as the artefact will see them: entries below `root`, and what was copied for it."""
+
+    entries: dict[str, TensorEntry]
+    root: Path
+    weights: Weights
+    copied: int = 0
+    packed: int = 0
+    read: int = 0
+
+
+def place(
+    checkpoint: Checkpoint,
+    entries: dict[str, TensorEntry],
+    mode: str,
+    folder: Path,
+    progress: Progress,
+) -> Bound:
+    """Leave, link or copy the shards; say where each parameter lies for the finished artefact."""
+    copied = 0
+    if mode == "in-place":
+        root = Path(os.path.commonpath([shard.path.parent for shard in checkpoint.shards]))
+        names = {shard.path: shard.path.relative_to(root).as_posix() for shard in checkpoint.shards}
+        shown = str(root)
+    else:
+        root, shown = folder, None
+        names = {shard.path: shard.name for shard in checkpoint.shards}
+        for shard in checkpoint.shards:
+            (folder / shard.name).parent.mkdir(parents=True, exist_ok=True)
+            if mode == "link":
+                _link(shard.path, folder / shard.name)
+            else:
+                copied += _copy(shard.path, folder / shard.name, progress)
+        _companions(checkpoint.folder, folder)
+    at_root = {
+        name: replace(entry, file=root / names[entry.file]) for name, entry in entries.items()
+    }
+    refs = {
+        name: TensorRef(file=names[entry.file], offset=entry.offset, length=entry.nbytes)
+        for name, entry in entries.items()
+    }
+    shards = {
+        names[shard.path]: ShardRef(size=shard.size, header_sha256=shard.header_sha256)
+        for shard in checkpoint.shards
+    }
+    placed = cast(WeightMode, mode)
+    return Bound(
+        at_root, root, Weights(mode=placed, folder=shown, shards=shards, tensors=refs), copied
+    )
+
+
+def pack(
+    checkpoint: Checkpoint,
+    entries: dict[str, TensorEntry],
+    manifest: Manifest,
+    folder: Path,
+    progress: Progress,
+    constants: dict[str, Tensor],
+) -> Bound:
+    """Write every weight in the layout that the graph wants, and the companions beside it."""
+    path = folder / PACKED
+    stage = partial(progress, "pack")
+    read = write_packed(path, manifest.packings, entries, stage, constants)
+    _companions(checkpoint.folder, folder)
+    shard = read_shard(path)
+    refs = {
+        name: TensorRef(file=PACKED, offset=entry.offset, length=entry.nbytes)
+        for name, entry in shard.tensors.items()
+    }
+    shards = {PACKED: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
+    return Bound(
+        shard.tensors, folder, Weights(mode="pack", shards=shards, tensors=refs),
+        packed=shard.size, read=read,
+    )  # fmt: skip
+
+
+def _companions(source: Path, folder: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise MoecError(
+            f"--weights link: {source}",
+            error.strerror or error,
+            "weights on the same file system as --out",
+            "use --weights copy, or an --out beside the checkpoint",
+        ) from None
+
+
+def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) -> int:
+    size, done = source.stat().st_size, 0
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while data := reader.read(block):
+            writer.write(data)
+            done += len(data)
+            progress(f"copy {source.name}", done, size)
+    return size

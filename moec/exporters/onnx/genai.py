@@ -1,0 +1,79 @@
+"""The folder that onnxruntime-genai opens: its configuration beside a graph with its inputs."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from moec.artefact.manifest import Manifest
+from moec.spec.model import ModelSpec
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+#: positions that genai allocates buffers for unless its caller says less
+CONTEXT = 131_072
+
+
+def write_genai(
+    folder: Path, final: Path, manifest: Manifest, weights: Path, tokenizer: Path | None
+) -> None:
+    """Write `folder`, which will be `final`: configuration, and copies of tokenizer files.
+
+    Weights stay below `weights`, whose path genai joins to its folder: it must be relative.
+    """
+    entries = {
+        **manifest.presets["lean"].entries,
+        "session.model_external_initializers_file_folder_path": os.path.relpath(
+            weights.resolve(), final.resolve()
+        ),
+    }
+    config = genai_config(manifest.spec, manifest.compute, entries)
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for name in _TOKENIZER:
+        if tokenizer and (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+
+
+def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> dict[str, Any]:
+    """`genai_config.json`: a "decoder" with shared buffers, as genai has no Llama 4 of its own."""
+    text, tokens = spec.text, spec.tokens
+    pad = tokens.padding
+    return {
+        "model": {
+            "type": "decoder",
+            "context_length": min(text.max_positions, CONTEXT),
+            "vocab_size": text.vocab,
+            "bos_token_id": tokens.bos if tokens.bos is not None else pad,
+            "eos_token_id": list(tokens.eos) or [pad],
+            "pad_token_id": pad,
+            "decoder": {
+                "filename": "model.onnx",
+                "session_options": {
+                    "provider_options": [{"cuda": {}}] if precision == "bf16" else [],
+                    "log_severity_level": 3,
+                    **entries,
+                },
+                "hidden_size": text.dim,
+                "head_size": text.head_dim,
+                "num_attention_heads": text.heads,
+                "num_key_value_heads": text.kv_heads,
+                "num_hidden_layers": text.layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past.%d.key",
+                    "past_value_names": "past.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": min(text.max_positions, CONTEXT),
+            "past_present_share_buffer": True,
+        },
+    }

@@ -1,0 +1,78 @@
+"""What the fused FP8 ops can express, and what to say of the rest."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+from moec.spec.scheme import Scheme
+from moec.spec.tensors import quantized
+from moec.weights.joined import fp8_pieces
+
+_OTHER_TARGET = "use --target onnx"
+
+
+class _Odd(NamedTuple):
+    """A field of a spec that is not as it must be."""
+
+    field: str
+    found: object
+    expected: str
+    fix: str = _OTHER_TARGET
+
+
+def check_fusible(spec: ModelSpec) -> None:
+    """Refuse what the fused ops cannot express.
+
+    Sizes are all right: a CPU runs any, and a session on a GPU asks what its kernels take.
+
+    Raises:
+        MoecError: names the field of the spec, what it is, and what it may be.
+    """
+    odd = next(_odd(spec), None)
+    if odd:
+        raise MoecError(f"{spec.name}: {odd.field}", *odd[1:])
+
+
+def _odd(spec: ModelSpec) -> Iterator[_Odd]:
+    if spec.scheme is None:
+        yield _Odd("scheme", "none", "FP8 weights", "add --precision fp8")
+    else:
+        yield from _odd_scheme(spec, spec.scheme)
+    text, experts = spec.text, spec.text.experts
+    if text.attention_bias:
+        yield _Odd("text.attention_bias", True, "false: fused products have no bias")
+    if not any(layer.moe for layer in text.all_layers):
+        return
+    if experts.top_k != 1:
+        yield _Odd("text.experts.top_k", experts.top_k, "1, an expert for each token")
+    if experts.shared_hidden != experts.hidden:
+        found = f"{experts.shared_hidden}, where experts have {experts.hidden}"
+        yield _Odd("text.experts.shared_hidden", found, "a shared expert as wide as the others")
+
+
+def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[_Odd]:
+    fix = "use --scheme dynamic"
+    at = f"scheme {scheme.name}"
+    if scheme.layout != "moec":
+        found = f"{scheme.layout}, of a checkpoint that is FP8 already"
+        expected, fix = "wide weights, which become FP8", f"build from them, or {_OTHER_TARGET}"
+        yield _Odd(f"{at}: layout", found, expected, fix)
+        return
+    if scheme.cache:
+        yield _Odd(f"{at}: cache", "FP8 keys and values", "wide ones", "add --cache wide")
+    if scheme.bound is not None:
+        yield _Odd(f"{at}: bound", scheme.bound, "none", fix)
+    if scheme.scales != "fp32":
+        yield _Odd(f"{at}: scales", scheme.scales, "fp32", fix)
+    rules, wanted = quantized(spec), fp8_pieces(spec)
+    for name in sorted(wanted | set(rules)):
+        rule = rules.get(name)
+        kind = (rule.weight, rule.inputs) if rule else None
+        wished = ("channel", "token") if name in wanted else None
+        if kind != wished:
+            yield _Odd(f"{at}: {name}", _said(kind), _said(wished), fix)
+
+
+def _said(kind: tuple[str, str] | None) -> str:
+    return f"FP8 by {kind[0]}, its inputs by {kind[1]}" if kind else "wide"

@@ -1,0 +1,179 @@
+"""What is launched for a layer with many tokens, as data: as `launch` has it for few."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moec.kernels.hopper import products as products_hopper
+from moec.kernels.launches.launch import TYPES, Buffers, Launch, fit, power_of_2
+from moec.kernels.sizes import PLAIN, Sizes
+from moec.kernels.triton import moe_prefill
+from moec.spec.errors import MoecError
+
+#: rows of a tile of `products_hopper`
+HOPPER_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """How a product is cut: a tile has 2 * columns outputs, a step `depth` inputs.
+
+    `chunk`, for Hopper, is how many FP8 products at most the tensor core adds up before they go to
+    a total; 0 stands for all. What becomes codes of the next product wants smaller chunks.
+    """
+
+    columns: int = 128
+    depth: int = 128
+    stages: int = 4
+    chunk: int = 640
+    group: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of a tile, how each product is cut, and the multiprocessors that share the tiles.
+
+    `hopper`: the products of `products_hopper`, for sm_90 alone, of 128 rows.
+    """
+
+    rows: int = 128
+    gate_up: Product = Product()
+    down: Product = Product(chunk=2048)
+    programs: int = 132
+    hopper: bool = True
+
+
+#: what compiles for all, within the shared memory that the smallest have
+PORTABLE = Product(columns=64, depth=64, stages=3)
+
+
+def tiles_for(architecture: int, programs: int) -> Tiles:
+    """The tiles for a compute capability, such as 90, and its multiprocessors."""
+    if architecture == 90:
+        return Tiles(programs=programs)
+    return Tiles(128, PORTABLE, PORTABLE, programs, hopper=False)
+
+
+def fits(sizes: Sizes) -> bool:
+    """Whether the tiles for any GPU divide a layer of these sizes."""
+    return sizes.dim % 256 == 0 and sizes.hidden % 128 == 0
+
+
+def most_tiles(sizes: Sizes, tokens: int, rows: int) -> int:
+    """Tiles of rows that `tokens` may need, however they are routed."""
+    routed = min((tokens + sizes.experts * (rows - 1)) // rows, tokens)
+    return -(-tokens // rows) + routed
+
+
+def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
+    """Shape and element type of what the launches write; nothing of it need be set before."""
+    many = most_tiles(sizes, tokens, tiles.rows)
+    rows = many * tiles.rows
+    shapes: dict[str, tuple[int, ...]] = {
+        "chosen": (tokens,),
+        "score": (tokens,),
+        "rows": (rows, sizes.dim),
+        "row_scale": (rows,),
+        "place": (tokens,),
+        "plan": (1 + 2 * many,),
+        "act": (rows, sizes.hidden),
+        "act_codes": (rows, sizes.hidden),
+        "act_scale": (rows,),
+        "products": (rows, sizes.dim),
+        "out": (tokens, sizes.dim),
+    }
+    return {name: (shape, TYPES[name][1:]) for name, shape in shapes.items()}
+
+
+def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[Launch, ...]:
+    """The launches of one layer for `tokens` rows, one after the other.
+
+    Raises:
+        MoecError: sizes that the tiles do not divide.
+    """
+    tiles = tiles or Tiles()
+    first, last = tiles.gate_up, tiles.down
+    for name, size, multiple in (
+        ("dim", sizes.dim, first.depth),
+        ("dim", sizes.dim, 2 * last.columns),
+        ("hidden", sizes.hidden, first.columns),
+        ("hidden", sizes.hidden, last.depth),
+    ):
+        if size % multiple or size < multiple:
+            raise _refusal(name, size, f"a multiple of {multiple}")
+    if tiles.hopper and tiles.rows != HOPPER_ROWS:
+        raise _refusal("rows", tiles.rows, str(HOPPER_ROWS))
+    if tokens < 1:
+        raise _refusal("tokens", tokens, "at least 1")
+    many = most_tiles(sizes, tokens, tiles.rows)
+    experts = max(16, power_of_2(sizes.experts))
+    depth = max(16, 8192 // (16 + experts))  # of many routers less is in shared memory at once
+    routed = {
+        "DIM": sizes.dim,
+        "EXPERTS": sizes.experts,
+        "EXPERTS_2": experts,
+        "BLOCK": 16,
+        "WIDTH": fit(sizes.dim, 1024),
+    }
+    return (
+        Launch(
+            moe_prefill.route, (-(-tokens // 16), 1, 1),
+            ("x", "router", "chosen", "score", "rows", "row_scale", "tokens"),
+            routed | {"DEPTH": fit(sizes.dim, power_of_2(depth + 1) // 2)}, warps=8,
+        ),
+        Launch(
+            moe_prefill.arrange, (-(-tokens // 16), 1, 1),
+            ("chosen", "score", "rows", "row_scale", "place", "plan", "tokens"),
+            routed | {"SCAN": 512, "TILE": tiles.rows, "TILES_2": power_of_2(many)}, warps=8,
+        ),
+        _product(
+            "gate_up", ("rows", "row_scale", "plan", "gate_up", "gate_up_scale", "act"),
+            sizes, tiles, first, sizes.dim,
+        ),
+        Launch(
+            moe_prefill.encode, (many * tiles.rows, 1, 1),
+            ("act", "plan", "act_codes", "act_scale"),
+            {
+                "HIDDEN": sizes.hidden, "HIDDEN_2": power_of_2(sizes.hidden),
+                "TILE": tiles.rows,
+            }, warps=8,
+        ),
+        _product(
+            "down", ("act_codes", "act_scale", "plan", "down", "down_scale", "products"),
+            sizes, tiles, last, sizes.hidden,
+        ),
+        Launch(
+            moe_prefill.combine, (tokens, 1, 1), ("products", "place", "out"),
+            {"DIM": sizes.dim, "DIM_2": power_of_2(sizes.dim)}, warps=8,
+        ),
+    )  # fmt: skip
+
+
+def _product(
+    name: str, arguments: tuple[str, ...], sizes: Sizes, tiles: Tiles, cut: Product, inputs: int
+) -> Launch:
+    constants: dict[str, Any] = {
+        "DIM": sizes.dim,
+        "HIDDEN": sizes.hidden,
+        "TILE": tiles.rows,
+        "COLUMNS": cut.columns,
+        "DEPTH": cut.depth,
+        "GROUP": cut.group,
+    }
+    grid = (tiles.programs, 1, 1)
+    if tiles.hopper:
+        constants |= {"STAGES": cut.stages, "CHUNK": _chunk(inputs, cut)}
+        return Launch(getattr(products_hopper, name), grid, arguments, constants, warps=4)
+    kernel = getattr(moe_prefill, name)
+    return Launch(kernel, grid, arguments, constants, 8, cut.stages)
+
+
+def _chunk(inputs: int, cut: Product) -> int:
+    """The largest part of `inputs` in whole steps that is at most `cut.chunk`, or one step."""
+    steps = inputs // cut.depth
+    fits = (each for each in range(steps, 0, -1) if steps % each == 0)
+    most = (cut.chunk or inputs) // cut.depth
+    return cut.depth * next((each for each in fits if each <= most), 1)
+
+
+def _refusal(name: str, found: object, expected: str) -> MoecError:
+    return MoecError(f"prefill_moe: {name}", found, expected, PLAIN)

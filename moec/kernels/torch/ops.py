@@ -1,0 +1,242 @@
+"""The fused ops on CUDA: kernels of ours, and torch's own where they are as fast.
+
+Eager meaning, shapes and rules of each are in `moec.graph_builder.ops.fused`.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
+
+from moec.graph_builder import ops
+from moec.graph_builder.ops.registry import implement
+from moec.graph_builder.ops.rope import inverse_frequencies
+from moec.kernels.launches import step
+from moec.kernels.launches.launch import MOST_TOKENS, Launch
+from moec.kernels.launches.prefill import fits
+from moec.kernels.launches.stream import few_linear
+from moec.kernels.sizes import Heads, Sizes, is_head
+from moec.kernels.torch.launch import architecture, buffers, overlaps, run
+from moec.kernels.torch.moe import DecodeMoe
+from moec.kernels.torch.prefill import PrefillMoe
+
+FP8 = torch.float8_e4m3fn
+
+
+@cache
+def register() -> None:
+    """Put these in place of the eager functions wherever tensors are on CUDA."""
+    for function in (
+        skip_norm, norm_fp8, skip_norm_fp8, encode, swiglu_fp8, fp8_linear, moe_layer, norm_moe,
+        norm_moe_norm_fp8, attention_fp8, rope_table, temperature, rms_norm, positions, select,
+    ):  # fmt: skip
+        implement(function.__name__, function, "CUDA")
+
+
+def skip_norm(x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    values = _norm(x, skip, weight, eps, narrow=False)
+    return values["normed"], values["total"]
+
+
+def norm_fp8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    values = _norm(x, None, weight, eps, narrow=True)
+    return values["codes"], values["scale"]
+
+
+def skip_norm_fp8(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = _norm(x, y, weight, eps, narrow=True)
+    return values["codes"], values["scale"], values["total"]
+
+
+def _norm(
+    x: Tensor, skip: Tensor | None, weight: Tensor, eps: float, narrow: bool
+) -> dict[str, Tensor]:
+    tokens, dim = x.shape
+    launch = step.skip_norm(dim, tokens, eps, skip is not None, narrow, overlaps(x.device))
+    values = {"x": x, "skip": x if skip is None else skip, "gain": weight, "total": x, "normed": x}
+    values |= _codes(tokens, dim, x.device) if narrow else {"codes": x, "scale": x}
+    if skip is not None:
+        values["total"] = torch.empty_like(x)
+    if not narrow:
+        values["normed"] = torch.empty_like(x)
+    run(launch, {**values, "tokens": tokens})
+    return values
+
+
+def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _encoded(step.encode(x.shape[1], len(x), overlaps(x.device)), "x", x, x.shape[1])
+
+
+def swiglu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = x.shape[1] // 2
+    return _encoded(step.swiglu(hidden, len(x), overlaps(x.device)), "hidden", x, hidden)
+
+
+def _encoded(launch: Launch, name: str, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    values = _codes(len(x), width, x.device)
+    run(launch, {name: x, **values})
+    return values["codes"], values["scale"]
+
+
+def _codes(tokens: int, width: int, device: torch.device) -> dict[str, Tensor]:
+    return {
+        "codes": torch.empty(tokens, width, dtype=FP8, device=device),
+        "scale": torch.empty(tokens, dtype=torch.float32, device=device),
+    }
+
+
+def fp8_linear(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: str
+) -> Tensor:
+    """Kernels give bf16, whatever `dtype` says; the torch target computes in nothing else."""
+    tokens, (width, dim) = len(codes), weight.shape
+    if tokens > MOST_TOKENS:
+        return torch._scaled_mm(
+            codes, weight.t(), scale[:, None], weight_scale[None],
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+    out = torch.empty(tokens, width, dtype=torch.bfloat16, device=codes.device)
+    values = {"codes": codes, "scale": scale, "weight": weight, "weight_scale": weight_scale}
+    launch = few_linear(width, dim, tokens, architecture(codes.device))
+    run(launch, {**values, "out": out, "tokens": tokens})
+    return out
+
+
+def moe_layer(
+    x: Tensor, router: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor,
+    down_scale: Tensor,
+) -> Tensor:  # fmt: skip
+    sizes, weights = _layer(router, gate_up, gate_up_scale, down, down_scale)
+    if len(x) > MOST_TOKENS and fits(sizes):
+        return PrefillMoe(sizes, weights)(x)
+    parts = [DecodeMoe(sizes, len(part), weights)(part) for part in torch.split(x, MOST_TOKENS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def norm_moe(
+    x: Tensor, skip: Tensor, weight: Tensor, eps: float, router: Tensor, gate_up: Tensor,
+    gate_up_scale: Tensor, down: Tensor, down_scale: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if len(x) > MOST_TOKENS:
+        normed, total = skip_norm(x, skip, weight, eps)
+        return moe_layer(normed, router, gate_up, gate_up_scale, down, down_scale), total
+    sizes, weights = _layer(router, gate_up, gate_up_scale, down, down_scale)
+    layer = DecodeMoe(sizes, len(x), weights, eps=eps)
+    return layer(x, skip, weight), layer.values["total"]
+
+
+def norm_moe_norm_fp8(
+    x: Tensor, skip: Tensor, weight: Tensor, eps: float, router: Tensor, gate_up: Tensor,
+    gate_up_scale: Tensor, down: Tensor, down_scale: Tensor, after: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layer = router, gate_up, gate_up_scale, down, down_scale
+    if len(x) > MOST_TOKENS:
+        y, total = norm_moe(x, skip, weight, eps, *layer)
+        return skip_norm_fp8(total, y, after, eps)
+    sizes, weights = _layer(*layer)
+    moe = DecodeMoe(sizes, len(x), weights, eps=eps, combine=False)
+    parts = moe(x, skip, weight)
+    count, tokens, dim = parts.shape
+    launch = step.skip_norm(dim, tokens, eps, True, True, overlaps(x.device), count)
+    values = {"x": moe.values["total"], "parts": parts, "gain": after, "normed": x}
+    values |= {"total": torch.empty_like(x), **_codes(tokens, dim, x.device)}
+    run(launch, {**values, "tokens": tokens})
+    return values["codes"], values["scale"], values["total"]
+
+
+def _layer(*tensors: Tensor) -> tuple[Sizes, dict[str, Tensor]]:
+    names = ("router", "gate_up", "gate_up_scale", "down", "down_scale")
+    weights = dict(zip(names, tensors, strict=True))
+    count, dim, hidden = weights["down"].shape
+    return Sizes(dim, hidden, count - 1), weights
+
+
+def attention_fp8(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, temperature: Tensor | None,
+    key: Tensor, value: Tensor, last: Tensor, total: Tensor, heads: int, kv_heads: int,
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, steps = len(key), len(qkv) // len(key)
+    of, overlap = Heads(heads, kv_heads, key.shape[3]), overlaps(qkv.device)
+    kinds = cos is not None, eps, temperature is not None
+    given = {"cos": cos, "sin": sin, "temperature": temperature}
+    values = {name: qkv if each is None else each for name, each in given.items()}
+    values |= {"qkv": qkv, "key": key, "value": value, "last": last}
+    if steps == 1:
+        launches, wanted = step.attend(of, batch, key.shape[2], *kinds, overlap)
+        values |= buffers(wanted, qkv.device)
+        for launch in launches:
+            run(launch, {**values, "slots": key.shape[2]})
+        return encode(values["out"])
+    values["q"] = torch.empty(batch, steps, heads * of.size, dtype=qkv.dtype, device=qkv.device)
+    launch = step.rope_append(of, batch * steps, *kinds, overlap)
+    run(launch, {**values, "steps": steps, "slots": key.shape[2]})
+    return encode(_attend_many(values["q"], key, value, last, total, heads).flatten(0, 1))
+
+
+def _attend_many(
+    q: Tensor, key: Tensor, value: Tensor, last: Tensor, total: Tensor, heads: int
+) -> Tensor:
+    """A row's tokens over its slots so far. torch's flash attention is as fast as any here."""
+    batch, steps, _ = q.shape
+    queries = q.view(batch, steps, heads, -1).transpose(1, 2)  # [B, heads, S, size]
+    ends = [int(total)] if batch == 1 else (last + 1).tolist()
+    rows = [
+        functional.scaled_dot_product_attention(
+            queries[i : i + 1], key[i : i + 1, :, :end], value[i : i + 1, :, :end],
+            **({"is_causal": True} if end == steps
+               else {"attn_mask": causal_lower_right(steps, end)}),
+            enable_gqa=True,
+        )
+        for i, end in enumerate(ends)
+    ]  # fmt: skip
+    out = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return out.transpose(1, 2).flatten(2)
+
+
+def rope_table(
+    positions: Tensor, dim: int, theta: float, scaling: list[float]
+) -> tuple[Tensor, Tensor]:
+    if not is_head(dim):
+        return ops.rope_table.eager(positions, dim, theta, scaling)  # type: ignore[no-any-return]
+    shape, device = (*positions.shape, dim // 2), positions.device
+    cos, sin = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    rates = _rates(dim, theta, tuple(scaling), device)
+    values = {"positions": positions.contiguous(), "rates": rates, "cos": cos, "sin": sin}
+    run(step.rope_table(dim, positions.numel()), values)
+    return cos, sin
+
+
+def temperature(positions: Tensor, floor: int, scale: float) -> Tensor:
+    factor = torch.empty(*positions.shape, 1, dtype=torch.float32, device=positions.device)
+    launch = step.temperature(floor, scale, positions.numel())
+    run(launch, {"positions": positions.contiguous(), "temperature": factor})
+    return factor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype != torch.bfloat16 or len(x.shape) != 2:
+        return ops.rms_norm.eager(x, weight, eps)  # type: ignore[no-any-return]
+    return _norm(x.contiguous(), None, weight, eps, narrow=False)["normed"]
+
+
+def positions(ids: Tensor, past: Tensor) -> Tensor:
+    if ids.shape[1] == 1:
+        return past[:, None].clone()
+    return ops.positions.eager(ids, past)  # type: ignore[no-any-return]
+
+
+def select(x: Tensor, index: Tensor) -> Tensor:
+    if x.shape[1] == index.shape[1] == 1:
+        return x[:, 0].clone()
+    return ops.select.eager(x, index)  # type: ignore[no-any-return]
+
+
+@cache
+def _rates(dim: int, theta: float, scaling: tuple[float, ...], device: torch.device) -> Tensor:
+    """Once on each device: a graph that is being captured cannot copy from the host."""
+    return inverse_frequencies(dim, theta, list(scaling)).to(device)

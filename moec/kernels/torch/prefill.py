@@ -1,0 +1,50 @@
+"""The prefill MoE kernels on torch tensors: one layer for any number of tokens."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.kernels.launches.launch import Launch
+from moec.kernels.launches.prefill import Tiles, prefill_moe, scratch, tiles_for
+from moec.kernels.sizes import Sizes
+from moec.kernels.torch.launch import architecture, buffers, run
+
+
+class PrefillMoe:
+    """One layer; `weights` as `DecodeMoe` has them. Calls may be captured in a CUDA graph."""
+
+    def __init__(
+        self, sizes: Sizes, weights: Mapping[str, Tensor], tiles: Tiles | None = None
+    ) -> None:
+        self.sizes, self.weights = sizes, weights
+        self.tiles = tiles or _tiles(weights["gate_up"].device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x bf16 [tokens, D] -> bf16 [tokens, D]."""
+        values = self.values(x)
+        for each in self.launches(x):
+            self.launch(each, values)
+        out: Tensor = values["out"]
+        return out
+
+    def launches(self, x: Tensor) -> tuple[Launch, ...]:
+        """What a call launches."""
+        return prefill_moe(self.sizes, len(x), self.tiles)
+
+    def values(self, x: Tensor) -> dict[str, Any]:
+        """All arguments by name, with scratch of their own."""
+        made = buffers(scratch(self.sizes, len(x), self.tiles), x.device)
+        return {**made, **self.weights, "x": x, "tokens": len(x)}
+
+    def launch(self, each: Launch, values: Mapping[str, Any]) -> None:
+        """One of the launches by itself, on what the ones before have left."""
+        run(each, values)
+
+
+@cache
+def _tiles(device: torch.device) -> Tiles:
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    return tiles_for(architecture(device), programs)

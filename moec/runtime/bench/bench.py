@@ -1,0 +1,271 @@
+"""Time engines on one model: opening, first token, decode, and what each keeps in memory.
+
+Each lane is a process of its own. Lanes take turns, round by round, so that a slow minute of a
+shared machine falls on all of them; figures are medians over the rounds.
+"""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moec.artefact.artefact import open_artefact
+from moec.artefact.process_memory import memory
+from moec.artefact.session_options import PRESETS
+from moec.runtime.bench.transformers import ENGINES as PEERS
+from moec.runtime.bench.transformers import open_transformers
+from moec.runtime.engines.gpu import check_device
+from moec.runtime.session import open_session
+from moec.spec.errors import MoecError
+from moec.spec.plan import plan
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One engine on one artefact; `preset` is ONNX Runtime's, "" for others."""
+
+    path: str
+    engine: str
+    preset: str = ""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How a lane did. Memory is its process's after the run.
+
+    `anonymous_bytes` is its own memory, copies of weights included; `mapped_bytes` are pages of
+    files, which the system can drop; `peak_bytes` is the most of both. `bytes_per_token` is what
+    the model needs to read for a token of one row, `bandwidth_share` that times tokens per second
+    over what this machine read in the same run; None where batches or GPUs make it meaningless.
+    `error` says why there are no figures.
+    """
+
+    artefact: str
+    engine: str
+    preset: str
+    precision: str
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    open_s: float = float("nan")
+    first_token_s: float = float("nan")
+    decode_tokens_per_s: float = float("nan")
+    anonymous_bytes: int = 0
+    mapped_bytes: int = 0
+    peak_bytes: int = 0
+    weights_bytes: int = 0
+    bytes_per_token: int = 0
+    bandwidth_share: float | None = None
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+class Engine(Protocol):
+    """What a lane runs: `moec`'s sessions are engines."""
+
+    def prefill(self, ids: Tensor, *, capacity: int) -> tuple[Tensor, Any]:
+        """Logits of each row's last token, and what `decode` goes on from."""
+
+    def decode(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Logits after one more token a row."""
+
+
+def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
+    """The lanes of an artefact: its engine by preset, the reference, and transformers."""
+    artefact = open_artefact(path)
+    name = str(path)
+    engine = artefact.manifest.engine
+    presets = [preset for preset in PRESETS if preset in artefact.manifest.presets]
+    lanes = [Lane(name, engine, preset, device) for preset in presets or [""]]
+    if device == "cpu" and not artefact.manifest.packings:
+        lanes.append(Lane(name, "eager"))
+    if artefact.manifest.checkpoint:
+        lanes += [Lane(name, peer, device=device) for peer in PEERS]
+    return lanes
+
+
+def bench(
+    path: str | Path,
+    batch: int = 1,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    device: str = "cpu",
+    rounds: int = 3,
+) -> list[Timing]:
+    """All `lanes_of` an artefact: prefill `batch` rows of random tokens, decode greedily.
+
+    Raises:
+        MoecError: `path` is no artefact. A lane that fails says so in its `error`.
+    """
+    if open_artefact(path).manifest.engine == "torch":
+        check_device(device, str(path))
+    return race(lanes_of(path, device), batch, prompt_tokens, new_tokens, rounds)
+
+
+def race(
+    lanes: Sequence[Lane],
+    batch: int = 1,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    rounds: int = 3,
+    open_engine: Callable[[Lane], Engine] | None = None,
+) -> list[Timing]:
+    """Time `lanes` in turns; `open_engine`, called in each process, may know other engines."""
+    job = (open_engine or open_lane, batch, prompt_tokens, new_tokens)
+    with _processes(lanes, job) as pipes:
+        opened = [_answer(pipe) for pipe in pipes]  # and ran once, to fill pages and allocators
+        turns: list[list[Any]] = [[] for _ in lanes]
+        for _ in range(rounds):
+            for pipe, first, mine in zip(pipes, opened, turns, strict=True):
+                if not any(isinstance(each, str) for each in (first, *mine)):
+                    mine.append(_answer(pipe, "go"))
+        bandwidth = read_bandwidth()
+        memories = [
+            None if any(isinstance(each, str) for each in (first, *mine)) else _answer(pipe, "end")
+            for pipe, first, mine in zip(pipes, opened, turns, strict=True)
+        ]
+    return [
+        _timing(lane, (batch, prompt_tokens, new_tokens), first, mine, held, bandwidth)
+        for lane, first, mine, held in zip(lanes, opened, turns, memories, strict=True)
+    ]
+
+
+def read_bandwidth(size: int = 1 << 28, tries: int = 5) -> float:
+    """Bytes per second that a large sum reads on all cores: the best of a few."""
+    numbers = torch.ones(size)
+    best = float("inf")
+    for _ in range(tries):
+        start = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - start)
+    return 4 * size / best
+
+
+def _timing(
+    lane: Lane,
+    sizes: tuple[int, int, int],
+    opened: Any,
+    turns: list[Any],
+    held: Any,
+    bandwidth: float,
+) -> Timing:
+    manifest = open_artefact(lane.path).manifest
+    batch, prompt, new = sizes
+    wide = lane.engine in (*PEERS, "eager")
+    precision = manifest.compute if wide else manifest.precision
+    stored = sum(shard.size for shard in manifest.weights.shards.values())
+    shown = (lane.path, lane.engine, lane.preset, precision, batch, prompt, new)
+    failed = next((each for each in (opened, *turns, held) if isinstance(each, str)), None)
+    if failed is not None:
+        return Timing(*shown, error=failed)
+    rate = batch * new / statistics.median(decode for _, decode in turns)
+    # Weights that stay where they are are read as they are, but by `fast`, which casts them once.
+    mapped = not manifest.packings and (lane.engine == "eager" or lane.preset == "lean")
+    spec = manifest.spec
+    if lane.engine in PEERS:  # they read the checkpoint's weights, and make FP8 ones wide
+        spec = spec.model_copy(update={"scheme": None})
+    read = "fp8" if spec.scheme else spec.dtype if mapped else precision
+    needed = plan(spec, read, context=prompt + new).decode_read_bytes
+    alone = batch == 1 and lane.device == "cpu"
+    return Timing(
+        *shown,
+        open_s=opened,
+        first_token_s=statistics.median(first for first, _ in turns),
+        decode_tokens_per_s=rate,
+        anonymous_bytes=held.anonymous,
+        mapped_bytes=held.mapped,
+        peak_bytes=held.peak,
+        weights_bytes=stored,
+        bytes_per_token=needed,
+        bandwidth_share=needed * rate / bandwidth if alone else None,
+    )
+
+
+@contextmanager
+def _processes(lanes: Sequence[Lane], job: tuple[Any, ...]) -> Iterator[list[Connection]]:
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    try:
+        for lane in lanes:
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_run, args=(theirs, lane, *job), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+            ours.poll(None)  # one opens at a time, so that no lane's opening slows another's
+        yield pipes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _answer(pipe: Connection, word: str | None = None) -> Any:
+    """What a lane says next, after `word` if there is one; text says why it says nothing."""
+    try:
+        if word:
+            pipe.send(word)
+        return pipe.recv()
+    except (EOFError, OSError):
+        return "its process died, most often for want of memory"
+
+
+def _run(
+    pipe: Connection,
+    lane: Lane,
+    open_engine: Callable[[Lane], Engine],
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+) -> None:
+    try:
+        start = time.perf_counter()
+        engine = open_engine(lane)
+        opened = time.perf_counter() - start
+        vocab = open_artefact(lane.path).manifest.spec.text.vocab
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocab, (batch, prompt_tokens), generator=generator)
+        _turn(engine, ids, new_tokens)
+        pipe.send(opened)
+        while pipe.recv() == "go":
+            pipe.send(_turn(engine, ids, new_tokens))
+        pipe.send(memory())
+    except MoecError as error:
+        pipe.send(str(error))
+    except Exception as error:  # a lane that fails is a row that says so
+        pipe.send(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+
+
+def _turn(engine: Engine, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and for `new_tokens` more of each row."""
+    start = time.perf_counter()
+    logits, cache = engine.prefill(ids, capacity=ids.shape[1] + new_tokens)
+    tokens = logits.argmax(-1).cpu()  # waits for the prompt
+    first = time.perf_counter()
+    for _ in range(new_tokens):
+        tokens = engine.decode(tokens, cache).argmax(-1)
+    tokens.cpu()  # waits for the last step: some engines return before it is done
+    return first - start, time.perf_counter() - first
+
+
+def open_lane(lane: Lane) -> Engine:
+    """The engine of a lane."""
+    if lane.engine in PEERS:
+        manifest = open_artefact(lane.path).manifest
+        return open_transformers(
+            manifest.checkpoint or "", lane.engine, manifest.compute, lane.device
+        )
+    return open_session(lane.path, lane.device, lane.engine, lane.preset or "lean")

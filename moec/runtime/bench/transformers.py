@@ -1,0 +1,78 @@
+"""Hugging Face transformers on an artefact's checkpoint, as the peer that `bench` compares with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
+from moec.spec.errors import MoecError
+from moec.spec.files import load_spec
+from moec.weights.view import TORCH_DTYPES
+
+#: eager PyTorch, and the same model through torch.compile
+ENGINES = ("transformers", "transformers, compiled")
+
+
+@dataclass(slots=True)
+class _Cache:
+    """transformers' own cache, and the position of the next token."""
+
+    states: Any
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transformers:
+    """A Llama 4 of transformers; `step` is its forward for one token a row, compiled or not."""
+
+    model: Any
+    step: Any
+    device: str
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, *, capacity: int) -> tuple[Tensor, _Cache]:
+        """ids [B, S] -> logits of each row's last token, and the cache after it."""
+        from transformers import StaticCache
+
+        states = StaticCache(config=self.model.config.get_text_config(), max_cache_len=capacity)
+        out = self.model(
+            ids.to(self.device), past_key_values=states, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1], _Cache(states, ids.shape[1])
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: _Cache) -> Tensor:
+        """One more token a row, [B] -> its logits [B, vocab]."""
+        at = torch.full((len(tokens), 1), cache.position, device=self.device)
+        out = self.step(
+            tokens[:, None].to(self.device),
+            past_key_values=cache.states,
+            use_cache=True,
+            position_ids=at,
+        )
+        cache.position += 1
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+
+
+def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: str) -> Transformers:
+    """The text model of `checkpoint`, computing in `dtype`.
+
+    Raises:
+        MoecError: transformers is not installed (exit code 3).
+    """
+    declare_torchvision_ops()
+    try:
+        from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
+    except ImportError as error:
+        raise MoecError(
+            "transformers", error, "transformers 5 or newer, to compare with",
+            "pip install transformers", exit_code=3,
+        ) from None  # fmt: skip
+    kind = Llama4ForConditionalGeneration if load_spec(checkpoint).vision else Llama4ForCausalLM
+    model: Any = kind.from_pretrained(checkpoint, dtype=TORCH_DTYPES[dtype])
+    model = model.to(device).eval()
+    step = torch.compile(model) if engine == ENGINES[1] else model
+    return Transformers(model, step, device)

@@ -1,0 +1,144 @@
+"""The ONNX of an artefact in ONNX's own reference interpreter, in float32.
+
+It is how graphs are proven whose engine cannot run here: every operator means what ONNX says, and
+those that are not ONNX's mean what the op that they stand for means. Half precision is widened,
+so what is compared is the graph and not the rounding of some engine. FP8 stays FP8.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from torch import Tensor
+
+from moec.artefact.artefact import Artefact
+from moec.exporters.onnx.external_data import entry_of, load_onnx
+from moec.exporters.onnx.lowering import type_of
+from moec.exporters.tensorrt.weight_inputs import weights_of
+from moec.graph_builder import ops
+from moec.runtime.engines.eager import Run
+from moec.weights.view import view
+
+_HALF = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+_FLOAT = ir.DataType.FLOAT
+
+
+def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model") -> Run:
+    """Run a part of `artefact`, "model" or "vision", node by node; `taps` as in `ort_engine`.
+
+    Raises:
+        MoecError: the artefact has no weights, or they changed; or damaged ONNX (exit code 1).
+    """
+    model = load_onnx(artefact.graph(part))
+    weights = unbound(model, artefact)
+    show_routers(model.graph)
+    known = {each.name: each for node in model.graph for each in node.outputs}
+    model.graph.outputs.extend(known[name] for name in taps)
+    widen(model)
+    evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[Attention, MoecMoe])
+    given = [str(each.name) for each in model.graph.inputs if each.name not in weights]
+    outputs = [str(each.name) for each in model.graph.outputs]
+    no_images = {"image_features": torch.zeros(0, artefact.manifest.spec.text.dim)}
+
+    def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        fed = no_images | dict(feeds)
+        values = {name: _array(fed[name]) for name in given}
+        results = map(_tensor, evaluator.run(None, weights | values))
+        found = dict(zip(outputs, results, strict=True))
+        for name in [name for name in found if name.startswith("present.")]:
+            feeds[name.replace("present", "past", 1)].copy_(found.pop(name))  # as an engine does
+        return found
+
+    return run
+
+
+def show_routers(graph: ir.Graph) -> None:
+    """Compute, beside each plugin, what it keeps to itself: logits and choice of its router."""
+    for node in [node for node in graph if node.op_type == "MoecMoe"]:
+        at = str(node.outputs[0].name).removesuffix(".out")
+        logits = ir.Node("", "Gemm", node.inputs[:2], [ir.AttrInt64("transB", 1)])
+        chosen = ir.Node("", "ArgMax", logits.outputs, [ir.AttrInt64("axis", 1)])
+        for each, name, dtype in (
+            (logits, f"{at}.router", _FLOAT), (chosen, f"{at}.route.1", ir.DataType.INT64),
+        ):  # fmt: skip
+            each.outputs[0].name, each.outputs[0].type = name, ir.TensorType(dtype)
+            graph.append(each)
+
+
+def unbound(model: ir.Model, artefact: Artefact) -> dict[str, Any]:
+    """The weights of `model`, which become inputs of it, as arrays: wide ones in float32."""
+    graph, stored = model.graph, artefact.stored()
+    for each in list(graph.initializers.values()):
+        if entry_of(str(each.name), stored):
+            graph.initializers.pop(str(each.name))
+            each.const_value = None
+            graph.inputs.append(each)
+    shapes = {str(each.name): type_of(each).shape for each in graph.inputs}
+    return {
+        name: _array(torch.cat([view(part).flatten() for part in parts]).reshape(shapes[name]))
+        for name, parts in weights_of(artefact.manifest, stored, list(shapes)).items()
+    }
+
+
+def widen(model: ir.Model) -> None:
+    """Turn half precision into float32, everywhere."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in graph:
+            to = node.attributes.get("to")
+            if to is not None and to.as_int() in [each.value for each in _HALF]:
+                node.attributes["to"] = ir.AttrInt64("to", _FLOAT.value)
+            for each in node.outputs:
+                _widen(each)
+        for each in graph.inputs:
+            _widen(each)
+
+
+def _widen(each: ir.Value) -> None:
+    if each.dtype in _HALF:
+        each.type = ir.TensorType(_FLOAT)
+
+
+class Attention(OpRun):
+    """trt::Attention: ONNX's, with attributes that only TensorRT knows."""
+
+    op_domain = "trt"
+
+    def _run(self, *operands: Any, scale: float, **more: int) -> tuple[Any]:
+        q, k, v, *masks = map(_tensor, operands)
+        mask = masks[0] if masks else None
+        size = q.shape[3] if q.dim() == 4 else q.shape[2] // more["q_num_heads"]
+        q = q * (scale * size**0.5)  # the op's own scale is the usual one
+        if q.dim() == 3:  # [B, S, heads * d]
+            counts = more["q_num_heads"], more["kv_num_heads"]
+            return (_array(ops.attention.eager(q, k, v, mask, *counts)),)
+        flat = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]  # [B, heads, S, d] ->
+        mixed = ops.attention.eager(*flat, mask, q.shape[1], k.shape[1])
+        return (_array(mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2)),)
+
+
+class MoecMoe(OpRun):
+    """moec::MoecMoe, the plugin: the op `moe_layer`."""
+
+    op_domain = "moec"
+
+    def _run(self, *operands: Any, **names: str) -> tuple[Any]:
+        return (_array(ops.moe_layer.eager(*map(_tensor, operands))),)
+
+
+def _array(x: Tensor) -> Any:
+    """`x` as ONNX's interpreter has it."""
+    if x.dtype == ops.FP8:
+        return x.contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+
+
+def _tensor(x: Any) -> Tensor:
+    x = np.ascontiguousarray(x)
+    if x.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(x.view(np.uint8)).view(ops.FP8)
+    return torch.from_numpy(x)

@@ -1,0 +1,248 @@
+"""The ONNX Runtime engine: an artefact's ONNX files on the CPU or on CUDA."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from moec.artefact.artefact import Artefact
+from moec.exporters.onnx.external_data import load_onnx
+from moec.exporters.onnx.lowering import DTYPES
+from moec.graph_builder.ops import FP8
+from moec.runtime.engines.eager import Run
+from moec.spec.errors import MoecError
+
+_FOLDER = "session.model_external_initializers_file_folder_path"
+#: the first version of onnxruntime that quantised artefacts were run on; 1.30 refuses them
+QUANTIZED_FROM = (1, 32)
+_KINDS = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
+
+
+def ort_engine(
+    artefact: Artefact,
+    preset: str = "lean",
+    taps: Sequence[str] = (),
+    part: str = "model",
+    device: str = "cpu",
+) -> Run:
+    """Open a part of `artefact`, "model" or "vision", in ONNX Runtime.
+
+    `taps` names inner values to return as well. Caches that are buffers are bound, not copied: the
+    call writes into the tensors that it is given.
+
+    Raises:
+        MoecError: onnxruntime is not installed (exit code 3), it has no kernels for the artefact's
+            precision on `device` (3), or it refuses the model (1).
+    """
+    manifest = artefact.manifest
+    check_kernels(artefact, device)
+    onnxruntime = _runtime(device)
+    _check_version(artefact, onnxruntime.__version__)
+    if preset not in manifest.presets:
+        raise MoecError(
+            f"preset {preset}", "no such preset in the artefact's manifest",
+            " or ".join(manifest.presets) or "presets: an older version of moec built it",
+            "choose one of them" if manifest.presets else "build the artefact again",
+        )  # fmt: skip
+    artefact.stored()  # refuses unbound artefacts and changed shards with a clear message
+    options = onnxruntime.SessionOptions()
+    chosen = manifest.presets[preset].model_dump()
+    for key, text in chosen.pop("entries").items():
+        options.add_session_config_entry(key, text)
+    options.execution_order = getattr(onnxruntime.ExecutionOrder, chosen.pop("execution_order"))
+    for key, setting in chosen.items():
+        setattr(options, key, setting)
+    options.add_session_config_entry(_FOLDER, str(artefact.weights_folder.resolve()))
+    # Errors only: an input that may be left out, image_features, earns a warning at each start.
+    options.log_severity_level = 3
+    file = artefact.graph(part)
+    try:
+        model = _with_outputs(file, taps)
+        session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
+    except Exception as error:  # the bindings raise a dozen unrelated types
+        raise MoecError(
+            file, next(iter(str(error).splitlines()), type(error).__name__),
+            "a model that ONNX Runtime loads",
+            f"python cli.py inspect {artefact.path}", exit_code=1,
+        ) from error  # fmt: skip
+    shapes = {port.name: port.shape for port in session.get_inputs()}
+    inputs = shapes.keys()
+    optional = {port.name for port in session.get_overridable_initializers()}
+    outputs = {port.name: (port.shape, _KINDS.get(port.type)) for port in session.get_outputs()}
+    # Sizes by name: read off an input that has them; caches share theirs with one another.
+    named = {dim: (name, i) for name, shape in reversed(shapes.items())
+             for i, dim in enumerate(shape) if isinstance(dim, str)}  # fmt: skip
+    kept = {n: n.replace("present", "past", 1) for n in outputs if n.startswith("present.")}
+
+    def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = inputs | (optional & feeds.keys())
+        values = {name: _value(onnxruntime, feeds[name]) for name in given}
+        results = session.run_with_ort_values(list(outputs), values)
+        return dict(zip(outputs, map(_tensor, results), strict=True))
+
+    # A model has its inputs, outputs and buffers in one binding, which keeps what did not change.
+    binding = session.io_binding()
+    bound: dict[str, Tensor] = {}
+
+    def run_bound(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        nonlocal binding
+        given = inputs | (optional & feeds.keys())
+        # Anew with other buffers, and where an input is left out this time.
+        anew = any(bound.get(past) is not feeds[past] for past in kept.values())
+        anew = anew or bool(bound.keys() - given)
+        if anew:
+            binding = session.io_binding()
+            bound.clear()
+        for name in given:
+            if bound.get(name) is not feeds[name]:  # buffers stay from step to step
+                binding.bind_input(name, *_place(feeds[name]))
+                bound[name] = feeds[name]
+        fresh: dict[str, Tensor] = {}
+        sizes = {dim: bound[name].shape[i] for dim, (name, i) in named.items()}
+        for name, (shape, kind) in outputs.items():
+            past = kept.get(name)
+            if past is not None and anew:
+                binding.bind_output(name, *_place(bound[past]))
+            elif past is None:
+                size = [sizes.get(dim, dim) for dim in shape]
+                if kind is None or any(isinstance(dim, str) for dim in size):
+                    binding.bind_output(name, "cpu")  # only the run knows its size
+                else:
+                    fresh[name] = torch.empty(size, dtype=kind, device=device)
+                    binding.bind_output(name, *_place(fresh[name]))
+        binding.synchronize_inputs()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        if len(fresh) + len(kept) < len(outputs):
+            found = zip(outputs, binding.get_outputs(), strict=True)
+            fresh |= {
+                name: torch.from_numpy(each.numpy())
+                for name, each in found
+                if name not in kept and name not in fresh
+            }
+        return fresh | {name: bound[past] for name, past in kept.items()}
+
+    return run_bound if manifest.buffered else run
+
+
+def _value(onnxruntime: Any, tensor: Tensor) -> Any:
+    """`tensor` for a session on the CPU, without a copy; numpy has no FP8."""
+    kind = DTYPES[tensor.dtype].value
+    if tensor.dtype == FP8:
+        tensor = tensor.view(torch.uint8)
+    array = tensor.contiguous().numpy()
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+
+
+def _tensor(value: Any) -> Tensor:
+    """A result on the CPU, without a copy."""
+    found = torch.from_numpy(value.numpy())
+    return found.view(FP8) if value.data_type() == "tensor(float8e4m3fn)" else found
+
+
+def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+    """Where `tensor` lies, for IOBinding: device, its number, element type, shape, address."""
+    assert tensor.is_contiguous()
+    device = tensor.device
+    kind = DTYPES[tensor.dtype].value
+    return device.type, device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr()
+
+
+def _runtime(device: str) -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        MoecError: it is not installed, or has no provider for `device`.
+    """
+    package, extra = ("onnxruntime-gpu", "cuda") if device == "cuda" else ("onnxruntime", "cpu")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MoecError(
+            "ONNX Runtime", "not installed", f"{package} 1.30 or newer",
+            f"pip install 'moec[{extra}]'", exit_code=3,
+        ) from None  # fmt: skip
+    providers = onnxruntime.get_available_providers()
+    if not set(_PROVIDERS[device]) <= set(providers) or (
+        device == "cuda" and not torch.cuda.is_available()
+    ):
+        raise MoecError(
+            f"device {device}", f"ONNX Runtime with {', '.join(providers)}"
+            + ("" if torch.cuda.is_available() else "; torch finds no GPU"),
+            f"{package} and a GPU", "use device cpu, or pip install 'moec[cuda]' in place of [cpu]",
+            exit_code=3,
+        )  # fmt: skip
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # the CUDA libraries that came with torch
+        onnxruntime.set_default_logger_severity(3)  # it warns of each ScatterND
+    return onnxruntime
+
+
+def _check_version(artefact: Artefact, version: str) -> None:
+    """Refuse quantised experts where QMoE has no accuracy_level yet (exit code 3)."""
+    quantized = any(packing.bits for packing in artefact.manifest.packings.values())
+    if quantized and tuple(map(int, version.split(".")[:2])) < QUANTIZED_FROM:
+        raise MoecError(
+            artefact.path, f"quantised experts, and onnxruntime {version}",
+            f"onnxruntime {'.'.join(map(str, QUANTIZED_FROM))} or newer",
+            "pip install --upgrade onnxruntime, or build with --precision fp32", exit_code=3,
+        )  # fmt: skip
+
+
+def check_kernels(artefact: Artefact, device: str) -> None:
+    """Refuse a graph for which ONNX Runtime has no kernels on `device` (exit code 3)."""
+    manifest = artefact.manifest
+    if device not in _PROVIDERS:
+        expected = " or ".join(_PROVIDERS)
+        raise MoecError(f"device {device}", "no such device", expected, "choose one of them")
+    runnable = (
+        manifest.buffered and manifest.precision in ("fp16", "bf16") and bool(manifest.packings)
+        if device == "cuda"
+        else manifest.compute != "bf16"
+    )
+    if not runnable:
+        found = f"target {manifest.target}, precision {manifest.precision}, on {device}"
+        wanted = (
+            "target ort in bf16, or in fp16 with packed weights: attention on CUDA has no others"
+            if device == "cuda"
+            else "fp32 or fp16: ONNX Runtime has no bf16 kernels on the CPU"
+        )
+        fix = (
+            "build with --target ort --precision bf16"
+            if device == "cuda"
+            else "build with --precision fp32 (weights stay bf16 on disk), or use device cuda"
+        )
+        raise MoecError(artefact.path, found, wanted, fix, exit_code=3)
+
+
+def _with_outputs(file: Path, taps: Sequence[str]) -> str | bytes:
+    """The model in `file`, its results and `taps` as numpy can hold them: bf16 cast to float32.
+
+    A changed model is in memory; its weights stay where they are.
+    """
+    model = load_onnx(file)
+    known = {each.name: each for node in model.graph for each in node.outputs}
+    model.graph.outputs.extend(known[name] for name in taps)
+    outputs = model.graph.outputs
+    narrow = [
+        i
+        for i, each in enumerate(outputs)
+        if each.dtype == ir.DataType.BFLOAT16 and not str(each.name).startswith("present.")
+    ]
+    if not taps and not narrow:
+        return str(file)
+    for i in narrow:
+        inner = outputs[i]
+        name, inner.name = inner.name, f"{inner.name}/bf16"
+        attributes = [ir.AttrInt64("to", ir.DataType.FLOAT.value)]
+        cast = ir.Node("", "Cast", [inner], attributes, name=f"{name}/float32")
+        cast.outputs[0].name, cast.outputs[0].shape = name, inner.shape
+        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.append(cast)
+        outputs[i] = cast.outputs[0]
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized

@@ -1,0 +1,138 @@
+"""Engines of TensorRT and TensorRT-RTX on a GPU.
+
+A decode step is a CUDA graph (`moec.runtime.engines.cuda_graphs`) where TensorRT can capture it.
+It cannot where the engine branches, since TensorRT then asks the GPU which way to go, nor where the
+context says so.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.artefact.artefact import Artefact
+from moec.exporters.tensorrt.api import load
+from moec.runtime.engines.cuda_graphs import Replays
+from moec.runtime.engines.eager import Run
+from moec.runtime.engines.gpu import memory_for
+from moec.runtime.engines.tensorrt_fit import (
+    cache_of,
+    check_gpu,
+    check_version,
+    engine_of,
+    fits,
+    no_profile,
+)
+from moec.runtime.engines.tensorrt_open import ALIGNED, OpenEngine, open_engine
+from moec.runtime.engines.torch_program import MOVING
+
+
+def tensorrt_engine(
+    artefact: Artefact, part: str = "model", device: str = "cuda", trt: Any = None
+) -> Run:
+    """Open the engine of a part of `artefact`, "model" or "vision", on the GPU.
+
+    Caches are written where they are. `trt` stands in for the package; its GPU is then `device`,
+    which may be "cpu".
+
+    Raises:
+        MoecError: no engine, or no weights (exit code 2); no package, no GPU or not enough of its
+            memory, or others than the engine was built for (3); an engine that does not load, or is
+            not the artefact's (1). A call: shapes that it was not built for (2), or it fails (1).
+    """
+    built = engine_of(artefact, part).built
+    if trt is None or device != "cpu":
+        check_gpu(artefact, built, device)
+    trt = load(built.package) if trt is None else trt
+    check_version(artefact, built, trt.__version__)
+    with memory_for(f"engine of {part}: {artefact.path}"):
+        opened = open_engine(trt, artefact, part, device)
+    capture = opened.steady and opened.stream is not None
+    outputs = [name for name, io in opened.ios.items() if not io.given and not cache_of(name)]
+    replays: Replays | None = None
+    defaults = {
+        name: torch.empty(0, *io.shape[1:], dtype=io.dtype, device=device)
+        for name, io in opened.ios.items()
+        if name == "image_features" and io.given and io.shape
+    }
+
+    def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return _call(opened, part, {**defaults, **feeds})
+
+    def step(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        nonlocal capture, replays
+        if replays:
+            return replays(feeds)
+        results = call(feeds)  # before that, no context knows its shapes
+        capture = _capturable(opened)
+        replays = Replays(call, MOVING) if capture else None
+        return results
+
+    @torch.inference_mode()
+    def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        decode = capture and feeds["input_ids"].shape[1] == 1 and "image_features" not in feeds
+        first = next(iter(feeds))
+        with memory_for(f"a call with {first} {list(feeds[first].shape)}"):
+            return dict(zip(outputs, step(feeds) if decode else call(feeds), strict=True))
+
+    return run
+
+
+def _call(opened: OpenEngine, part: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Outputs in the engine's order, but for caches, which are written where they are."""
+    fed = {
+        name: _placed(feeds[name].to(opened.device, io.dtype))
+        for name, io in opened.ios.items()
+        if io.given
+    }
+    shapes = {name: tuple(each.shape) for name, each in fed.items()}
+    context = next((context for context, spans in opened.profiles if fits(shapes, spans)), None)
+    if context is None:
+        raise no_profile(part, shapes, [spans for _, spans in opened.profiles])
+    opened.log.errors.clear()
+    for name, each in fed.items():
+        opened.must(context.set_input_shape(name, shapes[name]), name)
+        # What is empty has no address, but TensorRT wants one.
+        address = each.data_ptr() or opened.memory.data_ptr()
+        opened.must(context.set_tensor_address(name, address), name)
+    results = {}
+    for name, io in opened.ios.items():
+        if io.given:
+            continue
+        alias, shape = opened.aliases.get(name), tuple(context.get_tensor_shape(name))
+        results[name] = (
+            fed[alias] if alias else torch.empty(shape, dtype=io.dtype, device=opened.device)
+        )
+        opened.must(context.set_tensor_address(name, results[name].data_ptr()), name)
+    opened.must(_execute(opened, context), "the call failed")
+    for name in [name for name in results if cache_of(name)]:
+        given, written = feeds[cache_of(name)], results.pop(name)
+        if written is not given:  # it lay where TensorRT takes none, or the engine writes elsewhere
+            given.copy_(written)
+    return tuple(results.values())
+
+
+def _placed(x: Tensor) -> Tensor:
+    """`x` without gaps, at an address that TensorRT takes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNED else x
+
+
+def _execute(opened: OpenEngine, context: Any) -> bool:
+    """Run what `context` was told, in the order of torch's own work."""
+    if opened.stream is None:
+        return bool(context.execute_async_v3(0))
+    current = torch.cuda.current_stream()
+    if current != torch.cuda.default_stream():
+        return bool(context.execute_async_v3(current.cuda_stream))
+    opened.stream.wait_stream(current)
+    done = context.execute_async_v3(opened.stream.cuda_stream)
+    current.wait_stream(opened.stream)
+    return bool(done)
+
+
+def _capturable(opened: OpenEngine) -> bool:
+    context = opened.profiles[0][0]
+    known = hasattr(context, "is_stream_capturable")
+    return not known or bool(context.is_stream_capturable(opened.stream.cuda_stream))

@@ -1,0 +1,109 @@
+"""Between text and tokens, by the checkpoint's own tokenizer and chat template."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from moec.artefact.artefact import Artefact
+from moec.spec.errors import MoecError
+from moec.spec.fields import read_json
+
+#: the path of a file by name, or None
+Find = Callable[[str], Path | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A tokenizer, its chat template's source if there is one, and how files beside are found."""
+
+    tokenizer: Tokenizer
+    template: str | None
+    find: Find
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of `prompt`, as the tokenizer's post-processor makes them."""
+        return list(self.tokenizer.encode(prompt).ids)
+
+    def has(self, token: str) -> bool:
+        """Whether `token` is in the vocabulary."""
+        return self.tokenizer.token_to_id(token) is not None
+
+    def render(self, message: str) -> str:
+        """One user message in the chat template, as text."""
+        if self.template is None:
+            raise MoecError(
+                "--chat", "no chat template in the checkpoint",
+                "chat_template.jinja, chat_template.json or a template in tokenizer_config.json",
+                "leave --chat out; base models complete text",
+            )  # fmt: skip
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise MoecError(
+                "--chat",
+                "jinja2 is not installed",
+                "jinja2",
+                "pip install 'moec[chat]'",
+                exit_code=3,
+            ) from None
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        try:
+            return environment.from_string(self.template).render(
+                messages=[{"role": "user", "content": message}],
+                add_generation_prompt=True,
+                bos_token="",
+            )
+        except TemplateError as error:
+            raise MoecError(
+                "--chat", f"a broken chat template: {error}", "a Jinja template", "fetch it again"
+            ) from None
+
+    def stream(self) -> Iterator[str]:
+        """A coroutine: send it a token id, it yields the text that has become certain."""
+        decoder = DecodeStream(skip_special_tokens=True)
+        text = ""
+        while True:
+            token = yield text
+            text = decoder.step(self.tokenizer, token) or ""
+
+
+def open_text(source: Artefact | Path) -> Text:
+    """The tokenizer of an artefact (beside its model or in its checkpoint) or checkpoint folder.
+
+    Raises:
+        MoecError: there is no tokenizer.json, or it is broken.
+    """
+    folder = source if isinstance(source, Path) else source.path
+    find = partial(_beside, folder) if isinstance(source, Path) else source.companion
+    path = find("tokenizer.json")
+    if path is None:
+        raise MoecError(
+            folder, "no tokenizer.json", "one beside the model or in the checkpoint",
+            "put the checkpoint's there, or generate from token ids: --ids 1,2,3",
+        )  # fmt: skip
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the binding raises bare Exception
+        raise MoecError(path, str(error), "a tokenizers file", "fetch it again") from None
+    return Text(tokenizer, _template(find), find)
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    return folder / name if (folder / name).is_file() else None
+
+
+def _template(find: Find) -> str | None:
+    path = find("chat_template.jinja")
+    if path:
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = find(name)
+        template = read_json(path).get("chat_template") if path else None
+        if isinstance(template, str):
+            return template
+    return None

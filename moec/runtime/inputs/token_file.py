@@ -1,0 +1,60 @@
+"""Rows of tokens from a file: what calibration and evaluation run on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moec.runtime.inputs.text import open_text
+from moec.spec.errors import MoecError
+from moec.spec.model import ModelSpec
+
+#: tokens of a row that is cut from a stream
+WINDOW = 512
+
+
+def read_rows(source: str | Path | Tensor, spec: ModelSpec, folder: Path) -> Tensor:
+    """Rows int64 [rows, length] of token ids: a tensor, or a file.
+
+    Files are .npy or .json with ids, .txt with text, which the tokenizer in `folder` encodes. Ids
+    without rows, and text, are cut into windows of 512 tokens; what is left at the end is dropped.
+
+    Raises:
+        MoecError: no such file, another kind of file, or tokens that are none of `spec`.
+    """
+    if isinstance(source, Tensor):
+        return _rows(source.cpu().numpy(), "tokens", spec)
+    path = Path(source)
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        elif path.suffix == ".json":
+            values = np.asarray(json.loads(path.read_text(encoding="utf-8")))
+        elif path.suffix == ".txt":
+            text = path.read_text(encoding="utf-8")
+            values = np.asarray(open_text(folder).encode(text) if text else [])
+        else:
+            raise ValueError(f"a {path.suffix or 'nameless'} file")
+    except (OSError, ValueError, RecursionError) as error:
+        raise MoecError(path, " ".join(str(error).split()), _EXPECTED, _FIX) from None
+    return _rows(values, path, spec)
+
+
+_EXPECTED = "integers [tokens] or [rows, tokens] in .npy or .json, or text in .txt"
+_FIX = "write token ids with numpy.save, or name a text file"
+
+
+def _rows(values: np.ndarray[Any, Any], where: object, spec: ModelSpec) -> Tensor:
+    if values.dtype.kind not in "iu" or values.ndim not in (1, 2) or not values.size:
+        raise MoecError(where, f"{values.dtype} {list(values.shape)}", _EXPECTED, _FIX)
+    if values.ndim == 1:
+        length = min(WINDOW, len(values))
+        values = values[: len(values) // length * length].reshape(-1, length)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= spec.text.vocab:
+        bad = low if low < 0 else high
+        raise MoecError(where, f"token {bad}", f"0 to {spec.text.vocab - 1}", "use its tokenizer")
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,194 @@
+"""What a precision costs: an artefact against the wide weights it was made from, token by token."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moec.artefact.artefact import Artefact
+from moec.runtime.inputs.token_file import read_rows
+from moec.runtime.proof.under_test import Subject
+from moec.runtime.session import Session, eager_session
+from moec.spec.errors import MoecError
+from moec.spec.files import diff
+from moec.weights.name_map import read_model
+
+#: rows and tokens that the reference draws from itself where nobody gives any
+ROWS, TOKENS = 4, 128
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Means over all tokens but the last of each row; KL in nats, from the reference.
+
+    `layers` has the relative error of each layer's output, `flips` the share of tokens whose
+    experts are others, by layer. Each model runs on its own values throughout.
+    """
+
+    reference: str
+    text: str
+    tokens: int
+    reference_perplexity: float
+    perplexity: float
+    kl: float
+    kl_99: float
+    same_choice: float
+    router_flips: float
+    flips: dict[str, float]
+    layers: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def cost(
+    artefact: Artefact,
+    reference: str,
+    rows: Tensor | str | Path | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Cost:
+    """Run `artefact`, and the float32 eager graph on wide weights, over `rows` [n, length].
+
+    Args:
+        reference: a checkpoint folder; "bf16", "fp16" or "fp32": the one that was built from.
+        rows: token ids, or a file of them (see `read_rows`); None: the reference draws them
+            from itself, at temperature 1.
+        device: where the artefact runs.
+        seed: of that draw.
+        progress: called with (stage, done, total).
+
+    Raises:
+        MoecError: no such checkpoint, one of FP8 weights, or of another model.
+    """
+    folder = _folder(artefact, reference)
+    spec, _, entries = read_model(folder)
+    if spec.scheme:
+        raise MoecError(
+            f"--reference {reference}: {folder}", f"FP8 weights ({spec.scheme.name})",
+            "the wide weights that they were made from", "--reference DIR",
+        )  # fmt: skip
+    wanted = artefact.manifest.spec.model_copy(update={"scheme": None})
+    odd = [row for row in diff(spec, wanted) if row[0] not in ("provenance", "dtype")]
+    if odd:
+        raise MoecError(
+            f"--reference {folder}: {odd[0][0]}", odd[0][1], f"{odd[0][2]}, as in {artefact.path}",
+            "name the checkpoint of the same model",
+        )  # fmt: skip
+    taps = [f"layers.{layer.index}.out" for layer in spec.text.all_layers]
+    moe = [layer.index for layer in spec.text.all_layers if layer.moe]
+    routes = [f"layers.{index}.moe.route.1" for index in moe]
+    wide = eager_session(spec, entries, "fp32", taps=[*taps, *routes])
+    narrow = Subject(artefact, device, "lean").session([*taps, *routes])
+    text = "given rows"
+    if rows is None:
+        rows, text = _draw(wide, seed), f"rows that the reference drew, seed {seed}"
+    else:
+        text = text if isinstance(rows, Tensor) else str(rows)
+        rows = read_rows(rows, spec, folder)
+    if rows.shape[1] < 2:
+        raise MoecError(
+            "--eval", f"rows of {rows.shape[1]} token", "2 tokens a row or more", "give longer rows"
+        )
+    sums = _Sums(taps, routes)
+    for done, row in enumerate(rows):
+        progress("cost", done, len(rows))
+        found = [_trace(session, row, [*taps, *routes]) for session in (wide, narrow)]
+        for where, each in zip((folder, artefact.path), found, strict=True):
+            if not bool(each["logits"].isfinite().all()):
+                raise MoecError(
+                    where, "logits that are not finite", "finite weights",
+                    f"python cli.py validate {artefact.path}", exit_code=1,
+                )  # fmt: skip
+        sums.add(row, *found)
+    progress("cost", len(rows), len(rows))
+    return sums.cost(str(folder), text)
+
+
+def _folder(artefact: Artefact, reference: str) -> Path:
+    if reference not in ("bf16", "fp16", "fp32"):
+        if not Path(reference).is_dir():
+            raise MoecError(
+                f"--reference {reference}", "no such folder",
+                "bf16 (the weights that were built from), or the folder of wide weights",
+                "correct --reference",
+            )  # fmt: skip
+        return Path(reference)
+    known = artefact.manifest.checkpoint
+    if known is None or not Path(known).is_dir():
+        found = f"{artefact.path}, whose checkpoint is {known or 'unbound'}"
+        raise MoecError(
+            f"--reference {reference}", found,
+            "wide weights", "name their folder: --reference DIR",
+        )  # fmt: skip
+    return Path(known)
+
+
+def _draw(session: Session, seed: int) -> Tensor:
+    """Rows that are likely to the model itself: random tokens would be noise to both."""
+    start = session.spec.tokens.bos
+    first = torch.full((ROWS, 1), 0 if start is None else start)
+    rows: Tensor = session.generate(
+        first, max_new_tokens=TOKENS - 1, temperature=1.0, seed=seed, stop=()
+    )
+    return rows
+
+
+def _trace(session: Session, row: Tensor, names: list[str]) -> dict[str, Tensor]:
+    return session.trace(row[None], torch.tensor([len(row)]), names)
+
+
+class _Sums:
+    """Running sums over rows, so that memory holds the logits of one."""
+
+    def __init__(self, layers: list[str], routes: list[str]) -> None:
+        self.layers, self.routes = layers, routes
+        self.tokens = self.predicted = 0
+        self.nll = [0.0, 0.0]
+        self.kl: list[Tensor] = []
+        self.same = 0
+        self.flips = dict.fromkeys(routes, 0)
+        self.error = {name: [0.0, 0.0] for name in layers}
+
+    def add(self, row: Tensor, wide: dict[str, Tensor], narrow: dict[str, Tensor]) -> None:
+        logs = [functional.log_softmax(x["logits"].double(), -1) for x in (wide, narrow)]
+        for i, log in enumerate(logs):
+            self.nll[i] -= float(log[:-1].gather(1, row[1:, None]).sum())
+        self.kl.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1)[:-1])
+        self.same += int((logs[0][:-1].argmax(-1) == logs[1][:-1].argmax(-1)).sum())
+        self.tokens += len(row)
+        self.predicted += len(row) - 1
+        for name in self.routes:
+            chosen = [x[name].sort(-1).values for x in (wide, narrow)]
+            self.flips[name] += int((chosen[0] != chosen[1]).any(-1).sum())
+        for name in self.layers:
+            off = (narrow[name].double() - wide[name].double()).square().sum()
+            self.error[name][0] += float(off)
+            self.error[name][1] += float(wide[name].double().square().sum())
+
+    def cost(self, reference: str, text: str) -> Cost:
+        kl = torch.cat(self.kl)
+        short = {name: name.rpartition(".moe.")[0] for name in self.routes}
+        return Cost(
+            reference=reference,
+            text=text,
+            tokens=self.tokens,
+            reference_perplexity=math.exp(self.nll[0] / self.predicted),
+            perplexity=math.exp(self.nll[1] / self.predicted),
+            kl=float(kl.mean()),
+            kl_99=float(kl.quantile(0.99)),
+            same_choice=self.same / self.predicted,
+            router_flips=sum(self.flips.values()) / max(1, self.tokens * len(self.routes)),
+            flips={short[name]: count / self.tokens for name, count in self.flips.items()},
+            layers={
+                name.removesuffix(".out"): math.sqrt(off / max(size, 1e-300))
+                for name, (off, size) in self.error.items()
+            },
+        )

@@ -1,0 +1,105 @@
+"""Checks of a proof that concern images: the tower layer by layer, fusion, and images in pieces."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.runtime.engines.eager import eager_engine
+from moec.runtime.proof.chunked_prefill import in_pieces
+from moec.runtime.proof.compare import Tolerance, argmax_agreement, error
+from moec.runtime.proof.report import Check
+from moec.runtime.proof.under_test import Subject
+from moec.spec.model import ModelSpec
+
+#: tiles that the rows of the drawn text hold, where they fit
+ROWS = (2, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Noise as `pixels` [sum(ROWS), C, H, W], and text with `placed` of these tiles in it.
+
+    `ids` [B, S] are image tokens where `seen` [B, S], in the first two rows.
+    """
+
+    pixels: Tensor
+    ids: Tensor
+    seen: Tensor
+    placed: int
+
+
+def draw_images(
+    spec: ModelSpec, ids: Tensor, lengths: Tensor, generator: torch.Generator
+) -> Images:
+    """Tiles of noise, and a copy of `ids` [B, S] with image tokens in the middle of two rows."""
+    vision, image = spec.vision, spec.tokens.image
+    assert vision is not None and image is not None
+    shape = (sum(ROWS), vision.channels, vision.image, vision.image)
+    pixels = torch.rand(shape, generator=generator) * 2 - 1
+    other = image + 1 if image == 0 else image - 1
+    ids = ids.masked_fill(ids == image, other)
+    placed = 0
+    for row, most in enumerate(ROWS):
+        length = int(lengths[row])
+        count = min(most, max(0, length - 2) // vision.tokens)
+        start = (length - count * vision.tokens) // 2
+        ids[row, start : start + count * vision.tokens] = image
+        placed += count
+    return Images(pixels, ids, ids == image, placed)
+
+
+def tower(subject: Subject, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+    """The vision tower stage by stage: patches, every layer, adapter, projector."""
+    spec, entries = subject.artefact.manifest.spec, subject.artefact.entries()
+    assert spec.vision is not None
+    shown = {
+        "vision.tokens": "vision.tokens",
+        **{f"vision.layers.{i}": f"vision.layers.{i}.out" for i in range(spec.vision.layers)},
+        "vision.post": "vision.post",
+        "vision.shuffle": "vision.shuffle",
+        "vision.adapter": "vision.adapter.fc2.act",
+        "image_features": "image_features",
+    }
+    taps = [name for name in shown.values() if name != "image_features"]
+    found, expected = (
+        {name: each.cpu() for name, each in run({"pixel_values": pixels}).items()}
+        for run in (
+            subject.tower(taps),
+            eager_engine(spec, entries, "fp32", taps, "vision"),
+        )
+    )
+    for name, tap in shown.items():
+        detail = f"{len(pixels)} tiles" if name == "image_features" else ""
+        yield error(name, found[tap], expected[tap], tolerance, detail)
+
+
+def fusion(
+    subject: Subject, images: Images, lengths: Tensor, tolerance: Tolerance
+) -> Iterator[Check]:
+    """Images in text: the fused embeddings, the logits, and the same through the caches."""
+    pixels = images.pixels[: images.placed]
+    spec, taps = subject.artefact.manifest.spec, ["fused"]
+    session = subject.session(taps)
+    features, results = [], []
+    for each in (session, subject.reference(taps)):
+        features.append(each.image_features(pixels))
+        results.append(each.trace(images.ids, lengths, taps, features[-1]))
+    # Images alone: beside trained embeddings their features may be too small to show an error.
+    own = torch.arange(images.ids.shape[1]) < lengths[:, None]
+    seen = images.seen[own]
+    found, expected = (out["fused"][seen] for out in results)
+    detail = f"{len(found)} image tokens of {images.placed} tiles"
+    yield error("images: fused", found, expected, tolerance, detail)
+    found, expected = (out["logits"] for out in results)
+    yield error("images: logits", found, expected, tolerance)
+    yield argmax_agreement("images: argmax", found, expected, tolerance)
+    cuts = set()  # that part images
+    for row in images.seen:
+        columns = row.nonzero()[:, 0].tolist()
+        cuts |= {columns[len(columns) // 3], columns[len(columns) // 2]} if columns else set()
+    whole = torch.zeros(*images.ids.shape, spec.text.vocab)
+    whole[own] = results[0]["logits"]
+    name = "images: in pieces"
+    yield in_pieces(name, session, images.ids, lengths, cuts, whole, tolerance, features[0])

@@ -1,0 +1,270 @@
+"""What the command line prints: tables and progress bars."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moec.runtime.proof.report import cells, cost_cells, spoken
+from moec.spec.model import ModelSpec
+from moec.spec.parameters import counts
+from moec.spec.plan import Plan
+
+if TYPE_CHECKING:
+    from moec.artefact.artefact import Artefact
+    from moec.artefact.manifest import Build, Engine
+    from moec.runtime.bench.bench import Timing
+
+
+@contextmanager
+def bar(console: Console, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback: one bar, relabelled by stage; nothing where nobody watches."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task("start", total=1)
+        yield lambda stage, done, total: progress.update(
+            task, description=stage, completed=done, total=total
+        )
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def artefact_tables(console: Console, art: "Artefact") -> None:
+    """Files and costs of a build."""
+    manifest = art.manifest
+    for note in manifest.spec.notes:
+        console.print(f"note: {note}", highlight=False)
+    table = Table(
+        title=f"{art.path}: {manifest.spec.name}, {manifest.target}, {manifest.precision}"
+    )
+    for column in ("file", "size", "origin"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for name, file in manifest.files.items():
+        table.add_row(name, size(file.size), "written")
+    origin = {
+        "in-place": "left in place",
+        "link": "hard link",
+        "copy": "copied",
+        "pack": "rewritten",
+    }
+    for name, shard in sorted(manifest.weights.shards.items()):
+        table.add_row(name, size(shard.size), origin[manifest.weights.mode])
+    console.print(table)
+    if manifest.weights.folder:
+        console.print(f"weights in {manifest.weights.folder}", highlight=False, soft_wrap=True)
+    build = manifest.build
+    stages = " · ".join(f"{name} {seconds:.2f} s" for name, seconds in build.seconds.items())
+    console.print(f"stages: {stages}", highlight=False)
+    total, tower = counts(manifest.spec), manifest.spec.vision
+    console.print(
+        f"{total['text']:,} parameters in the text model ({total['active_text']:,} active)"
+        + (f", {total['vision'] + total['projector']:,} in the vision tower" if tower else ""),
+        highlight=False,
+    )
+    console.print(
+        f"weights {manifest.weights.mode} · {len(manifest.rewritten)} rewritten · "
+        f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied"
+        + (f", {size(build.bytes_packed)} rewritten" if build.bytes_packed else "")
+        + _rate(build)
+        + " · "
+        f"peak memory {size(build.peak_bytes)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for engine in manifest.engines.values():
+        console.print(_engine(engine), highlight=False, soft_wrap=True)
+        for message in engine.built.messages:
+            console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+    if manifest.options and not manifest.engines:
+        console.print(f"no engine yet: python cli.py engine {art.path}", highlight=False)
+    if manifest.weights.mode == "unbound":
+        console.print(
+            f"no weights yet: python cli.py bind {art.path} --checkpoint DIR", highlight=False
+        )
+
+
+def _engine(engine: "Engine") -> str:
+    """How an engine was built, in a line."""
+    built = engine.built
+    kinds = ", ".join(f"{count:,} {name}" for name, count in built.precisions.items())
+    return (
+        f"{engine.file}: {built.package} {built.version} for "
+        f"{', '.join(built.architectures) or 'the GPU here'}, built and not run · "
+        f"{built.layers:,} layers ({kinds}) · {len(engine.bindings):,} weights as inputs · "
+        f"peak memory {size(built.peak_bytes)}"
+    )
+
+
+def _rate(build: "Build") -> str:
+    seconds = build.seconds.get("weights", 0)
+    if not build.bytes_read or not seconds:
+        return ""
+    return f" from {size(build.bytes_read)} at {size(build.bytes_read / seconds)}/s"
+
+
+def report_table(console: Console, report: dict[str, Any]) -> None:
+    """A proof: the layers, then the checks on the whole. Many layers that pass become two rows."""
+    table = Table(
+        title=f"{report['engine']} ({report['precision']}) against {report['reference']}: "
+        f"{report['subject']}"
+    )
+    for column in ("", "found", "limit", "detail"):
+        table.add_column(column, justify="left" if column in ("", "detail") else "right")
+    for check in _folded(report["checks"]):
+        table.add_row(*cells(check), style=None if check["passed"] else "bold red")
+    console.print(table)
+    if report.get("cost"):
+        cost_table(console, report["cost"])
+    for note in report["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    verdict = "PASSED" if report["passed"] else f"FAILED, first at {report['first_divergence']}"
+    console.print(
+        f"{verdict} · rows of {spoken(report['tokens'])} tokens · seed {report['seed']}",
+        style="green" if report["passed"] else "bold red",
+        highlight=False,
+    )
+
+
+def cost_table(console: Console, cost: dict[str, Any]) -> None:
+    """What a precision costs: perplexity, KL, routers, and the error of each layer's output."""
+    table = Table(title=f"against {cost['reference']}: {cost['tokens']:,} tokens, {cost['text']}")
+    table.add_column("")
+    table.add_column("found", justify="right")
+    table.add_column("detail")
+    for row in cost_cells(cost):
+        table.add_row(*row)
+    console.print(table)
+
+
+#: rows of a proof that come once a layer -> what many that pass are shown as
+_LADDERS = {
+    r"vision\.layers\.\d+": "vision.layers",
+    r"layers\.\d+": "layers",
+    r"layers\.\d+ router": "routers",
+}
+
+
+def _folded(checks: list[dict[str, Any]], most: int = 12) -> list[dict[str, Any]]:
+    """`checks` with the layers that pass as one row a kind, the worst, if there are over `most`."""
+    for pattern, label in _LADDERS.items():
+        layers = [c for c in checks if re.fullmatch(pattern, c["name"]) and c["passed"]]
+        if len(layers) <= most:
+            continue
+        extreme = max if layers[0]["kind"] == "error" else min
+        worst = extreme(layers, key=lambda check: check["found"])
+        detail = f"worst of {len(layers)}: {worst['name']}; all with --json"
+        at = checks.index(layers[0])
+        rest = [check for check in checks[at:] if check not in layers]
+        checks = [*checks[:at], {**worst, "name": label, "detail": detail}, *rest]
+    return checks
+
+
+def plan_table(console: Console, plan: Plan) -> None:
+    """The costs of one setting."""
+    table = Table(
+        title=f"{plan.model}, {plan.precision}, batch {plan.batch}, context {plan.context:,}"
+    )
+    table.add_column("")
+    table.add_column("value", justify="right")
+
+    def bound(milliseconds: float | None) -> str:
+        return "give --device" if milliseconds is None else f">= {milliseconds:,.2f} ms"
+
+    rows = {
+        "weights": size(plan.weights_bytes),
+        "caches (rings on chunked layers)": size(plan.cache_bytes),
+        "caches without rings": size(plan.full_cache_bytes),
+        f"fits {plan.device or 'the device'}": {None: "give --device", True: "yes", False: "no"}[
+            plan.fits
+        ],
+        "experts read per MoE layer and step": f"{plan.experts_read:.2f}",
+        "read per decode step": size(plan.decode_read_bytes),
+        "decode step": f"{plan.decode_flops / 1e9:,.1f} GFLOP",
+        "decode step, bound": bound(plan.decode_ms),
+        "prefill of one prompt": f"{plan.prefill_flops / 1e12:,.1f} TFLOP",
+        "prefill, bound": bound(plan.prefill_ms),
+    }
+    if plan.tiles:
+        rows |= {
+            "vision tower": size(plan.vision_bytes),
+            f"{plan.tiles} tiles": f"{plan.vision_flops / 1e12:,.1f} TFLOP",
+            f"{plan.tiles} tiles, bound": bound(plan.vision_ms),
+        }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
+    """Lanes side by side."""
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    columns = ("engine", "open", "first token", "tokens/s", "bandwidth", "own memory", "peak")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    failed = []
+    for row in rows:
+        engine = " ".join(filter(None, (row.engine, row.preset, row.precision)))
+        if row.error:
+            failed.append(f"{engine}: {row.error}")
+            continue
+        share = row.bandwidth_share
+        table.add_row(
+            engine, f"{row.open_s:.2f} s", f"{1e3 * row.first_token_s:.1f} ms",
+            f"{row.decode_tokens_per_s:.1f}", "-" if share is None else f"{100 * share:.0f} %",
+            size(row.anonymous_bytes), size(row.peak_bytes),
+        )  # fmt: skip
+    console.print(table)
+    for line in failed:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def spec_table(console: Console, specs: Iterable[ModelSpec]) -> None:
+    """Presets side by side."""
+    specs = list(specs)
+    table = Table()
+    for column in ("", *(spec.name for spec in specs)):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    rows: dict[str, Callable[[ModelSpec], object]] = {
+        "provenance": lambda s: "HYPOTHETICAL" if s.provenance == "estimated" else s.provenance,
+        "parameters": lambda s: f"{counts(s)['total']:,}",
+        "active text": lambda s: f"{counts(s)['active_text']:,}",
+        "layers x width": lambda s: f"{s.text.layers} x {s.text.dim}",
+        "heads / kv": lambda s: f"{s.text.heads} / {s.text.kv_heads} x {s.text.head_dim}",
+        "experts, width": lambda s: f"{s.text.experts.count} x {s.text.experts.hidden}",
+        "ffn (D dense, M MoE)": lambda s: s.text.ffn,
+        "mask (L chunk, G all)": lambda s: f"{s.text.attention} of {s.text.chunk}",
+        "positions (R, N none)": lambda s: s.text.rope,
+        "QK-norm": lambda s: s.text.qk_norm,
+        "temperature": lambda s: s.text.temperature,
+        "context": lambda s: f"{s.text.max_positions:,}",
+    }
+    for name, read in rows.items():
+        table.add_row(name, *(str(read(spec)) for spec in specs))
+    console.print(table)
+    for spec in specs:
+        for note in spec.notes:
+            console.print(f"{spec.name}: {note}", highlight=False)
+
+
+def diff_table(
+    console: Console, left: str, right: str, rows: Iterable[tuple[str, Any, Any]]
+) -> None:
+    """The fields in which two specs differ."""
+    table = Table()
+    for column in ("field", left, right):
+        table.add_column(column)
+    for path, a, b in rows:
+        table.add_row(path, str(a), str(b))
+    console.print(table)

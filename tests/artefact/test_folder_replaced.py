@@ -1,0 +1,43 @@
+"""A build takes a free place, an empty folder, or that of an older artefact as a whole."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import moec
+from moec.artefact.artefact import open_artefact
+from tests.trees import assert_whole, names, tree
+
+
+@pytest.mark.parametrize("weights", ["in-place", "link", "copy"])
+def test_a_build_replaces_an_artefact_and_nothing_of_the_old_one_stays(
+    checkpoint: Path, work: Path, old: Path, weights: str
+) -> None:
+    art = Path(shutil.copytree(old, work / "art"))
+    moec.export(checkpoint, precision="fp32", out=art, weights=weights)
+    assert names(work) == ["art"]
+    manifest = open_artefact(art).manifest
+    assert (manifest.precision, manifest.weights.mode) == ("fp32", weights)
+    shards = set() if weights == "in-place" else set(manifest.weights.shards)
+    assert set(tree(art)) == {"manifest.json", *manifest.files, *shards}
+
+
+def test_an_empty_folder_is_taken(checkpoint: Path, work: Path) -> None:
+    (work / "art").mkdir()
+    moec.export(checkpoint, out=work / "art", weights="copy")
+    assert_whole(work / "art", checkpoint)
+
+
+def test_folders_on_the_way_to_out_are_made(checkpoint: Path, work: Path) -> None:
+    moec.export(checkpoint, out=work / "by" / "date" / "art", weights="copy")
+    assert_whole(work / "by" / "date" / "art", checkpoint)
+
+
+def test_the_folder_one_stands_in_can_be_out(
+    checkpoint: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "art").mkdir()
+    monkeypatch.chdir(work / "art")
+    moec.export(checkpoint, out=".", weights="copy")
+    assert_whole(work / "art", checkpoint)

@@ -1,0 +1,237 @@
+"""Target torch on the CPU: rows, chunk borders, images, taps; and what is refused."""
+
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import moec
+from moec.artefact.artefact import open_artefact
+from moec.runtime.engines.torch_program import torch_engine
+from moec.runtime.engines.weights import load
+from moec.runtime.proof.compare import FP8_NOISE
+from moec.runtime.session import Session, artefact_session, torch_session
+from moec.spec.errors import MoecError
+from moec.spec.presets import PRESETS
+from moec.spec.reduced import twin
+from moec.weights.joined import fused_tensors
+from moec.weights.packed_file import PACKED
+from moec.weights.random import write_random_checkpoint
+from moec.weights.view import STORED
+
+
+@pytest.fixture(scope="module")
+def art(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("torch") / "art"
+    return moec.export(tiny, target="torch", out=out).path
+
+
+@pytest.fixture
+def damaged(art: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(art, tmp_path / "art"))
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """As near as FP8 itself is: bf16 in another batch flips roundings, and routers on near ties."""
+    return bool((found - expected).norm() < FP8_NOISE.error * expected.norm())
+
+
+def test_rows_of_different_lengths_are_the_rows_alone(art: Path, golden: dict[str, Tensor]) -> None:
+    session, ids = moec.open_session(art), golden["input_ids"]
+    rows = [ids[0, :150].tolist(), ids[1, :1].tolist(), ids[1, :131].tolist()]
+    tokens = session.generate(rows, max_new_tokens=12, stop=())
+    for i, row in enumerate(rows):
+        alone = session.generate([row], max_new_tokens=12, stop=())[0]
+        # One step of three rows rounds as one of one row does, or a choice was a near tie.
+        got = tokens[i, : len(alone)]
+        differ = (got != alone).nonzero()[0]
+        if len(differ):
+            logits = session.logits([alone[: differ[0]].tolist()])[0, -1]
+            assert logits[alone[differ[0]]] - logits[got[differ[0]]] < 0.1 * abs(logits).max()
+
+
+def test_decode_over_chunk_borders_is_prefill(art: Path, golden: dict[str, Tensor]) -> None:
+    session, ids = moec.open_session(art), golden["input_ids"][:, :140]
+    chunk = session.spec.text.chunk
+    assert chunk and chunk < 135
+    whole = session.logits(ids)
+    logits, cache = session.prefill(ids[:, : chunk - 3])
+    assert _near(logits, whole[:, chunk - 4])
+    for at in range(chunk - 3, chunk + 4):  # the cache grows on the way
+        assert _near(session.decode(ids[:, at], cache), whole[:, at])
+
+
+def test_a_call_writes_the_caches_that_it_is_given(art: Path) -> None:
+    session = moec.open_session(art)
+    cache = session.new_cache(2, 8)
+    before = dict(cache.tensors)
+    session.extend(torch.tensor([[5], [6]]), torch.tensor([1, 1]), cache)
+    for name, tensor in cache.tensors.items():
+        assert tensor is before[name]
+        assert tensor[:, :, 0].any() and not tensor[:, :, 1:].any()
+
+
+def test_generation_that_runs_ahead_is_one_that_waits(
+    art: Path, golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a step starts before anyone knows whether a row has ended."""
+    session = moec.open_session(art)
+    ids, lengths = golden["input_ids"][:2, :40], torch.tensor([40, 9])
+
+    def run(stop: tuple[int, ...]) -> tuple[list[list[int]], list[list[int | None]]]:
+        seen: list[list[int | None]] = []
+        out = session.generate(
+            ids, lengths=lengths, max_new_tokens=5, stop=stop, stream=seen.append
+        )
+        return out.tolist(), seen
+
+    free = run(())
+    stop = (int(free[1][2][1] or 0),)  # what the shorter row says third
+    waited = run(stop)
+    steps = []
+    decode = Session.decode
+    monkeypatch.setattr(Session, "waits_for_nobody", property(lambda self: True))
+    monkeypatch.setattr(Session, "decode", lambda *args: steps.append(1) or decode(*args))
+    assert run(()) == free and len(steps) == 4
+    assert run(stop) == waited and any(None in step for step in waited[1])
+
+
+def test_the_engine_keeps_no_caches(art: Path, golden: dict[str, Tensor]) -> None:
+    """Beside weights that fill a GPU, those of the last call would be one cache too many."""
+    session = moec.open_session(art)
+    _, cache = session.prefill(golden["input_ids"][:1, :20])
+    alive = [weakref.ref(each) for each in cache.tensors.values()]
+    del cache
+    gc.collect()
+    assert not any(each() is not None for each in alive)
+
+
+def test_images_go_through_the_tower(art: Path, golden: dict[str, Tensor]) -> None:
+    session, eager = moec.open_session(art), moec.open_session(art, engine="eager")
+    pixels = golden["pixel_values"]
+    assert _near(session.image_features(pixels).float(), golden["image_features"].flatten(0, 1))
+    found, expected = (s.logits(golden["mm_input_ids"], pixels) for s in (session, eager))
+    assert _near(found, expected)
+
+
+def test_taps_are_of_the_graph_that_was_written(art: Path, golden: dict[str, Tensor]) -> None:
+    artefact, ids = open_artefact(art), golden["input_ids"][:1, :20]
+    taps = ["layers.3.out", "layers.3.moe.router", "layers.3.moe.route.1"]
+    lengths = torch.tensor([20])
+    found = artefact_session(artefact, taps=taps).trace(ids, lengths, taps)
+    assert found["layers.3.out"].shape == (20, artefact.manifest.spec.text.dim)
+    assert torch.equal(found["layers.3.moe.router"].argmax(-1), found[taps[2]][:, 0])
+    plain = artefact_session(artefact).trace(ids, lengths, [])
+    assert torch.equal(found["logits"], plain["logits"])
+
+
+def test_loaded_weights_are_the_stored_pieces(art: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artefact = open_artefact(art)
+    whole = load(artefact)
+    fused = fused_tensors(artefact.manifest.spec)
+    kinds = {name: (each.shape, STORED[each.dtype]) for name, each in fused.items()}
+    assert {name: (tuple(t.shape), t.dtype) for name, t in whole.items()} == kinds
+    monkeypatch.setattr("moec.runtime.engines.weights.PIECE", 1000)
+    for name, tensor in load(artefact).items():
+        assert torch.equal(tensor.view(torch.uint8), whole[name].view(torch.uint8)), name
+    # Experts as the reference reads them: [expert, in, out], the shared one apart.
+    codes = artefact.entries()["layers.1.moe.down"].read()  # type: ignore[union-attr]
+    joined = whole["layers.1.moe.down"]
+    assert torch.equal(joined[:-1].transpose(1, 2).float(), codes.float())
+    stored = artefact.stored()["layers.1.moe.shared.down.weight"]
+    with stored.file.open("rb") as file:
+        file.seek(stored.offset)
+        expected = file.read(stored.nbytes)
+    assert joined[-1].contiguous().view(torch.uint8).numpy().tobytes() == expected
+
+
+def test_weights_may_be_given_where_there_are_none(tiny: Path, art: Path, tmp_path: Path) -> None:
+    unbound = moec.export(moec.load_spec(tiny), target="torch", out=tmp_path / "unbound")
+    weights = load(open_artefact(art))
+    session = torch_session(unbound, weights=weights)
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(session.logits(ids), moec.open_session(art).logits(ids))
+    with pytest.raises(MoecError, match="without weights"):
+        torch_engine(unbound)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(art: Path) -> None:
+    with pytest.raises(MoecError, match="finds no GPU") as caught:
+        moec.open_session(art, device="cuda")
+    assert caught.value.exit_code == 3
+
+
+def test_cuda_without_triton_is_refused(art: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("moec.runtime.engines.gpu.find_spec", lambda name: None)
+    with pytest.raises(MoecError, match="triton") as caught:
+        moec.open_session(art, device="cuda")
+    assert caught.value.exit_code == 3
+
+
+def test_sizes_that_the_kernels_do_not_take_are_refused_on_cuda_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="kernels need triton")
+    write_random_checkpoint(twin(PRESETS["tiny-scout"], 2), tmp_path / "narrow")
+    art = moec.export(tmp_path / "narrow", target="torch", out=tmp_path / "art").path
+    assert moec.open_session(art).logits([[5, 6]]).shape == (1, 2, 256)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *of: (9, 0))
+    monkeypatch.setattr("moec.runtime.engines.torch_program.load", None)  # not so far
+    with pytest.raises(MoecError, match=r"text\.head_dim 8") as caught:
+        moec.open_session(art, device="cuda")
+    assert caught.value.exit_code == 3 and "--device cpu" in caught.value.next_step
+
+
+def test_engines_of_other_targets_are_refused(art: Path, tiny_onnx: Path) -> None:
+    for path, engine in ((art, "onnxruntime"), (tiny_onnx, "torch")):
+        with pytest.raises(MoecError, match=f"engine {engine}"):
+            moec.open_session(path, engine=engine)
+
+
+def test_a_broken_program_is_refused(damaged: Path) -> None:
+    file = damaged / "model.pt2"
+    file.write_bytes(bytes(len(file.read_bytes())))
+    with pytest.raises(MoecError, match=r"model\.pt2") as caught:
+        moec.open_session(damaged)
+    assert caught.value.exit_code == 1
+
+
+def test_weights_cut_short_are_refused(damaged: Path) -> None:
+    file = damaged / PACKED
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(MoecError, match=r"weights\.safetensors"):
+        moec.open_session(damaged)
+
+
+def test_weights_of_another_size_are_refused(damaged: Path) -> None:
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    manifest["weights"]["tensors"]["norm.weight"]["length"] -= 2
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MoecError, match=r"norm\.weight"):
+        moec.open_session(damaged)
+
+
+def test_sessions_on_the_cpu_do_without_triton(art: Path) -> None:
+    """torch itself imports it, where it is, to load a program."""
+    code = (
+        "import sys, moec, moec.cli\n"
+        "from moec.runtime.engines import torch_program\n"
+        "assert 'triton' not in sys.modules\n"
+        "sys.modules['triton'] = None\n"  # as if it were not installed
+        f"moec.open_session({str(art)!r}).logits([[5, 6]])\n"
+        "assert not any(name.startswith('moec.kernels') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,36 @@
+"""How tokens are split into calls: everything once, in order, never across a chunk border."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moec.runtime.batching import buffered_calls, padded_calls
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4),
+    ring=st.one_of(st.none(), st.integers(1, 16)),
+    piece=st.integers(1, 20),
+)
+def test_every_token_is_called_once_and_no_call_crosses_a_border(
+    rows: list[tuple[int, int]], ring: int | None, piece: int
+) -> None:
+    past, own = (torch.tensor(each) for each in zip(*rows, strict=True))
+    width = max(2, int(own.max()))
+    done = [0] * len(rows)
+    for row, columns in buffered_calls(past, own, width, ring, piece):
+        (index,) = range(len(rows))[row]
+        assert columns.start == done[index] and 0 < columns.stop - columns.start <= piece
+        first, last = (int(past[index]) + c for c in (columns.start, columns.stop - 1))
+        assert ring is None or first // ring == last // ring
+        done[index] = columns.stop
+    assert done == own.tolist()
+
+
+def test_a_single_column_is_one_call_for_all_rows() -> None:
+    calls = list(buffered_calls(torch.tensor([7, 0]), torch.tensor([1, 0]), 1, 8))
+    assert calls == [(slice(None), slice(0, 1))]
+
+
+def test_padded_calls_take_all_rows() -> None:
+    assert [columns for _, columns in padded_calls(5, 2)] == [slice(0, 2), slice(2, 4), slice(4, 5)]

@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from transformers import Llama4Config, Llama4TextConfig
+
+from moec.spec.errors import MoecError
+from moec.spec.files import diff, load_spec
+from moec.spec.hf.config import PUBLISHED, read_config, write_config
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+from tests.conftest import TINY
+from tests.strategies import specs
+
+
+def _read(folder: Path, config: dict[str, Any]) -> ModelSpec:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return read_config(path)
+
+
+def _released() -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((TINY / "config.json").read_text())
+    return config
+
+
+def test_the_released_style_gives_the_preset() -> None:
+    assert diff(load_spec(TINY), PRESETS["tiny-scout"]) == []
+
+
+def test_the_style_that_transformers_5_writes_gives_the_same_spec(tmp_path: Path) -> None:
+    Llama4Config.from_pretrained(TINY).save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert "rope_parameters" in text and "rope_theta" not in text
+    assert diff(load_spec(tmp_path), PRESETS["tiny-scout"]) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_the_round_trip(name: str, tmp_path: Path) -> None:
+    assert [
+        row[0] for row in diff(_read(tmp_path, write_config(PRESETS[name])), PRESETS[name])
+    ] in (
+        ["provenance"],
+        [],
+    )
+
+
+@given(spec=specs())
+def test_random_specs_survive_the_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec
+) -> None:
+    assert diff(_read(tmp_path_factory.mktemp("spec"), write_config(spec)), spec) == []
+
+
+@given(spec=specs())
+def test_transformers_understands_what_we_write(spec: ModelSpec) -> None:
+    config = Llama4TextConfig(**{k: v for k, v in write_config(spec).items() if k != "torch_dtype"})
+    text = spec.text
+    assert config.no_rope_layers == [int(layer.rope) for layer in text.all_layers]
+    assert config.moe_layers == [layer.index for layer in text.all_layers if layer.moe]
+    assert config.rope_parameters["rope_theta"] == text.rope_theta
+
+
+def test_launch_week_oddities(tmp_path: Path) -> None:
+    config = _released()
+    text = config["text_config"]
+    text["attn_temperature_tuning"] = 4
+    text["rope_scaling"] |= {"factor": 8.0, "high_freq_factor": 4.0}
+    text["for_llm_compressor"] = False
+    text["_attn_implementation_autoset"] = True
+    spec = _read(tmp_path, config)
+    assert spec.text.temperature == "---T"
+    assert spec.text.rope_scaling is not None and spec.text.rope_scaling.high == 4.0
+    assert "launch week" in spec.notes[0]
+
+
+def test_fields_that_released_configs_leave_out_have_their_published_meaning(
+    tmp_path: Path,
+) -> None:
+    config = _released()
+    for field in PUBLISHED:
+        config["text_config"].pop(field, None)
+    spec = _read(tmp_path, config)
+    assert spec.text.temperature_floor == 8192
+    assert (spec.text.temperature, spec.text.rope) == ("---T", "RRRN")
+    for field, value in PUBLISHED.items():
+        assert getattr(Llama4TextConfig(), field) == value
+
+
+def test_patterns_that_no_config_can_say_are_refused() -> None:
+    text = PRESETS["scout"].text.model_copy(update={"temperature": "T"})
+    with pytest.raises(MoecError, match="spec file"):
+        write_config(PRESETS["scout"].model_copy(update={"text": text}))
+
+
+@pytest.mark.parametrize("interval, pattern", [(2, "RN"), (4, "RRRN"), (1, "N")])
+def test_the_default_pattern_follows_the_interval(
+    tmp_path: Path, interval: int, pattern: str
+) -> None:
+    config = _released()
+    config["text_config"]["no_rope_layer_interval"] = interval
+    assert _read(tmp_path, config).text.rope == pattern

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from moec.spec.files import load_spec
     from moec.spec.plan import plan
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MoecError",
     "bind",

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,10 +98,12 @@ def build(
     """Build an artefact from exactly one of --variant, --spec and --checkpoint, and prove it."""
     given = [source for source in (variant, spec, checkpoint) if source is not None]
     if len(given) != 1:
-        raise MoecError(
-            "build", f"{len(given)} sources", "exactly one of --variant, --spec, --checkpoint",
-            "python cli.py build --variant scout",
-        )  # fmt: skip
+        refuse(
+            "build",
+            f"{len(given)} sources",
+            "exactly one of --variant, --spec, --checkpoint",
+            "moec build --variant scout",
+        )
     _expect(variant, spec, checkpoint)
     import moec
     from moec.tables import artefact_tables, bar
@@ -112,9 +114,17 @@ def build(
     chosen |= {} if engine else {"build": False}
     with bar(console) as progress:
         art = moec.export(
-            given[0], target, precision, out, weights, progress, scheme, scales, cache,
+            given[0],
+            target,
+            precision,
+            out,
+            weights,
+            progress,
+            scheme,
+            scales,
+            cache,
             _options(chosen),
-        )  # fmt: skip
+        )
     artefact_tables(console, art)
     if check:
         size = sum(shard.size for shard in art.manifest.weights.shards.values())
@@ -188,17 +198,18 @@ def calibrate(
     from moec.tables import bar
 
     if not out.absolute().parent.is_dir() or out.is_dir():
-        raise MoecError(f"--out {out}", "a folder, or in one that is not there", "a file to write",
+        refuse(
+            f"--out {out}",
+            "a folder, or in one that is not there",
+            "a file to write",
             "choose another",
-        )  # fmt: skip
+        )
     with bar(console) as progress:
         found = moec.calibrate(checkpoint, tokens, percentile, progress)
     try:
         out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
     except OSError as error:
-        raise MoecError(
-            f"--out {out}", error.strerror, "a file that can be written", "choose another"
-        ) from None
+        refuse(f"--out {out}", error.strerror, "a file that can be written", "choose another")
     sites = len(found.inputs) + len(found.caches)
     console.print(
         f"{out}: {sites} sites of {found.model} over {found.tokens:,} tokens", highlight=False
@@ -207,8 +218,9 @@ def calibrate(
         console.print(
             f"warning: {len(found.unseen)} experts saw no token, and got the largest magnitude of "
             f"their layer: {', '.join(found.unseen[:8])}{', ...' if found.unseen[8:] else ''}",
-            style="yellow", highlight=False,
-        )  # fmt: skip
+            style="yellow",
+            highlight=False,
+        )
 
 
 @app.command()
@@ -266,11 +278,9 @@ def generate(
     `<|image|>` in the text marks where an image belongs; without any, images come first.
     """
     if (prompt is None) == (ids is None):
-        raise MoecError(
-            "generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT"
-        )
+        refuse("generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT")
     if image and prompt is None:
-        raise MoecError("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
+        refuse("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
     import moec
     from moec.artefact.artefact import open_artefact
     from moec.runtime.inputs.prompt import compose
@@ -300,9 +310,15 @@ def generate(
     if prompt and not chat:
         sys.stdout.write(prompt)
     session.generate(
-        [row], pixels, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        [row],
+        pixels,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
         stream=show,
-    )  # fmt: skip
+    )
     sys.stdout.write("\n")
 
 
@@ -405,7 +421,7 @@ def spec_show(
     elif form in ("json", "config"):
         _print_json(spec.model_dump(mode="json") if form == "json" else write_config(spec))
     else:
-        raise MoecError(f"--format {form}", form, "yaml, json or config", "choose one of them")
+        refuse(f"--format {form}", form, "yaml, json or config", "choose one of them")
 
 
 @specs.command("schema")
@@ -451,9 +467,7 @@ def _prove(
         try:
             report.to_html(html)
         except OSError as error:
-            raise MoecError(
-                f"--html {html}", error.strerror, "a file that can be written", "choose another"
-            ) from None
+            refuse(f"--html {html}", error.strerror, "a file that can be written", "choose another")
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -467,25 +481,23 @@ def _expect(variant: str | None, spec: Path | None, checkpoint: Path | None) -> 
     from moec.spec.presets import PRESETS
 
     if variant is not None and variant not in PRESETS:
-        raise MoecError(
-            f"--variant {variant}", "no such preset", ", ".join(PRESETS), "python cli.py spec list"
-        )
+        refuse(f"--variant {variant}", "no such preset", ", ".join(PRESETS), "moec spec list")
     if spec is not None and not spec.is_file():
-        raise MoecError(
-            f"--spec {spec}", "no such file", "a spec file", "python cli.py spec schema"
-        )
+        refuse(f"--spec {spec}", "no such file", "a spec file", "moec spec schema")
     if checkpoint is not None and not checkpoint.is_dir():
-        raise MoecError(
-            f"--checkpoint {checkpoint}", "no such folder", "a folder with config.json",
-            "check the path, or build without weights: python cli.py build --variant scout",
-        )  # fmt: skip
+        refuse(
+            f"--checkpoint {checkpoint}",
+            "no such folder",
+            "a folder with config.json",
+            "check the path, or build without weights: moec build --variant scout",
+        )
 
 
 def _numbers(ids: str) -> list[int]:
     try:
         return [int(part) for part in ids.split(",")]
     except ValueError:
-        raise MoecError(f"--ids {ids}", "not integers", "1,2,3", "correct --ids") from None
+        refuse(f"--ids {ids}", "not integers", "1,2,3", "correct --ids")
 
 
 def _print_json(value: Any) -> None:
@@ -516,6 +528,8 @@ def main() -> None:
     except _Stopped:
         Console(stderr=True).print(
             "stopped: no half of an artefact is left behind; weights being packed are kept "
-            "for the next build of the same --out", style="yellow", soft_wrap=True,
-        )  # fmt: skip
+            "for the next build of the same --out",
+            style="yellow",
+            soft_wrap=True,
+        )
         sys.exit(2)

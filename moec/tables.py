@@ -88,11 +88,9 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
         for message in engine.built.messages:
             console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
     if manifest.options and not manifest.engines:
-        console.print(f"no engine yet: python cli.py engine {art.path}", highlight=False)
+        console.print(f"no engine yet: moec engine {art.path}", highlight=False)
     if manifest.weights.mode == "unbound":
-        console.print(
-            f"no weights yet: python cli.py bind {art.path} --checkpoint DIR", highlight=False
-        )
+        console.print(f"no weights yet: moec bind {art.path} --checkpoint DIR", highlight=False)
 
 
 def _engine(engine: "Engine") -> str:
@@ -221,10 +219,14 @@ def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
             continue
         share = row.bandwidth_share
         table.add_row(
-            engine, f"{row.open_s:.2f} s", f"{1e3 * row.first_token_s:.1f} ms",
-            f"{row.decode_tokens_per_s:.1f}", "-" if share is None else f"{100 * share:.0f} %",
-            size(row.anonymous_bytes), size(row.peak_bytes),
-        )  # fmt: skip
+            engine,
+            f"{row.open_s:.2f} s",
+            f"{1e3 * row.first_token_s:.1f} ms",
+            f"{row.decode_tokens_per_s:.1f}",
+            "-" if share is None else f"{100 * share:.0f} %",
+            size(row.anonymous_bytes),
+            size(row.peak_bytes),
+        )
     console.print(table)
     for line in failed:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from moec.artefact.manifest import NAME, Engine, File, Manifest
 from moec.artefact.targets import SUFFIXES
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.fields import read_json
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
@@ -77,11 +77,11 @@ class Artefact:
         """
         weights, spec = self.manifest.weights, self.manifest.spec
         if weights.mode == "unbound":
-            raise MoecError(
+            refuse(
                 self.path,
                 "an artefact without weights",
                 "bound weights",
-                f"python cli.py bind {self.path} --checkpoint DIR",
+                f"moec bind {self.path} --checkpoint DIR",
             )
         for name, expected in weights.shards.items():
             path = self.weights_folder / name
@@ -90,11 +90,11 @@ class Artefact:
                 expected.size,
                 expected.header_sha256,
             ):
-                raise MoecError(
+                refuse(
                     path,
                     "no such file" if found is None else "another size or header",
                     "the shard that this artefact was bound to",
-                    f"python cli.py bind {self.path} --checkpoint DIR",
+                    f"moec bind {self.path} --checkpoint DIR",
                 )
         kinds = stored_kinds(spec, self.manifest.packings)
         odd = set(kinds) ^ set(weights.tensors) or {
@@ -105,7 +105,7 @@ class Artefact:
             or not 0 <= ref.offset <= weights.shards[ref.file].size - ref.length
         }
         if odd:
-            raise MoecError(
+            refuse(
                 f"{self.path / NAME}: weights.tensors.{min(odd)}",
                 "a place that does not fit the spec and the shards",
                 "each parameter of the spec inside one of its shards",
@@ -149,21 +149,19 @@ def open_artefact(path: str | Path) -> Artefact:
     """
     path = Path(path)
     if not (path / NAME).is_file():
-        raise MoecError(
-            path, f"no {NAME}", "a folder that build wrote", "python cli.py build --help"
-        )
+        refuse(path, f"no {NAME}", "a folder that build wrote", "moec build --help")
     try:
         manifest = Manifest.model_validate(read_json(path / NAME))
     except ValidationError as error:
         first = error.errors()[0]
-        raise MoecError(
+        refuse(
             f"{path / NAME}: {'.'.join(map(str, first['loc']))}",
             first["msg"],
             "a manifest of this version of moec",
             "build the artefact again",
-        ) from None
+        )
     if bool(manifest.spec.vision) != bool(manifest.vision):
-        raise MoecError(
+        refuse(
             f"{path / NAME}: vision",
             "a model with a vision tower, an artefact without"
             if manifest.spec.vision
@@ -175,9 +173,7 @@ def open_artefact(path: str | Path) -> Artefact:
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != expected.size:
-            raise MoecError(
-                file, f"{size} bytes", f"{expected.size} bytes", "build the artefact again"
-            )
+            refuse(file, f"{size} bytes", f"{expected.size} bytes", "build the artefact again")
     return Artefact(path, manifest)
 
 
@@ -204,10 +200,13 @@ def verify_files(artefact: Artefact) -> None:
     for name, expected in artefact.manifest.files.items():
         found = file_of(artefact.path / name).sha256
         if found != expected.sha256:
-            raise MoecError(
-                artefact.path / name, f"sha256 {found}", expected.sha256,
-                "build the artefact again", exit_code=1,
-            )  # fmt: skip
+            refuse(
+                artefact.path / name,
+                f"sha256 {found}",
+                expected.sha256,
+                "build the artefact again",
+                exit_code=1,
+            )
     for engine in artefact.manifest.engines.values():
         check_engine(artefact, engine, whole=True)
     if artefact.manifest.weights.mode != "unbound":
@@ -225,7 +224,10 @@ def check_engine(artefact: Artefact, engine: Engine, whole: bool = False) -> Non
         size = path.stat().st_size if path.is_file() else None
         if size != expected.size or (whole and file_of(path).sha256 != expected.sha256):
             found = "other bytes" if size == expected.size else f"{size} bytes"
-            raise MoecError(
-                path, found, f"{expected.size} bytes, as they were written",
-                f"python cli.py engine {artefact.path}", exit_code=1,
-            )  # fmt: skip
+            refuse(
+                path,
+                found,
+                f"{expected.size} bytes, as they were written",
+                f"moec engine {artefact.path}",
+                exit_code=1,
+            )

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 
@@ -68,9 +68,9 @@ def engine_options(chosen: Mapping[str, Any]) -> EngineOptions:
     except ValidationError as error:
         first = error.errors()[0]
         at = str(first["loc"][0]) if first["loc"] else "piece"
-        raise MoecError(
+        refuse(
             _OPTIONS.get(at, f"--{at}"),
             fitting.get(at),
             first["msg"].removeprefix("Value error, "),
             "choose another",
-        ) from None
+        )

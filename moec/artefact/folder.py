@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moec.artefact.manifest import FORMAT, NAME
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.weights.packed_file import PACKED, under_way
 
 
@@ -54,12 +54,12 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
         partial.rename(out)
         made = []
     except OSError as error:
-        raise MoecError(
+        refuse(
             error.filename or out,
             error.strerror or error,
             "a folder that can be written, with room on the disk",
             "choose another --out, or make room",
-        ) from None
+        )
     finally:
         with suppress(OSError):  # a name too long cannot even be looked for
             for path in partial.iterdir() if kept else ():
@@ -100,7 +100,7 @@ def refuse_foreign(out: Path) -> None:
         found = f"a folder that holds something else ({min(p.name for p in out.iterdir())}, ...)"
     else:
         return
-    raise MoecError(
+    refuse(
         f"--out {out}", found, "a new or empty folder, or an artefact to replace", "choose another"
     )
 

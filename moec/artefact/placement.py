@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from moec.artefact.manifest import Manifest, ShardRef, TensorRef, WeightMode, Weights
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.packed_file import PACKED, write_packed
 from moec.weights.shard import TensorEntry, read_shard
@@ -104,9 +104,12 @@ def pack(
     }
     shards = {PACKED: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
     return Bound(
-        shard.tensors, folder, Weights(mode="pack", shards=shards, tensors=refs),
-        packed=shard.size, read=read,
-    )  # fmt: skip
+        shard.tensors,
+        folder,
+        Weights(mode="pack", shards=shards, tensors=refs),
+        packed=shard.size,
+        read=read,
+    )
 
 
 def _companions(source: Path, folder: Path) -> None:
@@ -119,12 +122,12 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        raise MoecError(
+        refuse(
             f"--weights link: {source}",
             error.strerror or error,
             "weights on the same file system as --out",
             "use --weights copy, or an --out beside the checkpoint",
-        ) from None
+        )
 
 
 def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) -> int:

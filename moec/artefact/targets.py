@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 from moec.spec.scheme import Scheme
 
 #: names of experts, for which a scheme has rules
@@ -62,38 +62,39 @@ def choose(
         MoecError: no such target, precision or placement, or they do not go together.
     """
     if target not in TARGETS:
-        raise MoecError(
-            f"--target {target}", "no such target", " or ".join(TARGETS), "use --target onnx"
-        )
+        refuse(f"--target {target}", "no such target", " or ".join(TARGETS), "use --target onnx")
     if precision not in TARGETS[target]:
-        raise MoecError(
+        refuse(
             f"--precision {precision} --target {target}",
             _NOT_YET.get(precision) or _unknown_precision(precision),
-            " or ".join(TARGETS[target]), f"use --precision {next(iter(TARGETS[target]))}",
-        )  # fmt: skip
+            " or ".join(TARGETS[target]),
+            f"use --precision {next(iter(TARGETS[target]))}",
+        )
     stays, packed = TARGETS[target][precision]
     if scheme and scheme.layout == "moec":
         stays = None
     elif scheme:
         packed = None
     if scheme and scheme.cache and target == "ort":
-        raise MoecError(
+        refuse(
             f"--target ort with FP8 caches (scheme {scheme.name})",
-            "GroupQueryAttention, which has none on a CPU", "--cache wide, or --target onnx",
+            "GroupQueryAttention, which has none on a CPU",
+            "--cache wide, or --target onnx",
             "add --cache wide",
-        )  # fmt: skip
+        )
     mode = weights or ("in-place" if stays else "pack")
     if mode not in _PLACEMENTS:
         raise _unknown_placement(mode)
     dialect = packed if mode == "pack" else stays
     if dialect is None:
-        raise MoecError(
+        refuse(
             f"--weights {mode} --target {target} --precision {precision}",
-            "no graph for weights that are rewritten" if mode == "pack"
+            "no graph for weights that are rewritten"
+            if mode == "pack"
             else "a precision whose weights must be rewritten",
             "in-place, link or copy" if mode == "pack" else "pack",
             "leave --weights out",
-        )  # fmt: skip
+        )
     if dialect == "tensorrt" and scheme and wants_plugin(scheme):
         dialect = "tensorrt-plugin"
     return dialect, mode
@@ -134,8 +135,10 @@ def check_placement(mode: str, packs: bool) -> None:
     if mode not in _PLACEMENTS:
         raise _unknown_placement(mode)
     if packs != (mode == "pack"):
-        raise MoecError(
-            f"--weights {mode}", "an artefact built for weights that are "
+        refuse(
+            f"--weights {mode}",
+            "an artefact built for weights that are "
             + ("rewritten" if packs else "left as they are"),
-            "pack" if packs else "in-place, link or copy", "leave --weights out",
-        )  # fmt: skip
+            "pack" if packs else "in-place, link or copy",
+            "leave --weights out",
+        )

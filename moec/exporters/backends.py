@@ -31,7 +31,7 @@ from moec.exporters.tensorrt.build import build_engines
 from moec.exporters.tensorrt.support import check_expressible
 from moec.exporters.torch import program
 from moec.graph_builder.passes.torch_support import check_fusible
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.joined import fused_packings
 from moec.weights.packing import Packing
@@ -138,8 +138,10 @@ def backend_of(artefact: Artefact) -> Backend:
         or manifest.dialect not in known
         or (backend.presets(False, False) and not manifest.presets)
     ):
-        raise MoecError(
-            f"{artefact.path}: dialect {manifest.dialect}", "built by another version of moec",
-            " or ".join(known), "build the artefact again",
-        )  # fmt: skip
+        refuse(
+            f"{artefact.path}: dialect {manifest.dialect}",
+            "built by another version of moec",
+            " or ".join(known),
+            "build the artefact again",
+        )
     return backend

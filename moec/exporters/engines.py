@@ -12,7 +12,7 @@ from moec.artefact.targets import PACKAGES
 from moec.exporters.backends import backend_of
 from moec.exporters.tensorrt.build import ENGINES, check_options, need_package
 from moec.exporters.tensorrt.trtexec import commands
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 
 def build_engines(
@@ -77,10 +77,12 @@ def trtexec_commands(artefact: str | Path) -> list[str]:
     built = open_artefact(artefact)
     _options_of(built)
     if built.manifest.target != "tensorrt":
-        raise MoecError(
-            artefact, f"an artefact of target {built.manifest.target}", "target tensorrt",
+        refuse(
+            artefact,
+            f"an artefact of target {built.manifest.target}",
+            "target tensorrt",
             "build it with --target tensorrt",
-        )  # fmt: skip
+        )
     return list(commands(built))
 
 
@@ -88,8 +90,10 @@ def _options_of(artefact: Artefact) -> EngineOptions:
     """What engines of `artefact` are built for."""
     options = artefact.manifest.options
     if artefact.manifest.target not in PACKAGES or options is None:
-        raise MoecError(
-            artefact.path, f"an artefact of target {artefact.manifest.target}, without engines",
-            " or ".join(PACKAGES), "build it with --target tensorrt",
-        )  # fmt: skip
+        refuse(
+            artefact.path,
+            f"an artefact of target {artefact.manifest.target}, without engines",
+            " or ".join(PACKAGES),
+            "build it with --target tensorrt",
+        )
     return options

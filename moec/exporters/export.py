@@ -36,7 +36,7 @@ from moec.exporters.onnx.write import GENAI
 from moec.exporters.precision import in_precision
 from moec.exporters.tensorrt.build import ENGINES, check_options, need_package
 from moec.spec.calibration import Calibration, read_calibration, static_scales
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 from moec.spec.files import diff, load_spec
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
@@ -137,10 +137,12 @@ def export(
         backend = BACKENDS[target]
         backend.check(spec, precision)
         if options is not None and not backend.engines:
-            raise MoecError(
-                "options", f"target {target}, which has no engines", "tensorrt or tensorrt-rtx",
+            refuse(
+                "options",
+                f"target {target}, which has no engines",
+                "tensorrt or tensorrt-rtx",
                 "leave them out",
-            )  # fmt: skip
+            )
         sizes = options or EngineOptions()
         if backend.engines:
             sizes = check_options(sizes, target, dialect)
@@ -153,9 +155,7 @@ def export(
         if checkpoint:
             _refuse_inside(path, checkpoint.folder)
         if scales is not None and not checkpoint:
-            raise MoecError(
-                "--scales", "a build without weights", "a checkpoint", "give it to bind instead"
-            )
+            refuse("--scales", "a build without weights", "a checkpoint", "give it to bind instead")
         constants = _constants(spec, mode, scales, checkpoint.folder) if checkpoint else {}
     with stages("graph"):
         graphs = backend.graphs(spec, compute_of(target, precision), dialect, sizes)
@@ -194,11 +194,14 @@ def _with_engines(art: Artefact, progress: Progress) -> Artefact:
     try:
         return build_engines(art, progress=progress)
     except MoecError as error:
-        raise MoecError(
-            error.where, error.found, error.expected,
-            f"{error.next_step}; the rest is there: python cli.py engine {art.path}",
+        refuse(
+            error.where,
+            error.found,
+            error.expected,
+            f"{error.next_step}; the rest is there: moec engine {art.path}",
             exit_code=error.exit_code,
-        ) from error  # fmt: skip
+            cause=error,
+        )
 
 
 @_no_collection()
@@ -239,11 +242,11 @@ def bind(
         odd = [row for row in diff(spec, wanted) if row[0] != "provenance"]
         if odd:
             field_path, found, expected = odd[0]
-            raise MoecError(
+            refuse(
                 f"{checkpoint}: {field_path}",
                 found,
                 f"{expected}, as {artefact} was built ({len(odd)} fields differ)",
-                f"python cli.py build --checkpoint {checkpoint}",
+                f"moec build --checkpoint {checkpoint}",
             )
         constants = _constants(built.manifest.spec, mode, scales, read.folder)
         options = built.manifest.options
@@ -253,9 +256,16 @@ def bind(
             need_package(PACKAGES[built.manifest.target])
         models = {part: backend.load(built, part) for part in built.parts}
     art = _write(
-        path, models, built.manifest, read, entries, mode, stages, constants,
+        path,
+        models,
+        built.manifest,
+        read,
+        entries,
+        mode,
+        stages,
+        constants,
         engines=built if stays else None,
-    )  # fmt: skip
+    )
     return _with_engines(art, progress) if wants else art
 
 
@@ -343,10 +353,12 @@ def _constants(
     scheme = spec.scheme
     wanted = mode == "pack" and scheme is not None and scheme.static
     if scales is not None and not wanted:
-        raise MoecError(
-            "--scales", "a build that has no static scales to find",
-            "a scheme with static scales, on wide weights", "leave --scales out",
-        )  # fmt: skip
+        refuse(
+            "--scales",
+            "a build that has no static scales to find",
+            "a scheme with static scales, on wide weights",
+            "leave --scales out",
+        )
     if scheme is None or not wanted:
         return {}
     if scales is None and (checkpoint / SCALES).is_file():
@@ -358,10 +370,12 @@ def _constants(
     for name, each in static_scales(spec, found).items():
         scale = torch.tensor(each, dtype=dtype).clamp(min=torch.finfo(dtype).smallest_normal)
         if not bool(scale.isfinite().all()):
-            raise MoecError(
-                f"--scales: {name}", f"{each}, which {scheme.scales} cannot hold",
-                "a finite scale", "use scales: fp32 in the scheme, or calibrate again",
-            )  # fmt: skip
+            refuse(
+                f"--scales: {name}",
+                f"{each}, which {scheme.scales} cannot hold",
+                "a finite scale",
+                "use scales: fp32 in the scheme, or calibrate again",
+            )
         constants[name] = scale
     return constants
 
@@ -369,10 +383,12 @@ def _constants(
 def _refuse_inside(out: Path, checkpoint: Path) -> None:
     """Refuse an `out` that is the checkpoint or holds it: replacing `out` would delete it."""
     if checkpoint.resolve().is_relative_to(out.resolve()):
-        raise MoecError(
-            f"--out {out}", f"the folder of the checkpoint {checkpoint}", "another folder",
+        refuse(
+            f"--out {out}",
+            f"the folder of the checkpoint {checkpoint}",
+            "another folder",
             "choose another --out",
-        )  # fmt: skip
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.files import load_scheme
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
@@ -28,35 +28,40 @@ def in_precision(
     if precision != "fp8":
         odd = next((n for n, v in (("scheme", scheme), ("cache", cache)) if v is not None), None)
         if odd:
-            raise MoecError(
-                f"--{odd}", f"--precision {precision}", "--precision fp8", "add --precision fp8"
-            )
+            refuse(f"--{odd}", f"--precision {precision}", "--precision fp8", "add --precision fp8")
         if spec.scheme:
             found = f"{spec.name}, whose weights are FP8 ({spec.scheme.name})"
-            raise MoecError(
-                f"--precision {precision}", found, "--precision fp8",
+            refuse(
+                f"--precision {precision}",
+                found,
+                "--precision fp8",
                 "add --precision fp8, or build from bf16 weights",
-            )  # fmt: skip
+            )
         return spec
     if spec.scheme and scheme is not None:
-        raise MoecError(
-            f"--scheme {scheme}", f"{spec.name}, which is FP8 already ({spec.scheme.name})",
-            "no --scheme", "leave it out, or quantise bf16 weights",
-        )  # fmt: skip
+        refuse(
+            f"--scheme {scheme}",
+            f"{spec.name}, which is FP8 already ({spec.scheme.name})",
+            "no --scheme",
+            "leave it out, or quantise bf16 weights",
+        )
     chosen = spec.scheme or load_scheme(default if scheme is None else scheme)
     if not spec.scheme and chosen.layout != "moec":
-        raise MoecError(
-            f"--scheme {chosen.name}: layout", f"{chosen.layout}, of a checkpoint that is FP8",
-            "moec, for wide weights", "leave layout out",
-        )  # fmt: skip
+        refuse(
+            f"--scheme {chosen.name}: layout",
+            f"{chosen.layout}, of a checkpoint that is FP8",
+            "moec, for wide weights",
+            "leave layout out",
+        )
     if cache not in (None, "fp8", "wide"):
-        raise MoecError(f"--cache {cache}", "no such kind", "fp8 or wide", "choose one of them")
+        refuse(f"--cache {cache}", "no such kind", "fp8 or wide", "choose one of them")
     if cache == "fp8" and spec.scheme and not spec.scheme.cache:
-        raise MoecError(
-            "--cache fp8", f"{spec.name}, a checkpoint without scales for keys and values",
+        refuse(
+            "--cache fp8",
+            f"{spec.name}, a checkpoint without scales for keys and values",
             "a checkpoint that has them, or weights that moec quantises",
             "leave --cache out, or build from bf16 weights",
-        )  # fmt: skip
+        )
     if cache:
         chosen = chosen.model_copy(update={"cache": cache == "fp8"})
     done = spec.model_copy(update={"scheme": chosen})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 
 #: inputs or outputs that a step of a product takes at least
@@ -55,8 +55,10 @@ def check_sizes(spec: ModelSpec) -> None:
     if not is_head(text.head_dim):
         odd.append(f"text.head_dim {text.head_dim}")
     if odd:
-        raise MoecError(
-            f"device cuda: {spec.name}", ", ".join(odd),
+        refuse(
+            f"device cuda: {spec.name}",
+            ", ".join(odd),
             f"multiples of {SMALLEST}; text.head_dim a power of 2, {SMALLEST_HEAD} or more",
-            PLAIN, exit_code=3,
-        )  # fmt: skip
+            PLAIN,
+            exit_code=3,
+        )

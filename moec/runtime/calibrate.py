@@ -14,7 +14,7 @@ from moec.runtime.cache import new_cache
 from moec.runtime.engines.eager import fill
 from moec.runtime.inputs.token_file import read_rows
 from moec.spec.calibration import Calibration
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
 
@@ -113,12 +113,14 @@ def calibrate(
     folder = Path(checkpoint)
     spec, _, entries = read_model(folder)
     if spec.scheme:
-        raise MoecError(
-            folder, f"FP8 weights ({spec.scheme.name})", "wide weights",
+        refuse(
+            folder,
+            f"FP8 weights ({spec.scheme.name})",
+            "wide weights",
             "calibrate the checkpoint that they were made from",
-        )  # fmt: skip
+        )
     if not 0 < percentile <= 100:
-        raise MoecError("--percentile", percentile, "above 0, at most 100", "leave it out")
+        refuse("--percentile", percentile, "above 0, at most 100", "leave it out")
     rows = read_rows(tokens, spec, folder)
     graph = build_graph(spec)
     fill(graph, entries)
@@ -149,10 +151,12 @@ def _result(model: str, observer: _Observer, tokens: int, percentile: float) -> 
     every = observer.inputs | {name: [site] for name, site in observer.caches.items()}
     for name, sites in every.items():
         if not all(site.largest < torch.inf for site in sites):
-            raise MoecError(
-                f"calibration of {model}: {name}", "values that are not finite", "finite weights",
-                f"python cli.py validate, on an artefact of {model}",
-            )  # fmt: skip
+            refuse(
+                f"calibration of {model}: {name}",
+                "values that are not finite",
+                "finite weights",
+                f"moec validate, on an artefact of {model}",
+            )
     inputs: dict[str, float | tuple[float, ...]] = {}
     unseen: list[str] = []
     for name, sites in observer.inputs.items():
@@ -165,6 +169,10 @@ def _result(model: str, observer: _Observer, tokens: int, percentile: float) -> 
         unseen += [f"{name}[{i}]" for i, size in enumerate(found) if size is None]
     caches = {name: site.found for name, site in observer.caches.items()}
     return Calibration(
-        model=model, tokens=tokens, percentile=percentile, inputs=inputs, caches=caches,
+        model=model,
+        tokens=tokens,
+        percentile=percentile,
+        inputs=inputs,
+        caches=caches,
         unseen=tuple(unseen),
-    )  # fmt: skip
+    )

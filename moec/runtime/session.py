@@ -24,7 +24,7 @@ from moec.runtime.engines.tensorrt import tensorrt_engine
 from moec.runtime.engines.torch_program import torch_engine
 from moec.runtime.inputs.arrays import Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.sampling import sample
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
 from moec.weights.view import TORCH_DTYPES
@@ -106,10 +106,12 @@ class Session:
             MoecError: more rows or positions than the engine takes, or than the GPU has room for.
         """
         if self.batch is not None and batch > self.batch:  # the first decode step would be refused
-            raise MoecError(
-                f"{batch} rows", f"an engine for a batch of {self.batch}",
-                f"{self.batch} or fewer", f"give it fewer at once, or build with --batch {batch}",
-            )  # fmt: skip
+            refuse(
+                f"{batch} rows",
+                f"an engine for a batch of {self.batch}",
+                f"{self.batch} or fewer",
+                f"give it fewer at once, or build with --batch {batch}",
+            )
         return self._new_cache(batch, capacity)
 
     def _new_cache(self, batch: int, capacity: int) -> Cache:
@@ -120,10 +122,12 @@ class Session:
 
     def _check_context(self, positions: int) -> None:
         if self.context is not None and positions > self.context:
-            raise MoecError(
-                f"{positions} positions", f"an engine for a context of {self.context}",
-                f"{self.context} or fewer", f"build with --context {positions}",
-            )  # fmt: skip
+            refuse(
+                f"{positions} positions",
+                f"an engine for a context of {self.context}",
+                f"{self.context} or fewer",
+                f"build with --context {positions}",
+            )
 
     def prefill(
         self,
@@ -329,7 +333,7 @@ class Session:
         each, counts = self.spec.vision.tokens, self.image_mask(ids, lengths).sum(1)
         if int(counts.sum()) != each * len(tiles) or bool((counts % each).any()):
             rows = f", by row {counts.tolist()}" if len(ids) > 1 else ""
-            raise MoecError(
+            refuse(
                 "input_ids",
                 f"{int(counts.sum())} image tokens (id {self.spec.tokens.image}) for {len(tiles)} "
                 f"tiles of pixel_values{rows}",
@@ -354,11 +358,12 @@ class Session:
         images = self.image_mask(ids, lengths)
         expected = (int(images.sum()), self.spec.text.dim)
         if self.spec.vision is None or tuple(features.shape) != expected:
-            raise MoecError(
-                "features", f"{list(features.shape)}",
+            refuse(
+                "features",
+                f"{list(features.shape)}",
                 f"{list(expected)}, one for each image token, and a model with a vision tower",
                 "take them from Session.image_features",
-            )  # fmt: skip
+            )
         return features.to(TORCH_DTYPES[self.precision]), images
 
 
@@ -392,18 +397,23 @@ def open_session(
     ):
         if given not in known:
             expected = " or ".join(filter(None, known))
-            raise MoecError(f"{name} {given}", f"no such {name}", expected, "choose one of them")
+            refuse(f"{name} {given}", f"no such {name}", expected, "choose one of them")
     if device == "cuda" and engine in ("eager", "interpreter"):
-        raise MoecError(
-            "device cuda", f"engine {engine}", "another engine; this one runs on the cpu",
-            "leave engine out", exit_code=3,
-        )  # fmt: skip
+        refuse(
+            "device cuda",
+            f"engine {engine}",
+            "another engine; this one runs on the cpu",
+            "leave engine out",
+            exit_code=3,
+        )
     if not (path / NAME).is_file() and (path / "config.json").is_file():
         if engine not in (None, "eager"):
-            raise MoecError(
-                path, "a checkpoint", f"an artefact for engine {engine}",
-                f"python cli.py build --checkpoint {path}",
-            )  # fmt: skip
+            refuse(
+                path,
+                "a checkpoint",
+                f"an artefact for engine {engine}",
+                f"moec build --checkpoint {path}",
+            )
         spec, _, entries = read_model(path)
         return eager_session(spec, entries, "fp32")
     artefact = open_artefact(path)
@@ -413,10 +423,12 @@ def open_session(
     own = artefact.manifest.engine
     able = (own, "interpreter") if own == "tensorrt" else (own,)
     if engine not in (None, *able):
-        raise MoecError(
-            f"engine {engine}: {path}", f"an artefact of target {artefact.manifest.target}",
-            f"engine {' or '.join((*able, 'eager'))}", "leave engine out",
-        )  # fmt: skip
+        refuse(
+            f"engine {engine}: {path}",
+            f"an artefact of target {artefact.manifest.target}",
+            f"engine {' or '.join((*able, 'eager'))}",
+            "leave engine out",
+        )
     if engine == "interpreter":
         return interpreter_session(artefact)
     return artefact_session(artefact, device, preset)
@@ -439,9 +451,16 @@ def interpreter_session(artefact: Artefact, taps: Sequence[str] = ()) -> Session
     run = interpreter(artefact, taps)
     vision = once(partial(interpreter, artefact, part="vision"))
     return Session(
-        manifest.spec, "fp32", "interpreter", run, artefact, vision, "buffers",
-        piece=options.piece, context=options.context,
-    )  # fmt: skip
+        manifest.spec,
+        "fp32",
+        "interpreter",
+        run,
+        artefact,
+        vision,
+        "buffers",
+        piece=options.piece,
+        context=options.context,
+    )
 
 
 def tensorrt_session(artefact: Artefact, device: str = "cuda") -> Session:
@@ -450,18 +469,29 @@ def tensorrt_session(artefact: Artefact, device: str = "cuda") -> Session:
     run = tensorrt_engine(artefact, device=device)
     vision = once(partial(tensorrt_engine, artefact, part="vision", device=device))
     return Session(
-        manifest.spec, manifest.compute, "tensorrt", run, artefact, vision, "buffers", device,
-        options.piece, options.context, options.batch,
-    )  # fmt: skip
+        manifest.spec,
+        manifest.compute,
+        "tensorrt",
+        run,
+        artefact,
+        vision,
+        "buffers",
+        device,
+        options.piece,
+        options.context,
+        options.batch,
+    )
 
 
 def _options(artefact: Artefact) -> EngineOptions:
     options = artefact.manifest.options
     if options is None:
-        raise MoecError(
-            f"{artefact.path / NAME}: options", "null", "the sizes that an engine is built for",
+        refuse(
+            f"{artefact.path / NAME}: options",
+            "null",
+            "the sizes that an engine is built for",
             "build the artefact again",
-        )  # fmt: skip
+        )
     return options
 
 
@@ -476,9 +506,16 @@ def torch_session(
     run = torch_engine(artefact, device, taps, weights=weights)
     vision = once(partial(torch_engine, artefact, device, part="vision"))
     return Session(
-        manifest.spec, manifest.compute, "torch", run, artefact, vision, "buffers", device,
+        manifest.spec,
+        manifest.compute,
+        "torch",
+        run,
+        artefact,
+        vision,
+        "buffers",
+        device,
         LONG_PIECE if device == "cuda" else PIECE,
-    )  # fmt: skip
+    )
 
 
 def ort_session(
@@ -489,9 +526,15 @@ def ort_session(
     run = ort_engine(artefact, preset, taps, device=device)
     vision = once(partial(ort_engine, artefact, preset, part="vision", device=device))
     return Session(
-        manifest.spec, manifest.compute, "onnxruntime", run, artefact, vision,
-        "buffers" if manifest.buffered else "slots", device,
-    )  # fmt: skip
+        manifest.spec,
+        manifest.compute,
+        "onnxruntime",
+        run,
+        artefact,
+        vision,
+        "buffers" if manifest.buffered else "slots",
+        device,
+    )
 
 
 def eager_session(
@@ -522,7 +565,7 @@ def _check_settings(
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
     ):
         if not good:
-            raise MoecError(name, given, expected, f"correct --{name.replace('_', '-')}")
+            refuse(name, given, expected, f"correct --{name.replace('_', '-')}")
 
 
 def _like(given: object, result: Tensor) -> Any:

@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import read_json
 from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import LARGEST, STATIC
 from moec.spec.tensors import input_scale_of, quantized, scale_of
 
-_NEXT = "python cli.py calibrate CHECKPOINT --tokens FILE --out scales.json"
+_NEXT = "moec calibrate CHECKPOINT --tokens FILE --out scales.json"
 
 
 class Calibration(Frozen):
@@ -40,12 +40,12 @@ def read_calibration(path: str | Path) -> Calibration:
         return Calibration.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        raise MoecError(
+        refuse(
             f"{path}: {'.'.join(map(str, first['loc']))}",
             first["msg"],
             "scales of calibrate",
             _NEXT,
-        ) from None
+        )
 
 
 def static_scales(
@@ -60,10 +60,12 @@ def static_scales(
     if scheme is None or not scheme.static:
         return {}
     if calibration is None:
-        raise MoecError(
-            f"scheme {scheme.name} of {spec.name}", "static scales, and no calibration",
-            "--scales FILE", _NEXT,
-        )  # fmt: skip
+        refuse(
+            f"scheme {scheme.name} of {spec.name}",
+            "static scales, and no calibration",
+            "--scales FILE",
+            _NEXT,
+        )
     found: dict[str, tuple[float, ...] | float] = {}
     for name, rule in quantized(spec).items():
         if rule.inputs in STATIC:

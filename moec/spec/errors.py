@@ -1,11 +1,13 @@
-"""The one error type that users see."""
+"""The one error type that users see, and the one way to raise it."""
+
+from typing import NoReturn
 
 
 class MoecError(Exception):
     """A refusal in four lines: where, what was found, what was expected, what to do next.
 
-    `exit_code` is what the command line ends with: 2 for bad input, 3 for a missing package or
-    device, 1 for a check that failed.
+    No part is ever empty. `exit_code` is what the command line ends with: 2 for bad input, 3 for a
+    missing package or device, 1 for a check that failed.
     """
 
     def __init__(
@@ -23,6 +25,30 @@ class MoecError(Exception):
         )
 
 
+def refuse(
+    where: object,
+    found: object,
+    expected: object,
+    next_step: str,
+    *,
+    exit_code: int = 2,
+    cause: BaseException | None = None,
+) -> NoReturn:
+    """Raise a `MoecError` of these parts.
+
+    The exception that is being handled stays hidden, because the message says what it meant; pass
+    it as `cause` where a developer needs its traceback too.
+
+    Raises:
+        MoecError: always.
+    """
+    raise MoecError(where, found, expected, next_step, exit_code) from cause
+
+
 def _line(text: object) -> str:
-    """`text` on one line; control characters, which a file may hold in a name, become "?"."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(str(text).splitlines()))
+    """Put `text` on one line; an empty one reads "nothing".
+
+    A file may hold control characters in a name: each becomes "?".
+    """
+    line = " ".join(str(text).splitlines()).strip()
+    return "".join(char if char.isprintable() else "?" for char in line) or "nothing"

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 
 REQUIRED: Any = object()
-_NEXT = "correct the field, or describe the model in a spec file (python cli.py spec schema)"
+_NEXT = "correct the field, or describe the model in a spec file (moec spec schema)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -16,15 +16,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise MoecError(
-            path, error.strerror or error, "a readable JSON file", f"check that {path} exists"
-        ) from None
+        refuse(path, error.strerror or error, "a readable JSON file", f"check that {path} exists")
     except (ValueError, RecursionError) as error:
-        raise MoecError(
-            path, f"broken JSON: {error}", "one JSON object", "fetch the file again"
-        ) from None
+        refuse(path, f"broken JSON: {error}", "one JSON object", "fetch the file again")
     if not isinstance(value, dict):
-        raise MoecError(path, type(value).__name__, "one JSON object", "fetch the file again")
+        refuse(path, type(value).__name__, "one JSON object", "fetch the file again")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.frozen import Frozen
 from moec.spec.hf.config import read_config
 from moec.spec.model import ModelSpec
@@ -28,11 +28,11 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
         return read_config(path / "config.json")
     if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
         return _read_file(path, ModelSpec, "a spec by the schema")
-    raise MoecError(
+    refuse(
         source,
         "neither a preset, nor a spec file, nor a checkpoint folder",
         f"one of {', '.join(PRESETS)}, a .yaml or .json file, or a folder with config.json",
-        "python cli.py spec list",
+        "moec spec list",
     )
 
 
@@ -45,10 +45,12 @@ def load_scheme(source: str | Path | Scheme) -> Scheme:
     path = Path(source)
     if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
         return _read_file(path, Scheme, "a scheme: name, rules, block, cache; see docs/formats.md")
-    raise MoecError(
-        f"--scheme {source}", "neither a scheme nor a file of one",
-        f"{', '.join(SCHEMES)}, or a .yaml or .json file", "choose one of them",
-    )  # fmt: skip
+    refuse(
+        f"--scheme {source}",
+        "neither a scheme nor a file of one",
+        f"{', '.join(SCHEMES)}, or a .yaml or .json file",
+        "choose one of them",
+    )
 
 
 _Data = TypeVar("_Data", bound=Frozen)
@@ -60,18 +62,18 @@ def _read_file(path: Path, kind: type[_Data], expected: str) -> _Data:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         summary = " ".join(str(error).split())
-        raise MoecError(path, summary, "a readable JSON or YAML file", "correct it") from None
+        refuse(path, summary, "a readable JSON or YAML file", "correct it")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise MoecError(
+        refuse(
             f"{path}: {field}",
             f"{first['msg']} (value {str(first['input'])[:80]})",
             expected,
-            "python cli.py spec schema" if kind is ModelSpec else "correct it",
-        ) from None
+            "moec spec schema" if kind is ModelSpec else "correct it",
+        )
 
 
 def dump_yaml(spec: ModelSpec) -> str:

@@ -231,4 +231,4 @@ def _pairs(context: int, chunk: int | None) -> float:
 
 
 def _bad(what: str, found: object, expected: str) -> MoecError:
-    return MoecError(f"plan: {what}", found, expected, "python cli.py plan --help")
+    return MoecError(f"plan: {what}", found, expected, "moec plan --help")

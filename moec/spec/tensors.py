@@ -10,7 +10,7 @@ dimensions that say what they mean:
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import Shape, parameters
 from moec.spec.scheme import STATIC, Rule
@@ -51,24 +51,30 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
     names = eligible(spec)
     for rule in scheme.rules:
         if not any(map(rule.matches, names)):
-            raise MoecError(
-                f"scheme {scheme.name}: {', '.join(rule.of)}", f"no such weight in {spec.name}",
-                f"patterns over names such as {', '.join(names[:3])}", "correct the scheme",
-            )  # fmt: skip
+            refuse(
+                f"scheme {scheme.name}: {', '.join(rule.of)}",
+                f"no such weight in {spec.name}",
+                f"patterns over names such as {', '.join(names[:3])}",
+                "correct the scheme",
+            )
     found = {name: each for name in names if (each := scheme.rule(name))}
     static = [n for n, each in found.items() if each.inputs in STATIC and n.startswith("vision.")]
     if static and scheme.layout == "moec":
-        raise MoecError(
-            f"scheme {scheme.name}: {static[0]}", "static input scales in the vision tower",
-            "dynamic ones: calibration runs on text", "use inputs: token there",
-        )  # fmt: skip
+        refuse(
+            f"scheme {scheme.name}: {static[0]}",
+            "static input scales in the vision tower",
+            "dynamic ones: calibration runs on text",
+            "use inputs: token there",
+        )
     for layer in spec.text.all_layers:
         both = [found.get(f"layers.{layer.index}.moe.{part}") for part in ("gate_up", "down")]
         if len({each and each.inputs for each in both}) > 1:
-            raise MoecError(
-                f"scheme {scheme.name}: layers.{layer.index}.moe", "gate_up and down apart",
-                "both in FP8 with the same inputs, or neither", "correct the scheme",
-            )  # fmt: skip
+            refuse(
+                f"scheme {scheme.name}: layers.{layer.index}.moe",
+                "gate_up and down apart",
+                "both in FP8 with the same inputs, or neither",
+                "correct the scheme",
+            )
     return found
 
 

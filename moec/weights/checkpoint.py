@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.fields import read_json
 from moec.weights.shard import Shard, TensorEntry, read_shard
 
@@ -33,16 +33,14 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     elif (folder / SINGLE).exists():
         files = {SINGLE: None}
     else:
-        raise MoecError(
-            folder, "no safetensors weights", f"{INDEX} or {SINGLE}", "check --checkpoint"
-        )
+        refuse(folder, "no safetensors weights", f"{INDEX} or {SINGLE}", "check --checkpoint")
     shards, tensors = [], {}
     for name, listed in files.items():
         shard = read_shard(_resolve(folder, name), name)
         found = set(shard.tensors)
         if listed is not None and found != listed:
             odd = sorted(found ^ listed)[0]
-            raise MoecError(
+            refuse(
                 f"{folder / INDEX}: {odd}",
                 f"listed for {name}, not in it" if odd in listed else f"in {name}, not listed",
                 "the same tensors in the index as in its shards",
@@ -56,13 +54,11 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 def _read_index(path: Path) -> dict[str, set[str] | None]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MoecError(
-            f"{path}: weight_map", "missing or empty", "tensor names to files", "fetch it again"
-        )
+        refuse(f"{path}: weight_map", "missing or empty", "tensor names to files", "fetch it again")
     files: dict[str, set[str] | None] = {}
     for tensor, name in weight_map.items():
         if not _stays_inside(name):
-            raise MoecError(
+            refuse(
                 f"{path}: {tensor}",
                 f"file {name!r}",
                 "a relative path to a .safetensors file inside the checkpoint folder",
@@ -87,7 +83,5 @@ def _resolve(folder: Path, name: str) -> Path:
     """The real file: a Hugging Face cache links `snapshots/REV/x` to `blobs/HASH`."""
     path = folder / name
     if any(len(part) > 255 for part in path.parts) or not path.is_file():
-        raise MoecError(
-            path, "no such shard", "a file that the index names", "fetch the missing shard"
-        )
+        refuse(path, "no such shard", "a file that the index names", "fetch the missing shard")
     return path.resolve()

@@ -33,8 +33,11 @@ def fused_tensors(spec: ModelSpec, wide: str = "bf16", part: str = "model") -> d
     if part == "vision":
         return {name: Fused(s, wide, (name,)) for name, s in vision_parameters(spec).items()}
     narrow = fp8_pieces(spec)
-    found = {name: Fused(shape, wide, (name,))
-             for name, shape in text_parameters(spec).items() if name not in narrow}  # fmt: skip
+    found = {
+        name: Fused(shape, wide, (name,))
+        for name, shape in text_parameters(spec).items()
+        if name not in narrow
+    }
     for name, shape, pieces in _joined(spec.text):
         found[name] = Fused(shape, "fp8", pieces)
         found[scale_of(name)] = Fused(shape[:-1], "fp32", tuple(map(scale_of, pieces)))

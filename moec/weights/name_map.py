@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.files import load_spec
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
@@ -61,7 +61,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     for row in expected:
         entry = found.pop(row.key, None)
         if entry is None:
-            raise MoecError(
+            refuse(
                 f"{checkpoint.folder}: {row.key}",
                 "no such tensor",
                 f"{row.dtype} {list(row.shape)}",
@@ -70,7 +70,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
         if _is_scale(row.name):
             entry = _checked_scale(row, entry)
         if (entry.dtype, entry.shape) != (row.dtype, row.shape):
-            raise MoecError(
+            refuse(
                 f"{entry.file}: {row.key}",
                 f"{entry.dtype} {list(entry.shape)}",
                 f"{row.dtype} {list(row.shape)}, "
@@ -81,7 +81,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     if found:
         name = min(found)
         what = "scale, of something that config.json leaves wide" if _is_scale(name) else "tensor"
-        raise MoecError(
+        refuse(
             f"{found[name].file}: {name}",
             f"unexpected {what} ({len(found)} in all)",
             f"the {len(expected)} tensors of this config",
@@ -103,8 +103,10 @@ def _checked_scale(row: Row, entry: TensorEntry) -> TensorEntry:
         values = view(entry).float()
         bad = values[~(values.isfinite() & (values > 0))]
         if len(bad):
-            raise MoecError(
-                f"{entry.file}: {row.key}", f"{bad[0].item()} ({len(bad)} of {values.numel()})",
-                "scales that are finite and above 0", "fetch the shard again",
-            )  # fmt: skip
+            refuse(
+                f"{entry.file}: {row.key}",
+                f"{bad[0].item()} ({len(bad)} of {values.numel()})",
+                "scales that are finite and above 0",
+                "fetch the shard again",
+            )
     return entry

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.weights import fp8
 from moec.weights.packing import Packing, arrange, store
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
@@ -218,8 +218,11 @@ def _transposed(
         turned[at, rows].copy_(codes[at, :, rows].contiguous().t())
         return place, turned[at, rows]
 
-    places = (_Place(matrix, start, min(start + step, outer))
-              for matrix in matrices for start in range(0, outer, step))  # fmt: skip
+    places = (
+        _Place(matrix, start, min(start + step, outer))
+        for matrix in matrices
+        for start in range(0, outer, step)
+    )
     yield from pool.map(turn, places)
 
 
@@ -249,10 +252,12 @@ def _write_rows(
 def _refuse_odd(packing: Packing, entry: TensorEntry, values: Tensor) -> None:
     if not bool(values.isfinite().all()):
         what = f"values that {packing.dtype} cannot hold"
-        raise MoecError(
-            f"{entry.file}: {entry.name}", "infinity or NaN" if packing.fp8 else what,
-            "finite weights", "fetch the shard again, or choose another --precision",
-        )  # fmt: skip
+        refuse(
+            f"{entry.file}: {entry.name}",
+            "infinity or NaN" if packing.fp8 else what,
+            "finite weights",
+            "fetch the shard again, or choose another --precision",
+        )
 
 
 def _places(entry: TensorEntry, matrices: range, multiple: int) -> Iterator[_Place]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 #: safetensors dtype -> (our name, bytes per element)
 DTYPES = {
@@ -84,12 +84,12 @@ def read_shard(path: Path, name: str = "") -> Shard:
             size = path.stat().st_size
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
-                raise MoecError(
+                refuse(
                     path, f"{size} bytes, header of {length}", "a complete safetensors file", _FETCH
                 )
             header = file.read(length)
     except OSError as error:
-        raise MoecError(path, error.strerror, "a readable shard", _FETCH) from None
+        refuse(path, error.strerror, "a readable shard", _FETCH)
     try:
         rows = json.loads(header)
         tensors = {
@@ -98,10 +98,10 @@ def read_shard(path: Path, name: str = "") -> Shard:
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MoecError(path, f"broken header: {error!r}", "a safetensors header", _FETCH) from None
+        refuse(path, f"broken header: {error!r}", "a safetensors header", _FETCH)
     for entry in tensors.values():
         if entry.offset + entry.nbytes > size:
-            raise MoecError(
+            refuse(
                 f"{path}: {entry.name}",
                 f"the file ends at byte {size}",
                 f"{entry.offset + entry.nbytes} bytes; the shard is cut short",
@@ -110,9 +110,7 @@ def read_shard(path: Path, name: str = "") -> Shard:
     used = 0
     for entry in sorted(tensors.values(), key=lambda each: (each.offset, each.nbytes)):
         if entry.offset < used:
-            raise MoecError(
-                f"{path}: {entry.name}", "bytes of another tensor", "bytes of its own", _FETCH
-            )
+            refuse(f"{path}: {entry.name}", "bytes of another tensor", "bytes of its own", _FETCH)
         used = entry.offset + entry.nbytes
     return Shard(
         name or path.name, path, size, hashlib.sha256(prefix + header).hexdigest(), tensors
@@ -132,7 +130,5 @@ def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry
     ):
         raise ValueError(f"{name}: offset {start}, shape {shape}")
     if itemsize and end - start != nbytes:
-        raise MoecError(
-            f"{path}: {name}", f"{end - start} bytes", f"{nbytes} for {dtype} {shape}", _FETCH
-        )
+        refuse(f"{path}: {name}", f"{end - start} bytes", f"{nbytes} for {dtype} {shape}", _FETCH)
     return TensorEntry(name, dtype, shape, path, data + start, end - start)

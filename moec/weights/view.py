@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.weights.shard import TensorEntry
 
 #: Our names of the float types, for weights on disk and for what a graph computes in.
@@ -42,7 +42,9 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
             at += count
         os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
     if at < len(data):
-        raise MoecError(
-            entry.file, f"ended before {entry.name}", "a file that stays as it is",
+        refuse(
+            entry.file,
+            f"ended before {entry.name}",
+            "a file that stays as it is",
             "fetch the shard, or build the artefact, again",
-        )  # fmt: skip
+        )

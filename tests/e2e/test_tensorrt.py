@@ -109,7 +109,7 @@ def test_the_plugin_wants_headers(
     with pytest.raises(MoecError, match=r"NvInferRuntime\.h") as caught:
         moec.export(narrow, "tensorrt-rtx", "fp8", tmp_path / "art", scheme="mixed")
     assert caught.value.exit_code == 3 and "TENSORRT_INCLUDE" in caught.value.next_step
-    assert f"python cli.py engine {tmp_path / 'art'}" in caught.value.next_step
+    assert f"moec engine {tmp_path / 'art'}" in caught.value.next_step
     assert not open_artefact(tmp_path / "art").manifest.engines, "all but the engine is there"
 
 

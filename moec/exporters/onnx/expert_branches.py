@@ -81,13 +81,19 @@ def guarded(
         kind = type_of(scaled)
         choice = choice_of(e, chosen, count, torch.int32)
         most = e.op(
-            "ReduceMax", [choice, e.constant([0])], TensorType((count,), torch.int32),
-            label="most", keepdims=0,
-        )  # fmt: skip
+            "ReduceMax",
+            [choice, e.constant([0])],
+            TensorType((count,), torch.int32),
+            label="most",
+            keepdims=0,
+        )
         wanted = e.op(
-            "Cast", [most], TensorType((count,), torch.bool), label="wanted",
+            "Cast",
+            [most],
+            TensorType((count,), torch.bool),
+            label="wanted",
             to=ir.DataType.BOOL.value,
-        )  # fmt: skip
+        )
         total = e.op("Mul", [scaled, zero(e, kind.dtype)], kind, label="start")
         for i in range(count):
             run, skip = e.body(f"expert.{i}"), e.body(f"no_expert.{i}")
@@ -99,9 +105,13 @@ def guarded(
                 "Gather", [wanted, e.constant(i)], TensorType((), torch.bool), label="asked", axis=0
             )
             total = e.op(
-                "If", [asked], kind, label=label if i + 1 == count else "sum",
-                then_branch=run.graph([filled]), else_branch=skip.graph([same]),
-            )  # fmt: skip
+                "If",
+                [asked],
+                kind,
+                label=label if i + 1 == count else "sum",
+                then_branch=run.graph([filled]),
+                else_branch=skip.graph([same]),
+            )
         return total
 
     return over_rows(e, node, x, scores, experts, each)

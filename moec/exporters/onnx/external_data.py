@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.weights.shard import TensorEntry
 
 _DTYPES = {
@@ -27,9 +27,7 @@ def load_onnx(path: Path) -> ir.Model:
     try:
         return ir.load(path)
     except (OSError, DecodeError, ir.serde.SerdeError, ValueError) as error:
-        raise MoecError(
-            path, error, "the ONNX of an artefact", "build the artefact again", exit_code=1
-        ) from None
+        refuse(path, error, "the ONNX of an artefact", "build the artefact again", exit_code=1)
 
 
 def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> None:

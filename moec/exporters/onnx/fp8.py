@@ -126,9 +126,11 @@ def _spread(e: Emitter, scale: ir.Value, rows: Dim, block: int, label: str) -> i
 
     deep = e.op("Unsqueeze", [scale, e.constant([1])], kind(count, 1, columns), f"{label}.deep")
     wide = e.op(
-        "Expand", [deep, e.constant([count, block, columns])], kind(count, block, columns),
+        "Expand",
+        [deep, e.constant([count, block, columns])],
+        kind(count, block, columns),
         f"{label}.wide",
-    )  # fmt: skip
+    )
     flat = e.op(
         "Reshape", [wide, e.constant([-1, columns])], kind(count * block, columns), f"{label}.flat"
     )
@@ -163,9 +165,12 @@ def lower_fp8_moe(
         dtype = type_of(rows).dtype
 
         def product(
-            rows: ir.Value, codes: list[ir.Value], scales: list[ir.Value],
-            static: ir.Value | None, label: str,
-        ) -> list[ir.Value]:  # fmt: skip
+            rows: ir.Value,
+            codes: list[ir.Value],
+            scales: list[ir.Value],
+            static: ir.Value | None,
+            label: str,
+        ) -> list[ir.Value]:
             if static is not None and type_of(static).shape:
                 static = e.weights.slice(static, expert)
             rows = _rounded(e, rows, static, inputs, block, bound, f"{label}.input")

@@ -17,7 +17,7 @@ from moec.exporters.onnx.ort_experts import BLOCK, INT8_ACTIVATIONS, lower_fused
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops
 from moec.graph_builder.types import TensorType
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 
 _INT64 = torch.int64
@@ -46,9 +46,12 @@ def _buffered_attention(
         sides = (e.cast(e.constant(np.float32(x)), kind.dtype, f"{x:.0f}") for x in (0, MASKED))
         inputs += [None, None, None, e.op("Where", [mask, *sides], kind, label="bias")]
     return e.ops(
-        f"{MICROSOFT}::GroupQueryAttention", inputs, node.meta["type"],
-        num_heads=heads, kv_num_heads=kv_heads,
-    )  # fmt: skip
+        f"{MICROSOFT}::GroupQueryAttention",
+        inputs,
+        node.meta["type"],
+        num_heads=heads,
+        kv_num_heads=kv_heads,
+    )
 
 
 def _skip_norm(
@@ -58,9 +61,11 @@ def _skip_norm(
     weight = e.cast(weight, normed.dtype, "weight")
     mean = TensorType((*normed.shape[:-1], 1), torch.float32)
     first, _, _, last = e.ops(
-        f"{MICROSOFT}::SkipSimplifiedLayerNormalization", [x, skip, weight],
-        (normed, mean, mean, total), epsilon=eps,
-    )  # fmt: skip
+        f"{MICROSOFT}::SkipSimplifiedLayerNormalization",
+        [x, skip, weight],
+        (normed, mean, mean, total),
+        epsilon=eps,
+    )
     return first, last
 
 
@@ -78,9 +83,10 @@ def _spans_of_mask(e: Emitter, node: fx.Node, mask: ir.Value, ids: ir.Value) -> 
     wide = e.op("Squeeze", [total], TensorType((), _INT64), label="wide")
     to = ir.DataType.INT32.value
     return (
-        seen, e.op("Cast", [slot], last, label="last", to=to),
+        seen,
+        e.op("Cast", [slot], last, label="last", to=to),
         e.op("Cast", [wide], scalar, label="total", to=to),
-    )  # fmt: skip
+    )
 
 
 def _columns(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
@@ -104,9 +110,15 @@ def _quantized_linear(
     if bias is not None:
         inputs += [None, None, e.cast(bias, out.dtype, "bias")]
     return e.op(
-        f"{MICROSOFT}::MatMulNBits", inputs, out, K=length, N=rows, bits=bits, block_size=BLOCK,
+        f"{MICROSOFT}::MatMulNBits",
+        inputs,
+        out,
+        K=length,
+        N=rows,
+        bits=bits,
+        block_size=BLOCK,
         accuracy_level=INT8_ACTIVATIONS,
-    )  # fmt: skip
+    )
 
 
 def _stays_wide(node: fx.Node) -> bool:
@@ -134,10 +146,12 @@ def check_sizes(spec: ModelSpec, bits: int | None) -> None:
         ("text.experts.hidden", text.experts.hidden, block, "QMoE"),
     ):
         if size % multiple:
-            raise MoecError(
-                f"{spec.name}: {where}", size, f"a multiple of {multiple}, for {operator}",
+            refuse(
+                f"{spec.name}: {where}",
+                size,
+                f"a multiple of {multiple}, for {operator}",
                 "use --target onnx" if multiple == 8 else "use another --precision",
-            )  # fmt: skip
+            )
 
 
 _FUSED = (

@@ -31,9 +31,13 @@ def lower_fused(
         return e.op(
             f"{MICROSOFT}::MoE",
             [scaled, choice_of(e, chosen, count, type_of(scaled).dtype), fc1, None, fc2],
-            type_of(scaled), label=label, k=1, normalize_routing_weights=1,
-            activation_type="swiglu", swiglu_fusion=1,
-        )  # fmt: skip
+            type_of(scaled),
+            label=label,
+            k=1,
+            normalize_routing_weights=1,
+            activation_type="swiglu",
+            swiglu_fusion=1,
+        )
 
     return over_rows(e, node, x, scores, experts, fused)
 
@@ -57,10 +61,18 @@ def lower_quantized(
         fc2, scales2 = e.packed(down, arrange="transpose", **how)
         choice = choice_of(e, chosen, count, type_of(scaled).dtype)
         return e.op(
-            f"{MICROSOFT}::QMoE", [scaled, choice, fc1, scales1, None, fc2, scales2],
-            type_of(scaled), label=label, k=1, normalize_routing_weights=1,
-            activation_type="swiglu", swiglu_fusion=1, expert_weight_bits=bits, block_size=BLOCK,
-            weights_prepacked=0, accuracy_level=INT8_ACTIVATIONS,
-        )  # fmt: skip
+            f"{MICROSOFT}::QMoE",
+            [scaled, choice, fc1, scales1, None, fc2, scales2],
+            type_of(scaled),
+            label=label,
+            k=1,
+            normalize_routing_weights=1,
+            activation_type="swiglu",
+            swiglu_fusion=1,
+            expert_weight_bits=bits,
+            block_size=BLOCK,
+            weights_prepacked=0,
+            accuracy_level=INT8_ACTIVATIONS,
+        )
 
     return over_rows(e, node, x, scores, experts, fused)

@@ -101,13 +101,18 @@ def _by_head(e: Emitter, x: ir.Value, heads: int, label: str) -> ir.Value:
     batch, count, width = kind.shape
     size = width // heads
     cut = e.op(
-        "Reshape", [x, e.constant([0, 0, heads, size])], kind.like(batch, count, heads, size),
+        "Reshape",
+        [x, e.constant([0, 0, heads, size])],
+        kind.like(batch, count, heads, size),
         f"{label}.heads",
-    )  # fmt: skip
+    )
     return e.op(
-        "Transpose", [cut], kind.like(batch, heads, count, size), f"{label}.by_head",
+        "Transpose",
+        [cut],
+        kind.like(batch, heads, count, size),
+        f"{label}.by_head",
         perm=[0, 2, 1, 3],
-    )  # fmt: skip
+    )
 
 
 def _attend(

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from moec.exporters.tensorrt.preload import preload
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 
 #: module -> what people call it, and the extra of this package that installs it
 PACKAGES = {
@@ -30,7 +30,7 @@ def load(package: str) -> Any:
     try:
         return import_module(package)
     except (ImportError, OSError) as error:
-        raise MoecError(title, error, f"the package {package}", install, exit_code=3) from None
+        refuse(title, error, f"the package {package}", install, exit_code=3)
 
 
 def new_builder(trt: Any, log: Any) -> Any:
@@ -53,7 +53,7 @@ def aim(trt: Any, config: Any, names: tuple[str, ...]) -> None:
     """
     if not hasattr(config, "num_compute_capabilities"):
         if names:
-            raise MoecError(
+            refuse(
                 f"architectures {', '.join(names)}",
                 f"{_title(trt)}, which builds for the GPU that it runs on",
                 "no architectures, or TensorRT-RTX",
@@ -69,7 +69,7 @@ def aim(trt: Any, config: Any, names: tuple[str, ...]) -> None:
     config.num_compute_capabilities = len(chosen)
     for index, name in enumerate(chosen):
         if name not in architectures(trt) or not config.set_compute_capability(known[name], index):
-            raise MoecError(
+            refuse(
                 f"architectures {', '.join(names)}" if names else "the GPU here",
                 f"{name}, which {_title(trt)} {trt.__version__} does not build for",
                 f"{' or '.join(architectures(trt))} (compute capability 9.0, Hopper, has no"
@@ -114,18 +114,19 @@ def add_plugins(trt: Any, paths: tuple[str, ...], log: Any) -> None:
     for path in paths:
         if registry.load_library(os.path.abspath(path)) is None:
             found = log.errors[-1] if log.errors else "it does not load"
-            raise MoecError(path, found, "a library of TensorRT plugins", "build the plugins again")
+            refuse(path, found, "a library of TensorRT plugins", "build the plugins again")
 
 
 def no_gpu(trt: Any, found: str) -> MoecError:
     """The refusal where a build needs a GPU that is not there."""
     can = architectures(trt)
     return MoecError(
-        f"{_title(trt)} {trt.__version__}", found,
+        f"{_title(trt)} {trt.__version__}",
+        found,
         f"a GPU, or architectures to build for: {', '.join(can)}" if can else "a GPU",
         "name the architectures" if can else "build on the machine that runs the engine",
         exit_code=3,
-    )  # fmt: skip
+    )
 
 
 def _title(trt: Any) -> str:

@@ -14,7 +14,7 @@ from moec.artefact.manifest import Engine
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.exporters.tensorrt.engine import build_engine
 from moec.exporters.tensorrt.onnx_model import is_fed
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -33,16 +33,19 @@ def check_options(options: EngineOptions, target: str, dialect: str) -> EngineOp
         MoecError: a choice that target or dialect does not have.
     """
     if target == "tensorrt" and options.architectures:
-        raise MoecError(
-            "--sm", f"{', '.join(options.architectures)}, with --target tensorrt",
+        refuse(
+            "--sm",
+            f"{', '.join(options.architectures)}, with --target tensorrt",
             "the GPU where the engine is built, which is the one that it runs on",
             "leave --sm out, or use --target tensorrt-rtx",
-        )  # fmt: skip
+        )
     if dialect == "tensorrt-plugin" and options.bindings == "none":
-        raise MoecError(
-            "--bindings none", "experts in the plugin, which takes their weights joined",
-            "experts or all", "choose one of them, or use --scheme static",
-        )  # fmt: skip
+        refuse(
+            "--bindings none",
+            "experts in the plugin, which takes their weights joined",
+            "experts or all",
+            "choose one of them, or use --scheme static",
+        )
     if target == "tensorrt-rtx" and not options.architectures:
         return options.model_copy(update={"architectures": ARCHITECTURES})
     return options
@@ -56,11 +59,13 @@ def need_package(package: Package) -> None:
     """
     if find_spec(package) is None:
         title, install = PACKAGES[package]
-        raise MoecError(
-            title, "not installed", f"the package {package}",
-            f"{install}, or add --no-engine and build the engine elsewhere: python cli.py engine",
+        refuse(
+            title,
+            "not installed",
+            f"the package {package}",
+            f"{install}, or add --no-engine and build the engine elsewhere: moec engine",
             exit_code=3,
-        )  # fmt: skip
+        )
 
 
 def build_engines(
@@ -119,10 +124,13 @@ def plugin_of(folder: Path, spec: ModelSpec, options: EngineOptions, package: Pa
         MoecError: no Triton (exit code 3), or no kernels for these sizes.
     """
     if find_spec("triton") is None:
-        raise MoecError(
-            "the MoE plugin", "no package triton", "triton, which compiles its kernels",
-            "pip install triton, or use --scheme static", exit_code=3,
-        )  # fmt: skip
+        refuse(
+            "the MoE plugin",
+            "no package triton",
+            "triton, which compiles its kernels",
+            "pip install triton, or use --scheme static",
+            exit_code=3,
+        )
     from moec.exporters.tensorrt.plugin.build import compile_plugin
     from moec.kernels.launches.launch import SHARED, Sizes
 
@@ -136,11 +144,14 @@ def plugin_of(folder: Path, spec: ModelSpec, options: EngineOptions, package: Pa
 
 def _library(found: "Plugin") -> str:
     if found.library is None:
-        raise MoecError(
-            "the MoE plugin", found.why, "TensorRT's headers and a C++ compiler",
+        refuse(
+            "the MoE plugin",
+            found.why,
+            "TensorRT's headers and a C++ compiler",
             "install what is missing; TENSORRT_INCLUDE names the folder of NvInferRuntime.h, CXX "
-            "the compiler; or use --scheme static", exit_code=3,
-        )  # fmt: skip
+            "the compiler; or use --scheme static",
+            exit_code=3,
+        )
     return str(found.library)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from moec.artefact.engine_job import PARTIAL, Built, Job
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.exporters.tensorrt.failures import failure, ran_out
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 
 #: (stage, done, total); the stages are "start", "parse", "check" and "build"
 Progress = Callable[[str, int, int], None]
@@ -43,7 +43,7 @@ def build_engine(
     engine = Path(job.engine)
     partial = Path(job.engine + PARTIAL)
     if engine.is_dir():
-        raise MoecError(engine, "a folder", "a file to write the engine to", "choose another place")
+        refuse(engine, "a folder", "a file to write the engine to", "choose another place")
     try:
         built = _run(job, progress, timeout)
         os.replace(partial, engine)
@@ -146,9 +146,12 @@ def _died(job: Job, said: _Child, code: int, timeout: float | None) -> MoecError
     where = f"{title}: {job.onnx}"
     if timeout is not None:
         return MoecError(
-            where, f"still building after {timeout:g} seconds", "an engine by then",
-            "allow more time", exit_code=1,
-        )  # fmt: skip
+            where,
+            f"still building after {timeout:g} seconds",
+            "an engine by then",
+            "allow more time",
+            exit_code=1,
+        )
     words = [*said.errors, *reversed(said.chatter)]
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     if -code == signal.SIGKILL or ran_out(words):
@@ -156,7 +159,9 @@ def _died(job: Job, said: _Child, code: int, timeout: float | None) -> MoecError
         return failure(where, job, words)
     last = words[0] if words else "without a word"
     return MoecError(
-        where, f"it died ({how}): {last}", "a build that ends",
+        where,
+        f"it died ({how}): {last}",
+        "a build that ends",
         "build again; if it dies again, build without plugins or with another --precision",
         exit_code=1,
-    )  # fmt: skip
+    )

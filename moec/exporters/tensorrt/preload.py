@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 NAME = "libtensorrt_rtx.so"
 
@@ -31,28 +31,39 @@ def preload() -> None:
     folders = [] if spec is None else spec.submodule_search_locations or []
     real = next((path for each in folders for path in Path(each).glob(f"{NAME}.*")), None)
     if real is None:
-        raise MoecError(
-            where, f"no package with {NAME}.1", "the package tensorrt-rtx-cu13",
-            "pip install tensorrt-rtx-cu13", exit_code=3,
-        )  # fmt: skip
+        refuse(
+            where,
+            f"no package with {NAME}.1",
+            "the package tensorrt-rtx-cu13",
+            "pip install tensorrt-rtx-cu13",
+            exit_code=3,
+        )
     names = (os.environ.get("CC"), "cc", "gcc", "clang")
     compiler = next((each for each in names if each and shutil.which(each)), None)
     if compiler is None:
-        raise MoecError(
-            where, "no C compiler", "cc, gcc or clang", "install one, or set CC", exit_code=3
-        )
+        refuse(where, "no C compiler", "cc, gcc or clang", "install one, or set CC", exit_code=3)
     with TemporaryDirectory() as folder:
         source, library = Path(folder, "empty.c"), Path(folder, NAME)
         source.touch()
         command = [
-            compiler, "-shared", "-fPIC", f"-Wl,-soname,{NAME}", "-o", str(library), str(source),
-            "-Wl,--no-as-needed", str(real),
-        ]  # fmt: skip
+            compiler,
+            "-shared",
+            "-fPIC",
+            f"-Wl,-soname,{NAME}",
+            "-o",
+            str(library),
+            str(source),
+            "-Wl,--no-as-needed",
+            str(real),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise MoecError(
-                where, done.stderr.strip() or f"{compiler} failed", "a library that needs no code",
-                f"see that {compiler} can link {real}", exit_code=3,
-            )  # fmt: skip
+            refuse(
+                where,
+                done.stderr.strip() or f"{compiler} failed",
+                "a library that needs no code",
+                f"see that {compiler} can link {real}",
+                exit_code=3,
+            )
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # stays, though its file goes
     ctypes.CDLL(NAME)  # as the parser will

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from moec.artefact.targets import wants_plugin
 from moec.kernels.sizes import SMALLEST
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
@@ -24,7 +24,7 @@ def check_expressible(spec: ModelSpec, precision: str) -> None:
     """
     odd = next(_odd(spec, precision), None)
     if odd:
-        raise MoecError(f"{spec.name}: {odd[0]}", *odd[1:])
+        refuse(f"{spec.name}: {odd[0]}", *odd[1:])
 
 
 def _odd(spec: ModelSpec, precision: str) -> Iterator[Odd]:

@@ -9,7 +9,7 @@ from moec.artefact.engine_job import Job
 from moec.artefact.engine_options import EngineOptions
 from moec.exporters.onnx.external_data import load_onnx
 from moec.exporters.tensorrt.build import job_of, plugin_of, wants_plugin_library
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 
 def commands(artefact: Artefact) -> Iterator[str]:
@@ -24,19 +24,23 @@ def commands(artefact: Artefact) -> Iterator[str]:
     manifest, path = artefact.manifest, artefact.path
     assert manifest.options is not None
     if manifest.weights.mode == "in-place" and manifest.options.bindings != "all":
-        raise MoecError(
-            path, f"weights in place, in {manifest.weights.folder}", "weights beside the model",
-            f"python cli.py bind {path} --checkpoint {manifest.checkpoint} --weights link",
-        )  # fmt: skip
+        refuse(
+            path,
+            f"weights in place, in {manifest.weights.folder}",
+            "weights beside the model",
+            f"moec bind {path} --checkpoint {manifest.checkpoint} --weights link",
+        )
     folder = path / "trtexec"
     try:
         folder.mkdir(exist_ok=True)
         yield from _parts(artefact, manifest.options, folder)
     except OSError as error:
-        raise MoecError(
-            error.filename or folder, error.strerror, "a folder that can be written",
+        refuse(
+            error.filename or folder,
+            error.strerror,
+            "a folder that can be written",
             "make room, or copy the artefact elsewhere",
-        ) from None  # fmt: skip
+        )
 
 
 def _parts(artefact: Artefact, options: EngineOptions, folder: Path) -> Iterator[str]:

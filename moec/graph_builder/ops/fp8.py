@@ -141,9 +141,9 @@ def _moe_rule(
         need(static is None or static.shape in ((), (count,)), name, "input scales", static, count)
     dim, width = x.shape[1], down[0].shape[1]
     # Shapes of one expert's tensors, as they are stored.
-    gate_up_shape, down_shape = ((dim, 2 * width), (width, dim)) if fused else (
-        (width, dim), (dim, width)
-    )  # fmt: skip
+    gate_up_shape, down_shape = (
+        ((dim, 2 * width), (width, dim)) if fused else ((width, dim), (dim, width))
+    )
     for label, codes, scales, shape, parts in (
         ("gate_up", gate_up, gate_up_scale, gate_up_shape, 2),
         ("down", down, down_scale, down_shape, 1),

@@ -20,8 +20,10 @@ def _need_buffers(
     """Check key, value [B, kv_heads, N, d] and last [B]."""
     key, value, last = operands
     fits = len(key.shape) == 4 and (key.shape[0], key.shape[1], key.shape[3]) == (
-        batch, kv_heads, size
-    )  # fmt: skip
+        batch,
+        kv_heads,
+        size,
+    )
     need(fits and value == key, name, "key, value", (key, value), f"[B, {kv_heads}, N, {size}]")
     need(last == TensorType((batch,), torch.int32), name, "last", last, f"int32 [{batch}]")
 
@@ -37,8 +39,11 @@ def _need_tables(
 ) -> None:
     """Check cos, sin [B, S, d/2] and temperature [B, S, 1]; without `steps`, S is theirs to say."""
     need((cos is None) == (sin is None), name, "cos, sin", (cos, sin), "both or neither")
-    for label, table, width in (("cos", cos, size // 2), ("sin", sin, size // 2),
-                                ("temperature", temperature, 1)):  # fmt: skip
+    for label, table, width in (
+        ("cos", cos, size // 2),
+        ("sin", sin, size // 2),
+        ("temperature", temperature, 1),
+    ):
         if table is not None:
             count = table.shape[1] if steps is None else steps
             expected = TensorType((batch, count, width), torch.float32)
@@ -151,8 +156,13 @@ def attend(
     """
     count = int(total)
     at = _slots("attend", last, q.shape[1], key)
-    need(int(last.max()) < count <= key.shape[2], "attend", "total", count,
-         f"above {int(last.max())}, at most {key.shape[2]}")  # fmt: skip
+    need(
+        int(last.max()) < count <= key.shape[2],
+        "attend",
+        "total",
+        count,
+        f"above {int(last.max())}, at most {key.shape[2]}",
+    )
     seen = torch.arange(count, device=q.device) <= at[..., None]  # [B, S, count]
     k, v = (buffer[:, :, :count].transpose(1, 2).flatten(2) for buffer in (key, value))
     return attention.eager(q, k, v, seen[:, None], heads, kv_heads)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moec.graph_builder.types import TensorType
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 _LIBRARY = torch.library.Library("moec", "DEF")
 OPS: dict[str, "Op"] = {}
@@ -62,7 +62,7 @@ def implement(name: str, function: Callable[..., Any], device: str) -> None:
 def need(holds: bool, op_name: str, operand: str, found: object, expected: object) -> None:
     """Refuse an operand: raise a `MoecError` that names op and operand unless `holds`."""
     if not holds:
-        raise MoecError(
+        refuse(
             f"op moec::{op_name}, operand {operand}", found, expected, "correct the graph's builder"
         )
 

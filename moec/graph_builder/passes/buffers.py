@@ -39,9 +39,21 @@ def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
         names = [each.meta["name"] for each in kept]
         with graph.graph.inserting_before(node):
             results = call_each(
-                graph.graph, ops.buffered_attention, q, k, v, key, value, *spans[chunk], None,
-                chunk, heads, kv_heads, name=f"{names[0]}.buffered", each=names,
-            )  # fmt: skip
+                graph.graph,
+                ops.buffered_attention,
+                q,
+                k,
+                v,
+                key,
+                value,
+                *spans[chunk],
+                None,
+                chunk,
+                heads,
+                kv_heads,
+                name=f"{names[0]}.buffered",
+                each=names,
+            )
         for old, new in zip(kept, results, strict=True):
             old.replace_all_uses_with(new)
     return without_unused(graph, "lengths")

@@ -39,8 +39,11 @@ def fuse(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
             rewrite.dense(f"layers.{layer.index}.ffn")
     output = list(graph.graph.nodes)[-1]
     names = output.meta["outputs"]
-    kept = {n: node for n, node in zip(names, output.args[0], strict=True)
-            if not n.startswith("present.")}  # fmt: skip
+    kept = {
+        n: node
+        for n, node in zip(names, output.args[0], strict=True)
+        if not n.startswith("present.")
+    }
     output.args, output.meta["outputs"] = (tuple(kept.values()),), tuple(kept)
     without_unused(graph)
     graph.delete_all_unused_submodules()
@@ -83,9 +86,18 @@ class _Rewrite:
             qkv = self.product(self.encode(x), f"{at}.qkv")
             rows = self.call(ops.unpack, qkv, nodes["input_ids"], name=f"{at}.qkv.rows")
             q = self.call(
-                ops.rope_append, rows, *rope, temperature, key, value, last, heads, kv_heads, eps,
+                ops.rope_append,
+                rows,
+                *rope,
+                temperature,
+                key,
+                value,
+                last,
+                heads,
+                kv_heads,
+                eps,
                 name=f"{at}.q.placed",
-            )  # fmt: skip
+            )
             buffers = (key, value, last, total)
             mix = self.call(ops.attend, q, *buffers, heads, kv_heads, name=f"{at}.mix")
             mix = self.call(ops.pack, mix, name=f"{at}.mix.packed")
@@ -95,8 +107,11 @@ class _Rewrite:
     def moe(self, at: str) -> None:
         router, old = self.nodes[f"{at}.router"], self.nodes[f"{at}.out"]
         with self.graph.inserting_before(old):
-            weights = [self.parameter(name) for part in ("gate_up", "down")
-                       for name in (f"{at}.{part}", scale_of(f"{at}.{part}"))]  # fmt: skip
+            weights = [
+                self.parameter(name)
+                for part in ("gate_up", "down")
+                for name in (f"{at}.{part}", scale_of(f"{at}.{part}"))
+            ]
             new = self.call(ops.moe_layer, *router.args[:2], *weights, name=f"{at}.out")
         old.replace_all_uses_with(new)
 

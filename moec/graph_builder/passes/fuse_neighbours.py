@@ -38,9 +38,12 @@ def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
             total, out, after, eps = node.args
             moe: Any = out.args[0]
             both = {each.target for each in (out, total)} == {getitem} and total.args[0] is moe
-            if both and moe.target == ops.norm_moe.target and moe.args[3] == eps and all(
-                len(each.users) == 1 for each in (out, total)
-            ):  # fmt: skip
+            if (
+                both
+                and moe.target == ops.norm_moe.target
+                and moe.args[3] == eps
+                and all(len(each.users) == 1 for each in (out, total))
+            ):
                 args = (*moe.args, after)
                 _join(graph.graph, node, ops.norm_moe_norm_fp8, args, list(node.users))
     graph.graph.eliminate_dead_code()

@@ -31,9 +31,12 @@ def join_encodes(graph: fx.GraphModule) -> fx.GraphModule:
         names = [node.meta["name"] for node in old]
         with graph.graph.inserting_before(maker):
             new = call_each(
-                graph.graph, _JOINS[maker.target], *maker.args,
-                name=encode.meta["name"], each=names,
-            )  # fmt: skip
+                graph.graph,
+                _JOINS[maker.target],
+                *maker.args,
+                name=encode.meta["name"],
+                each=names,
+            )
         for each, by in zip(old, new, strict=True):
             each.replace_all_uses_with(by)
     graph.graph.eliminate_dead_code()

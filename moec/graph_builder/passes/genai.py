@@ -28,9 +28,13 @@ def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
     masks: dict[Any, fx.Node] = {}
     with graph.graph.inserting_before(first):
         past, last, total = call_each(
-            graph.graph, ops.spans_of_mask, mask, ids,
-            name="spans", each=("past_lengths", "last", "total"),
-        )  # fmt: skip
+            graph.graph,
+            ops.spans_of_mask,
+            mask,
+            ids,
+            name="spans",
+            each=("past_lengths", "last", "total"),
+        )
         index = call(graph.graph, ops.columns, ids, name="logit_index")
         positions = call(graph.graph, ops.positions, ids, past, name="query_positions")
         keys = call(graph.graph, ops.columns, mask, name="key_positions")
@@ -42,8 +46,11 @@ def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
                     )
                 node.args = (*node.args[:7], masks[chunk], None, *node.args[9:])
     given = {"past_lengths": past, "logit_index": index}
-    given |= {f"{at}.{what}": each for at in ("ring", "global")
-              for what, each in (("last", last), ("total", total))}  # fmt: skip
+    given |= {
+        f"{at}.{what}": each
+        for at in ("ring", "global")
+        for what, each in (("last", last), ("total", total))
+    }
     for name, node in nodes.items():
         if name in given:
             node.replace_all_uses_with(given[name])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from moec.graph_builder.builder import tag
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 
 def inject(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
@@ -16,9 +16,7 @@ def inject(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     wanted = set(names)
     missing = wanted - {node.meta.get("name") for node in graph.graph.nodes}
     if missing:
-        raise MoecError(
-            "inject", min(missing), "the name of a value in the graph", "see node.meta['name']"
-        )
+        refuse("inject", min(missing), "the name of a value in the graph", "see node.meta['name']")
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
     for node in list(graph.graph.nodes):
         if node.op == "placeholder" or node.meta.get("name") not in wanted:

@@ -101,9 +101,16 @@ class _Rewrite:
             for old in (gate_up, down)
         ]
         new = call(
-            self.graph, ops.fp8_moe, *routed, *weights, *inputs, rule.inputs, self.scheme.block,
-            self.scheme.bound, name=node.meta["name"],
-        )  # fmt: skip
+            self.graph,
+            ops.fp8_moe,
+            *routed,
+            *weights,
+            *inputs,
+            rule.inputs,
+            self.scheme.block,
+            self.scheme.bound,
+            name=node.meta["name"],
+        )
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         self.forget(gate_up, down)

@@ -17,9 +17,14 @@ def join_skip_norms(graph: fx.GraphModule) -> fx.GraphModule:
             # The weight is a node of its own, made where the norm was: the sum needs it earlier.
             weight = _moved(graph.graph, weight)
             results = call_each(
-                graph.graph, ops.skip_norm, *total.args, weight, eps,
-                name=f"{names[0]}.skip", each=names,
-            )  # fmt: skip
+                graph.graph,
+                ops.skip_norm,
+                *total.args,
+                weight,
+                eps,
+                name=f"{names[0]}.skip",
+                each=names,
+            )
         for old, new in zip((norm, total), results, strict=True):
             old.replace_all_uses_with(new)
     graph.graph.eliminate_dead_code()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 
 def tap(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
@@ -12,9 +12,7 @@ def tap(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     by_name = {node.meta.get("name"): node for node in graph.graph.nodes}
     missing = [name for name in names if name not in by_name]
     if missing:
-        raise MoecError(
-            "tap", missing[0], "the name of a value in the graph", "see node.meta['name']"
-        )
+        refuse("tap", missing[0], "the name of a value in the graph", "see node.meta['name']")
     output = next(node for node in graph.graph.nodes if node.op == "output")
     output.args = ((*output.args[0], *(by_name[name] for name in names)),)
     output.meta["outputs"] = (*output.meta["outputs"], *names)

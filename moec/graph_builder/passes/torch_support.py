@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
@@ -31,7 +31,7 @@ def check_fusible(spec: ModelSpec) -> None:
     """
     odd = next(_odd(spec), None)
     if odd:
-        raise MoecError(f"{spec.name}: {odd.field}", *odd[1:])
+        refuse(f"{spec.name}: {odd.field}", *odd[1:])
 
 
 def _odd(spec: ModelSpec) -> Iterator[_Odd]:

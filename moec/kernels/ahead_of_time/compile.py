@@ -11,7 +11,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from moec.kernels.launches.descriptors import block_shapes, signature
 from moec.kernels.launches.launch import SHARED, Launch
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 #: a type of Triton's in a descriptor's metadata -> the driver's CUtensorMapDataType
 ELEMENTS = {0: 0, 10: 9}  # bytes, bf16
@@ -77,10 +77,12 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     built = build(launch, architecture)
     found, limit = built.metadata, SHARED[architecture]
     if found.shared > limit:
-        raise MoecError(
-            f"{launch.name} for sm_{architecture}", f"{found.shared} bytes of shared memory",
-            f"at most {limit}", "choose smaller tiles",
-        )  # fmt: skip
+        refuse(
+            f"{launch.name} for sm_{architecture}",
+            f"{found.shared} bytes of shared memory",
+            f"at most {limit}",
+            "choose smaller tiles",
+        )
     unused = found.global_scratch_size, found.profile_scratch_size, found.num_ctas
     assert unused == (0, 0, 1) and not found.launch_cooperative_grid, unused
     maps = tuple(_maps(launch, found.tensordesc_meta))

@@ -39,7 +39,7 @@ from moec.kernels.launches import prefill as launch_prefill
 from moec.kernels.launches.descriptors import block_shapes
 from moec.kernels.launches.launch import MOST_TOKENS, SHARED, Buffers, Launch, Sizes
 from moec.kernels.launches.stream import few_moe
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 MAGIC, VERSION = b"moecprog", 1
 #: what a caller gives: inputs of the layer in order, then its output
@@ -103,12 +103,14 @@ def build_program(sizes: Sizes, most: int, architectures: Sequence[int]) -> byte
     """
     unknown = sorted(set(architectures) - SHARED.keys())
     if unknown or not architectures:
-        raise MoecError(
-            "compute capabilities of kernels", ", ".join(map(str, unknown)) or "none",
-            " or ".join(map(str, SHARED)), "choose among those",
-        )  # fmt: skip
+        refuse(
+            "compute capabilities of kernels",
+            ", ".join(map(str, unknown)) or "none",
+            " or ".join(map(str, SHARED)),
+            "choose among those",
+        )
     if most < 1:
-        raise MoecError("tokens of a program", most, "at least 1", "choose more")
+        refuse("tokens of a program", most, "at least 1", "choose more")
     most = most if launch_prefill.fits(sizes) else min(most, MOST_TOKENS)
     data = _Data()
     targets = [
@@ -117,9 +119,15 @@ def build_program(sizes: Sizes, most: int, architectures: Sequence[int]) -> byte
     row = {"x": 2 * sizes.dim, "out": 2 * sizes.dim}
     given = [[data.name(name), row.get(name, 0)] for name in GIVEN]
     integers = [
-        sizes.dim, sizes.hidden, sizes.experts, most,
-        *_many(data.names.values()), *_many(given), *_many(data.kernels), *_many(targets),
-    ]  # fmt: skip
+        sizes.dim,
+        sizes.hidden,
+        sizes.experts,
+        most,
+        *_many(data.names.values()),
+        *_many(given),
+        *_many(data.kernels),
+        *_many(targets),
+    ]
     integers += [0] * (-len(integers) % 8)  # so that data is aligned, and what follows it
     content = data.bytes + bytes(-len(data.bytes) % 64)
     body = struct.pack(f"<3q{len(integers)}q", VERSION, len(integers), len(content), *integers)
@@ -206,9 +214,14 @@ def _parameters(made: Compiled, variant: Variant, slots: dict[str, int]) -> Iter
 
 def _map(each: TensorMap, variant: Variant) -> list[int]:
     return [
-        *variant.rows[each.name].integers(), variant.columns[each.name],
-        each.rows, each.columns, each.swizzle, each.element, each.bytes,
-    ]  # fmt: skip
+        *variant.rows[each.name].integers(),
+        variant.columns[each.name],
+        each.rows,
+        each.columns,
+        each.swizzle,
+        each.element,
+        each.bytes,
+    ]
 
 
 def _number(name: str, part: str, variant: Variant) -> Quantity:
@@ -277,17 +290,23 @@ def _bytes(buffer: tuple[tuple[int, ...], str]) -> int:
 
 
 def _made(
-    first: int, last: int, launches: tuple[Launch, ...], buffers: Buffers, matrices: Buffers,
+    first: int,
+    last: int,
+    launches: tuple[Launch, ...],
+    buffers: Buffers,
+    matrices: Buffers,
     quantities: Sequence[Quantity],
-) -> Variant:  # fmt: skip
+) -> Variant:
     rest = iter(quantities)
     return Variant(
-        first, last, launches,
+        first,
+        last,
+        launches,
         grids=tuple((next(rest), next(rest), next(rest)) for _ in launches),
         bytes=dict(zip(buffers, rest, strict=False)),
         rows=dict(zip(matrices, rest, strict=True)),
         columns={name: shape[1] for name, (shape, _) in matrices.items()},
-    )  # fmt: skip
+    )
 
 
 def _longest(first: int, rows: Sequence[Sequence[int]]) -> tuple[int, list[Quantity]]:

@@ -31,10 +31,20 @@ def _tile(tile, tiles, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    rows, weight, plan, x_tiles, w_tiles, full, empty,
-    INPUTS: gl.constexpr, OUTPUTS: gl.constexpr, SECOND: gl.constexpr, STEP: gl.constexpr,
-    MANY: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
+    rows,
+    weight,
+    plan,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    INPUTS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    SECOND: gl.constexpr,
+    STEP: gl.constexpr,
+    MANY: gl.constexpr,
+    GROUP: gl.constexpr,
+):
     """The tiles of both operands, step by step, into the slots that are empty."""
     STAGES: gl.constexpr = x_tiles.shape[0]
     TILE: gl.constexpr = x_tiles.shape[1]
@@ -81,9 +91,12 @@ def _add(total, left, right):
         sub.f32 $1, a, $1;
         sub.f32 $2, b, $2;
         }""",
-        "=&r,=&f,=&f,r,f,f", [total, left, right], dtype=(gl.int32, gl.float32, gl.float32),
-        is_pure=True, pack=1,
-    )  # fmt: skip
+        "=&r,=&f,=&f,r,f,f",
+        [total, left, right],
+        dtype=(gl.int32, gl.float32, gl.float32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -100,8 +113,12 @@ def _sum(total, left, right):
         add.f32 $0, a, $3;
         add.f32 $1, b, $4;
         }""",
-        "=&f,=&f,r,f,f", [total, left, right], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
+        "=&f,=&f,r,f,f",
+        [total, left, right],
+        dtype=(gl.float32, gl.float32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -115,17 +132,35 @@ def _sigmoid(x):
         add.f32 t, t, 0f3F800000;
         rcp.approx.ftz.f32 $0, t;
         }""",
-        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
 def _multiply(
-    x_scale, plan, w_scale, out, x_tiles, w_tiles, full, empty, out_tile,
-    PART: gl.constexpr, INPUTS: gl.constexpr, OUTPUTS: gl.constexpr, SECOND: gl.constexpr,
-    STEP: gl.constexpr, MANY: gl.constexpr, GROUP: gl.constexpr, CHUNK: gl.constexpr,
+    x_scale,
+    plan,
+    w_scale,
+    out,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    out_tile,
+    PART: gl.constexpr,
+    INPUTS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    SECOND: gl.constexpr,
+    STEP: gl.constexpr,
+    MANY: gl.constexpr,
+    GROUP: gl.constexpr,
+    CHUNK: gl.constexpr,
     GATED: gl.constexpr,
-):  # fmt: skip
+):
     """One group's 64 rows of each tile, unless all of them only fill up."""
     STAGES: gl.constexpr = x_tiles.shape[0]
     TILE: gl.constexpr = x_tiles.shape[1]
@@ -193,15 +228,27 @@ def _multiply(
 
 @gluon.jit
 def _product(
-    rows, x_scale, plan, weight, w_scale, out,
-    INPUTS: gl.constexpr, OUTPUTS: gl.constexpr, SECOND: gl.constexpr, STEP: gl.constexpr,
-    MANY: gl.constexpr, GROUP: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
-    TILE: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
+    rows,
+    x_scale,
+    plan,
+    weight,
+    w_scale,
+    out,
+    INPUTS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    SECOND: gl.constexpr,
+    STEP: gl.constexpr,
+    MANY: gl.constexpr,
+    GROUP: gl.constexpr,
+    CHUNK: gl.constexpr,
+    STAGES: gl.constexpr,
+    TILE: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    GATED: gl.constexpr,
+):
     x_tiles = gl.allocate_shared_memory(rows.dtype, [STAGES, TILE, DEPTH], rows.layout)
-    w_tiles = gl.allocate_shared_memory(
-        weight.dtype, [2 * STAGES, COLUMNS, DEPTH], weight.layout
-    )  # fmt: skip
+    w_tiles = gl.allocate_shared_memory(weight.dtype, [2 * STAGES, COLUMNS, DEPTH], weight.layout)
     out_tiles = gl.allocate_shared_memory(out.dtype, [2, 64, COLUMNS], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -211,46 +258,151 @@ def _product(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_multiply, (
-                x_scale, plan, w_scale, out, x_tiles, w_tiles, full, empty, out_tiles.index(0),
-                0, INPUTS, OUTPUTS, SECOND, STEP, MANY, GROUP, CHUNK, GATED,
-            )),
-            (_multiply, (
-                x_scale, plan, w_scale, out, x_tiles, w_tiles, full, empty, out_tiles.index(1),
-                1, INPUTS, OUTPUTS, SECOND, STEP, MANY, GROUP, CHUNK, GATED,
-            )),
-            (_copy, (
-                rows, weight, plan, x_tiles, w_tiles, full, empty,
-                INPUTS, OUTPUTS, SECOND, STEP, MANY, GROUP,
-            )),
+            (
+                _multiply,
+                (
+                    x_scale,
+                    plan,
+                    w_scale,
+                    out,
+                    x_tiles,
+                    w_tiles,
+                    full,
+                    empty,
+                    out_tiles.index(0),
+                    0,
+                    INPUTS,
+                    OUTPUTS,
+                    SECOND,
+                    STEP,
+                    MANY,
+                    GROUP,
+                    CHUNK,
+                    GATED,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    x_scale,
+                    plan,
+                    w_scale,
+                    out,
+                    x_tiles,
+                    w_tiles,
+                    full,
+                    empty,
+                    out_tiles.index(1),
+                    1,
+                    INPUTS,
+                    OUTPUTS,
+                    SECOND,
+                    STEP,
+                    MANY,
+                    GROUP,
+                    CHUNK,
+                    GATED,
+                ),
+            ),
+            (
+                _copy,
+                (
+                    rows,
+                    weight,
+                    plan,
+                    x_tiles,
+                    w_tiles,
+                    full,
+                    empty,
+                    INPUTS,
+                    OUTPUTS,
+                    SECOND,
+                    STEP,
+                    MANY,
+                    GROUP,
+                ),
+            ),
         ],
-        [4, 1], [240, 24],
-    )  # fmt: skip
+        [4, 1],
+        [240, 24],
+    )
 
 
 @gluon.jit
 def gate_up(
-    rows, row_scale, plan, weight, weight_scale, act,
-    DIM: gl.constexpr, HIDDEN: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr,
-    DEPTH: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    rows,
+    row_scale,
+    plan,
+    weight,
+    weight_scale,
+    act,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    TILE: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    CHUNK: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """As `moe_prefill.gate_up`, for tiles of 128 rows; 4 warps."""
     _product(
-        rows, row_scale, plan, weight, weight_scale, act,
-        DIM, 2 * HIDDEN, HIDDEN, COLUMNS, HIDDEN // COLUMNS, GROUP, CHUNK, STAGES,
-        TILE, COLUMNS, DEPTH, True,
-    )  # fmt: skip
+        rows,
+        row_scale,
+        plan,
+        weight,
+        weight_scale,
+        act,
+        DIM,
+        2 * HIDDEN,
+        HIDDEN,
+        COLUMNS,
+        HIDDEN // COLUMNS,
+        GROUP,
+        CHUNK,
+        STAGES,
+        TILE,
+        COLUMNS,
+        DEPTH,
+        True,
+    )
 
 
 @gluon.jit
 def down(
-    act_codes, act_scale, plan, weight, weight_scale, parts,
-    DIM: gl.constexpr, HIDDEN: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr,
-    DEPTH: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    act_codes,
+    act_scale,
+    plan,
+    weight,
+    weight_scale,
+    parts,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    TILE: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    CHUNK: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """As `moe_prefill.down`, for tiles of 128 rows; 4 warps."""
     _product(
-        act_codes, act_scale, plan, weight, weight_scale, parts,
-        HIDDEN, DIM, COLUMNS, 2 * COLUMNS, DIM // (2 * COLUMNS), GROUP, CHUNK, STAGES,
-        TILE, COLUMNS, DEPTH, False,
-    )  # fmt: skip
+        act_codes,
+        act_scale,
+        plan,
+        weight,
+        weight_scale,
+        parts,
+        HIDDEN,
+        DIM,
+        COLUMNS,
+        2 * COLUMNS,
+        DIM // (2 * COLUMNS),
+        GROUP,
+        CHUNK,
+        STAGES,
+        TILE,
+        COLUMNS,
+        DEPTH,
+        False,
+    )

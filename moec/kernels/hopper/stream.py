@@ -22,15 +22,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @gluon.jit
 def _room(
-    codes, weight,
-    STAGES: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
+    codes,
+    weight,
+    STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    ROWS: gl.constexpr,
+    DEPTH: gl.constexpr,
     EACH: gl.constexpr,
-):  # fmt: skip
+):
     """Slots for tiles, EACH of weights and one of codes, and who may touch them."""
     x_tiles = gl.allocate_shared_memory(codes.dtype, [STAGES, COLUMNS, DEPTH], codes.layout)
-    w_tiles = gl.allocate_shared_memory(
-        weight.dtype, [EACH * STAGES, ROWS, DEPTH], weight.layout
-    )  # fmt: skip
+    w_tiles = gl.allocate_shared_memory(weight.dtype, [EACH * STAGES, ROWS, DEPTH], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -54,9 +56,19 @@ def _ask(weight, row, second, k, slot, w_tiles, full, EACH: gl.constexpr, BYTES:
 
 @gluon.jit
 def _copy_first(
-    codes, weight, token, row, second, begin, x_tiles, w_tiles, full, empty,
-    INPUTS: gl.constexpr, EACH: gl.constexpr,
-):  # fmt: skip
+    codes,
+    weight,
+    token,
+    row,
+    second,
+    begin,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    INPUTS: gl.constexpr,
+    EACH: gl.constexpr,
+):
     """The first INPUTS: as many of the weights as there is room for before the wait."""
     STAGES: gl.constexpr = x_tiles.shape[0]
     DEPTH: gl.constexpr = x_tiles.shape[2]
@@ -73,16 +85,38 @@ def _copy_first(
         )
     for step in range(EARLY, STEPS):
         _copy_step(
-            codes, weight, token, row, second, begin + step * DEPTH, step,
-            x_tiles, w_tiles, full, empty, EACH, BYTES,
-        )  # fmt: skip
+            codes,
+            weight,
+            token,
+            row,
+            second,
+            begin + step * DEPTH,
+            step,
+            x_tiles,
+            w_tiles,
+            full,
+            empty,
+            EACH,
+            BYTES,
+        )
 
 
 @gluon.jit
 def _copy_step(
-    codes, weight, token, row, second, k, step, x_tiles, w_tiles, full, empty,
-    EACH: gl.constexpr, BYTES: gl.constexpr,
-):  # fmt: skip
+    codes,
+    weight,
+    token,
+    row,
+    second,
+    k,
+    step,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    EACH: gl.constexpr,
+    BYTES: gl.constexpr,
+):
     STAGES: gl.constexpr = x_tiles.shape[0]
     slot = step % STAGES
     mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
@@ -92,16 +126,38 @@ def _copy_step(
 
 @gluon.jit
 def _copy_more(
-    codes, weight, token, row, second, begin, step, x_tiles, w_tiles, full, empty,
-    INPUTS: gl.constexpr, EACH: gl.constexpr,
-):  # fmt: skip
+    codes,
+    weight,
+    token,
+    row,
+    second,
+    begin,
+    step,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    INPUTS: gl.constexpr,
+    EACH: gl.constexpr,
+):
     DEPTH: gl.constexpr = x_tiles.shape[2]
     BYTES: gl.constexpr = (x_tiles.shape[1] + EACH * w_tiles.shape[1]) * DEPTH
     for k in range(INPUTS // DEPTH):
         _copy_step(
-            codes, weight, token, row, second, begin + k * DEPTH, step + k,
-            x_tiles, w_tiles, full, empty, EACH, BYTES,
-        )  # fmt: skip
+            codes,
+            weight,
+            token,
+            row,
+            second,
+            begin + k * DEPTH,
+            step + k,
+            x_tiles,
+            w_tiles,
+            full,
+            empty,
+            EACH,
+            BYTES,
+        )
 
 
 @gluon.jit
@@ -151,16 +207,22 @@ def _two_products(step, x_tiles, w_tiles, full, empty, SUMS: gl.constexpr, INPUT
 @gluon.jit
 def _copy_linear(codes, weight, x_tiles, w_tiles, full, empty, DIM: gl.constexpr):
     row = gl.program_id(0) * w_tiles.shape[1]
-    _copy_first(
-        codes, weight, 0, row, 0, 0, x_tiles, w_tiles, full, empty, DIM, 1
-    )  # fmt: skip
+    _copy_first(codes, weight, 0, row, 0, 0, x_tiles, w_tiles, full, empty, DIM, 1)
 
 
 @gluon.jit
 def _sum_linear(
-    scale, weight_scale, out, tokens, x_tiles, w_tiles, full, empty,
-    WIDTH: gl.constexpr, DIM: gl.constexpr,
-):  # fmt: skip
+    scale,
+    weight_scale,
+    out,
+    tokens,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    WIDTH: gl.constexpr,
+    DIM: gl.constexpr,
+):
     ROWS: gl.constexpr = w_tiles.shape[1]
     COLUMNS: gl.constexpr = x_tiles.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
@@ -178,38 +240,65 @@ def _sum_linear(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def linear(
-    codes, scale, weight, weight_scale, out, tokens,
-    WIDTH: gl.constexpr, DIM: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr,
-    DEPTH: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    codes,
+    scale,
+    weight,
+    weight_scale,
+    out,
+    tokens,
+    WIDTH: gl.constexpr,
+    DIM: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    ROWS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """As `linear.linear`; descriptors: codes, weight."""
     x_tiles, w_tiles, full, empty = _room(codes, weight, STAGES, COLUMNS, ROWS, DEPTH, 1)
     gl.warp_specialize(
         [
-            (_sum_linear, (
-                scale, weight_scale, out, tokens, x_tiles, w_tiles, full, empty,
-                WIDTH, DIM,
-            )),
+            (
+                _sum_linear,
+                (
+                    scale,
+                    weight_scale,
+                    out,
+                    tokens,
+                    x_tiles,
+                    w_tiles,
+                    full,
+                    empty,
+                    WIDTH,
+                    DIM,
+                ),
+            ),
             (_copy_linear, (codes, weight, x_tiles, w_tiles, full, empty, DIM)),
         ],
-        [1], [40],
-    )  # fmt: skip
+        [1],
+        [40],
+    )
 
 
 @gluon.jit
 def _choices(
-    logits, tokens,
-    EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
+    logits,
+    tokens,
+    EXPERTS: gl.constexpr,
+    EXPERTS_2: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
     """The expert of each token, the first of the best as in topk, and the largest logit."""
     LOADED: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     token = gl.arange(0, COLUMNS, gl.SliceLayout(1, LOADED))
     expert = gl.arange(0, EXPERTS_2, gl.SliceLayout(0, LOADED))
     inside = (token < tokens)[:, None] & (expert < EXPERTS)[None, :]
     rows = gl.load(
-        logits + token[:, None] * EXPERTS + expert[None, :], mask=inside, other=float("-inf"),
+        logits + token[:, None] * EXPERTS + expert[None, :],
+        mask=inside,
+        other=float("-inf"),
         cache_modifier=".cg",
-    )  # fmt: skip
+    )
     best = gl.max(rows, 1)
     chosen = gl.min(gl.where(rows == best[:, None], expert[None, :], EXPERTS - 1), 1)
     return gl.where(token < tokens, chosen, -1), best, token
@@ -224,32 +313,76 @@ def _expert(chosen, token, slot):
 
 @gluon.jit
 def _copy_gate_up(
-    logits, codes, weight, tokens, x_tiles, w_tiles, full, empty,
-    DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
-):  # fmt: skip
+    logits,
+    codes,
+    weight,
+    tokens,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    EXPERTS_2: gl.constexpr,
+):
     """The shared expert's weights, then those that the tokens chose."""
     row = gl.program_id(0) * w_tiles.shape[1]
     _copy_first(
-        codes, weight, 0, EXPERTS * (2 * HIDDEN) + row, HIDDEN, 0, x_tiles, w_tiles, full, empty,
-        DIM, 2,
-    )  # fmt: skip
+        codes,
+        weight,
+        0,
+        EXPERTS * (2 * HIDDEN) + row,
+        HIDDEN,
+        0,
+        x_tiles,
+        w_tiles,
+        full,
+        empty,
+        DIM,
+        2,
+    )
     step = DIM // x_tiles.shape[2]
     chosen, _, token = _choices(logits, tokens, EXPERTS, EXPERTS_2, x_tiles.shape[1], 1)
     for slot in range(tokens):
         expert, live = _expert(chosen, token, slot)
         if live:
             _copy_more(
-                codes, weight, 0, expert * (2 * HIDDEN) + row, HIDDEN, 0, step,
-                x_tiles, w_tiles, full, empty, DIM, 2,
-            )  # fmt: skip
+                codes,
+                weight,
+                0,
+                expert * (2 * HIDDEN) + row,
+                HIDDEN,
+                0,
+                step,
+                x_tiles,
+                w_tiles,
+                full,
+                empty,
+                DIM,
+                2,
+            )
             step += DIM // x_tiles.shape[2]
 
 
 @gluon.jit
 def _swiglu(
-    scale, weight_scale, act, largest, served, shared_row, row, step,
-    x_tiles, w_tiles, full, empty, SUMS: gl.constexpr, DIM: gl.constexpr, HIDDEN: gl.constexpr,
-):  # fmt: skip
+    scale,
+    weight_scale,
+    act,
+    largest,
+    served,
+    shared_row,
+    row,
+    step,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    SUMS: gl.constexpr,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+):
     """What an expert, whose first row of outputs `row` is, makes of the tokens that it serves."""
     ROWS: gl.constexpr = w_tiles.shape[1]
     out = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
@@ -268,9 +401,21 @@ def _swiglu(
 
 @gluon.jit
 def _sum_gate_up(
-    logits, scale, weight_scale, act, largest, tokens, x_tiles, w_tiles, full, empty,
-    DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
-):  # fmt: skip
+    logits,
+    scale,
+    weight_scale,
+    act,
+    largest,
+    tokens,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    EXPERTS_2: gl.constexpr,
+):
     COLUMNS: gl.constexpr = x_tiles.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     token = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
@@ -278,9 +423,22 @@ def _sum_gate_up(
     gdc_wait()
     by_token = gl.load(scale + token, mask=used, other=0.0)
     _swiglu(
-        by_token, weight_scale, act, largest, used, tokens, EXPERTS * (2 * HIDDEN), 0,
-        x_tiles, w_tiles, full, empty, SUMS, DIM, HIDDEN,
-    )  # fmt: skip
+        by_token,
+        weight_scale,
+        act,
+        largest,
+        used,
+        tokens,
+        EXPERTS * (2 * HIDDEN),
+        0,
+        x_tiles,
+        w_tiles,
+        full,
+        empty,
+        SUMS,
+        DIM,
+        HIDDEN,
+    )
     step = DIM // x_tiles.shape[2]
     chosen, best, order = _choices(logits, tokens, EXPERTS, EXPERTS_2, COLUMNS, 4)
     score = (1 / (1 + gl.exp(-best))).to(gl.bfloat16).to(gl.float32)
@@ -290,18 +448,44 @@ def _sum_gate_up(
         expert, live = _expert(chosen, order, slot)
         if live:
             _swiglu(
-                by_token, weight_scale, act, largest, placed == expert, 0, expert * (2 * HIDDEN),
-                step, x_tiles, w_tiles, full, empty, SUMS, DIM, HIDDEN,
-            )  # fmt: skip
+                by_token,
+                weight_scale,
+                act,
+                largest,
+                placed == expert,
+                0,
+                expert * (2 * HIDDEN),
+                step,
+                x_tiles,
+                w_tiles,
+                full,
+                empty,
+                SUMS,
+                DIM,
+                HIDDEN,
+            )
             step += DIM // x_tiles.shape[2]
 
 
 @gluon.jit(do_not_specialize=["tokens"])
 def gate_up(
-    logits, codes, scale, weight, weight_scale, act, largest, tokens,
-    DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
-    COLUMNS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    logits,
+    codes,
+    scale,
+    weight,
+    weight_scale,
+    act,
+    largest,
+    tokens,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    EXPERTS_2: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    ROWS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Grid (hidden / ROWS): as `moe_decode.gate_up`, for COLUMNS tokens at most.
 
     Descriptors: codes, weight. A program goes through all experts, the shared one first, whose
@@ -310,40 +494,100 @@ def gate_up(
     x_tiles, w_tiles, full, empty = _room(codes, weight, STAGES, COLUMNS, ROWS, DEPTH, 2)
     gl.warp_specialize(
         [
-            (_sum_gate_up, (
-                logits, scale, weight_scale, act, largest, tokens, x_tiles, w_tiles, full, empty,
-                DIM, HIDDEN, EXPERTS, EXPERTS_2,
-            )),
-            (_copy_gate_up, (
-                logits, codes, weight, tokens, x_tiles, w_tiles, full, empty,
-                DIM, HIDDEN, EXPERTS, EXPERTS_2,
-            )),
+            (
+                _sum_gate_up,
+                (
+                    logits,
+                    scale,
+                    weight_scale,
+                    act,
+                    largest,
+                    tokens,
+                    x_tiles,
+                    w_tiles,
+                    full,
+                    empty,
+                    DIM,
+                    HIDDEN,
+                    EXPERTS,
+                    EXPERTS_2,
+                ),
+            ),
+            (
+                _copy_gate_up,
+                (
+                    logits,
+                    codes,
+                    weight,
+                    tokens,
+                    x_tiles,
+                    w_tiles,
+                    full,
+                    empty,
+                    DIM,
+                    HIDDEN,
+                    EXPERTS,
+                    EXPERTS_2,
+                ),
+            ),
         ],
-        [1], [40],
-    )  # fmt: skip
+        [1],
+        [40],
+    )
 
 
 @gluon.jit
 def _copy_down(
-    logits, act_codes, weight, tokens, x_tiles, w_tiles, full, empty,
-    DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
+    logits,
+    act_codes,
+    weight,
+    tokens,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    EXPERTS_2: gl.constexpr,
     SPLIT: gl.constexpr,
-):  # fmt: skip
+):
     row = gl.program_id(0) * w_tiles.shape[1]
     begin = gl.program_id(1) * (HIDDEN // SPLIT)
     _copy_first(
-        act_codes, weight, tokens, EXPERTS * DIM + row, 0, begin, x_tiles, w_tiles, full, empty,
-        HIDDEN // SPLIT, 1,
-    )  # fmt: skip
+        act_codes,
+        weight,
+        tokens,
+        EXPERTS * DIM + row,
+        0,
+        begin,
+        x_tiles,
+        w_tiles,
+        full,
+        empty,
+        HIDDEN // SPLIT,
+        1,
+    )
     step = HIDDEN // SPLIT // x_tiles.shape[2]
     chosen, _, token = _choices(logits, tokens, EXPERTS, EXPERTS_2, x_tiles.shape[1], 1)
     for slot in range(tokens):
         expert, live = _expert(chosen, token, slot)
         if live:
             _copy_more(
-                act_codes, weight, 0, expert * DIM + row, 0, begin, step,
-                x_tiles, w_tiles, full, empty, HIDDEN // SPLIT, 1,
-            )  # fmt: skip
+                act_codes,
+                weight,
+                0,
+                expert * DIM + row,
+                0,
+                begin,
+                step,
+                x_tiles,
+                w_tiles,
+                full,
+                empty,
+                HIDDEN // SPLIT,
+                1,
+            )
             step += HIDDEN // SPLIT // x_tiles.shape[2]
 
 
@@ -355,10 +599,21 @@ def _act_scale(largest, at, used):
 
 @gluon.jit
 def _sum_down(
-    logits, largest, weight_scale, parts, tokens, x_tiles, w_tiles, full, empty,
-    DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
+    logits,
+    largest,
+    weight_scale,
+    parts,
+    tokens,
+    x_tiles,
+    w_tiles,
+    full,
+    empty,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    EXPERTS_2: gl.constexpr,
     SPLIT: gl.constexpr,
-):  # fmt: skip
+):
     ROWS: gl.constexpr = w_tiles.shape[1]
     COLUMNS: gl.constexpr = x_tiles.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
@@ -389,11 +644,23 @@ def _sum_down(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def down(
-    logits, act_codes, largest, weight, weight_scale, parts, tokens,
-    DIM: gl.constexpr, HIDDEN: gl.constexpr, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr,
-    SPLIT: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
+    logits,
+    act_codes,
+    largest,
+    weight,
+    weight_scale,
+    parts,
+    tokens,
+    DIM: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    EXPERTS_2: gl.constexpr,
+    SPLIT: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    ROWS: gl.constexpr,
+    DEPTH: gl.constexpr,
     STAGES: gl.constexpr,
-):  # fmt: skip
+):
     """Grid (dim / ROWS, SPLIT): as `moe_decode.down`, for COLUMNS tokens at most.
 
     Descriptors: act_codes, weight. Writes parts, float32 [SPLIT, tokens, dim], each of a share of
@@ -402,14 +669,44 @@ def down(
     x_tiles, w_tiles, full, empty = _room(act_codes, weight, STAGES, COLUMNS, ROWS, DEPTH, 1)
     gl.warp_specialize(
         [
-            (_sum_down, (
-                logits, largest, weight_scale, parts, tokens, x_tiles, w_tiles, full, empty,
-                DIM, HIDDEN, EXPERTS, EXPERTS_2, SPLIT,
-            )),
-            (_copy_down, (
-                logits, act_codes, weight, tokens, x_tiles, w_tiles, full, empty,
-                DIM, HIDDEN, EXPERTS, EXPERTS_2, SPLIT,
-            )),
+            (
+                _sum_down,
+                (
+                    logits,
+                    largest,
+                    weight_scale,
+                    parts,
+                    tokens,
+                    x_tiles,
+                    w_tiles,
+                    full,
+                    empty,
+                    DIM,
+                    HIDDEN,
+                    EXPERTS,
+                    EXPERTS_2,
+                    SPLIT,
+                ),
+            ),
+            (
+                _copy_down,
+                (
+                    logits,
+                    act_codes,
+                    weight,
+                    tokens,
+                    x_tiles,
+                    w_tiles,
+                    full,
+                    empty,
+                    DIM,
+                    HIDDEN,
+                    EXPERTS,
+                    EXPERTS_2,
+                    SPLIT,
+                ),
+            ),
         ],
-        [1], [40],
-    )  # fmt: skip
+        [1],
+        [40],
+    )

@@ -122,9 +122,13 @@ def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
 
 
 def decode_moe(
-    sizes: Sizes, tokens: int, tiles: Tiles | None = None, overlap: bool = False,
-    eps: float | None = None, combine: bool = True,
-) -> tuple[Launch, ...]:  # fmt: skip
+    sizes: Sizes,
+    tokens: int,
+    tiles: Tiles | None = None,
+    overlap: bool = False,
+    eps: float | None = None,
+    combine: bool = True,
+) -> tuple[Launch, ...]:
     """The launches of one layer for `tokens` rows, one after the other.
 
     With `eps` its input is the RMS norm of total = x + skip, times gain. Without `combine` the
@@ -159,35 +163,50 @@ def decode_moe(
     }
     options, width = early(overlap), fit(sizes.hidden, 2048)
     route = Launch(
-        moe_decode.route, (tokens, sizes.experts + 1, 1),
+        moe_decode.route,
+        (tokens, sizes.experts + 1, 1),
         ("x", "skip", "gain", "total", "router", "logits", "codes", "scale", "largest", "tokens"),
         common | {"DIM_2": power_of_2(sizes.dim), "NORM": eps is not None, "EPS": eps or 0.0},
-        warps=8, options=options,
-    )  # fmt: skip
+        warps=8,
+        options=options,
+    )
     gate_up = Launch(
-        moe_decode.gate_up, (sizes.hidden // tiles.gate_up_rows, slots, 1),
+        moe_decode.gate_up,
+        (sizes.hidden // tiles.gate_up_rows, slots, 1),
         ("logits", "codes", "scale", "gate_up", "gate_up_scale", "act", "largest", "tokens"),
         slotted | product(tiles.gate_up_rows, tiles.gate_up_depth, tiles.gate_up_exact),
-        tiles.warps, tiles.gate_up_stages, options,
-    )  # fmt: skip
+        tiles.warps,
+        tiles.gate_up_stages,
+        options,
+    )
     encode = Launch(
-        moe_decode.encode, (2 * tokens, sizes.hidden // width, 1),
+        moe_decode.encode,
+        (2 * tokens, sizes.hidden // width, 1),
         ("act", "largest", "act_codes"),
-        {"HIDDEN": sizes.hidden, "OVERLAP": overlap, "WIDTH": width}, warps=4, options=options,
-    )  # fmt: skip
+        {"HIDDEN": sizes.hidden, "OVERLAP": overlap, "WIDTH": width},
+        warps=4,
+        options=options,
+    )
     down = Launch(
-        moe_decode.down, (sizes.dim // tiles.down_rows, slots, tiles.split),
+        moe_decode.down,
+        (sizes.dim // tiles.down_rows, slots, tiles.split),
         ("logits", "act_codes", "largest", "down", "down_scale", "parts", "tokens"),
-        slotted | product(tiles.down_rows, tiles.down_depth, tiles.down_exact)
+        slotted
+        | product(tiles.down_rows, tiles.down_depth, tiles.down_exact)
         | {"SPLIT": tiles.split},
-        tiles.warps, tiles.down_stages, options,
-    )  # fmt: skip
+        tiles.warps,
+        tiles.down_stages,
+        options,
+    )
     columns = fit(sizes.dim, 512)
     total = Launch(
-        moe_decode.combine, (tokens, sizes.dim // columns, 1), ("parts", "out"),
+        moe_decode.combine,
+        (tokens, sizes.dim // columns, 1),
+        ("parts", "out"),
         {"DIM": sizes.dim, "WIDTH": columns, "PARTS": 2 * tiles.split, "OVERLAP": overlap},
-        warps=4, options=options,
-    )  # fmt: skip
+        warps=4,
+        options=options,
+    )
     return (route, gate_up, encode, down, total) if combine else (route, gate_up, encode, down)
 
 

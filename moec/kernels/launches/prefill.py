@@ -116,36 +116,54 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
     }
     return (
         Launch(
-            moe_prefill.route, (-(-tokens // 16), 1, 1),
+            moe_prefill.route,
+            (-(-tokens // 16), 1, 1),
             ("x", "router", "chosen", "score", "rows", "row_scale", "tokens"),
-            routed | {"DEPTH": fit(sizes.dim, power_of_2(depth + 1) // 2)}, warps=8,
+            routed | {"DEPTH": fit(sizes.dim, power_of_2(depth + 1) // 2)},
+            warps=8,
         ),
         Launch(
-            moe_prefill.arrange, (-(-tokens // 16), 1, 1),
+            moe_prefill.arrange,
+            (-(-tokens // 16), 1, 1),
             ("chosen", "score", "rows", "row_scale", "place", "plan", "tokens"),
-            routed | {"SCAN": 512, "TILE": tiles.rows, "TILES_2": power_of_2(many)}, warps=8,
+            routed | {"SCAN": 512, "TILE": tiles.rows, "TILES_2": power_of_2(many)},
+            warps=8,
         ),
         _product(
-            "gate_up", ("rows", "row_scale", "plan", "gate_up", "gate_up_scale", "act"),
-            sizes, tiles, first, sizes.dim,
+            "gate_up",
+            ("rows", "row_scale", "plan", "gate_up", "gate_up_scale", "act"),
+            sizes,
+            tiles,
+            first,
+            sizes.dim,
         ),
         Launch(
-            moe_prefill.encode, (many * tiles.rows, 1, 1),
+            moe_prefill.encode,
+            (many * tiles.rows, 1, 1),
             ("act", "plan", "act_codes", "act_scale"),
             {
-                "HIDDEN": sizes.hidden, "HIDDEN_2": power_of_2(sizes.hidden),
+                "HIDDEN": sizes.hidden,
+                "HIDDEN_2": power_of_2(sizes.hidden),
                 "TILE": tiles.rows,
-            }, warps=8,
+            },
+            warps=8,
         ),
         _product(
-            "down", ("act_codes", "act_scale", "plan", "down", "down_scale", "products"),
-            sizes, tiles, last, sizes.hidden,
+            "down",
+            ("act_codes", "act_scale", "plan", "down", "down_scale", "products"),
+            sizes,
+            tiles,
+            last,
+            sizes.hidden,
         ),
         Launch(
-            moe_prefill.combine, (tokens, 1, 1), ("products", "place", "out"),
-            {"DIM": sizes.dim, "DIM_2": power_of_2(sizes.dim)}, warps=8,
+            moe_prefill.combine,
+            (tokens, 1, 1),
+            ("products", "place", "out"),
+            {"DIM": sizes.dim, "DIM_2": power_of_2(sizes.dim)},
+            warps=8,
         ),
-    )  # fmt: skip
+    )
 
 
 def _product(

@@ -12,7 +12,7 @@ from moec.kernels.launches.launch import (
 from moec.kernels.sizes import PLAIN, SMALLEST, SMALLEST_HEAD, Heads, is_head
 from moec.kernels.triton import attention, norm, positions
 from moec.kernels.triton.linear import linear as linear_kernel
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 #: keys that a step of attention takes
 KEYS = 128
@@ -34,62 +34,100 @@ def linear(
     rows, depth = fit(width, 64), fit(dim, 256 if deep else 128)
     for name, size, found in (("width", width, rows), ("dim", dim, depth)):
         if found < SMALLEST:
-            raise MoecError(f"linear: {name}", size, f"a multiple of {SMALLEST}", PLAIN)
+            refuse(f"linear: {name}", size, f"a multiple of {SMALLEST}", PLAIN)
     columns = max(16, power_of_2(tokens))
     stages = min(6 if deep else 5, 1 + shared // ((rows + columns) * depth))
     return Launch(
-        linear_kernel, (width // rows, 1, 1),
+        linear_kernel,
+        (width // rows, 1, 1),
         ("codes", "scale", "weight", "weight_scale", "out", "tokens"),
         {
-            "WIDTH": width, "DIM": dim, "TOKENS_2": columns, "ROWS": rows, "DEPTH": depth,
+            "WIDTH": width,
+            "DIM": dim,
+            "TOKENS_2": columns,
+            "ROWS": rows,
+            "DEPTH": depth,
             "OVERLAP": overlap,
         },
-        4, stages, early(overlap),
-    )  # fmt: skip
+        4,
+        stages,
+        early(overlap),
+    )
 
 
 def skip_norm(
-    dim: int, tokens: int, eps: float, add: bool, narrow: bool, overlap: bool = False,
+    dim: int,
+    tokens: int,
+    eps: float,
+    add: bool,
+    narrow: bool,
+    overlap: bool = False,
     parts: int = 1,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """The norm of x, with `add` of x + skip; with `narrow` as codes and scale.
 
     With more `parts` than one, skip is their sum.
     """
     return Launch(
-        norm.skip_norm, (tokens, 1, 1),
-        ("x", "parts" if parts > 1 else "skip", "gain", "total", "normed", "codes", "scale",
-         "tokens"),
-        {"DIM": dim, "DIM_2": power_of_2(dim), "EPS": eps, "ADD": add, "PARTS": parts,
-         "NARROW": narrow, "OVERLAP": overlap},
-        _warps(dim, tokens), options=early(overlap),
-    )  # fmt: skip
+        norm.skip_norm,
+        (tokens, 1, 1),
+        (
+            "x",
+            "parts" if parts > 1 else "skip",
+            "gain",
+            "total",
+            "normed",
+            "codes",
+            "scale",
+            "tokens",
+        ),
+        {
+            "DIM": dim,
+            "DIM_2": power_of_2(dim),
+            "EPS": eps,
+            "ADD": add,
+            "PARTS": parts,
+            "NARROW": narrow,
+            "OVERLAP": overlap,
+        },
+        _warps(dim, tokens),
+        options=early(overlap),
+    )
 
 
 def encode(dim: int, tokens: int, overlap: bool = False) -> Launch:
     """Codes and scale of x."""
     return Launch(
-        norm.encode, (tokens, 1, 1), ("x", "codes", "scale"),
+        norm.encode,
+        (tokens, 1, 1),
+        ("x", "codes", "scale"),
         {"DIM": dim, "DIM_2": power_of_2(dim), "OVERLAP": overlap},
-        _warps(dim, tokens), options=early(overlap),
-    )  # fmt: skip
+        _warps(dim, tokens),
+        options=early(overlap),
+    )
 
 
 def swiglu(hidden: int, tokens: int, overlap: bool = False) -> Launch:
     """Codes and scale of silu(gate) * up, of `hidden` [tokens, 2 * hidden]."""
     return Launch(
-        norm.swiglu, (tokens, 1, 1), ("hidden", "codes", "scale"),
+        norm.swiglu,
+        (tokens, 1, 1),
+        ("hidden", "codes", "scale"),
         {"HIDDEN": hidden, "HIDDEN_2": power_of_2(hidden), "OVERLAP": overlap},
-        _warps(hidden, tokens), options=early(overlap),
-    )  # fmt: skip
+        _warps(hidden, tokens),
+        options=early(overlap),
+    )
 
 
 def rope_table(size: int, tokens: int) -> Launch:
     """Cosines and sines for heads of `size`."""
     return Launch(
-        positions.rope_table, (tokens, 1, 1), ("positions", "rates", "cos", "sin"),
-        {"HALF": size // 2}, 1,
-    )  # fmt: skip
+        positions.rope_table,
+        (tokens, 1, 1),
+        ("positions", "rates", "cos", "sin"),
+        {"HALF": size // 2},
+        1,
+    )
 
 
 def temperature(floor: int, scale: float, tokens: int) -> Launch:
@@ -99,50 +137,97 @@ def temperature(floor: int, scale: float, tokens: int) -> Launch:
 
 
 def rope_append(
-    heads: Heads, tokens: int, rope: bool, eps: float | None, temperature: bool,
+    heads: Heads,
+    tokens: int,
+    rope: bool,
+    eps: float | None,
+    temperature: bool,
     overlap: bool = False,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """Queries, and keys and values in their buffers; QK-norm where there is an `eps`."""
     group = _group(heads)
     return Launch(
-        attention.rope_append, (tokens, group + 2, 1),
+        attention.rope_append,
+        (tokens, group + 2, 1),
         ("qkv", "cos", "sin", "temperature", "key", "value", "last", "q", "steps", "slots"),
-        {"KV_HEADS": heads.kv_heads, "KV_HEADS_2": power_of_2(heads.kv_heads), "GROUP": group,
-         "SIZE": heads.size, "ROPE": rope, "NORM": eps is not None, "EPS": eps or 0.0,
-         "TEMPERATURE": temperature, "OVERLAP": overlap},
-        2, options=early(overlap),
-    )  # fmt: skip
+        {
+            "KV_HEADS": heads.kv_heads,
+            "KV_HEADS_2": power_of_2(heads.kv_heads),
+            "GROUP": group,
+            "SIZE": heads.size,
+            "ROPE": rope,
+            "NORM": eps is not None,
+            "EPS": eps or 0.0,
+            "TEMPERATURE": temperature,
+            "OVERLAP": overlap,
+        },
+        2,
+        options=early(overlap),
+    )
 
 
 def attend(
-    heads: Heads, batch: int, slots: int, rope: bool, eps: float | None, temperature: bool,
+    heads: Heads,
+    batch: int,
+    slots: int,
+    rope: bool,
+    eps: float | None,
+    temperature: bool,
     overlap: bool = False,
-) -> tuple[tuple[Launch, Launch], Buffers]:  # fmt: skip
+) -> tuple[tuple[Launch, Launch], Buffers]:
     """One token a row: placed as in `rope_append`, then its attention over buffers of `slots`."""
     group, rows = _group(heads), batch * heads.kv_heads
     splits = max(1, min(PROGRAMS // rows, -(-slots // KEYS)))
     split = {"SPLITS": splits, "KEYS": KEYS, "OVERLAP": overlap}
     launches = (
         Launch(
-            attention.attend, (rows, splits, 1),
-            ("qkv", "cos", "sin", "temperature", "key", "value", "last", "parts", "most", "sums",
-             "slots"),
-            {"KV_HEADS": heads.kv_heads, "GROUP": group, "GROUP_2": max(16, power_of_2(group)),
-             "SIZE": heads.size, "ROPE": rope, "NORM": eps is not None, "EPS": eps or 0.0,
-             "TEMPERATURE": temperature, "SCALE": heads.size**-0.5, **split},
-            4, 2, early(overlap),
+            attention.attend,
+            (rows, splits, 1),
+            (
+                "qkv",
+                "cos",
+                "sin",
+                "temperature",
+                "key",
+                "value",
+                "last",
+                "parts",
+                "most",
+                "sums",
+                "slots",
+            ),
+            {
+                "KV_HEADS": heads.kv_heads,
+                "GROUP": group,
+                "GROUP_2": max(16, power_of_2(group)),
+                "SIZE": heads.size,
+                "ROPE": rope,
+                "NORM": eps is not None,
+                "EPS": eps or 0.0,
+                "TEMPERATURE": temperature,
+                "SCALE": heads.size**-0.5,
+                **split,
+            },
+            4,
+            2,
+            early(overlap),
         ),
         Launch(
-            attention.combine, (batch, heads.heads, 1), ("parts", "most", "sums", "last", "out"),
+            attention.combine,
+            (batch, heads.heads, 1),
+            ("parts", "most", "sums", "last", "out"),
             {"HEADS": heads.heads, "SIZE": heads.size, "SPLITS_2": power_of_2(splits), **split},
-            1, options=early(overlap),
+            1,
+            options=early(overlap),
         ),
-    )  # fmt: skip
+    )
     each = (splits, batch, heads.heads)
     buffers: Buffers = {
-        "parts": ((*each, heads.size), "fp32"), "most": (each, "fp32"), "sums": (each, "fp32"),
+        "parts": ((*each, heads.size), "fp32"),
+        "most": (each, "fp32"),
+        "sums": (each, "fp32"),
         "out": ((batch, heads.heads * heads.size), "bf16"),
-    }  # fmt: skip
+    }
     return launches, buffers
 
 
@@ -150,9 +235,9 @@ def _group(heads: Heads) -> int:
     for name, size, good, expected in (
         ("size", heads.size, is_head(heads.size), f"a power of 2, {SMALLEST_HEAD} or more"),
         ("heads", heads.heads, not heads.heads % heads.kv_heads, f"multiple of {heads.kv_heads}"),
-    ):  # fmt: skip
+    ):
         if not good:
-            raise MoecError(f"attention kernels: {name}", size, expected, PLAIN)
+            refuse(f"attention kernels: {name}", size, expected, PLAIN)
     return heads.heads // heads.kv_heads
 
 

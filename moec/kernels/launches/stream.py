@@ -50,16 +50,24 @@ def few_linear(
     programs = width // ROWS
     stages = stream.linear_few if programs <= stream.few_programs else stream.linear
     return Launch(
-        stream_hopper.linear, (programs, 1, 1),
+        stream_hopper.linear,
+        (programs, 1, 1),
         ("codes", "scale", "weight", "weight_scale", "out", "tokens"),
-        {"WIDTH": width, "DIM": dim, **_tile(stages)}, warps=4, options=OPTIONS,
-    )  # fmt: skip
+        {"WIDTH": width, "DIM": dim, **_tile(stages)},
+        warps=4,
+        options=OPTIONS,
+    )
 
 
 def few_moe(
-    sizes: Sizes, tokens: int, architecture: int, tiles: Tiles | None = None,
-    eps: float | None = None, combine: bool = True, stream: Stream = Stream(),
-) -> tuple[tuple[Launch, ...], Buffers]:  # fmt: skip
+    sizes: Sizes,
+    tokens: int,
+    architecture: int,
+    tiles: Tiles | None = None,
+    eps: float | None = None,
+    combine: bool = True,
+    stream: Stream = Stream(),
+) -> tuple[tuple[Launch, ...], Buffers]:
     """The launches of `launch.decode_moe`, and what of `launch.scratch` they use.
 
     With `tiles`, those that have some.
@@ -73,8 +81,9 @@ def few_moe(
     written = launch.scratch(sizes, tokens, tiles)
     if streams:
         route, _, encode, _, *rest = found
-        parts = [replace(each, constants={**each.constants, "PARTS": stream.split})
-                 for each in rest]  # fmt: skip
+        parts = [
+            replace(each, constants={**each.constants, "PARTS": stream.split}) for each in rest
+        ]
         found = route, _gate_up(sizes, stream), encode, _down(sizes, stream), *parts
         written["parts"] = ((stream.split, tokens, sizes.dim), "fp32")
     used = {name for each in found for name in each.arguments}
@@ -89,25 +98,34 @@ def _streams(sizes: Sizes, tokens: int, stream: Stream) -> bool:
 
 def _gate_up(sizes: Sizes, stream: Stream) -> Launch:
     return Launch(
-        stream_hopper.gate_up, (sizes.hidden // ROWS, 1, 1),
+        stream_hopper.gate_up,
+        (sizes.hidden // ROWS, 1, 1),
         ("logits", "codes", "scale", "gate_up", "gate_up_scale", "act", "largest", "tokens"),
-        {**_layer(sizes), **_tile(stream.gate_up)}, warps=4, options=OPTIONS,
-    )  # fmt: skip
+        {**_layer(sizes), **_tile(stream.gate_up)},
+        warps=4,
+        options=OPTIONS,
+    )
 
 
 def _down(sizes: Sizes, stream: Stream) -> Launch:
     return Launch(
-        stream_hopper.down, (sizes.dim // ROWS, stream.split, 1),
+        stream_hopper.down,
+        (sizes.dim // ROWS, stream.split, 1),
         ("logits", "act_codes", "largest", "down", "down_scale", "parts", "tokens"),
-        {**_layer(sizes), "SPLIT": stream.split, **_tile(stream.down)}, warps=4, options=OPTIONS,
-    )  # fmt: skip
+        {**_layer(sizes), "SPLIT": stream.split, **_tile(stream.down)},
+        warps=4,
+        options=OPTIONS,
+    )
 
 
 def _layer(sizes: Sizes) -> dict[str, int]:
     experts = max(16, power_of_2(sizes.experts))
     return {
-        "DIM": sizes.dim, "HIDDEN": sizes.hidden, "EXPERTS": sizes.experts, "EXPERTS_2": experts,
-    }  # fmt: skip
+        "DIM": sizes.dim,
+        "HIDDEN": sizes.hidden,
+        "EXPERTS": sizes.experts,
+        "EXPERTS_2": experts,
+    }
 
 
 def _tile(stages: int) -> dict[str, int]:

@@ -29,9 +29,12 @@ def run(launch: Launch, values: Mapping[str, Any]) -> None:
     }
     given = {**values, **described}
     launch.kernel[launch.grid](
-        *(given[name] for name in launch.arguments), **launch.constants,
-        num_warps=launch.warps, num_stages=launch.stages, **launch.options,
-    )  # fmt: skip
+        *(given[name] for name in launch.arguments),
+        **launch.constants,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **launch.options,
+    )
 
 
 def _descriptor(tensor: Tensor, block: tuple[int, ...], layout: Any) -> Any:

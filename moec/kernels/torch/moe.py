@@ -29,9 +29,7 @@ class DecodeMoe:
         combine: bool = True,
     ) -> None:
         device = weights["gate_up"].device
-        self.launches, written = few_moe(
-            sizes, tokens, architecture(device), tiles, eps, combine
-        )  # fmt: skip
+        self.launches, written = few_moe(sizes, tokens, architecture(device), tiles, eps, combine)
         self.values: dict[str, Any] = {**buffers(written, device), **weights, "tokens": tokens}
         self.result = "out" if combine else "parts"
 

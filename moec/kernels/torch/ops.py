@@ -29,9 +29,22 @@ FP8 = torch.float8_e4m3fn
 def register() -> None:
     """Put these in place of the eager functions wherever tensors are on CUDA."""
     for function in (
-        skip_norm, norm_fp8, skip_norm_fp8, encode, swiglu_fp8, fp8_linear, moe_layer, norm_moe,
-        norm_moe_norm_fp8, attention_fp8, rope_table, temperature, rms_norm, positions, select,
-    ):  # fmt: skip
+        skip_norm,
+        norm_fp8,
+        skip_norm_fp8,
+        encode,
+        swiglu_fp8,
+        fp8_linear,
+        moe_layer,
+        norm_moe,
+        norm_moe_norm_fp8,
+        attention_fp8,
+        rope_table,
+        temperature,
+        rms_norm,
+        positions,
+        select,
+    ):
         implement(function.__name__, function, "CUDA")
 
 
@@ -96,9 +109,13 @@ def fp8_linear(
     tokens, (width, dim) = len(codes), weight.shape
     if tokens > MOST_TOKENS:
         return torch._scaled_mm(
-            codes, weight.t(), scale[:, None], weight_scale[None],
-            out_dtype=torch.bfloat16, use_fast_accum=True,
-        )  # fmt: skip
+            codes,
+            weight.t(),
+            scale[:, None],
+            weight_scale[None],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
     out = torch.empty(tokens, width, dtype=torch.bfloat16, device=codes.device)
     values = {"codes": codes, "scale": scale, "weight": weight, "weight_scale": weight_scale}
     launch = few_linear(width, dim, tokens, architecture(codes.device))
@@ -107,9 +124,13 @@ def fp8_linear(
 
 
 def moe_layer(
-    x: Tensor, router: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor,
+    x: Tensor,
+    router: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
     down_scale: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     sizes, weights = _layer(router, gate_up, gate_up_scale, down, down_scale)
     if len(x) > MOST_TOKENS and fits(sizes):
         return PrefillMoe(sizes, weights)(x)
@@ -118,9 +139,16 @@ def moe_layer(
 
 
 def norm_moe(
-    x: Tensor, skip: Tensor, weight: Tensor, eps: float, router: Tensor, gate_up: Tensor,
-    gate_up_scale: Tensor, down: Tensor, down_scale: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    eps: float,
+    router: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
     if len(x) > MOST_TOKENS:
         normed, total = skip_norm(x, skip, weight, eps)
         return moe_layer(normed, router, gate_up, gate_up_scale, down, down_scale), total
@@ -130,9 +158,17 @@ def norm_moe(
 
 
 def norm_moe_norm_fp8(
-    x: Tensor, skip: Tensor, weight: Tensor, eps: float, router: Tensor, gate_up: Tensor,
-    gate_up_scale: Tensor, down: Tensor, down_scale: Tensor, after: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    eps: float,
+    router: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    after: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     layer = router, gate_up, gate_up_scale, down, down_scale
     if len(x) > MOST_TOKENS:
         y, total = norm_moe(x, skip, weight, eps, *layer)
@@ -156,10 +192,18 @@ def _layer(*tensors: Tensor) -> tuple[Sizes, dict[str, Tensor]]:
 
 
 def attention_fp8(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, temperature: Tensor | None,
-    key: Tensor, value: Tensor, last: Tensor, total: Tensor, heads: int, kv_heads: int,
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    temperature: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    last: Tensor,
+    total: Tensor,
+    heads: int,
+    kv_heads: int,
     eps: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     batch, steps = len(key), len(qkv) // len(key)
     of, overlap = Heads(heads, kv_heads, key.shape[3]), overlaps(qkv.device)
     kinds = cos is not None, eps, temperature is not None
@@ -187,13 +231,18 @@ def _attend_many(
     ends = [int(total)] if batch == 1 else (last + 1).tolist()
     rows = [
         functional.scaled_dot_product_attention(
-            queries[i : i + 1], key[i : i + 1, :, :end], value[i : i + 1, :, :end],
-            **({"is_causal": True} if end == steps
-               else {"attn_mask": causal_lower_right(steps, end)}),
+            queries[i : i + 1],
+            key[i : i + 1, :, :end],
+            value[i : i + 1, :, :end],
+            **(
+                {"is_causal": True}
+                if end == steps
+                else {"attn_mask": causal_lower_right(steps, end)}
+            ),
             enable_gqa=True,
         )
         for i, end in enumerate(ends)
-    ]  # fmt: skip
+    ]
     out = rows[0] if len(rows) == 1 else torch.cat(rows)
     return out.transpose(1, 2).flatten(2)
 

@@ -16,11 +16,26 @@ from moec.kernels.triton.overlap import next_may_start, wait
 
 @triton.jit(do_not_specialize=["steps", "slots"])
 def rope_append(
-    qkv, cos, sin, temperature, key, value, last, q, steps, slots,
-    KV_HEADS: tl.constexpr, KV_HEADS_2: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
-    ROPE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, TEMPERATURE: tl.constexpr,
+    qkv,
+    cos,
+    sin,
+    temperature,
+    key,
+    value,
+    last,
+    q,
+    steps,
+    slots,
+    KV_HEADS: tl.constexpr,
+    KV_HEADS_2: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROPE: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (batch * steps, GROUP + 2): as many heads as there are of keys; keys, then values, last.
 
     qkv bf16 [batch, steps, (GROUP + 2) * kv_heads * size]; cos, sin float32 [batch, steps, size/2];
@@ -76,9 +91,17 @@ def _share(length, SPLITS: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def _placed(
-    values, partners, odd, cos, sin, at,
-    SIZE: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
+    values,
+    partners,
+    odd,
+    cos,
+    sin,
+    at,
+    SIZE: tl.constexpr,
+    ROPE: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+):
     """Heads [n, SIZE] in float32, turned and normalised; partners are the others of each pair."""
     if ROPE:
         c, s = tl.load(cos + at)[None, :], tl.load(sin + at)[None, :]
@@ -104,11 +127,30 @@ def _mix(queries, k, v, seen, largest, total, mixed, SCALE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots"])
 def attend(
-    qkv, cos, sin, temperature, key, value, last, parts, most, sums, slots,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_2: tl.constexpr, SIZE: tl.constexpr,
-    ROPE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, TEMPERATURE: tl.constexpr,
-    SPLITS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    cos,
+    sin,
+    temperature,
+    key,
+    value,
+    last,
+    parts,
+    most,
+    sums,
+    slots,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_2: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROPE: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SCALE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid (batch * kv_heads, SPLITS): `rope_append` for one token a row, then its attention.
 
     qkv and tables as there. Writes parts float32 [SPLITS, batch, heads, size], not divided by sums
@@ -182,10 +224,18 @@ def attend(
 
 @triton.jit
 def combine(
-    parts, most, sums, last, out,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr,
-    KEYS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    parts,
+    most,
+    sums,
+    last,
+    out,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_2: tl.constexpr,
+    KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid (batch, HEADS). Adds up the shares of a head: out bf16 [batch, heads * size]."""
     row, head, batch = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     split, size = tl.arange(0, SPLITS_2), tl.arange(0, SIZE)

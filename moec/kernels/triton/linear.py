@@ -8,10 +8,19 @@ from moec.kernels.triton.overlap import next_may_start, wait
 
 @triton.jit(do_not_specialize=["tokens"])
 def linear(
-    codes, scale, weight, weight_scale, out, tokens,
-    WIDTH: tl.constexpr, DIM: tl.constexpr, TOKENS_2: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    codes,
+    scale,
+    weight,
+    weight_scale,
+    out,
+    tokens,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS_2: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid (width / ROWS). codes [tokens, dim], weight [width, dim] -> out bf16 [tokens, width].
 
     Many steps under way at once serve this better than more programs, whose sums would have to

@@ -27,10 +27,23 @@ from moec.kernels.triton.overlap import next_may_start, wait
 
 @triton.jit(do_not_specialize=["tokens"])
 def route(
-    x, skip, gain, total, router, logits, codes, scale, largest, tokens,
-    DIM: tl.constexpr, DIM_2: tl.constexpr, EXPERTS: tl.constexpr, NORM: tl.constexpr,
-    EPS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x,
+    skip,
+    gain,
+    total,
+    router,
+    logits,
+    codes,
+    scale,
+    largest,
+    tokens,
+    DIM: tl.constexpr,
+    DIM_2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid (tokens, experts + 1): a logit each; the last column rounds x, bf16 [tokens, dim].
 
     With NORM the layer's input is the RMS norm of total = x + skip, times gain. Writes logits
@@ -66,9 +79,15 @@ def route(
 
 @triton.jit
 def _slot(
-    logits, tokens, slot, slots,
-    EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, TOKENS_2: tl.constexpr, BY_TOKEN: tl.constexpr,
-):  # fmt: skip
+    logits,
+    tokens,
+    slot,
+    slots,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+    TOKENS_2: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):
     """The expert of a slot, how many tokens it serves, which of all, all scores; if it is shared.
 
     Ties go to the first expert, as in topk.
@@ -76,9 +95,11 @@ def _slot(
     token, expert = tl.arange(0, TOKENS_2), tl.arange(0, EXPERTS_2)
     inside = (token[:, None] < tokens) & (expert[None, :] < EXPERTS)
     rows = tl.load(
-        logits + token[:, None] * EXPERTS + expert[None, :], mask=inside, other=float("-inf"),
+        logits + token[:, None] * EXPERTS + expert[None, :],
+        mask=inside,
+        other=float("-inf"),
         cache_modifier=".cg",  # past the first level, which may hold what was there before
-    )  # fmt: skip
+    )
     chosen = tl.where(token < tokens, tl.argmax(rows, 1), -1)
     score = tl.sigmoid(tl.max(rows, 1)).to(tl.bfloat16).to(tl.float32)
     shared = slot == slots - 1
@@ -106,10 +127,26 @@ def _columns(served, score, TOKENS_2: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _gate_up(
-    expert, count, served, score, shared, codes, scale, weight, weight_scale, act, largest, tokens,
-    DIM: tl.constexpr, HIDDEN: tl.constexpr, TOKENS_2: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    expert,
+    count,
+    served,
+    score,
+    shared,
+    codes,
+    scale,
+    weight,
+    weight_scale,
+    act,
+    largest,
+    tokens,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TOKENS_2: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """`gate_up` for at most COLUMNS tokens."""
     which, gain = _columns(served, score, TOKENS_2, COLUMNS)
     used = tl.arange(0, COLUMNS) < count
@@ -141,11 +178,26 @@ def _gate_up(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gate_up(
-    logits, codes, scale, weight, weight_scale, act, largest, tokens,
-    DIM: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
-    TOKENS_2: tl.constexpr, FEW: tl.constexpr, BY_TOKEN: tl.constexpr, OVERLAP: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    logits,
+    codes,
+    scale,
+    weight,
+    weight_scale,
+    act,
+    largest,
+    tokens,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+    TOKENS_2: tl.constexpr,
+    FEW: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """Grid (hidden / ROWS, slots). weight [experts + 1, 2 * hidden, dim]: gate, then up.
 
     Writes act, bf16 [2 * tokens, hidden]: routed rows, then shared ones; and the largest magnitude
@@ -159,22 +211,60 @@ def gate_up(
     )
     if count > FEW:
         _gate_up(
-            expert, count, served, score, shared, codes, scale, weight, weight_scale, act, largest,
-            tokens, DIM, HIDDEN, TOKENS_2, TOKENS_2, ROWS, DEPTH, EXACT,
-        )  # fmt: skip
+            expert,
+            count,
+            served,
+            score,
+            shared,
+            codes,
+            scale,
+            weight,
+            weight_scale,
+            act,
+            largest,
+            tokens,
+            DIM,
+            HIDDEN,
+            TOKENS_2,
+            TOKENS_2,
+            ROWS,
+            DEPTH,
+            EXACT,
+        )
     if FEW > 0:  # most experts serve a few of many tokens
         if (count > 0) & (count <= FEW):
             _gate_up(
-                expert, count, served, score, shared, codes, scale, weight, weight_scale, act,
-                largest, tokens, DIM, HIDDEN, TOKENS_2, FEW, ROWS, DEPTH, EXACT,
-            )  # fmt: skip
+                expert,
+                count,
+                served,
+                score,
+                shared,
+                codes,
+                scale,
+                weight,
+                weight_scale,
+                act,
+                largest,
+                tokens,
+                DIM,
+                HIDDEN,
+                TOKENS_2,
+                FEW,
+                ROWS,
+                DEPTH,
+                EXACT,
+            )
 
 
 @triton.jit
 def encode(
-    act, largest, act_codes,
-    HIDDEN: tl.constexpr, OVERLAP: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    act,
+    largest,
+    act_codes,
+    HIDDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Grid (2 * tokens, hidden / WIDTH): act in E4M3, each row over its largest magnitude."""
     row, at = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     next_may_start(OVERLAP)
@@ -186,11 +276,27 @@ def encode(
 
 @triton.jit
 def _down(
-    expert, count, served, score, shared, split, act_codes, largest, weight, weight_scale, parts,
+    expert,
+    count,
+    served,
+    score,
+    shared,
+    split,
+    act_codes,
+    largest,
+    weight,
+    weight_scale,
+    parts,
     tokens,
-    DIM: tl.constexpr, HIDDEN: tl.constexpr, TOKENS_2: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TOKENS_2: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """`down` for at most COLUMNS tokens, its share of the inputs."""
     which, _ = _columns(served, score, TOKENS_2, COLUMNS)
     used = tl.arange(0, COLUMNS) < count
@@ -216,12 +322,26 @@ def _down(
 
 @triton.jit(do_not_specialize=["tokens"])
 def down(
-    logits, act_codes, largest, weight, weight_scale, parts, tokens,
-    DIM: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
-    TOKENS_2: tl.constexpr, FEW: tl.constexpr, BY_TOKEN: tl.constexpr, OVERLAP: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
+    logits,
+    act_codes,
+    largest,
+    weight,
+    weight_scale,
+    parts,
+    tokens,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+    TOKENS_2: tl.constexpr,
+    FEW: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (dim / ROWS, slots, SPLIT). weight [experts + 1, dim, hidden].
 
     Writes parts, float32 [2 * SPLIT, tokens, dim]: each token's of its expert, then of the shared
@@ -237,22 +357,62 @@ def down(
     wait(OVERLAP)
     if count > FEW:
         _down(
-            expert, count, served, score, shared, split, act_codes, largest, weight, weight_scale,
-            parts, tokens, DIM, HIDDEN, TOKENS_2, TOKENS_2, ROWS, DEPTH, EXACT, SPLIT,
-        )  # fmt: skip
+            expert,
+            count,
+            served,
+            score,
+            shared,
+            split,
+            act_codes,
+            largest,
+            weight,
+            weight_scale,
+            parts,
+            tokens,
+            DIM,
+            HIDDEN,
+            TOKENS_2,
+            TOKENS_2,
+            ROWS,
+            DEPTH,
+            EXACT,
+            SPLIT,
+        )
     if FEW > 0:
         if (count > 0) & (count <= FEW):
             _down(
-                expert, count, served, score, shared, split, act_codes, largest, weight,
-                weight_scale, parts, tokens, DIM, HIDDEN, TOKENS_2, FEW, ROWS, DEPTH, EXACT, SPLIT,
-            )  # fmt: skip
+                expert,
+                count,
+                served,
+                score,
+                shared,
+                split,
+                act_codes,
+                largest,
+                weight,
+                weight_scale,
+                parts,
+                tokens,
+                DIM,
+                HIDDEN,
+                TOKENS_2,
+                FEW,
+                ROWS,
+                DEPTH,
+                EXACT,
+                SPLIT,
+            )
 
 
 @triton.jit
 def combine(
-    parts, out,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    parts,
+    out,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid (tokens, dim / WIDTH). The sum of float32 parts [PARTS, tokens, dim], in order."""
     token, tokens = tl.program_id(0), tl.num_programs(0)
     at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

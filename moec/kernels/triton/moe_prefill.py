@@ -23,10 +23,20 @@ from moec.kernels.triton.norm import encode_row
 
 @triton.jit(do_not_specialize=["tokens"])
 def route(
-    x, router, chosen, gain, rows, row_scale, tokens,
-    DIM: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    x,
+    router,
+    chosen,
+    gain,
+    rows,
+    row_scale,
+    tokens,
+    DIM: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Grid (tokens / BLOCK). x bf16 [tokens, dim]; ties go to the first expert, as in topk.
 
     Writes chosen and gain [tokens], and codes and scale of x to the first rows.
@@ -59,11 +69,22 @@ def route(
 
 @triton.jit(do_not_specialize=["tokens"])
 def arrange(
-    chosen, gain, rows, row_scale, place, plan, tokens,
-    DIM: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
-    BLOCK: tl.constexpr, SCAN: tl.constexpr, TILE: tl.constexpr, TILES_2: tl.constexpr,
+    chosen,
+    gain,
+    rows,
+    row_scale,
+    place,
+    plan,
+    tokens,
+    DIM: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES_2: tl.constexpr,
     WIDTH: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (tokens / BLOCK). Every program counts all choices, then copies its own tokens' codes.
 
     Writes place [tokens], the row that a token's copy has; rows and row_scale there; and plan
@@ -124,10 +145,19 @@ def _tile(tile, tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def gate_up(
-    rows, row_scale, plan, weight, weight_scale, act,
-    DIM: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    rows,
+    row_scale,
+    plan,
+    weight,
+    weight_scale,
+    act,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Any grid of one axis. Descriptors: rows, weight [(experts + 1) * 2 * hidden, dim], act.
 
     Tiles of TILE rows by COLUMNS outputs of gate and as many of up.
@@ -157,9 +187,14 @@ def gate_up(
 
 @triton.jit
 def encode(
-    act, plan, act_codes, act_scale,
-    HIDDEN: tl.constexpr, HIDDEN_2: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    act,
+    plan,
+    act_codes,
+    act_scale,
+    HIDDEN: tl.constexpr,
+    HIDDEN_2: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Grid (most rows): act in E4M3, each row over its largest magnitude."""
     row, at = tl.program_id(0), tl.arange(0, HIDDEN_2)
     if row < tl.load(plan) * TILE:
@@ -171,10 +206,19 @@ def encode(
 
 @triton.jit
 def down(
-    act_codes, act_scale, plan, weight, weight_scale, parts,
-    DIM: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    act_codes,
+    act_scale,
+    plan,
+    weight,
+    weight_scale,
+    parts,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Any grid of one axis. Descriptors: act_codes, weight [(experts + 1) * dim, hidden], parts.
 
     Tiles of TILE rows by twice COLUMNS outputs, in two halves.

@@ -16,10 +16,22 @@ def encode_row(row, at, inside, codes, scale, token, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def skip_norm(
-    x, skip, gain, total, normed, codes, scale, tokens,
-    DIM: tl.constexpr, DIM_2: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
-    PARTS: tl.constexpr, NARROW: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x,
+    skip,
+    gain,
+    total,
+    normed,
+    codes,
+    scale,
+    tokens,
+    DIM: tl.constexpr,
+    DIM_2: tl.constexpr,
+    EPS: tl.constexpr,
+    ADD: tl.constexpr,
+    PARTS: tl.constexpr,
+    NARROW: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid (tokens). With ADD total = x + skip, else x; its RMS norm times gain.
 
     skip is bf16 [tokens, dim], or with PARTS above 1 the sum of float32 [PARTS, tokens, dim], in
@@ -51,9 +63,13 @@ def skip_norm(
 
 @triton.jit
 def encode(
-    x, codes, scale,
-    DIM: tl.constexpr, DIM_2: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x,
+    codes,
+    scale,
+    DIM: tl.constexpr,
+    DIM_2: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid (tokens). x bf16 [tokens, dim] in codes and scale."""
     token, at = tl.program_id(0), tl.arange(0, DIM_2)
     next_may_start(OVERLAP)
@@ -65,9 +81,13 @@ def encode(
 
 @triton.jit
 def swiglu(
-    gate_up, codes, scale,
-    HIDDEN: tl.constexpr, HIDDEN_2: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    gate_up,
+    codes,
+    scale,
+    HIDDEN: tl.constexpr,
+    HIDDEN_2: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid (tokens). gate_up bf16 [tokens, 2 * hidden] -> silu(gate) * up in codes and scale."""
     token, at = tl.program_id(0), tl.arange(0, HIDDEN_2)
     next_may_start(OVERLAP)

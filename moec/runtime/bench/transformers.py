@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.files import load_spec
 from moec.weights.view import TORCH_DTYPES
 
@@ -67,10 +67,13 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
     try:
         from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
     except ImportError as error:
-        raise MoecError(
-            "transformers", error, "transformers 5 or newer, to compare with",
-            "pip install transformers", exit_code=3,
-        ) from None  # fmt: skip
+        refuse(
+            "transformers",
+            error,
+            "transformers 5 or newer, to compare with",
+            "pip install transformers",
+            exit_code=3,
+        )
     kind = Llama4ForConditionalGeneration if load_spec(checkpoint).vision else Llama4ForCausalLM
     model: Any = kind.from_pretrained(checkpoint, dtype=TORCH_DTYPES[dtype])
     model = model.to(device).eval()

@@ -42,8 +42,11 @@ class Replays:
         A replay does not wait for the GPU: those on it stay there, the others follow in its own
         time.
         """
-        key = tuple((n, x.data_ptr(), x.shape) for n, x in feeds.items()
-                    if x.is_cuda and n not in self.moving)  # fmt: skip
+        key = tuple(
+            (n, x.data_ptr(), x.shape)
+            for n, x in feeds.items()
+            if x.is_cuda and n not in self.moving
+        )
         if key not in self.graphs and key not in self.seen:
             self.seen[key] = None
             if len(self.seen) > SEEN:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 
 def check_device(device: str, what: str) -> None:
@@ -19,7 +19,7 @@ def check_device(device: str, what: str) -> None:
     if device == "cpu":
         return
     if device != "cuda":
-        raise MoecError(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
+        refuse(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
     found = None
     if not torch.cuda.is_available():
         found = f"torch {torch.__version__}, which finds no GPU"
@@ -28,10 +28,13 @@ def check_device(device: str, what: str) -> None:
     elif torch.cuda.get_device_capability() < (8, 9):
         found = f"{torch.cuda.get_device_name()}, which has no FP8"
     if found:
-        raise MoecError(
-            f"device cuda: {what}", found, "a GPU with FP8, torch with CUDA and triton",
-            "use device cpu, or pip install triton and a torch with CUDA", exit_code=3,
-        )  # fmt: skip
+        refuse(
+            f"device cuda: {what}",
+            found,
+            "a GPU with FP8, torch with CUDA and triton",
+            "use device cpu, or pip install triton and a torch with CUDA",
+            exit_code=3,
+        )
 
 
 @contextmanager
@@ -50,10 +53,13 @@ def memory_for(what: str) -> Iterator[None]:
             raise
         # What was asked for, what the GPU has; then follow torch's own accounts and advice.
         found = ". ".join(str(error).split(". ")[:3])
-        raise MoecError(
-            f"device cuda: {what}", found, "memory for it",
-            "use a smaller batch or context: python cli.py plan says what they take", exit_code=3,
-        ) from None  # fmt: skip
+        refuse(
+            f"device cuda: {what}",
+            found,
+            "memory for it",
+            "use a smaller batch or context: moec plan says what they take",
+            exit_code=3,
+        )
 
 
 def on_host(values: Tensor) -> Callable[[], Tensor]:

@@ -64,8 +64,9 @@ def show_routers(graph: ir.Graph) -> None:
         logits = ir.Node("", "Gemm", node.inputs[:2], [ir.AttrInt64("transB", 1)])
         chosen = ir.Node("", "ArgMax", logits.outputs, [ir.AttrInt64("axis", 1)])
         for each, name, dtype in (
-            (logits, f"{at}.router", _FLOAT), (chosen, f"{at}.route.1", ir.DataType.INT64),
-        ):  # fmt: skip
+            (logits, f"{at}.router", _FLOAT),
+            (chosen, f"{at}.route.1", ir.DataType.INT64),
+        ):
             each.outputs[0].name, each.outputs[0].type = name, ir.TensorType(dtype)
             graph.append(each)
 

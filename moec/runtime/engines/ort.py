@@ -13,7 +13,7 @@ from moec.exporters.onnx.external_data import load_onnx
 from moec.exporters.onnx.lowering import DTYPES
 from moec.graph_builder.ops import FP8
 from moec.runtime.engines.eager import Run
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 #: the first version of onnxruntime that quantised artefacts were run on; 1.30 refuses them
@@ -43,11 +43,12 @@ def ort_engine(
     onnxruntime = _runtime(device)
     _check_version(artefact, onnxruntime.__version__)
     if preset not in manifest.presets:
-        raise MoecError(
-            f"preset {preset}", "no such preset in the artefact's manifest",
+        refuse(
+            f"preset {preset}",
+            "no such preset in the artefact's manifest",
             " or ".join(manifest.presets) or "presets: an older version of moec built it",
             "choose one of them" if manifest.presets else "build the artefact again",
-        )  # fmt: skip
+        )
     artefact.stored()  # refuses unbound artefacts and changed shards with a clear message
     options = onnxruntime.SessionOptions()
     chosen = manifest.presets[preset].model_dump()
@@ -64,18 +65,25 @@ def ort_engine(
         model = _with_outputs(file, taps)
         session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
     except Exception as error:  # the bindings raise a dozen unrelated types
-        raise MoecError(
-            file, next(iter(str(error).splitlines()), type(error).__name__),
+        refuse(
+            file,
+            next(iter(str(error).splitlines()), type(error).__name__),
             "a model that ONNX Runtime loads",
-            f"python cli.py inspect {artefact.path}", exit_code=1,
-        ) from error  # fmt: skip
+            f"moec inspect {artefact.path}",
+            exit_code=1,
+            cause=error,
+        )
     shapes = {port.name: port.shape for port in session.get_inputs()}
     inputs = shapes.keys()
     optional = {port.name for port in session.get_overridable_initializers()}
     outputs = {port.name: (port.shape, _KINDS.get(port.type)) for port in session.get_outputs()}
     # Sizes by name: read off an input that has them; caches share theirs with one another.
-    named = {dim: (name, i) for name, shape in reversed(shapes.items())
-             for i, dim in enumerate(shape) if isinstance(dim, str)}  # fmt: skip
+    named = {
+        dim: (name, i)
+        for name, shape in reversed(shapes.items())
+        for i, dim in enumerate(shape)
+        if isinstance(dim, str)
+    }
     kept = {n: n.replace("present", "past", 1) for n in outputs if n.startswith("present.")}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,20 +170,25 @@ def _runtime(device: str) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise MoecError(
-            "ONNX Runtime", "not installed", f"{package} 1.30 or newer",
-            f"pip install 'moec[{extra}]'", exit_code=3,
-        ) from None  # fmt: skip
+        refuse(
+            "ONNX Runtime",
+            "not installed",
+            f"{package} 1.30 or newer",
+            f"pip install 'moec[{extra}]'",
+            exit_code=3,
+        )
     providers = onnxruntime.get_available_providers()
     if not set(_PROVIDERS[device]) <= set(providers) or (
         device == "cuda" and not torch.cuda.is_available()
     ):
-        raise MoecError(
-            f"device {device}", f"ONNX Runtime with {', '.join(providers)}"
+        refuse(
+            f"device {device}",
+            f"ONNX Runtime with {', '.join(providers)}"
             + ("" if torch.cuda.is_available() else "; torch finds no GPU"),
-            f"{package} and a GPU", "use device cpu, or pip install 'moec[cuda]' in place of [cpu]",
+            f"{package} and a GPU",
+            "use device cpu, or pip install 'moec[cuda]' in place of [cpu]",
             exit_code=3,
-        )  # fmt: skip
+        )
     if device == "cuda":
         onnxruntime.preload_dlls()  # the CUDA libraries that came with torch
         onnxruntime.set_default_logger_severity(3)  # it warns of each ScatterND
@@ -186,11 +199,13 @@ def _check_version(artefact: Artefact, version: str) -> None:
     """Refuse quantised experts where QMoE has no accuracy_level yet (exit code 3)."""
     quantized = any(packing.bits for packing in artefact.manifest.packings.values())
     if quantized and tuple(map(int, version.split(".")[:2])) < QUANTIZED_FROM:
-        raise MoecError(
-            artefact.path, f"quantised experts, and onnxruntime {version}",
+        refuse(
+            artefact.path,
+            f"quantised experts, and onnxruntime {version}",
             f"onnxruntime {'.'.join(map(str, QUANTIZED_FROM))} or newer",
-            "pip install --upgrade onnxruntime, or build with --precision fp32", exit_code=3,
-        )  # fmt: skip
+            "pip install --upgrade onnxruntime, or build with --precision fp32",
+            exit_code=3,
+        )
 
 
 def check_kernels(artefact: Artefact, device: str) -> None:
@@ -198,7 +213,7 @@ def check_kernels(artefact: Artefact, device: str) -> None:
     manifest = artefact.manifest
     if device not in _PROVIDERS:
         expected = " or ".join(_PROVIDERS)
-        raise MoecError(f"device {device}", "no such device", expected, "choose one of them")
+        refuse(f"device {device}", "no such device", expected, "choose one of them")
     runnable = (
         manifest.buffered and manifest.precision in ("fp16", "bf16") and bool(manifest.packings)
         if device == "cuda"
@@ -216,7 +231,7 @@ def check_kernels(artefact: Artefact, device: str) -> None:
             if device == "cuda"
             else "build with --precision fp32 (weights stay bf16 on disk), or use device cuda"
         )
-        raise MoecError(artefact.path, found, wanted, fix, exit_code=3)
+        refuse(artefact.path, found, wanted, fix, exit_code=3)
 
 
 def _with_outputs(file: Path, taps: Sequence[str]) -> str | bytes:

@@ -11,7 +11,7 @@ from moec.artefact.engine_job import DTYPES, Built
 from moec.artefact.manifest import Engine, Ports
 from moec.exporters.onnx.lowering import DTYPES as ONNX_DTYPES
 from moec.exporters.tensorrt.api import PACKAGES
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED
 
@@ -53,10 +53,12 @@ def engine_of(artefact: Artefact, part: str) -> Engine:
     """
     found = artefact.manifest.engines.get(part)
     if found is None:
-        raise MoecError(
-            f"{artefact.path}: {part}", "its ONNX alone", "an engine",
-            f"python cli.py engine {artefact.path}, or run the ONNX with engine interpreter",
-        )  # fmt: skip
+        refuse(
+            f"{artefact.path}: {part}",
+            "its ONNX alone",
+            "an engine",
+            f"moec engine {artefact.path}, or run the ONNX with engine interpreter",
+        )
     check_engine(artefact, found)
     return found
 
@@ -70,33 +72,43 @@ def check_gpu(artefact: Artefact, built: Built, device: str) -> None:
     """
     where, title = f"device {device}: {artefact.path}", PACKAGES[built.package][0]
     if device != "cuda":
-        raise MoecError(
-            where, f"an engine of {title}", "device cuda",
-            "choose device cuda, or engine interpreter", exit_code=3,
-        )  # fmt: skip
+        refuse(
+            where,
+            f"an engine of {title}",
+            "device cuda",
+            "choose device cuda, or engine interpreter",
+            exit_code=3,
+        )
     if not torch.cuda.is_available():
-        raise MoecError(
-            where, f"torch {torch.__version__}, which finds no GPU", f"a GPU, for {title}",
-            "run it where there is one, or its ONNX with engine interpreter", exit_code=3,
-        )  # fmt: skip
+        refuse(
+            where,
+            f"torch {torch.__version__}, which finds no GPU",
+            f"a GPU, for {title}",
+            "run it where there is one, or its ONNX with engine interpreter",
+            exit_code=3,
+        )
     here = "SM{}{}".format(*torch.cuda.get_device_capability())
     if built.architectures and here not in built.architectures:
-        raise MoecError(
-            where, f"{torch.cuda.get_device_name()}, which is {here}",
+        refuse(
+            where,
+            f"{torch.cuda.get_device_name()}, which is {here}",
             f"{' or '.join(built.architectures)}, which the engine was built for",
-            f"python cli.py engine {artefact.path} --sm {here}", exit_code=3,
-        )  # fmt: skip
+            f"moec engine {artefact.path} --sm {here}",
+            exit_code=3,
+        )
 
 
 def check_version(artefact: Artefact, built: Built, version: str) -> None:
     """Refuse another `version` of the package than the one that built the engine (exit code 3)."""
     if version != built.version:
         title = PACKAGES[built.package][0]
-        raise MoecError(
-            f"{title}: {artefact.path}", f"version {version}",
+        refuse(
+            f"{title}: {artefact.path}",
+            f"version {version}",
             f"version {built.version}, which built the engine",
-            f"install that version, or python cli.py engine {artefact.path}", exit_code=3,
-        )  # fmt: skip
+            f"install that version, or moec engine {artefact.path}",
+            exit_code=3,
+        )
 
 
 def ios_of(ports: Ports, weights: Mapping[str, tuple[TensorEntry, ...]]) -> dict[str, Io]:
@@ -137,8 +149,11 @@ def check_aliases(where: object, aliases: Mapping[str, str]) -> None:
     """Refuse an engine that writes an output over another input than its cache (exit code 1)."""
     for name, over in aliases.items():
         if over != cache_of(name):
-            raise _another(f"{where}: {name}", f"written over {over}", f"over {cache_of(name)}"
-                           if cache_of(name) else "memory of its own")  # fmt: skip
+            raise _another(
+                f"{where}: {name}",
+                f"written over {over}",
+                f"over {cache_of(name)}" if cache_of(name) else "memory of its own",
+            )
 
 
 def cache_of(output: str) -> str:
@@ -167,11 +182,15 @@ def no_profile(part: str, shapes: Mapping[str, Shape], profiles: Sequence[Spans]
 
     Names the first input that the profile which most of them fit has no room for.
     """
-    odd = ([name for name, shape in shapes.items() if not within(shape, *spans[name])]
-           for spans in profiles)  # fmt: skip
+    odd = (
+        [name for name, shape in shapes.items() if not within(shape, *spans[name])]
+        for spans in profiles
+    )
     name = min(odd, key=len)[0]
     limits = [f"{list(spans[name][0])} to {list(spans[name][1])}" for spans in profiles]
     return MoecError(
-        f"engine of {part}: {name}", list(shapes[name]), " or ".join(dict.fromkeys(limits)),
+        f"engine of {part}: {name}",
+        list(shapes[name]),
+        " or ".join(dict.fromkeys(limits)),
         _FIXES[part],
-    )  # fmt: skip
+    )

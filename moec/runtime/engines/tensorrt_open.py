@@ -34,7 +34,7 @@ from moec.runtime.engines.tensorrt_fit import (
     ios_of,
 )
 from moec.runtime.engines.tensorrt_weights import load_bindings
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 
 #: layers of branches and loops, which no CUDA graph holds
 _BRANCHES = {"CONDITION", "TRIP_LIMIT", "RECURRENCE"}
@@ -89,8 +89,9 @@ def open_engine(trt: Any, artefact: Artefact, part: str, device: str) -> OpenEng
     found = {name: _io(trt, engine, name) for name in names}
     check_ios(file, found, ios_of(manifest.ports(part), parts), parts)
     ios = {name: io for name, io in found.items() if name not in parts}
-    written = {name: engine.get_aliased_input_tensor(name) for name, io in ios.items()
-               if not io.given}  # fmt: skip
+    written = {
+        name: engine.get_aliased_input_tensor(name) for name, io in ios.items() if not io.given
+    }
     aliases = {name: over for name, over in written.items() if over}
     check_aliases(file, aliases)
     weights = load_bindings(parts, device)
@@ -150,10 +151,12 @@ def _add_plugins(trt: Any, paths: Sequence[Path]) -> None:
         stamp = _stamp(path)
         if others or loaded.get(path, stamp) != stamp:
             was = f"{min(others)}, which was loaded before" if others else "changed since it loaded"
-            raise MoecError(
-                f"plugin: {path}", was, "one artefact with a plugin in a process",
+            refuse(
+                f"plugin: {path}",
+                was,
+                "one artefact with a plugin in a process",
                 "open it in a new process",
-            )  # fmt: skip
+            )
         if path not in loaded:
             add_plugins(trt, (str(path),), _log(trt))
             loaded[path] = stamp
@@ -215,6 +218,9 @@ def failed(file: Path, log: Any, what: str) -> MoecError:
     found = log.errors[0] if log.errors else what
     artefact = file.parent.parent if file.parts[-2] == ENGINES else file.parent
     return MoecError(
-        file, found, "an engine that loads and runs",
-        f"build it again: python cli.py engine {artefact}", exit_code=1,
-    )  # fmt: skip
+        file,
+        found,
+        "an engine that loads and runs",
+        f"build it again: moec engine {artefact}",
+        exit_code=1,
+    )

@@ -18,7 +18,7 @@ from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.eager import Run
 from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 #: what differs from one decode step to the next
 MOVING = ("input_ids", "past_lengths", "logit_index", "ring.last", "global.last")
@@ -92,11 +92,14 @@ def _stored(artefact: Artefact, part: str) -> tuple[fx.GraphModule, tuple[str, .
     try:
         program = torch.export.load(file)
     except Exception as error:  # torch raises whatever it stumbles over
-        raise MoecError(
-            file, next(iter(str(error).splitlines()), type(error).__name__),
-            f"a program that torch {torch.__version__} loads", "build the artefact again",
+        refuse(
+            file,
+            next(iter(str(error).splitlines()), type(error).__name__),
+            f"a program that torch {torch.__version__} loads",
+            "build the artefact again",
             exit_code=1,
-        ) from error  # fmt: skip
+            cause=error,
+        )
     # As it is: the module around it would look at a thousand inputs in each call.
     return program.graph_module, tuple(p.name for p in artefact.manifest.ports(part).outputs)
 

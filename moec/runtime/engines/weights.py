@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.weights.joined import fused_tensors
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED, read_into
@@ -41,10 +41,12 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
                 reader(entry, place[at : at + entry.nbytes])
             at += entry.nbytes
         if at != place.numel():
-            raise MoecError(
-                f"{artefact.path}: {name}", f"{at} bytes in {', '.join(fused.pieces)}",
-                f"{place.numel()} bytes", "build the artefact again",
-            )  # fmt: skip
+            refuse(
+                f"{artefact.path}: {name}",
+                f"{at} bytes in {', '.join(fused.pieces)}",
+                f"{place.numel()} bytes",
+                "build the artefact again",
+            )
     reader.finish()
     return found
 
@@ -55,8 +57,9 @@ class Reader:
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
         self.turn = 0
-        self.buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
-                        for _ in range(2 * self.cuda)]  # fmt: skip
+        self.buffers = [
+            torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * self.cuda)
+        ]
         self.copied: list[Any] = [torch.cuda.Event() for _ in self.buffers]  # type: ignore[no-untyped-call]
 
     def __call__(self, entry: TensorEntry, to: Tensor) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 from moec.spec.model import ModelSpec
 
 Ids = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]] | Sequence[int]
@@ -45,10 +45,12 @@ def read_tiles(pixel_values: Pixels, spec: ModelSpec) -> Tensor:
     """
     vision = spec.vision
     if vision is None:
-        raise MoecError(
-            "pixel_values", "images", f"none: {spec.name} has no vision tower",
+        refuse(
+            "pixel_values",
+            "images",
+            f"none: {spec.name} has no vision tower",
             "leave pixel_values out",
-        )  # fmt: skip
+        )
     shape = (vision.channels, vision.image, vision.image)
     expected = f"float32 [tiles, {', '.join(map(str, shape))}], normalised"
     if not isinstance(pixel_values, Tensor | np.ndarray):

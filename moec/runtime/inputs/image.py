@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 
 #: Left to itself, Pillow tries some forty formats, EPS among them, for which it starts ghostscript.
 #: JPEG covers MPO, the several pictures of a phone's camera; Pillow opens no format of that name.
@@ -29,10 +29,12 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             trusts (179 million), or of samples without a known range (32-bit integers, floats).
     """
     if not isinstance(source, str | Path | bytes | Image.Image):
-        raise MoecError(
-            "image", f"{type(source).__name__}", "a path, a file's bytes, or a Pillow image",
+        refuse(
+            "image",
+            f"{type(source).__name__}",
+            "a path, a file's bytes, or a Pillow image",
             "open files and arrays by Pillow (Image.open, Image.fromarray)",
-        )  # fmt: skip
+        )
     where = "image" if isinstance(source, bytes | Image.Image) else Path(source)
     try:
         if isinstance(source, Image.Image):
@@ -45,19 +47,21 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     except MoecError:
         raise
     except UnidentifiedImageError:
-        raise MoecError(
-            where, "no image, a damaged one, or another format", ", ".join(FORMATS),
+        refuse(
+            where,
+            "no image, a damaged one, or another format",
+            ", ".join(FORMATS),
             "fetch it again, or save it as PNG",
-        ) from None  # fmt: skip
+        )
     except Image.DecompressionBombError as error:
-        raise MoecError(where, error, "an image within that limit", "scale it down") from None
+        refuse(where, error, "an image within that limit", "scale it down")
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, zlib.error, ...
-        raise MoecError(
+        refuse(
             where,
             f"does not decode: {str(error) or type(error).__name__}",
             "an undamaged image",
             "fetch it again, or open it in another program and save it as PNG",
-        ) from None
+        )
 
 
 def _open(path: Path) -> BinaryIO:
@@ -70,21 +74,23 @@ def _open(path: Path) -> BinaryIO:
         found = "an empty file" if regular else "a folder" if folder else "a pipe or device"
     except OSError as error:
         found = error.strerror or str(error)
-    raise MoecError(path, found, "an image file on this machine", "check the path")
+    refuse(path, found, "an image file on this machine", "check the path")
 
 
 def _rgb(image: Image.Image, where: object) -> Image.Image:
     """A copy of `image` in mode RGB, upright."""
     if 0 in image.size:
-        raise MoecError(where, f"{image.size} pixels", "at least one pixel", "check the image")
+        refuse(where, f"{image.size} pixels", "at least one pixel", "check the image")
     upright = ImageOps.exif_transpose(image)  # a copy, without the format and tags of `image`
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         upright = _high_byte(upright, image)
     elif image.mode in ("I", "F"):
-        raise MoecError(
-            where, f"32-bit samples (mode {image.mode}), of unknown range", "8 or 16 bits a sample",
+        refuse(
+            where,
+            f"32-bit samples (mode {image.mode}), of unknown range",
+            "8 or 16 bits a sample",
             "scale them to 8 bits and save as PNG",
-        )  # fmt: skip
+        )
     elif "A" in upright.getbands() or upright.info.get("transparency") is not None:
         white = Image.new("RGBA", upright.size, "white")
         upright = Image.alpha_composite(white, _in(upright, "RGBA"))

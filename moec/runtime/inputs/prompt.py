@@ -13,7 +13,7 @@ from moec.artefact.manifest import NAME
 from moec.runtime.inputs.image import read_image
 from moec.runtime.inputs.text import Text, open_text
 from moec.runtime.inputs.tiling import read_tiling, tile
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.files import load_spec
 from moec.spec.model import ModelSpec
 
@@ -69,17 +69,21 @@ def compose(
         text = words.render(text)
     marks = text.count(IMAGE)
     if marks != len(images):
-        raise MoecError(
-            "prompt", f"{marks} {IMAGE} in the text, {len(images)} images",
-            "one for each image, or none", "give as many images as the text marks",
-        )  # fmt: skip
+        refuse(
+            "prompt",
+            f"{marks} {IMAGE} in the text, {len(images)} images",
+            "one for each image, or none",
+            "give as many images as the text marks",
+        )
     if not images:
         return Prompt(words.encode(text), None, (), ())
     if spec.vision is None:
-        raise MoecError(
-            "images", f"{spec.name} has no vision tower", "a model with one, or no images",
+        refuse(
+            "images",
+            f"{spec.name} has no vision tower",
+            "a model with one, or no images",
             "leave the images out",
-        )  # fmt: skip
+        )
     _check_tokens(words, spec)
     tiling, notes = read_tiling(words.find, spec.vision.image), []
     tiled = all(map(words.has, (IMAGE, COLUMN, ROW)))
@@ -97,10 +101,12 @@ def compose(
     found, expected = ids.count(spec.tokens.image), len(pixels) * spec.vision.tokens
     if found != expected:
         more = found > expected
-        raise MoecError(
-            "prompt", f"{found} {PATCH} tokens", f"{expected}, those of the images alone",
+        refuse(
+            "prompt",
+            f"{found} {PATCH} tokens",
+            f"{expected}, those of the images alone",
             f"leave {PATCH} out of the text" if more else "use a tokenizer that keeps them all",
-        )  # fmt: skip
+        )
     return Prompt(ids, pixels, grids, tuple(notes))
 
 
@@ -121,7 +127,7 @@ def _check_tokens(words: Text, spec: ModelSpec) -> None:
     missing = [token for token in (START, PATCH, END) if not words.has(token)]
     number = words.tokenizer.token_to_id(PATCH)
     if missing or number != spec.tokens.image:
-        raise MoecError(
+        refuse(
             "tokenizer.json",
             f"no {missing[0]}" if missing else f"{PATCH} is token {number}",
             f"{START}, {END}, and {PATCH} as token {spec.tokens.image}, as config.json says",

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from moec.artefact.artefact import Artefact
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.fields import read_json
 
 #: the path of a file by name, or None
@@ -35,22 +35,23 @@ class Text:
     def render(self, message: str) -> str:
         """One user message in the chat template, as text."""
         if self.template is None:
-            raise MoecError(
-                "--chat", "no chat template in the checkpoint",
+            refuse(
+                "--chat",
+                "no chat template in the checkpoint",
                 "chat_template.jinja, chat_template.json or a template in tokenizer_config.json",
                 "leave --chat out; base models complete text",
-            )  # fmt: skip
+            )
         try:
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
-            raise MoecError(
+            refuse(
                 "--chat",
                 "jinja2 is not installed",
                 "jinja2",
                 "pip install 'moec[chat]'",
                 exit_code=3,
-            ) from None
+            )
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
             return environment.from_string(self.template).render(
@@ -59,9 +60,9 @@ class Text:
                 bos_token="",
             )
         except TemplateError as error:
-            raise MoecError(
+            refuse(
                 "--chat", f"a broken chat template: {error}", "a Jinja template", "fetch it again"
-            ) from None
+            )
 
     def stream(self) -> Iterator[str]:
         """A coroutine: send it a token id, it yields the text that has become certain."""
@@ -82,14 +83,16 @@ def open_text(source: Artefact | Path) -> Text:
     find = partial(_beside, folder) if isinstance(source, Path) else source.companion
     path = find("tokenizer.json")
     if path is None:
-        raise MoecError(
-            folder, "no tokenizer.json", "one beside the model or in the checkpoint",
+        refuse(
+            folder,
+            "no tokenizer.json",
+            "one beside the model or in the checkpoint",
             "put the checkpoint's there, or generate from token ids: --ids 1,2,3",
-        )  # fmt: skip
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the binding raises bare Exception
-        raise MoecError(path, str(error), "a tokenizers file", "fetch it again") from None
+        refuse(path, str(error), "a tokenizers file", "fetch it again")
     return Text(tokenizer, _template(find), find)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.inputs.text import open_text
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 
 #: tokens of a row that is cut from a stream
@@ -39,7 +39,7 @@ def read_rows(source: str | Path | Tensor, spec: ModelSpec, folder: Path) -> Ten
         else:
             raise ValueError(f"a {path.suffix or 'nameless'} file")
     except (OSError, ValueError, RecursionError) as error:
-        raise MoecError(path, " ".join(str(error).split()), _EXPECTED, _FIX) from None
+        refuse(path, " ".join(str(error).split()), _EXPECTED, _FIX)
     return _rows(values, path, spec)
 
 
@@ -49,12 +49,12 @@ _FIX = "write token ids with numpy.save, or name a text file"
 
 def _rows(values: np.ndarray[Any, Any], where: object, spec: ModelSpec) -> Tensor:
     if values.dtype.kind not in "iu" or values.ndim not in (1, 2) or not values.size:
-        raise MoecError(where, f"{values.dtype} {list(values.shape)}", _EXPECTED, _FIX)
+        refuse(where, f"{values.dtype} {list(values.shape)}", _EXPECTED, _FIX)
     if values.ndim == 1:
         length = min(WINDOW, len(values))
         values = values[: len(values) // length * length].reshape(-1, length)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= spec.text.vocab:
         bad = low if low < 0 else high
-        raise MoecError(where, f"token {bad}", f"0 to {spec.text.vocab - 1}", "use its tokenizer")
+        refuse(where, f"token {bad}", f"0 to {spec.text.vocab - 1}", "use its tokenizer")
     return torch.from_numpy(values.astype(np.int64))

@@ -14,7 +14,7 @@ from moec.artefact.artefact import Artefact
 from moec.runtime.inputs.token_file import read_rows
 from moec.runtime.proof.under_test import Subject
 from moec.runtime.session import Session, eager_session
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.files import diff
 from moec.weights.name_map import read_model
 
@@ -71,17 +71,21 @@ def cost(
     folder = _folder(artefact, reference)
     spec, _, entries = read_model(folder)
     if spec.scheme:
-        raise MoecError(
-            f"--reference {reference}: {folder}", f"FP8 weights ({spec.scheme.name})",
-            "the wide weights that they were made from", "--reference DIR",
-        )  # fmt: skip
+        refuse(
+            f"--reference {reference}: {folder}",
+            f"FP8 weights ({spec.scheme.name})",
+            "the wide weights that they were made from",
+            "--reference DIR",
+        )
     wanted = artefact.manifest.spec.model_copy(update={"scheme": None})
     odd = [row for row in diff(spec, wanted) if row[0] not in ("provenance", "dtype")]
     if odd:
-        raise MoecError(
-            f"--reference {folder}: {odd[0][0]}", odd[0][1], f"{odd[0][2]}, as in {artefact.path}",
+        refuse(
+            f"--reference {folder}: {odd[0][0]}",
+            odd[0][1],
+            f"{odd[0][2]}, as in {artefact.path}",
             "name the checkpoint of the same model",
-        )  # fmt: skip
+        )
     taps = [f"layers.{layer.index}.out" for layer in spec.text.all_layers]
     moe = [layer.index for layer in spec.text.all_layers if layer.moe]
     routes = [f"layers.{index}.moe.route.1" for index in moe]
@@ -94,7 +98,7 @@ def cost(
         text = text if isinstance(rows, Tensor) else str(rows)
         rows = read_rows(rows, spec, folder)
     if rows.shape[1] < 2:
-        raise MoecError(
+        refuse(
             "--eval", f"rows of {rows.shape[1]} token", "2 tokens a row or more", "give longer rows"
         )
     sums = _Sums(taps, routes)
@@ -103,10 +107,13 @@ def cost(
         found = [_trace(session, row, [*taps, *routes]) for session in (wide, narrow)]
         for where, each in zip((folder, artefact.path), found, strict=True):
             if not bool(each["logits"].isfinite().all()):
-                raise MoecError(
-                    where, "logits that are not finite", "finite weights",
-                    f"python cli.py validate {artefact.path}", exit_code=1,
-                )  # fmt: skip
+                refuse(
+                    where,
+                    "logits that are not finite",
+                    "finite weights",
+                    f"moec validate {artefact.path}",
+                    exit_code=1,
+                )
         sums.add(row, *found)
     progress("cost", len(rows), len(rows))
     return sums.cost(str(folder), text)
@@ -115,19 +122,22 @@ def cost(
 def _folder(artefact: Artefact, reference: str) -> Path:
     if reference not in ("bf16", "fp16", "fp32"):
         if not Path(reference).is_dir():
-            raise MoecError(
-                f"--reference {reference}", "no such folder",
+            refuse(
+                f"--reference {reference}",
+                "no such folder",
                 "bf16 (the weights that were built from), or the folder of wide weights",
                 "correct --reference",
-            )  # fmt: skip
+            )
         return Path(reference)
     known = artefact.manifest.checkpoint
     if known is None or not Path(known).is_dir():
         found = f"{artefact.path}, whose checkpoint is {known or 'unbound'}"
-        raise MoecError(
-            f"--reference {reference}", found,
-            "wide weights", "name their folder: --reference DIR",
-        )  # fmt: skip
+        refuse(
+            f"--reference {reference}",
+            found,
+            "wide weights",
+            "name their folder: --reference DIR",
+        )
     return Path(known)
 
 

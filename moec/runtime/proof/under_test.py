@@ -14,7 +14,7 @@ from moec.runtime.engines.interpreter import interpreter
 from moec.runtime.engines.ort import check_kernels, ort_engine
 from moec.runtime.engines.torch_program import torch_engine
 from moec.runtime.session import Session, artefact_session, eager_session, interpreter_session
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 
 def check_device(artefact: Artefact, device: str) -> None:
@@ -25,12 +25,15 @@ def check_device(artefact: Artefact, device: str) -> None:
     elif engine != "tensorrt":
         check_kernels(artefact, device)
     elif device == "cuda":
-        raise MoecError(
-            f"{artefact.path} on {device}", "an engine, whose inner values nobody sees",
-            "its ONNX, which is proven on the cpu", "leave --device out", exit_code=3,
-        )  # fmt: skip
+        refuse(
+            f"{artefact.path} on {device}",
+            "an engine, whose inner values nobody sees",
+            "its ONNX, which is proven on the cpu",
+            "leave --device out",
+            exit_code=3,
+        )
     elif device != "cpu":
-        raise MoecError(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
+        refuse(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from moec.runtime.proof.cost import cost
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.report import Check, Report
 from moec.runtime.proof.under_test import Subject, check_device
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.reduced import twin
 from moec.spec.tensors import quantized
@@ -89,21 +89,25 @@ def validate(
         MoecError: not an artefact, weights gone or changed, or a package is missing.
     """
     if not (tokens is None or tokens >= 1) or not (seed is None or 0 <= seed < 2**63):
-        raise MoecError(
-            "validate", f"tokens {tokens}, seed {seed}", "1 token or more, a seed of 0 to 2^63",
+        refuse(
+            "validate",
+            f"tokens {tokens}, seed {seed}",
+            "1 token or more, a seed of 0 to 2^63",
             "correct --tokens or --seed",
-        )  # fmt: skip
+        )
     artefact = open_artefact(path)
     seed = secrets.randbits(31) if seed is None else seed
     unbound = artefact.manifest.weights.mode == "unbound"
     if reference is None and rows is not None:
-        raise MoecError("--eval", "no --reference", "a reference", "add --reference bf16")
+        refuse("--eval", "no --reference", "a reference", "add --reference bf16")
     if reference is not None:
         if unbound or on_twin:
-            raise MoecError(
-                f"--reference {reference}", "a proof of the twin, whose weights are random",
-                "an artefact with weights", "leave --reference out, or bind a checkpoint",
-            )  # fmt: skip
+            refuse(
+                f"--reference {reference}",
+                "a proof of the twin, whose weights are random",
+                "an artefact with weights",
+                "leave --reference out, or bind a checkpoint",
+            )
         found = cost(artefact, reference, rows, device, seed, progress)
         report = _validate(artefact, tokens, seed, progress, device)
         report.cost = found.to_dict()
@@ -166,9 +170,13 @@ def record(path: str | Path, report: Report) -> None:
 
 
 def _validate(
-    artefact: Artefact, tokens: int | None, seed: int, progress: Progress, device: str,
+    artefact: Artefact,
+    tokens: int | None,
+    seed: int,
+    progress: Progress,
+    device: str,
     least: int = 1,
-) -> Report:  # fmt: skip
+) -> Report:
     manifest = artefact.manifest
     check_device(artefact, device)
     # Quantised weights are proven by products in float32 on what they mean, and what their fast
@@ -186,9 +194,14 @@ def _validate(
     shape = (len(lengths), longest)
     ids = torch.randint(0, manifest.spec.text.vocab, shape, generator=generator)
     report = Report(
-        str(artefact.path), subject.engine, "eager fp32", manifest.precision, seed,
-        lengths.tolist(), versions=dict(manifest.versions),
-    )  # fmt: skip
+        str(artefact.path),
+        subject.engine,
+        "eager fp32",
+        manifest.precision,
+        seed,
+        lengths.tolist(),
+        versions=dict(manifest.versions),
+    )
     if subject.interpreted:
         engines = "was built, and not run" if manifest.engines else "is not built yet"
         report.notes.append(f"The engine {engines}: what ran is its ONNX, widened to float32.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 from moec.spec.fields import REQUIRED, Fields, read_json
 from moec.spec.frozen import DType
 from moec.spec.hf.quantization import read_scheme, write_scheme
@@ -90,10 +90,12 @@ def read_config(path: Path) -> ModelSpec:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the values together"
-        raise MoecError(
-            f"{path}: spec field {field}", first["msg"], "a consistent Llama 4 config",
+        refuse(
+            f"{path}: spec field {field}",
+            first["msg"],
+            "a consistent Llama 4 config",
             "correct config.json",
-        ) from None  # fmt: skip
+        )
     raise top.error("model_type", repr(kind), "'llama4' or 'llama4_text'")
 
 
@@ -304,11 +306,11 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         or any(layer.temperature != (say["temperature"] and not layer.rope) for layer in layers)
         or experts.hidden != experts.shared_hidden
     ):
-        raise MoecError(
+        refuse(
             f"spec {spec.name}",
             "QK-norm off a RoPE layer, temperature on one, or experts of two widths",
             "what a Llama 4 config.json can say",
-            "keep the model as a spec file (python cli.py spec show)",
+            "keep the model as a spec file (moec spec show)",
         )
     dtype = {short: long for long, short in _DTYPES.items()}[spec.dtype]
     scaling = text.rope_scaling

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import REQUIRED, Fields, read_json
 from moec.spec.hf.names import key_of, prefixed
 from moec.spec.model import ModelSpec
@@ -54,7 +54,7 @@ def read_scheme(raw: Any, config: Path, spec: ModelSpec) -> Scheme | None:
     try:
         quantized(spec.model_copy(update={"scheme": scheme}))
     except MoecError as error:
-        raise MoecError(f"{where}, {error.where}", error.found, error.expected, _NEXT) from None
+        refuse(f"{where}, {error.where}", error.found, error.expected, _NEXT)
     return scheme
 
 
@@ -90,11 +90,16 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
     at.finish(_INERT | {"kv_cache_scheme"})
     weight = "expert" if weights == "tensor" else "channel"
     return _scheme(
-        at, "ignore", "compressed-tensors", spec, lambda module: _listed(module, targets, _regex)
-        and not _listed(module, ignored, _regex),
-        weight, "token" if inputs else "none", cache=cache,
+        at,
+        "ignore",
+        "compressed-tensors",
+        spec,
+        lambda module: _listed(module, targets, _regex) and not _listed(module, ignored, _regex),
+        weight,
+        "token" if inputs else "none",
+        cache=cache,
         scales=spec.dtype,  # as the library writes them; weights have the last word
-    )  # fmt: skip
+    )
 
 
 def _number(at: Fields, dynamic: bool, strategies: tuple[str, ...], default: Any = REQUIRED) -> str:
@@ -122,9 +127,15 @@ def _modelopt(at: Fields, spec: ModelSpec) -> Scheme:
     excluded = _names(at, "exclude_modules") + _names(at, "ignore")
     at.finish(_INERT | {"config_groups", "group_size"})
     return _scheme(
-        at, names, "modelopt", spec, lambda module: not _listed(module, excluded, fnmatchcase),
-        "tensor", "tensor", cache=bool(cache or said),
-    )  # fmt: skip
+        at,
+        names,
+        "modelopt",
+        spec,
+        lambda module: not _listed(module, excluded, fnmatchcase),
+        "tensor",
+        "tensor",
+        cache=bool(cache or said),
+    )
 
 
 def _fbgemm(at: Fields, spec: ModelSpec) -> Scheme:
@@ -135,9 +146,15 @@ def _fbgemm(at: Fields, spec: ModelSpec) -> Scheme:
     _checked(at, "modules_to_not_convert", [f"re:{each}" for each in kept])
     at.finish(_INERT)
     return _scheme(
-        at, "modules_to_not_convert", "fbgemm_fp8", spec,
-        lambda module: not _listed(module, kept, _prefix), "channel", "token", bound=bound,
-    )  # fmt: skip
+        at,
+        "modules_to_not_convert",
+        "fbgemm_fp8",
+        spec,
+        lambda module: not _listed(module, kept, _prefix),
+        "channel",
+        "token",
+        bound=bound,
+    )
 
 
 _READERS: dict[str, Callable[[Fields, ModelSpec], Scheme]] = {
@@ -158,11 +175,12 @@ def write_scheme(spec: ModelSpec) -> dict[str, Any]:
     found = spec.model_copy(update={"scheme": read_scheme(said, Path("config.json"), wide)})
     if _meaning(found) != _meaning(spec):
         assert spec.scheme is not None
-        raise MoecError(
-            f"spec {spec.name}", f"scheme {spec.scheme.name}",
+        refuse(
+            f"spec {spec.name}",
+            f"scheme {spec.scheme.name}",
             f"what {spec.scheme.layout} can say of weights, inputs and caches",
             "keep the model as a spec file",
-        )  # fmt: skip
+        )
     return said
 
 
@@ -176,10 +194,12 @@ def _meaning(spec: ModelSpec) -> object:
 def _said(spec: ModelSpec) -> dict[str, Any]:
     scheme, rules = spec.scheme, quantized(spec)
     if scheme is None or scheme.layout == "moec":
-        raise MoecError(
-            f"spec {spec.name}", f"scheme {scheme and scheme.name}",
-            "the scheme of an FP8 checkpoint", "keep the model as a spec file",
-        )  # fmt: skip
+        refuse(
+            f"spec {spec.name}",
+            f"scheme {scheme and scheme.name}",
+            "the scheme of an FP8 checkpoint",
+            "keep the model as a spec file",
+        )
     kept = [
         module
         for name in eligible(spec)
@@ -195,9 +215,11 @@ def _said(spec: ModelSpec) -> dict[str, Any]:
         }
     if scheme.layout == "modelopt":
         return {
-            "quant_method": scheme.layout, "quant_algo": "FP8", "ignore": kept,
+            "quant_method": scheme.layout,
+            "quant_algo": "FP8",
+            "ignore": kept,
             **({"kv_cache_scheme": {**number, "dynamic": False}} if scheme.cache else {}),
-        }  # fmt: skip
+        }
     rule = scheme.rules[0]
     weights = {"strategy": "tensor" if rule.weight == "expert" else "channel", "dynamic": False}
     inputs = {**number, "strategy": "token", "dynamic": True, "symmetric": True}

@@ -39,7 +39,7 @@ def check(call: Callable[[], object], what: str) -> None:
     assert error.exit_code == 3 and what in error.where
     assert "20.00 GiB" in error.found and "79.11 GiB" in error.found
     assert "documentation" not in error.found
-    assert "cli.py plan" in error.next_step and len(str(error).splitlines()) == 4
+    assert "moec plan" in error.next_step and len(str(error).splitlines()) == 4
 
 
 def test_weights(art: Path, monkeypatch: pytest.MonkeyPatch) -> None:

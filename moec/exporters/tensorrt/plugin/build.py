@@ -19,14 +19,26 @@ from moec.kernels.launches.launch import Sizes
 
 LIBRARY, PROGRAMS, SCRIPT = "libmoec_plugin.so", "programs.bin", "build.sh"
 SOURCES = (
-    "program.h", "program.cpp", "driver.h", "driver.cpp", "launcher.h", "launcher.cpp",
-    "surface.cpp", "moe_plugin.cpp", "programs.S",
-)  # fmt: skip
+    "program.h",
+    "program.cpp",
+    "driver.h",
+    "driver.cpp",
+    "launcher.h",
+    "launcher.cpp",
+    "surface.cpp",
+    "moe_plugin.cpp",
+    "programs.S",
+)
 #: a header -> the variable that says which folder it is in
 HEADERS = {"NvInferRuntime.h": "TENSORRT_INCLUDE", "cuda.h": "CUDA_INCLUDE"}
 #: where headers are installed
-USUAL = ("/usr/include", "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu",
-         "/usr/local/cuda/include", "/usr/local/tensorrt/include")  # fmt: skip
+USUAL = (
+    "/usr/include",
+    "/usr/include/x86_64-linux-gnu",
+    "/usr/include/aarch64-linux-gnu",
+    "/usr/local/cuda/include",
+    "/usr/local/tensorrt/include",
+)
 COMMAND = """#!/bin/sh
 # Compiles {library}. TENSORRT_INCLUDE is the folder that has NvInferRuntime.h of the TensorRT 11 or
 # TensorRT-RTX that is to load it, CUDA_INCLUDE the one that has cuda.h of CUDA 12 or newer.

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from moec.artefact.engine_job import DTYPES, Job, Span
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 
 _UNUSED = "Unused Input: "
 
@@ -51,10 +51,12 @@ def check_profiles(network: Any, job: Job) -> None:
         tensor = network.get_input(index)
         shapes[tensor.name] = tuple(tensor.shape)
         if tensor.is_shape_tensor:
-            raise MoecError(
-                f"{job.onnx}: input {tensor.name}", "its numbers decide about shapes",
-                "shapes that come from shapes", "take sizes from the inputs' shapes",
-            )  # fmt: skip
+            refuse(
+                f"{job.onnx}: input {tensor.name}",
+                "its numbers decide about shapes",
+                "shapes that come from shapes",
+                "take sizes from the inputs' shapes",
+            )
     open_ended = [name for name, shape in shapes.items() if -1 in shape]
     if open_ended and not job.profiles:
         raise _bad_profile(job, open_ended[0], "no profile", f"a span of {shapes[open_ended[0]]}")

@@ -133,11 +133,16 @@ def main() -> None:
     except MoecError as error:
         tell("refused", (*error.args, error.exit_code))
     except OSError as error:
-        tell("refused", (
-            job.engine, error.strerror or str(error),
-            "a file that can be written, with room on the disk",
-            "choose another place, or make room", 2,
-        ))  # fmt: skip
+        tell(
+            "refused",
+            (
+                job.engine,
+                error.strerror or str(error),
+                "a file that can be written, with room on the disk",
+                "choose another place, or make room",
+                2,
+            ),
+        )
     os._exit(0)  # all is said: TensorRT's destructors have nothing to add
 
 

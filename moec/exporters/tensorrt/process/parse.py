@@ -13,7 +13,7 @@ import onnx
 from moec.artefact.engine_job import Job
 from moec.exporters.tensorrt.failures import failure
 from moec.exporters.tensorrt.process.source import check_source, graphs
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, refuse
 
 #: a file of weights, mapped
 _Bytes = np.ndarray[Any, Any]
@@ -50,17 +50,17 @@ def _mapped(files: dict[Path, _Bytes], path: Path, name: str, entry: dict[str, s
         if path not in files:
             files[path] = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise MoecError(
-            f"{path}: weight {name}", error, "the file of weights", "bind the weights again"
-        ) from None
+        refuse(f"{path}: weight {name}", error, "the file of weights", "bind the weights again")
     whole = files[path]
     start = int(entry.get("offset", 0))
     end = start + int(entry.get("length", whole.size - start))
     if end > whole.size:
-        raise MoecError(
-            f"{path}: weight {name}", f"{whole.size} bytes", f"at least {end}",
+        refuse(
+            f"{path}: weight {name}",
+            f"{whole.size} bytes",
+            f"at least {end}",
             "bind the weights again",
-        )  # fmt: skip
+        )
     return whole[start:end]
 
 

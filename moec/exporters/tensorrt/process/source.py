@@ -11,7 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from moec.artefact.engine_job import DTYPES
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def check_source(path: str) -> onnx.ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise MoecError(path, error, "an ONNX model", "build it again") from None
+        refuse(path, error, "an ONNX model", "build it again")
     local = {each.name for each in model.functions}
     versions = {each.domain: each.version for each in model.opset_import}
     for graph in graphs(model.graph):
@@ -75,7 +75,7 @@ def _check_dtype(path: str, held: onnx.TensorProto | onnx.ValueInfoProto) -> Non
     number = held.data_type if is_weight else held.type.tensor_type.elem_type
     dtype = onnx.TensorProto.DataType.Name(number).lower()
     if dtype not in DTYPES:
-        raise MoecError(
+        refuse(
             f"{path}: {'weight' if is_weight else 'input'} {held.name}",
             f"{dtype}, which TensorRT lacks or widens",
             ", ".join(DTYPES),
@@ -88,18 +88,23 @@ def _check_node(path: str, node: onnx.NodeProto, opset: int) -> None:
     reads = _READS.get(node.op_type)
     for index, name in enumerate(node.input):
         if reads and name and index >= reads.inputs:
-            raise MoecError(
-                where, f"input {index}, {name}, which TensorRT may ignore",
+            refuse(
+                where,
+                f"input {index}, {name}, which TensorRT may ignore",
                 f"{reads.inputs} inputs: queries, keys, values, mask",
-                "put what it says into the mask", exit_code=1,
-            )  # fmt: skip
+                "put what it says into the mask",
+                exit_code=1,
+            )
     known = reads.attributes if reads and reads.attributes else _attributes(node.op_type, opset)
     for attribute in node.attribute:
         if known is not None and attribute.name not in known | _ANY:
-            raise MoecError(
-                where, f"attribute {attribute.name}, which TensorRT would ignore",
-                ", ".join(sorted(known)), "leave the attribute out", exit_code=1,
-            )  # fmt: skip
+            refuse(
+                where,
+                f"attribute {attribute.name}, which TensorRT would ignore",
+                ", ".join(sorted(known)),
+                "leave the attribute out",
+                exit_code=1,
+            )
         if attribute.HasField("t"):
             constant = onnx.TensorProto(data_type=attribute.t.data_type, name=node.name)
             _check_dtype(path, constant)

@@ -22,7 +22,7 @@ Change = Callable[[Plan], object]
 
 
 def test_an_artefact_without_engines(art: Artefact, package: Package) -> None:
-    refusal(lambda: tensorrt_engine(art, device="cpu", trt=package), "python cli.py engine")
+    refusal(lambda: tensorrt_engine(art, device="cpu", trt=package), "moec engine")
 
 
 def test_a_package_that_is_not_installed(

@@ -31,7 +31,9 @@ import moec
 from moec.artefact.artefact import open_artefact
 from moec.graph_builder import ops
 from moec.runtime.engines.synthetic import synthetic
-from moec.runtime.session import Session, torch_session
+from moec.runtime.engines.torch_program import torch_with
+from moec.runtime.open import artefact_session
+from moec.runtime.session import Session
 from moec.spec.presets import PRESETS
 
 FP8 = torch.float8_e4m3fn
@@ -308,7 +310,7 @@ def main() -> None:
             weights = synthetic(artefact.manifest.spec, 1, "cuda")
             torch.cuda.synchronize()
             drawn = time.perf_counter()
-            session = torch_session(artefact, "cuda", weights=weights)
+            session = artefact_session(artefact, "cuda", engine=torch_with(weights))
         print(
             f"artefact {built - start:.1f} s, weights {drawn - built:.1f} s, session "
             f"{time.perf_counter() - drawn:.1f} s", flush=True,

@@ -25,7 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 import moec
 from moec.artefact.artefact import open_artefact
 from moec.runtime.engines.synthetic import synthetic
-from moec.runtime.session import Session, torch_session
+from moec.runtime.engines.torch_program import torch_with
+from moec.runtime.open import artefact_session
+from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 
 CONTEXT, STEPS = 1024, 16
@@ -82,7 +84,7 @@ def main() -> None:
         out = Path(folder) / "layers"
         artefact = open_artefact(moec.export(spec, target="torch", precision="fp8", out=out).path)
         weights = synthetic(artefact.manifest.spec, 1, "cuda")
-        session = torch_session(artefact, "cuda", weights=weights)
+        session = artefact_session(artefact, "cuda", engine=torch_with(weights))
     for batch in map(int, given.batches.split(",")):
         took, launches = measure(session, batch)
         read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes

@@ -38,7 +38,7 @@ from unrolled_experts import unrolled_experts
 import moec
 from moec.artefact.artefact import Artefact, open_artefact
 from moec.artefact.process_memory import memory
-from moec.artefact.session_options import PRESETS as SESSION_PRESETS
+from moec.artefact.session_options import SETS
 from moec.runtime.cache import Cache
 from moec.runtime.engines.eager import eager_engine
 from moec.runtime.engines.ort import ort_engine
@@ -72,7 +72,7 @@ def main() -> int:
         write_random_checkpoint(narrow(PRESETS["maverick"]), folder / "weights")
         built = moec.export(folder / "weights", out=folder / "moec")
         unrolled = write_unrolled(built, folder / "unrolled")
-        ours = {p: call(open_moec, built.path, p) for p in SESSION_PRESETS}
+        ours = {p: call(open_moec, built.path, p) for p in SETS}
         peer = {p: call(open_unrolled, built.path, unrolled, p, limit_s=PEER_LIMIT_S) for p in ours}
         rows = {("moec, whole model", built.path): ours, ("unrolled, MoE alone", unrolled): peer}
         console.print(table(rows))

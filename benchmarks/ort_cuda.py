@@ -24,7 +24,7 @@ from rich.table import Table
 
 import moec
 from moec.runtime.bench.transformers import ENGINES, open_transformers
-from moec.runtime.session import open_session
+from moec.runtime.open import open_session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.weights.random import write_random_checkpoint

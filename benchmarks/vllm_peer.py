@@ -30,8 +30,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from moec.spec.config_json import write_config
 from moec.spec.errors import MoecError
+from moec.spec.hf.config import write_config
 from moec.spec.presets import PRESETS
 
 COMMAND = "benchmarks/vllm_peer.py"

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from moec.graph_builder.parts import build_graph
     from moec.runtime.calibrate import calibrate
     from moec.runtime.inputs.prompt import encode
+    from moec.runtime.open import open_session
     from moec.runtime.proof.validate import validate
-    from moec.runtime.session import open_session
     from moec.spec.errors import MoecError
     from moec.spec.files import load_spec
     from moec.spec.plan import plan
@@ -37,7 +37,7 @@ _HOMES = {
     "encode": "moec.runtime.inputs.prompt",
     "export": "moec.exporters.export",
     "load_spec": "moec.spec.files",
-    "open_session": "moec.runtime.session",
+    "open_session": "moec.runtime.open",
     "plan": "moec.spec.plan",
     "validate": "moec.runtime.proof.validate",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moec.artefact.manifest import NAME, Engine, File, Manifest
-from moec.artefact.targets import SUFFIXES
+from moec.artefact.targets import find_target
 from moec.spec.errors import refuse
 from moec.spec.fields import read_json
 from moec.spec.model import ModelSpec
@@ -46,7 +46,7 @@ class Artefact:
 
     @property
     def _suffix(self) -> str:
-        return SUFFIXES.get(self.manifest.target, ".onnx")
+        return find_target(self.manifest.target).suffix
 
     @property
     def weights_folder(self) -> Path:
@@ -160,6 +160,7 @@ def open_artefact(path: str | Path) -> Artefact:
             "a manifest of this version of moec",
             "build the artefact again",
         )
+    find_target(manifest.target, f"{path / NAME}: target", "build the artefact again")
     if bool(manifest.spec.vision) != bool(manifest.vision):
         refuse(
             f"{path / NAME}: vision",

@@ -22,6 +22,8 @@ DTYPES = {
 }
 
 
+#: the folder of an artefact that holds its engines
+ENGINES = "engine"
 #: what the name of an engine has behind it while it is not whole
 PARTIAL = ".partial"
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from moec.artefact.engine_job import Built
 from moec.artefact.engine_options import EngineOptions
+from moec.artefact.targets import find_target
 from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 from moec.weights.packing import Packing
@@ -14,19 +15,6 @@ FORMAT = "moec/1"
 NAME = "manifest.json"
 
 WeightMode = Literal["unbound", "in-place", "link", "copy", "pack"]
-#: precisions whose weights alone are narrow -> what the graph computes in
-_COMPUTE = {"int8": "fp32", "int4": "fp32", "fp8": "fp32"}
-#: target -> the same, where it is another
-_COMPUTE_OF = {
-    "torch": {"fp8": "bf16"},
-    "tensorrt": {"fp8": "bf16"},
-    "tensorrt-rtx": {"fp8": "bf16"},
-}
-
-
-def compute_of(target: str, precision: str) -> str:
-    """What a graph of `precision` computes in: "fp32", "fp16" or "bf16"."""
-    return (_COMPUTE | _COMPUTE_OF.get(target, {})).get(precision, precision)
 
 
 class File(Frozen):
@@ -79,7 +67,7 @@ class Ports(Frozen):
     outputs: tuple[Port, ...]
 
 
-class Preset(Frozen):
+class SessionOptions(Frozen):
     """ONNX Runtime session options: `entries` by key, the rest by attribute of SessionOptions."""
 
     entries: dict[str, str] = Field(default_factory=dict)
@@ -121,10 +109,10 @@ class Manifest(Frozen):
 
     `inputs` and `outputs` are the decoder's, `vision` those of the vision tower where there is one.
     `packings` says how each stored weight is made, by the name of its first tensor; it is empty
-    where all weights are the checkpoint's own bytes. `presets` are session options for ONNX
-    Runtime; `opset` is ONNX's. `engines` are TensorRT's, by part, for the sizes in `options`; none
-    of them ran when it was built. `parity` is the last validation's report, and the only statement
-    about the numbers.
+    where all weights are the checkpoint's own bytes. `presets` are sets of session options for
+    ONNX Runtime, by name. `opset` is ONNX's. `engines` are the TensorRT engines by part, built for
+    the sizes in `options`; none of them ran when it was built. `parity` is the report of the last
+    validation, and the only statement about the numbers.
     """
 
     format: Literal["moec/1"] = "moec/1"
@@ -140,7 +128,7 @@ class Manifest(Frozen):
     outputs: tuple[Port, ...]
     vision: Ports | None = None
     packings: dict[str, Packing] = Field(default_factory=dict)
-    presets: dict[str, Preset] = Field(default_factory=dict)
+    presets: dict[str, SessionOptions] = Field(default_factory=dict)
     options: EngineOptions | None = None
     engines: dict[str, Engine] = Field(default_factory=dict)
     versions: dict[str, str]
@@ -149,14 +137,13 @@ class Manifest(Frozen):
 
     @property
     def engine(self) -> str:
-        """What runs it: "onnxruntime", "torch" or "tensorrt"."""
-        own = {"torch": "torch", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
-        return own.get(self.target, "onnxruntime")
+        """The engine that runs it where nobody chooses another."""
+        return find_target(self.target).engine
 
     @property
     def compute(self) -> str:
         """What the graph computes in: "fp32", "fp16" or "bf16"."""
-        return compute_of(self.target, self.precision)
+        return find_target(self.target).compute(self.precision)
 
     def ports(self, part: str = "model") -> Ports:
         """What a part takes and gives."""

@@ -1,144 +1,103 @@
-"""What can be built: targets, precisions, and where weights go; and what to say of the rest."""
+"""What a target is, as one record; and the records that there are.
 
-from typing import Literal
+Each target is a folder of `moec/targets`: its `__init__.py` holds the record as `TARGET`, and the
+files beside it hold what is the target's own. `targets` finds the folders, so that a new target is
+a new folder and nothing else.
+"""
 
-from moec.spec.errors import MoecError, refuse
-from moec.spec.scheme import Scheme
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
-#: names of experts, for which a scheme has rules
-EXPERT_NAMES = ("layers.0.moe.gate_up", "layers.0.moe.down")
-
-_TENSORRT: dict[str, tuple[str | None, str | None]] = {
-    "bf16": ("tensorrt", None),
-    "fp8": ("tensorrt", "tensorrt"),
-    "fp16": ("tensorrt", None),
-    "fp32": ("tensorrt", None),
-}
-#: target -> precision -> dialect for weights that stay, dialect for weights that are rewritten
-TARGETS: dict[str, dict[str, tuple[str | None, str | None]]] = {
-    "onnx": {
-        **dict.fromkeys(("fp32", "fp16", "bf16"), ("standard", None)),
-        "fp8": ("standard", "standard"),
-    },
-    "ort": {
-        "fp32": ("ort", "ort-packed"),
-        "fp16": ("ort", "ort-packed"),
-        "bf16": (None, "ort-packed"),
-        "fp8": ("ort", "ort"),
-        "int8": (None, "ort-int8"),
-        "int4": (None, "ort-int4"),
-    },
-    # FP8 checkpoints would stay: the target itself says why it takes none
-    "torch": {"fp8": ("torch", "torch")},
-    "tensorrt": _TENSORRT,
-    "tensorrt-rtx": _TENSORRT,
-}
-#: target -> how its graphs' files end
-SUFFIXES = {"torch": ".pt2", **dict.fromkeys(("onnx", "ort", "tensorrt", "tensorrt-rtx"), ".onnx")}
-#: target -> the scheme of wide weights that become FP8, where nobody names one
-SCHEMES = {
-    **dict.fromkeys(("onnx", "ort"), "meta"),
-    "torch": "dynamic",
-    "tensorrt": "mixed",
-    "tensorrt-rtx": "static",
-}
-#: target -> the package that builds its engines
-PACKAGES: dict[str, Literal["tensorrt", "tensorrt_rtx"]] = {
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt_rtx",
-}
-#: bits of the weights, for precisions whose weights alone are narrow
-BITS = {"int8": 8, "int4": 4}
+from moec.spec.errors import refuse
 
 
-def choose(
-    target: str, precision: str, weights: str | None, scheme: Scheme | None = None
-) -> tuple[str, str]:
-    """The dialect of a build, and where its weights go.
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What a target does in one precision.
 
-    FP8 weights stay where a checkpoint has them, and are written where `scheme` is an artefact's.
+    Attributes:
+        stays: the dialect of graphs whose weights keep the bytes of the checkpoint; None: there is
+            none.
+        packed: the dialect of graphs whose weights are rewritten; None: there is none.
+        compute: what the graph computes in: "fp32", "fp16" or "bf16".
+    """
+
+    stays: str | None
+    packed: str | None
+    compute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """All that moec knows of a target. `moec/targets` has one record for each.
+
+    Places of code are written "module:name" and imported when they are used, so that a machine
+    needs only the packages of the targets that it uses.
+
+    Attributes:
+        name: what users call it.
+        precisions: what it does in each precision; the first is the default of a build.
+        builder: the place of its `moec.exporters.builder.Builder`: what it refuses, how a build
+            makes its files, how `bind` reads them again.
+        engines: name of an engine that runs its artefacts -> the place of that engine's
+            `moec.runtime.engines.engine.Engine`; the first is the default of a session.
+        proof: the engine that a proof runs; "" is the first.
+        suffix: how the names of its graphs' files end.
+        scheme: the FP8 scheme of wide weights where a user names none.
+        reduced: dialect -> the least sizes of the reduced-size model that proves it, as arguments
+            of `moec.spec.reduced`, where kernels want more than that model has.
+    """
+
+    name: str
+    precisions: Mapping[str, Precision]
+    builder: str
+    engines: Mapping[str, str]
+    proof: str = ""
+    suffix: str = ".onnx"
+    scheme: str = "meta"
+    reduced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> str:
+        """The engine that a session opens where nobody chooses."""
+        return next(iter(self.engines))
+
+    def compute(self, precision: str) -> str:
+        """What a graph of `precision` computes in: "fp32", "fp16" or "bf16"."""
+        known = self.precisions.get(precision)
+        return known.compute if known else precision
+
+
+@cache
+def targets() -> dict[str, Target]:
+    """Every target by name."""
+    folders = import_module("moec.targets")
+    names = [each.name for each in iter_modules(folders.__path__) if each.ispkg]
+    rows: list[Target] = [import_module(f"{folders.__name__}.{name}").TARGET for name in names]
+    return {row.name: row for row in rows}
+
+
+def find_target(
+    name: str, where: object | None = None, next_step: str = "use --target onnx"
+) -> Target:
+    """The record of target `name`.
 
     Raises:
-        MoecError: no such target, precision or placement, or they do not go together.
+        MoecError: no such target; `where` and `next_step` are the message's.
     """
-    if target not in TARGETS:
-        refuse(f"--target {target}", "no such target", " or ".join(TARGETS), "use --target onnx")
-    if precision not in TARGETS[target]:
+    known = targets()
+    if name not in known:
         refuse(
-            f"--precision {precision} --target {target}",
-            _NOT_YET.get(precision) or _unknown_precision(precision),
-            " or ".join(TARGETS[target]),
-            f"use --precision {next(iter(TARGETS[target]))}",
+            where or f"--target {name}", f"no such target: {name}", " or ".join(known), next_step
         )
-    stays, packed = TARGETS[target][precision]
-    if scheme and scheme.layout == "moec":
-        stays = None
-    elif scheme:
-        packed = None
-    if scheme and scheme.cache and target == "ort":
-        refuse(
-            f"--target ort with FP8 caches (scheme {scheme.name})",
-            "GroupQueryAttention, which has none on a CPU",
-            "--cache wide, or --target onnx",
-            "add --cache wide",
-        )
-    mode = weights or ("in-place" if stays else "pack")
-    if mode not in _PLACEMENTS:
-        raise _unknown_placement(mode)
-    dialect = packed if mode == "pack" else stays
-    if dialect is None:
-        refuse(
-            f"--weights {mode} --target {target} --precision {precision}",
-            "no graph for weights that are rewritten"
-            if mode == "pack"
-            else "a precision whose weights must be rewritten",
-            "in-place, link or copy" if mode == "pack" else "pack",
-            "leave --weights out",
-        )
-    if dialect == "tensorrt" and scheme and wants_plugin(scheme):
-        dialect = "tensorrt-plugin"
-    return dialect, mode
+    return known[name]
 
 
-def wants_plugin(scheme: Scheme) -> bool:
-    """Whether TensorRT can run the experts of `scheme` in a plugin alone: scales by token."""
-    return any(rule.inputs == "token" for rule in map(scheme.rule, EXPERT_NAMES) if rule)
-
-
-#: precisions of the design that are not there, or not in every target
-_NOT_YET = {
-    "int8": "weight-only integers are there with --target ort",
-    "int4": "weight-only integers are there with --target ort",
-}
-_PLACEMENTS = ("in-place", "link", "copy", "pack")
-
-
-def default_precision(target: str, scheme: Scheme | None) -> str:
-    """The precision of a build where nobody names one."""
-    known = TARGETS.get(target, {})
-    if scheme or list(known) == ["fp8"]:
-        return "fp8"
-    return next(iter(known), "fp32")
-
-
-def _unknown_precision(precision: str) -> str:
-    known = any(precision in each for each in TARGETS.values())
-    return "a precision of other targets" if known else "no such precision"
-
-
-def _unknown_placement(mode: str) -> MoecError:
-    return MoecError(f"--weights {mode}", mode, ", ".join(_PLACEMENTS), "choose one of them")
-
-
-def check_placement(mode: str, packs: bool) -> None:
-    """Refuse a placement that is none, or not one for a graph that `packs`."""
-    if mode not in _PLACEMENTS:
-        raise _unknown_placement(mode)
-    if packs != (mode == "pack"):
-        refuse(
-            f"--weights {mode}",
-            "an artefact built for weights that are "
-            + ("rewritten" if packs else "left as they are"),
-            "pack" if packs else "in-place, link or copy",
-            "leave --weights out",
-        )
+def imported(place: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

@@ -5,13 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from moec.artefact.artefact import Artefact, file_of, open_artefact, write_manifest
+from moec.artefact.engine_job import ENGINES
 from moec.artefact.engine_options import EngineOptions, engine_options
 from moec.artefact.folder import writing
 from moec.artefact.placement import Progress
-from moec.artefact.targets import PACKAGES
-from moec.exporters.backends import backend_of
-from moec.exporters.tensorrt.build import ENGINES, check_options, need_package
-from moec.exporters.tensorrt.trtexec import commands
+from moec.artefact.targets import targets
+from moec.exporters.builder import Compiler, builder_for, builder_of
 from moec.spec.errors import refuse
 
 
@@ -28,20 +27,19 @@ def build_engines(
         MoecError: not an artefact of a target with engines, or what builds engines is missing.
     """
     built = artefact if isinstance(artefact, Artefact) else open_artefact(artefact)
-    options = _options_of(built)
-    manifest, backend = built.manifest, backend_of(built)
-    assert backend.engines
+    compiler, options = _compiler_of(built)
+    manifest, builder = built.manifest, builder_for(built)
     options = options.model_copy(update={"build": True})
     if architectures:
         chosen = {**options.model_dump(), "architectures": architectures}
-        options = check_options(engine_options(chosen), manifest.target, manifest.dialect)
-    need_package(PACKAGES[manifest.target])
+        options = compiler.check(engine_options(chosen), manifest.dialect)
+    compiler.need()
     if manifest.weights.mode != "unbound":
         built.stored()  # refuses changed shards
-    models = {part: backend.load(built, part) for part in built.parts}
+    models = {part: builder.load(built, part) for part in built.parts}
     start = time.perf_counter()
     with writing(built.path / ENGINES, ours=True) as folder:
-        engines = backend.engines(
+        engines = compiler.build(
             models, built.path, folder, built.weights_folder, manifest.spec, options, progress
         )
         files = {
@@ -69,31 +67,32 @@ def build_engines(
 
 
 def trtexec_commands(artefact: str | Path) -> list[str]:
-    """What builds the same engines without moec: see `moec.exporters.tensorrt.trtexec`.
+    """What a user types to build the same engines without moec, where the target has such a way.
 
     Raises:
-        MoecError: not an artefact of target tensorrt, or weights that trtexec would not find.
+        MoecError: not an artefact of such a target, or weights that the commands would not find.
     """
     built = open_artefact(artefact)
-    _options_of(built)
-    if built.manifest.target != "tensorrt":
+    compiler, _ = _compiler_of(built)
+    if compiler.commands is None:
         refuse(
             artefact,
             f"an artefact of target {built.manifest.target}",
             "target tensorrt",
             "build it with --target tensorrt",
         )
-    return list(commands(built))
+    return list(compiler.commands(built))
 
 
-def _options_of(artefact: Artefact) -> EngineOptions:
-    """What engines of `artefact` are built for."""
-    options = artefact.manifest.options
-    if artefact.manifest.target not in PACKAGES or options is None:
+def _compiler_of(artefact: Artefact) -> tuple[Compiler, EngineOptions]:
+    """How the target of `artefact` compiles engines, and what they are built for."""
+    compiler, options = builder_of(artefact.manifest.target).compiler, artefact.manifest.options
+    if compiler is None or options is None:
+        known = [name for name in targets() if builder_of(name).compiler]
         refuse(
             artefact.path,
             f"an artefact of target {artefact.manifest.target}, without engines",
-            " or ".join(PACKAGES),
+            " or ".join(known),
             "build it with --target tensorrt",
         )
-    return options
+    return compiler, options

@@ -1,19 +1,15 @@
 """Key/value caches between the calls of one generation."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moec.runtime.engines.engine import Layout
 from moec.runtime.engines.gpu import memory_for
 from moec.spec.model import ModelSpec
 from moec.weights.view import STORED, TORCH_DTYPES
-
-#: "slots": [batch, slots, kv_heads * head_dim], each call returns new ones.
-#: "buffers": [batch, kv_heads, slots, head_dim], each call writes into them.
-Layout = Literal["slots", "buffers"]
 
 
 @dataclass(slots=True)

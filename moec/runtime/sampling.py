@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moec.spec.errors import refuse
+
 
 def sample(
     logits: Tensor,
@@ -23,3 +25,26 @@ def sample(
         shares[shares.cumsum(-1) - shares >= top_p] = 0
     drawn = torch.multinomial(shares, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
+
+
+def check_sampling(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+) -> None:
+    """Refuse settings that no draw can follow.
+
+    Raises:
+        MoecError: names the first.
+    """
+    for name, given, good, expected in (
+        ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int), "an integer"),
+        ("seed", seed, seed is None or 0 <= seed < 2**63, "0 to 2^63 - 1"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
+    ):
+        if not good:
+            refuse(name, given, expected, f"correct --{name.replace('_', '-')}")

@@ -1,38 +1,25 @@
 """A session: one engine, the caches around it, and the loop that generates."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache as once
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moec.artefact.artefact import Artefact, Entry, open_artefact
-from moec.artefact.engine_options import EngineOptions
-from moec.artefact.manifest import NAME
-from moec.artefact.session_options import EXACT, PRESETS
-from moec.runtime.batching import LONG_PIECE, PIECE, buffered_calls, padded_calls
-from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
-from moec.runtime.engines.eager import Run, eager_engine
+from moec.artefact.artefact import Artefact
+from moec.runtime.batching import buffered_calls, padded_calls
+from moec.runtime.cache import Cache, grow, new_cache, spans
+from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.engines.gpu import on_host
-from moec.runtime.engines.interpreter import interpreter
-from moec.runtime.engines.ort import ort_engine
-from moec.runtime.engines.tensorrt import tensorrt_engine
-from moec.runtime.engines.torch_program import torch_engine
 from moec.runtime.inputs.arrays import Ids, Pixels, check_ids, read_ids, read_tiles
-from moec.runtime.sampling import sample
+from moec.runtime.sampling import check_sampling, sample
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
-from moec.weights.name_map import read_model
 from moec.weights.view import TORCH_DTYPES
 
 #: image tiles that go through the vision tower at once, for the same reason
 TILES = 8
-#: what a session may run on
-ENGINES = ("onnxruntime", "torch", "tensorrt", "interpreter", "eager")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +36,17 @@ class Session:
 
     A session is for one thread at a time. With buffers (targets ort and torch) a call writes into
     the cache that it is given.
+
+    Attributes:
+        spec: the model.
+        precision: what the graph computes in.
+        engine: the name of what runs it.
+        run: one call of the decoder.
+        artefact: what it was opened from; None for a checkpoint.
+        vision: opens the vision tower, which happens when an image first comes.
+        limits: what the calls of the engine look like.
+        device: "cpu" or "cuda".
+        queues: whether a decode step on tokens that lie on the GPU only starts the work there.
     """
 
     spec: ModelSpec
@@ -56,12 +54,10 @@ class Session:
     engine: str
     run: Run
     artefact: Artefact | None = None
-    vision: Callable[[], Run] | None = None  # opens the tower, when it is first wanted
-    layout: Layout = "slots"
+    vision: Callable[[], Run] | None = None
+    limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
-    piece: int = PIECE
-    context: int | None = None  # of caches that neither grow nor come in other sizes
-    batch: int | None = None  # rows of a decode step at most
+    queues: bool = False
 
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
@@ -94,7 +90,7 @@ class Session:
 
     def _no_cache(self, ids: Tensor) -> Cache:
         """What one pass over ids [B, S] needs: buffers, or nothing."""
-        capacity = ids.shape[1] if self.layout == "buffers" else 0
+        capacity = ids.shape[1] if self.limits.layout == "buffers" else 0
         return self._new_cache(len(ids), capacity)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -105,27 +101,32 @@ class Session:
         Raises:
             MoecError: more rows or positions than the engine takes, or than the GPU has room for.
         """
-        if self.batch is not None and batch > self.batch:  # the first decode step would be refused
+        most = self.limits.batch
+        if most is not None and batch > most:  # the first decode step would be refused
             refuse(
                 f"{batch} rows",
-                f"an engine for a batch of {self.batch}",
-                f"{self.batch} or fewer",
+                f"an engine for a batch of {most}",
+                f"{most} or fewer",
                 f"give it fewer at once, or build with --batch {batch}",
             )
         return self._new_cache(batch, capacity)
 
     def _new_cache(self, batch: int, capacity: int) -> Cache:
-        if self.context is not None:
+        context = self.limits.context
+        if context is not None:
             self._check_context(capacity)
-            capacity = self.context
-        return new_cache(self.spec, self.precision, batch, capacity, self.layout, self.device)
+            capacity = context
+        return new_cache(
+            self.spec, self.precision, batch, capacity, self.limits.layout, self.device
+        )
 
     def _check_context(self, positions: int) -> None:
-        if self.context is not None and positions > self.context:
+        context = self.limits.context
+        if context is not None and positions > context:
             refuse(
                 f"{positions} positions",
-                f"an engine for a context of {self.context}",
-                f"{self.context} or fewer",
+                f"an engine for a context of {context}",
+                f"{context} or fewer",
                 f"build with --context {positions}",
             )
 
@@ -154,11 +155,6 @@ class Session:
         """
         return self._see(read_tiles(pixel_values, self.spec))
 
-    @property
-    def waits_for_nobody(self) -> bool:
-        """Whether a decode step on tokens that lie on the GPU only starts the work there."""
-        return self.engine in ("torch", "tensorrt") and self.device != "cpu"
-
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
         """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated.
 
@@ -167,7 +163,7 @@ class Session:
         step, and nobody checks that they are in the vocabulary.
         """
         column = torch.as_tensor(tokens)[:, None]
-        if not self.waits_for_nobody:
+        if not self.queues:
             column = column.cpu()
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
 
@@ -210,9 +206,9 @@ class Session:
             grow(self.spec, cache, max(needed, 2 * cache.capacity))
         images = self._checked(features, ids, lengths)
         calls = (
-            buffered_calls(cache.lengths, lengths, width, chunk, self.piece)
-            if self.layout == "buffers"
-            else padded_calls(width, self.piece if cache.capacity else width)
+            buffered_calls(cache.lengths, lengths, width, chunk, self.limits.prefill_chunk)
+            if self.limits.layout == "buffers"
+            else padded_calls(width, self.limits.prefill_chunk if cache.capacity else width)
         )
         for rows, columns in calls:
             piece = ids[rows, columns]
@@ -224,7 +220,7 @@ class Session:
             )
             fused = None if images is None else features_within(*images, rows, columns)
             out = self._step(piece, own, index, cache, rows, fused)
-            if self.layout == "slots" and cache.capacity:
+            if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
                     cache.tensors[name] = out[name.replace("past", "present", 1)]
             cache.lengths = cache.lengths.clone()
@@ -255,7 +251,7 @@ class Session:
             stop: tokens that end a row; default the model's own.
             stream: called with each step's tokens, None for rows that have ended.
         """
-        _check_settings(max_new_tokens, temperature, top_k, top_p, seed)
+        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
         if max_new_tokens < 1:
@@ -273,7 +269,7 @@ class Session:
             tokens = sample(given, temperature, top_k, top_p, generator)
             arrived = on_host(tokens)
             # While the host looks whether a row has ended, the GPU goes on as if none had.
-            ahead = self.waits_for_nobody and bool(alive.all()) and step + 1 < max_new_tokens
+            ahead = self.queues and bool(alive.all()) and step + 1 < max_new_tokens
             if ahead:
                 logits = self.decode(tokens, cache)
             tokens = arrived()
@@ -307,7 +303,7 @@ class Session:
             "logit_index": logit_index,
             **cache.of(rows),
         }
-        if self.layout == "buffers":
+        if self.limits.layout == "buffers":
             feeds |= spans(self.spec.text.chunk, cache.lengths[rows], ids.shape[1])
         if features is not None:
             # The graph counts image tokens in padding too: put another token there.
@@ -371,201 +367,6 @@ def features_within(features: Tensor, images: Tensor, rows: slice, columns: slic
     """Of features [N, dim], one for each True of images [B, S], those of some rows and columns."""
     order = (images.flatten().cumsum(0) - 1).view_as(images)
     return features[order[rows, columns][images[rows, columns]]]
-
-
-def open_session(
-    path: str | Path, device: str = "cpu", engine: str | None = None, preset: str = "lean"
-) -> Session:
-    """Open an artefact (in its target's engine, or "eager") or a checkpoint folder ("eager").
-
-    Args:
-        device: "cpu"; "cuda" for artefacts of target torch, and of target ort in fp16 or bf16.
-        engine: "onnxruntime" for targets onnx and ort, "torch" for target torch, "tensorrt" for
-            targets tensorrt and tensorrt-rtx, whose ONNX an "interpreter" runs too; or "eager".
-        preset: options of ONNX Runtime, "lean" (weights stay mapped) or "fast" (folded and
-            prepacked).
-
-    Raises:
-        MoecError: no artefact, no weights, changed weights (exit code 2), or a device or package
-            that is not there (3).
-    """
-    path = Path(path)
-    for name, given, known in (
-        ("device", device, ("cpu", "cuda")),
-        ("engine", engine, (None, *ENGINES)),
-        ("preset", preset, (*PRESETS, EXACT)),
-    ):
-        if given not in known:
-            expected = " or ".join(filter(None, known))
-            refuse(f"{name} {given}", f"no such {name}", expected, "choose one of them")
-    if device == "cuda" and engine in ("eager", "interpreter"):
-        refuse(
-            "device cuda",
-            f"engine {engine}",
-            "another engine; this one runs on the cpu",
-            "leave engine out",
-            exit_code=3,
-        )
-    if not (path / NAME).is_file() and (path / "config.json").is_file():
-        if engine not in (None, "eager"):
-            refuse(
-                path,
-                "a checkpoint",
-                f"an artefact for engine {engine}",
-                f"moec build --checkpoint {path}",
-            )
-        spec, _, entries = read_model(path)
-        return eager_session(spec, entries, "fp32")
-    artefact = open_artefact(path)
-    if engine == "eager":
-        manifest = artefact.manifest
-        return eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)
-    own = artefact.manifest.engine
-    able = (own, "interpreter") if own == "tensorrt" else (own,)
-    if engine not in (None, *able):
-        refuse(
-            f"engine {engine}: {path}",
-            f"an artefact of target {artefact.manifest.target}",
-            f"engine {' or '.join((*able, 'eager'))}",
-            "leave engine out",
-        )
-    if engine == "interpreter":
-        return interpreter_session(artefact)
-    return artefact_session(artefact, device, preset)
-
-
-def artefact_session(
-    artefact: Artefact, device: str = "cpu", preset: str = "lean", taps: Sequence[str] = ()
-) -> Session:
-    """`artefact` in the engine of its target; `taps` as in `ort_session`, but for TensorRT."""
-    if artefact.manifest.engine == "torch":
-        return torch_session(artefact, device, taps)
-    if artefact.manifest.engine == "tensorrt":
-        return tensorrt_session(artefact, device)
-    return ort_session(artefact, device, preset, taps)
-
-
-def interpreter_session(artefact: Artefact, taps: Sequence[str] = ()) -> Session:
-    """The ONNX of `artefact`, of a target of TensorRT, in ONNX's reference interpreter."""
-    manifest, options = artefact.manifest, _options(artefact)
-    run = interpreter(artefact, taps)
-    vision = once(partial(interpreter, artefact, part="vision"))
-    return Session(
-        manifest.spec,
-        "fp32",
-        "interpreter",
-        run,
-        artefact,
-        vision,
-        "buffers",
-        piece=options.piece,
-        context=options.context,
-    )
-
-
-def tensorrt_session(artefact: Artefact, device: str = "cuda") -> Session:
-    """`artefact` in TensorRT, on engines that were built for it."""
-    manifest, options = artefact.manifest, _options(artefact)
-    run = tensorrt_engine(artefact, device=device)
-    vision = once(partial(tensorrt_engine, artefact, part="vision", device=device))
-    return Session(
-        manifest.spec,
-        manifest.compute,
-        "tensorrt",
-        run,
-        artefact,
-        vision,
-        "buffers",
-        device,
-        options.piece,
-        options.context,
-        options.batch,
-    )
-
-
-def _options(artefact: Artefact) -> EngineOptions:
-    options = artefact.manifest.options
-    if options is None:
-        refuse(
-            f"{artefact.path / NAME}: options",
-            "null",
-            "the sizes that an engine is built for",
-            "build the artefact again",
-        )
-    return options
-
-
-def torch_session(
-    artefact: Artefact,
-    device: str = "cpu",
-    taps: Sequence[str] = (),
-    weights: Mapping[str, Tensor] | None = None,
-) -> Session:
-    """`artefact`, of target torch, in torch; `weights` as in `torch_engine`."""
-    manifest = artefact.manifest
-    run = torch_engine(artefact, device, taps, weights=weights)
-    vision = once(partial(torch_engine, artefact, device, part="vision"))
-    return Session(
-        manifest.spec,
-        manifest.compute,
-        "torch",
-        run,
-        artefact,
-        vision,
-        "buffers",
-        device,
-        LONG_PIECE if device == "cuda" else PIECE,
-    )
-
-
-def ort_session(
-    artefact: Artefact, device: str = "cpu", preset: str = "lean", taps: Sequence[str] = ()
-) -> Session:
-    """`artefact` in ONNX Runtime; `taps` names inner values that `trace` will want."""
-    manifest = artefact.manifest
-    run = ort_engine(artefact, preset, taps, device=device)
-    vision = once(partial(ort_engine, artefact, preset, part="vision", device=device))
-    return Session(
-        manifest.spec,
-        manifest.compute,
-        "onnxruntime",
-        run,
-        artefact,
-        vision,
-        "buffers" if manifest.buffered else "slots",
-        device,
-    )
-
-
-def eager_session(
-    spec: ModelSpec,
-    entries: Mapping[str, Entry],
-    precision: str,
-    artefact: Artefact | None = None,
-    taps: Sequence[str] = (),
-) -> Session:
-    """The eager reference on the weights `entries`; `taps` as in `ort_session`."""
-    run = eager_engine(spec, entries, precision, taps)
-    vision = once(partial(eager_engine, spec, entries, precision, part="vision"))
-    return Session(spec, precision, "eager", run, artefact, vision)
-
-
-def _check_settings(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-) -> None:
-    for name, given, good, expected in (
-        ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int), "an integer"),
-        ("seed", seed, seed is None or 0 <= seed < 2**63, "0 to 2^63 - 1"),
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
-    ):
-        if not good:
-            refuse(name, given, expected, f"correct --{name.replace('_', '-')}")
 
 
 def _like(given: object, result: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moec
 from moec.graph_builder.ops.fp8 import dequantize, expert_weight, fp8_moe, rounded
-from moec.runtime.session import eager_session
+from moec.runtime.open import eager_session
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import input_scale_of, scale_of

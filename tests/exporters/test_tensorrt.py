@@ -18,14 +18,14 @@ from torch import Tensor
 import moec
 from moec.artefact.artefact import Artefact, open_artefact
 from moec.artefact.engine_options import EngineOptions
-from moec.exporters.backends import BACKENDS
+from moec.exporters.builder import builder_of
 from moec.exporters.engines import trtexec_commands
 from moec.exporters.export import export
 from moec.exporters.onnx.lowering import DTYPES
 from moec.graph_builder.ops import FP8
+from moec.runtime.open import artefact_session, eager_session
 from moec.runtime.proof.compare import SAME_INPUTS, error
-from moec.runtime.proof.under_test import Subject
-from moec.runtime.session import eager_session, interpreter_session
+from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
@@ -135,7 +135,7 @@ def test_a_long_context_makes_no_large_file(sound: Path, tmp_path: Path) -> None
 def test_a_damaged_file_is_refused(target: str, sound: Path, tmp_path: Path) -> None:
     options = SMALL if target == "tensorrt" else None
     art = export(sound, target, "fp32", tmp_path / "a", options=options)
-    load = BACKENDS[target].load
+    load = builder_of(target).load
     assert len(load(art, "model").graph)
     art.model.write_bytes(b"\xff" * art.model.stat().st_size)
     refusal(lambda: load(art, "model"), "model.onnx", 1)
@@ -160,9 +160,9 @@ def test_each_layer_in_fp8_is_the_eager_layer(
     hidden = ["embed", *(f"layers.{i}.out" for i in range(art.manifest.spec.text.layers))]
     ids = torch.randint(0, 4096, (1, 140))
     lengths = torch.tensor([140])
-    found = interpreter_session(art, hidden).trace(ids, lengths, hidden)
+    found = artefact_session(art, taps=hidden, engine="interpreter").trace(ids, lengths, hidden)
     given = {name: found[name] for name in hidden}
-    expected = Subject(art, "cpu", "lean").reference_from(ids, lengths, given, hidden)
+    expected = ArtefactUnderTest(art, "cpu", "lean").reference_from(ids, lengths, given, hidden)
     for name in (*hidden[1:], "logits"):
         check = error(name, found[name], expected[name], SAME_INPUTS["fp32"])
         assert check.passed, check
@@ -180,7 +180,7 @@ def test_random_models_compute_what_eager_does(spec: ModelSpec) -> None:
             Path(folder) / "weights", "tensorrt", "fp32", Path(folder) / "a", options=options
         )
         ids = torch.randint(0, spec.text.vocab, (2, 20))
-        session = interpreter_session(art)
+        session = artefact_session(art, engine="interpreter")
         reference = eager_session(spec, art.entries(), "fp32")
         found, expected = session.logits(ids), reference.logits(ids)
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max().clamp(min=1)

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 import moec
 from moec.artefact.artefact import open_artefact
-from moec.runtime.session import Session, ort_session
+from moec.runtime.open import artefact_session
+from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.weights.checkpoint import read_checkpoint
@@ -84,7 +85,9 @@ def test_experts_of_every_token_count_to_70(
         scout_layer, target="ort", precision=precision, weights="pack", out=tmp_path / "art"
     )
     names = ["layers.0.ffn.norm", "layers.0.moe.route.1", "layers.0.moe.router"]
-    session = ort_session(open_artefact(art.path), "cuda", taps=[*names, "layers.0.moe.routed"])
+    session = artefact_session(
+        open_artefact(art.path), "cuda", taps=[*names, "layers.0.moe.routed"]
+    )
     gate_up, down = _experts(scout_layer)
     ids = torch.randint(0, 1024, (1, 70))
     worst = {}

@@ -1,6 +1,5 @@
 """Target torch on a GPU: the trained checkpoint, and two layers of Scout's own widths."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,9 @@ from torch.nn import functional
 import moec
 from moec.artefact.artefact import open_artefact
 from moec.runtime.engines.synthetic import synthetic
-from moec.runtime.session import Session, open_session, torch_session
+from moec.runtime.engines.torch_program import torch_with
+from moec.runtime.open import artefact_session, open_session
+from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 
@@ -130,9 +131,9 @@ def test_two_layers_of_full_width_are_plain_torchs(pattern: str, tmp_path: Path)
     spec = ModelSpec(name="two", provenance="custom", dtype="bf16", text=text)
     art = open_artefact(moec.export(spec, target="torch", precision="fp8", out=tmp_path).path)
     weights = synthetic(art.manifest.spec, torch.seed() % 2**31, "cuda")
-    run: Callable[..., Session] = torch_session
-    kernels = run(art, "cuda", weights=weights)
-    plain = run(art, "cpu", weights={name: each.cpu() for name, each in weights.items()})
+    kernels = artefact_session(art, "cuda", engine=torch_with(weights))
+    on_host = {name: each.cpu() for name, each in weights.items()}
+    plain = artefact_session(art, "cpu", engine=torch_with(on_host))
     ids = torch.randint(0, 4096, (2, 108))
     results = []
     for one in (kernels, plain):

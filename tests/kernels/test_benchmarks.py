@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moec.spec.config_json import read_config
+from moec.spec.hf.config import read_config
 from moec.spec.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 import moec
 from moec.cli import app
-from moec.runtime.session import ENGINES, Session
+from moec.runtime.open import engines
+from moec.runtime.session import Session
 from tests.damage import SPEC
 from tests.refusals import refusal
 
@@ -40,7 +41,7 @@ IDS: dict[str, tuple[Any, str]] = {
 
 def test_the_help_names_every_engine() -> None:
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["generate", "--help"]).output
-    assert all(engine in shown for engine in ENGINES)
+    assert all(engine in shown for engine in engines())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import moec
 from moec.runtime.calibrate import _Magnitudes, calibrate
-from moec.runtime.session import eager_session
+from moec.runtime.open import eager_session
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec

@@ -67,7 +67,7 @@ def test_decode_grows_the_caches_and_rings_stay_at_the_chunk(session: Session) -
     for position in range(3, 150):
         logits = session.decode(ids[:, position], cache)
     assert torch.allclose(logits[0], whole[0, -1], atol=1e-4)
-    slots = {"slots": 1, "buffers": 2}[session.layout]
+    slots = {"slots": 1, "buffers": 2}[session.limits.layout]
     assert cache.tensors["past.0.key"].shape[slots] == 128  # a chunk
     assert cache.tensors["past.3.key"].shape[slots] >= 150
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import moec
 from moec.artefact.artefact import open_artefact
+from moec.runtime.batching import PIECE
 from moec.runtime.cache import new_cache
-from moec.runtime.session import PIECE, TILES, Session
+from moec.runtime.session import TILES, Session
 from moec.spec.errors import MoecError
 
 IMAGE, TOKENS = 4, 4  # of the fixture: the image token's id, and tokens to a tile

@@ -1,6 +1,6 @@
 """The engines of an artefact: what to build for each part, and what was built."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import onnx_ir as ir
 import torch
 
-from moec.artefact.engine_job import Job, Span
-from moec.artefact.engine_options import ARCHITECTURES, EngineOptions
+from moec.artefact.engine_job import ENGINES, Job, Span
+from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import Engine
+from moec.artefact.placement import Progress
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.exporters.tensorrt.engine import build_engine
 from moec.exporters.tensorrt.onnx_model import is_fed
@@ -21,24 +22,16 @@ if TYPE_CHECKING:
     from moec.exporters.tensorrt.plugin.build import Plugin
 
 Package = Literal["tensorrt", "tensorrt_rtx"]
-Progress = Callable[[str, int, int], None]
-#: the folder of an artefact's engines, and in it that of the plugin's sources and library
-ENGINES, PLUGIN = "engine", "plugin"
+#: the folder, among an artefact's engines, of the plugin's sources and library
+PLUGIN = "plugin"
 
 
-def check_options(options: EngineOptions, target: str, dialect: str) -> EngineOptions:
-    """`options` with what `target` has where nobody chose.
+def check_weight_inputs(options: EngineOptions, dialect: str) -> None:
+    """Refuse weights inside an engine whose plugin takes them as inputs.
 
     Raises:
-        MoecError: a choice that target or dialect does not have.
+        MoecError: names the choices that there are.
     """
-    if target == "tensorrt" and options.architectures:
-        refuse(
-            "--sm",
-            f"{', '.join(options.architectures)}, with --target tensorrt",
-            "the GPU where the engine is built, which is the one that it runs on",
-            "leave --sm out, or use --target tensorrt-rtx",
-        )
     if dialect == "tensorrt-plugin" and options.bindings == "none":
         refuse(
             "--bindings none",
@@ -46,9 +39,6 @@ def check_options(options: EngineOptions, target: str, dialect: str) -> EngineOp
             "experts or all",
             "choose one of them, or use --scheme static",
         )
-    if target == "tensorrt-rtx" and not options.architectures:
-        return options.model_copy(update={"architectures": ARCHITECTURES})
-    return options
 
 
 def need_package(package: Package) -> None:
@@ -69,6 +59,7 @@ def need_package(package: Package) -> None:
 
 
 def build_engines(
+    package: Package,
     models: Mapping[str, ir.Model],
     path: Path,
     folder: Path,
@@ -76,7 +67,6 @@ def build_engines(
     spec: ModelSpec,
     options: EngineOptions,
     progress: Progress,
-    package: Package,
 ) -> dict[str, Engine]:
     """An engine `folder`/PART.engine of each `path`/PART.onnx; external data lie below `root`.
 

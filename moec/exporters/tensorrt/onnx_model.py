@@ -9,10 +9,10 @@ from torch import fx
 
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import Ports
-from moec.artefact.targets import wants_plugin
 from moec.exporters.onnx.external_data import bind
 from moec.exporters.onnx.write import lower_model, ports
 from moec.exporters.precision import fp8_packings
+from moec.exporters.tensorrt.support import wants_plugin
 from moec.graph_builder.decoder import build_decoder
 from moec.graph_builder.parts import build_graph, parts_of
 from moec.graph_builder.passes.buffers import keep_buffers
@@ -55,9 +55,7 @@ def packings_of(spec: ModelSpec) -> dict[str, Packing]:
     return found
 
 
-def lower(
-    graph: fx.GraphModule, dialect: str, name: str, part: str
-) -> tuple[ir.Model, dict[str, Packing]]:
+def lower(graph: fx.GraphModule, name: str, part: str) -> tuple[ir.Model, dict[str, Packing]]:
     """`graph` as ONNX; no input and no node that nobody uses."""
     lowered = lower_model(graph, DIALECTS[0], name, part)
     RemoveUnusedNodesPass()(lowered.model)

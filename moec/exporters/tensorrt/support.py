@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from moec.artefact.targets import wants_plugin
 from moec.kernels.sizes import SMALLEST
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
@@ -10,6 +9,8 @@ from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
 from moec.weights.joined import fp8_pieces
 
+#: names of experts, for which a scheme has rules
+_EXPERTS = ("layers.0.moe.gate_up", "layers.0.moe.down")
 #: where, found, expected, what to do
 Odd = tuple[str, object, str, str]
 #: what the size of a head must be a multiple of, for attention in half precision
@@ -25,6 +26,11 @@ def check_expressible(spec: ModelSpec, precision: str) -> None:
     odd = next(_odd(spec, precision), None)
     if odd:
         refuse(f"{spec.name}: {odd[0]}", *odd[1:])
+
+
+def wants_plugin(scheme: Scheme) -> bool:
+    """Whether only the plugin can run the experts of `scheme`: inputs have per-token scales."""
+    return any(rule.inputs == "token" for rule in map(scheme.rule, _EXPERTS) if rule)
 
 
 def _odd(spec: ModelSpec, precision: str) -> Iterator[Odd]:

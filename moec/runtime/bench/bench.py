@@ -19,11 +19,10 @@ from torch import Tensor
 
 from moec.artefact.artefact import open_artefact
 from moec.artefact.process_memory import memory
-from moec.artefact.session_options import PRESETS
+from moec.artefact.session_options import SETS
 from moec.runtime.bench.transformers import ENGINES as PEERS
 from moec.runtime.bench.transformers import open_transformers
-from moec.runtime.engines.gpu import check_device
-from moec.runtime.session import open_session
+from moec.runtime.open import find_engine, open_session
 from moec.spec.errors import MoecError
 from moec.spec.plan import plan
 
@@ -87,7 +86,7 @@ def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
     artefact = open_artefact(path)
     name = str(path)
     engine = artefact.manifest.engine
-    presets = [preset for preset in PRESETS if preset in artefact.manifest.presets]
+    presets = [preset for preset in SETS if preset in artefact.manifest.presets]
     lanes = [Lane(name, engine, preset, device) for preset in presets or [""]]
     if device == "cpu" and not artefact.manifest.packings:
         lanes.append(Lane(name, "eager"))
@@ -109,8 +108,9 @@ def bench(
     Raises:
         MoecError: `path` is no artefact. A lane that fails says so in its `error`.
     """
-    if open_artefact(path).manifest.engine == "torch":
-        check_device(device, str(path))
+    if device != "cpu":
+        artefact = open_artefact(path)
+        find_engine(artefact).check(artefact, device)
     return race(lanes_of(path, device), batch, prompt_tokens, new_tokens, rounds)
 
 

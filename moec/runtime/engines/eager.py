@@ -1,6 +1,6 @@
 """The reference engine: the fx graph itself, on torch, over weights mapped from their shards."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -9,12 +9,10 @@ from moec.artefact.artefact import Entry
 from moec.graph_builder.parts import build_graph
 from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.tap import tap
+from moec.runtime.engines.engine import Run
 from moec.spec.model import ModelSpec
 from moec.weights.packing import Packed
 from moec.weights.view import view
-
-#: One call of a graph: inputs by name to outputs by name.
-Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def eager_engine(

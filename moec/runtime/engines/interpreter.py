@@ -21,7 +21,8 @@ from moec.exporters.onnx.external_data import entry_of, load_onnx
 from moec.exporters.onnx.lowering import type_of
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.graph_builder import ops
-from moec.runtime.engines.eager import Run
+from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
+from moec.spec.errors import refuse
 from moec.weights.view import view
 
 _HALF = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
@@ -143,3 +144,34 @@ def _tensor(x: Any) -> Tensor:
     if x.dtype == ml_dtypes.float8_e4m3fn:
         return torch.from_numpy(x.view(np.uint8)).view(ops.FP8)
     return torch.from_numpy(x)
+
+
+def _open(artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]) -> Run:
+    return interpreter(artefact, taps, part)
+
+
+def _check(artefact: Artefact, device: str) -> None:
+    if device == "cuda":
+        refuse(
+            f"{artefact.path} on {device}",
+            "an engine, whose inner values nobody sees",
+            "its ONNX, which is proven on the cpu",
+            "leave --device out",
+            exit_code=3,
+        )
+    if device != "cpu":
+        refuse(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
+
+
+def _limits(artefact: Artefact, device: str) -> Limits:
+    return compiled_limits(artefact, batch=False)
+
+
+def _note(artefact: Artefact) -> str:
+    engines = "was built, and not run" if artefact.manifest.engines else "is not built yet"
+    return f"The engine {engines}: what ran is its ONNX, widened to float32."
+
+
+ENGINE = Engine(
+    "interpreter", "ONNX's interpreter", _open, _check, _limits, compute="fp32", note=_note
+)

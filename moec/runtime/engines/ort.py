@@ -12,7 +12,7 @@ from moec.artefact.artefact import Artefact
 from moec.exporters.onnx.external_data import load_onnx
 from moec.exporters.onnx.lowering import DTYPES
 from moec.graph_builder.ops import FP8
-from moec.runtime.engines.eager import Run
+from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.spec.errors import refuse
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -24,7 +24,7 @@ _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]
 
 def ort_engine(
     artefact: Artefact,
-    preset: str = "lean",
+    options_name: str = "lean",
     taps: Sequence[str] = (),
     part: str = "model",
     device: str = "cpu",
@@ -42,16 +42,16 @@ def ort_engine(
     check_kernels(artefact, device)
     onnxruntime = _runtime(device)
     _check_version(artefact, onnxruntime.__version__)
-    if preset not in manifest.presets:
+    if options_name not in manifest.presets:
         refuse(
-            f"preset {preset}",
+            f"preset {options_name}",
             "no such preset in the artefact's manifest",
             " or ".join(manifest.presets) or "presets: an older version of moec built it",
             "choose one of them" if manifest.presets else "build the artefact again",
         )
     artefact.stored()  # refuses unbound artefacts and changed shards with a clear message
     options = onnxruntime.SessionOptions()
-    chosen = manifest.presets[preset].model_dump()
+    chosen = manifest.presets[options_name].model_dump()
     for key, text in chosen.pop("entries").items():
         options.add_session_config_entry(key, text)
     options.execution_order = getattr(onnxruntime.ExecutionOrder, chosen.pop("execution_order"))
@@ -261,3 +261,14 @@ def _with_outputs(file: Path, taps: Sequence[str]) -> str | bytes:
         outputs[i] = cast.outputs[0]
     serialized: bytes = ir.to_proto(model).SerializeToString()
     return serialized
+
+
+def _open(artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]) -> Run:
+    return ort_engine(artefact, options, taps, part, device)
+
+
+def _limits(artefact: Artefact, device: str) -> Limits:
+    return Limits("buffers" if artefact.manifest.buffered else "slots")
+
+
+ENGINE = Engine("onnxruntime", "onnxruntime", _open, check_kernels, _limits)

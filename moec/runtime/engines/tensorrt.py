@@ -5,7 +5,7 @@ It cannot where the engine branches, since TensorRT then asks the GPU which way 
 context says so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact
 from moec.exporters.tensorrt.api import load
 from moec.runtime.engines.cuda_graphs import Replays
-from moec.runtime.engines.eager import Run
+from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
 from moec.runtime.engines.gpu import memory_for
 from moec.runtime.engines.tensorrt_fit import (
     cache_of,
@@ -26,6 +26,7 @@ from moec.runtime.engines.tensorrt_fit import (
 )
 from moec.runtime.engines.tensorrt_open import ALIGNED, OpenEngine, open_engine
 from moec.runtime.engines.torch_program import MOVING
+from moec.spec.errors import refuse
 
 
 def tensorrt_engine(
@@ -136,3 +137,25 @@ def _capturable(opened: OpenEngine) -> bool:
     context = opened.profiles[0][0]
     known = hasattr(context, "is_stream_capturable")
     return not known or bool(context.is_stream_capturable(opened.stream.cuda_stream))
+
+
+def _open(artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]) -> Run:
+    if taps:
+        refuse(
+            f"{artefact.path}: {taps[0]}",
+            "a TensorRT engine, which shows no inner values",
+            "no taps",
+            "run its ONNX with engine interpreter",
+        )
+    return tensorrt_engine(artefact, part, device)
+
+
+def _check(artefact: Artefact, device: str) -> None:
+    check_gpu(artefact, engine_of(artefact, "model").built, device)
+
+
+def _limits(artefact: Artefact, device: str) -> Limits:
+    return compiled_limits(artefact, batch=True)
+
+
+ENGINE = Engine("tensorrt", "tensorrt", _open, _check, _limits, queues=True)

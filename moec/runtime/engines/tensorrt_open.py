@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
+from moec.artefact.engine_job import ENGINES
 from moec.exporters.tensorrt.api import add_plugins
-from moec.exporters.tensorrt.build import ENGINES
 from moec.exporters.tensorrt.callbacks import new_log
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.runtime.engines.tensorrt_fit import (

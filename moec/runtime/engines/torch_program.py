@@ -14,8 +14,9 @@ import moec.graph_builder.ops  # noqa: F401  a program's file names these ops
 from moec.artefact.artefact import Artefact
 from moec.exporters.torch.program import part_graph
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
+from moec.runtime.batching import LONG_PIECE, PIECE
 from moec.runtime.engines.cuda_graphs import Replays
-from moec.runtime.engines.eager import Run
+from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
 from moec.spec.errors import refuse
@@ -115,3 +116,29 @@ def _tapped(
 
 def _flat(name: str) -> str:
     return name.replace(".", "_")
+
+
+def torch_with(weights: Mapping[str, Tensor] | None) -> Engine:
+    """The engine, on `weights` in place of the decoder's own if there are any.
+
+    They are named as the artefact's and lie on the session's device: see `torch_engine`.
+    """
+
+    def opened(
+        artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]
+    ) -> Run:
+        given = weights if part == "model" else None
+        return torch_engine(artefact, device, taps, part, given)
+
+    return Engine("torch", "torch", opened, _check, _limits, queues=True)
+
+
+def _check(artefact: Artefact, device: str) -> None:
+    check_device(device, str(artefact.path))
+
+
+def _limits(artefact: Artefact, device: str) -> Limits:
+    return Limits("buffers", LONG_PIECE if device == "cuda" else PIECE)
+
+
+ENGINE = torch_with(None)

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from moec.artefact.artefact import Artefact
 from moec.runtime.inputs.token_file import read_rows
-from moec.runtime.proof.under_test import Subject
-from moec.runtime.session import Session, eager_session
+from moec.runtime.open import eager_session
+from moec.runtime.proof.under_test import ArtefactUnderTest
+from moec.runtime.session import Session
 from moec.spec.errors import refuse
 from moec.spec.files import diff
 from moec.weights.name_map import read_model
@@ -90,7 +91,7 @@ def cost(
     moe = [layer.index for layer in spec.text.all_layers if layer.moe]
     routes = [f"layers.{index}.moe.route.1" for index in moe]
     wide = eager_session(spec, entries, "fp32", taps=[*taps, *routes])
-    narrow = Subject(artefact, device, "lean").session([*taps, *routes])
+    narrow = ArtefactUnderTest(artefact, device, "lean").session([*taps, *routes])
     text = "given rows"
     if rows is None:
         rows, text = _draw(wide, seed), f"rows that the reference drew, seed {seed}"

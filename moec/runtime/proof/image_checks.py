@@ -10,7 +10,7 @@ from moec.runtime.engines.eager import eager_engine
 from moec.runtime.proof.chunked_prefill import in_pieces
 from moec.runtime.proof.compare import Tolerance, argmax_agreement, error
 from moec.runtime.proof.report import Check
-from moec.runtime.proof.under_test import Subject
+from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec.model import ModelSpec
 
 #: tiles that the rows of the drawn text hold, where they fit
@@ -50,7 +50,7 @@ def draw_images(
     return Images(pixels, ids, ids == image, placed)
 
 
-def tower(subject: Subject, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+def tower(subject: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """The vision tower stage by stage: patches, every layer, adapter, projector."""
     spec, entries = subject.artefact.manifest.spec, subject.artefact.entries()
     assert spec.vision is not None
@@ -76,7 +76,7 @@ def tower(subject: Subject, pixels: Tensor, tolerance: Tolerance) -> Iterator[Ch
 
 
 def fusion(
-    subject: Subject, images: Images, lengths: Tensor, tolerance: Tolerance
+    subject: ArtefactUnderTest, images: Images, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Images in text: the fused embeddings, the logits, and the same through the caches."""
     pixels = images.pixels[: images.placed]

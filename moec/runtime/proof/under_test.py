@@ -1,4 +1,4 @@
-"""What a proof runs: an artefact in its engine, on a device, with one preset throughout."""
+"""What a proof runs: the artefact in its engine, and the reference on the same weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,75 +7,52 @@ import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
+from moec.artefact.targets import find_target
 from moec.runtime.cache import new_cache
-from moec.runtime.engines import gpu
-from moec.runtime.engines.eager import Run, eager_engine
-from moec.runtime.engines.interpreter import interpreter
-from moec.runtime.engines.ort import check_kernels, ort_engine
-from moec.runtime.engines.torch_program import torch_engine
-from moec.runtime.session import Session, artefact_session, eager_session, interpreter_session
-from moec.spec.errors import refuse
-
-
-def check_device(artefact: Artefact, device: str) -> None:
-    """Refuse a device on which the artefact's engine cannot run it (exit code 3), or none (2)."""
-    engine = artefact.manifest.engine
-    if engine == "torch":
-        gpu.check_device(device, str(artefact.path))
-    elif engine != "tensorrt":
-        check_kernels(artefact, device)
-    elif device == "cuda":
-        refuse(
-            f"{artefact.path} on {device}",
-            "an engine, whose inner values nobody sees",
-            "its ONNX, which is proven on the cpu",
-            "leave --device out",
-            exit_code=3,
-        )
-    elif device != "cpu":
-        refuse(f"device {device}", "no such device", "cpu or cuda", "choose one of them")
+from moec.runtime.engines.eager import eager_engine
+from moec.runtime.engines.engine import Engine, Run
+from moec.runtime.open import artefact_session, eager_session, find_engine
+from moec.runtime.session import Session
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """`artefact` as it is proven; `taps` below name inner values to make visible."""
+class ArtefactUnderTest:
+    """An artefact as a proof runs it: on a device, with one set of session options throughout.
+
+    `taps` below name inner values to make visible.
+    """
 
     artefact: Artefact
     device: str
-    preset: str
+    options: str
 
     @property
-    def interpreted(self) -> bool:
-        """Whether ONNX's interpreter stands in for an engine."""
-        return self.artefact.manifest.engine == "tensorrt"
+    def engine(self) -> Engine:
+        """The engine that proves artefacts of its target."""
+        target = find_target(self.artefact.manifest.target)
+        return find_engine(self.artefact, target.proof or target.engine)
 
     @property
-    def engine(self) -> str:
+    def title(self) -> str:
         """What runs it, in words."""
-        if self.interpreted:
-            return "ONNX's interpreter"
-        return self.artefact.manifest.engine + (
-            "" if self.device == "cpu" else f" on {self.device}"
-        )
+        return self.engine.title + ("" if self.device == "cpu" else f" on {self.device}")
 
     @property
     def compute(self) -> str:
         """What it computes in: "fp32", "fp16" or "bf16"."""
-        return "fp32" if self.interpreted else self.artefact.manifest.compute
+        return self.engine.computes(self.artefact)
+
+    def check_device(self) -> None:
+        """Refuse a device that the engine cannot run it on (exit code 3), or no device (2)."""
+        self.engine.check(self.artefact, self.device)
 
     def session(self, taps: Sequence[str] = ()) -> Session:
         """A new session."""
-        if self.interpreted:
-            return interpreter_session(self.artefact, taps)
-        return artefact_session(self.artefact, self.device, self.preset, taps)
+        return artefact_session(self.artefact, self.device, self.options, taps, self.engine)
 
     def tower(self, taps: Sequence[str]) -> Run:
         """The vision tower alone."""
-        if self.interpreted:
-            return interpreter(self.artefact, taps, "vision")
-        if self.artefact.manifest.engine == "torch":
-            return torch_engine(self.artefact, self.device, taps, "vision")
-        return ort_engine(self.artefact, self.preset, taps, "vision", self.device)
+        return self.engine.open(self.artefact, "vision", self.device, self.options, taps)
 
     def reference(self, taps: Sequence[str] = ()) -> Session:
         """The float32 eager reference on the same weights."""

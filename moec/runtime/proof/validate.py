@@ -5,7 +5,8 @@ What each check means and where the limits come from: docs/numerics.md.
 
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact, open_artefact, write_manifest
 from moec.artefact.manifest import Manifest
 from moec.artefact.session_options import EXACT
+from moec.artefact.targets import find_target
 from moec.exporters.export import export
-from moec.exporters.onnx.ort_experts import BLOCK
-from moec.kernels.sizes import SMALLEST
 from moec.runtime.calibrate import calibrate
 from moec.runtime.proof.chunked_prefill import in_pieces
 from moec.runtime.proof.compare import (
@@ -34,7 +34,7 @@ from moec.runtime.proof.compare import (
 from moec.runtime.proof.cost import cost
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.report import Check, Report
-from moec.runtime.proof.under_test import Subject, check_device
+from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.reduced import twin
@@ -51,10 +51,6 @@ TWINS = dict.fromkeys(("fp16", "bf16", "int8", "int4", "fp8"), (4, 101))
 #: tokens that a twin with such routers is proven on at least, in more rows if need be: among few,
 #: one that went to another expert is a large part of an error
 TWIN_TOKENS = 128
-#: dialect -> block and head size of its twin, where kernels want more than that: those for many
-#: tokens a width that 256 divides and experts that 128 does, those for attention heads of 16.
-#: No kernel of the plugin runs in a proof: it need only be one that some could be compiled for
-WIDTHS = {"torch": {"block": 128, "head_dim": 16}, "tensorrt-plugin": {"block": SMALLEST}}
 #: of a twin whose target has engines: none is built, and caches are as small as its chunks
 TWIN_OPTIONS = {"context": MOST_TOKENS, "piece": MOST_TOKENS, "build": False}
 
@@ -114,10 +110,10 @@ def validate(
         return report
     if not unbound and not on_twin:
         return _validate(artefact, tokens, seed, progress, device)
-    check_device(artefact, device)
+    ArtefactUnderTest(artefact, device, "lean").check_device()
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = TWINS.get(artefact.manifest.precision, (None, None))
-        small = twin(artefact.manifest.spec, layers, **_widths(artefact.manifest))
+        small = twin(artefact.manifest.spec, layers, **_sizes(artefact.manifest))
         progress("twin", 0, 1)
         built = _build_twin(artefact, small, Path(folder), seed)
         least = TWIN_TOKENS if longest else 1
@@ -131,10 +127,9 @@ def validate(
     return report
 
 
-def _widths(manifest: Manifest) -> dict[str, int]:
-    """The twin's widths: of tiles, of the blocks of narrow integers, or as small as can be."""
-    blocks = any(packing.bits for packing in manifest.packings.values())
-    return WIDTHS.get(manifest.dialect, {"block": BLOCK} if blocks else {})
+def _sizes(manifest: Manifest) -> Mapping[str, int]:
+    """The least sizes of the reduced-size model, where kernels want more than it has."""
+    return find_target(manifest.target).reduced.get(manifest.dialect, {})
 
 
 def _build_twin(artefact: Artefact, small: ModelSpec, folder: Path, seed: int) -> Artefact:
@@ -178,11 +173,11 @@ def _validate(
     least: int = 1,
 ) -> Report:
     manifest = artefact.manifest
-    check_device(artefact, device)
     # Quantised weights are proven by products in float32 on what they mean, and what their fast
     # products add is a check of its own.
     exact = EXACT in manifest.presets
-    subject = Subject(artefact, device, EXACT if exact else "lean")
+    subject = ArtefactUnderTest(artefact, device, EXACT if exact else "lean")
+    subject.check_device()
     tolerance = FP8_NOISE if manifest.spec.scheme else TOLERANCES[subject.compute]
     chunk = manifest.spec.text.chunk
     longest = tokens or min(MOST_TOKENS, 3 * (chunk or 16) + 5)
@@ -195,16 +190,15 @@ def _validate(
     ids = torch.randint(0, manifest.spec.text.vocab, shape, generator=generator)
     report = Report(
         str(artefact.path),
-        subject.engine,
+        subject.title,
         "eager fp32",
         manifest.precision,
         seed,
         lengths.tolist(),
         versions=dict(manifest.versions),
     )
-    if subject.interpreted:
-        engines = "was built, and not run" if manifest.engines else "is not built yet"
-        report.notes.append(f"The engine {engines}: what ran is its ONNX, widened to float32.")
+    if subject.engine.note:
+        report.notes.append(subject.engine.note(artefact))
     if chunk and longest <= chunk:
         report.notes.append(
             f"No chunk border was crossed: chunk {chunk}, {longest} tokens; use --tokens for more."
@@ -235,7 +229,7 @@ def _validate(
 
 
 def _ladder(
-    subject: Subject, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+    subject: ArtefactUnderTest, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Every layer's output and routing, then the logits, of one call without a cache."""
     spec = subject.artefact.manifest.spec
@@ -277,7 +271,11 @@ def _ladder(
 
 
 def _each_layer(
-    subject: Subject, ids: Tensor, lengths: Tensor, found: dict[str, Tensor], hidden: list[str]
+    subject: ArtefactUnderTest,
+    ids: Tensor,
+    lengths: Tensor,
+    found: dict[str, Tensor],
+    hidden: list[str],
 ) -> Iterator[Check]:
     """Every layer by itself: the reference starts from what the engine made of the layer before.
 
@@ -294,7 +292,7 @@ def _each_layer(
 
 
 def _cached(
-    subject: Subject, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+    subject: ArtefactUnderTest, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Prefill in uneven pieces and decode around each chunk border, rows of different length."""
     session = subject.session()
@@ -312,13 +310,15 @@ def _cached(
     yield error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
 
 
-def _greedy(subject: Subject, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+def _greedy(subject: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Greedy tokens through the caches, and the reference's opinion of each."""
     session = subject.session()
     reference = subject.reference()
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
     wanted = 32 if session.spec.scheme else 8  # of few, two that FP8 moved would be too many
-    room = wanted if session.context is None else session.context - prompt.shape[1] + 1
+    room = (
+        wanted if session.limits.context is None else session.limits.context - prompt.shape[1] + 1
+    )
     tokens = session.generate(prompt, max_new_tokens=min(wanted, room), stop=())
     logits = reference.logits(tokens)[0, prompt.shape[1] - 1 : -1]
     best = logits.max(-1).values
@@ -327,13 +327,11 @@ def _greedy(subject: Subject, ids: Tensor, tolerance: Tolerance) -> Iterator[Che
     yield agreement("greedy tokens", near, torch.ones_like(near), tolerance)
 
 
-def _fast(subject: Subject, ids: Tensor, lengths: Tensor) -> Iterator[Check]:
+def _fast(subject: ArtefactUnderTest, ids: Tensor, lengths: Tensor) -> Iterator[Check]:
     """The preset that users run, whose products round activations to int8, against `exact`."""
     exact, fast = (
-        Subject(subject.artefact, subject.device, preset)
-        .session()
-        .trace(ids, lengths, [])["logits"]
-        for preset in (subject.preset, "lean")
+        replace(subject, options=options).session().trace(ids, lengths, [])["logits"]
+        for options in (subject.options, "lean")
     )
     yield error("logits, int8 activations", fast, exact, FAST_PRODUCTS)
     yield argmax_agreement("argmax, int8 activations", fast, exact, FAST_PRODUCTS)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from torch import Tensor
 
 import moec
 from moec.artefact.artefact import open_artefact
-from moec.runtime.engines.torch_program import torch_engine
+from moec.runtime.engines.torch_program import torch_engine, torch_with
 from moec.runtime.engines.weights import load
+from moec.runtime.open import artefact_session
 from moec.runtime.proof.compare import FP8_NOISE
-from moec.runtime.session import Session, artefact_session, torch_session
+from moec.runtime.session import Session
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
@@ -85,7 +87,9 @@ def test_generation_that_runs_ahead_is_one_that_waits(
     session = moec.open_session(art)
     ids, lengths = golden["input_ids"][:2, :40], torch.tensor([40, 9])
 
-    def run(stop: tuple[int, ...]) -> tuple[list[list[int]], list[list[int | None]]]:
+    def run(
+        stop: tuple[int, ...], session: Session = session
+    ) -> tuple[list[list[int]], list[list[int | None]]]:
         seen: list[list[int | None]] = []
         out = session.generate(
             ids, lengths=lengths, max_new_tokens=5, stop=stop, stream=seen.append
@@ -97,10 +101,10 @@ def test_generation_that_runs_ahead_is_one_that_waits(
     waited = run(stop)
     steps = []
     decode = Session.decode
-    monkeypatch.setattr(Session, "waits_for_nobody", property(lambda self: True))
+    ahead = replace(session, queues=True)
     monkeypatch.setattr(Session, "decode", lambda *args: steps.append(1) or decode(*args))
-    assert run(()) == free and len(steps) == 4
-    assert run(stop) == waited and any(None in step for step in waited[1])
+    assert run((), ahead) == free and len(steps) == 4
+    assert run(stop, ahead) == waited and any(None in step for step in waited[1])
 
 
 def test_the_engine_keeps_no_caches(art: Path, golden: dict[str, Tensor]) -> None:
@@ -155,7 +159,7 @@ def test_loaded_weights_are_the_stored_pieces(art: Path, monkeypatch: pytest.Mon
 def test_weights_may_be_given_where_there_are_none(tiny: Path, art: Path, tmp_path: Path) -> None:
     unbound = moec.export(moec.load_spec(tiny), target="torch", out=tmp_path / "unbound")
     weights = load(open_artefact(art))
-    session = torch_session(unbound, weights=weights)
+    session = artefact_session(unbound, engine=torch_with(weights))
     ids = torch.arange(5, 25)[None]
     assert torch.equal(session.logits(ids), moec.open_session(art).logits(ids))
     with pytest.raises(MoecError, match="without weights"):

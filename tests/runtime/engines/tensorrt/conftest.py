@@ -1,6 +1,7 @@
 """Artefacts whose engines are those of the fake package, and sessions over them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import moec
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
 from moec.runtime.engines import tensorrt_open
-from moec.runtime.engines.tensorrt import tensorrt_engine
-from moec.runtime.session import Session, eager_session
+from moec.runtime.engines.tensorrt import ENGINE, tensorrt_engine
+from moec.runtime.open import artefact_session, eager_session
+from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.weights.random import write_random_checkpoint
 from tests.damage import SPEC
@@ -76,14 +78,11 @@ def reference(art: Artefact) -> Session:
 def session_of(artefact: Artefact, package: Package) -> Session:
     """A session on the engines of the fake `package`."""
     with_them = with_engines(artefact, package.plans)
-    manifest = artefact.manifest
-    assert manifest.options
-    opened = partial(tensorrt_engine, with_them, device="cpu", trt=package)
-    return Session(
-        manifest.spec, manifest.compute, "tensorrt", opened(), with_them,
-        lambda: opened(part="vision"), "buffers", "cpu", piece=manifest.options.piece,
-        context=manifest.options.context, batch=manifest.options.batch,
-    )  # fmt: skip
+    fake = replace(
+        ENGINE,
+        open=lambda art, part, device, options, taps: tensorrt_engine(art, part, device, package),
+    )
+    return artefact_session(with_them, engine=fake)
 
 
 def opening(

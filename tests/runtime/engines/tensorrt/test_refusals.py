@@ -10,7 +10,8 @@ import torch
 
 from moec.artefact.artefact import Artefact
 from moec.runtime.engines.tensorrt import tensorrt_engine
-from moec.runtime.session import Session, interpreter_session, tensorrt_session
+from moec.runtime.open import artefact_session
+from moec.runtime.session import Session
 from tests.refusals import refusal
 from tests.runtime.engines.tensorrt.conftest import OPTIONS, opening, session_of
 from tests.runtime.engines.tensorrt.fake import VERSION, Package, Plan, with_engines
@@ -226,7 +227,8 @@ def test_shapes_that_it_was_not_built_for(
     session: Session, feeds: dict[str, tuple[int, ...]], name: str
 ) -> None:
     rows = feeds.get("input_ids", (1, 1))[0]
-    cache = replace(session, batch=None).new_cache(rows, 8)
+    free = replace(session, limits=replace(session.limits, batch=None))
+    cache = free.new_cache(rows, 8)
     shapes = {"input_ids": (1, 1), "past_lengths": (rows,), "global.last": (rows,),
               "ring.last": (rows,), "logit_index": (rows, 1)} | feeds  # fmt: skip
     given = cache.tensors | {n: torch.zeros(shape) for n, shape in shapes.items()}
@@ -250,8 +252,8 @@ def test_a_context_holds_all_tokens_but_the_last(session: Session) -> None:
 
 def test_an_artefact_without_options(art: Artefact) -> None:
     lost = replace(art, manifest=art.manifest.model_copy(update={"options": None}))
-    for opened in (interpreter_session, tensorrt_session):
-        refusal(lambda: opened(lost), "build the artefact again")  # noqa: B023
+    for engine in ("interpreter", "tensorrt"):
+        refusal(lambda: artefact_session(lost, engine=engine), "build the artefact again")  # noqa: B023
 
 
 def test_more_tiles_than_it_was_built_for(session: Session) -> None:

@@ -12,7 +12,8 @@ import moec
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
 from moec.exporters.tensorrt.weight_inputs import weights_of
-from moec.runtime.session import Session, interpreter_session
+from moec.runtime.open import artefact_session
+from moec.runtime.session import Session
 from moec.weights.random import write_random_checkpoint
 from tests.e2e.test_golden import LOGITS_LIMIT
 from tests.runtime.engines.tensorrt.conftest import SMALL, built, session_of
@@ -160,7 +161,7 @@ def test_all_memory_is_somebodys(session: Session, package: Package) -> None:
 def test_bf16(tmp_path: Path) -> None:
     art = built(SMALL, tmp_path, "bf16")
     package = Package({part: plan_of(art, part) for part in ("model", "vision")})
-    session, expected = session_of(art, package), interpreter_session(art)
+    session, expected = session_of(art, package), artefact_session(art, engine="interpreter")
     logits, cache = session.prefill([_row(6)])
     assert {each.dtype for each in cache.tensors.values()} == {torch.bfloat16}
     whole = expected.logits([_row(6)])[0, -1]
@@ -181,6 +182,9 @@ def test_fp8_experts_are_bindings(scheme: str, tmp_path: Path) -> None:
     assert "FP8" in {plan.tensors[name].dtype for name in plan.weights}
     parts = weights_of(art.manifest, art.stored(), list(plan.weights))
     assert (max(map(len, parts.values())) > 1) == (scheme == "mixed")
-    session, expected = session_of(art, Package({"model": plan})), interpreter_session(art)
+    session, expected = (
+        session_of(art, Package({"model": plan})),
+        artefact_session(art, engine="interpreter"),
+    )
     found, same = session.logits([_row(6)]), expected.logits([_row(6)])
     assert abs(found - same).max() < 0.05 * abs(same).max(), "caches in bf16, and in float32"

@@ -1,0 +1,112 @@
+"""Write an artefact: its models, its weights, the manifest; whole or not at all."""
+
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moec.artefact.artefact import Artefact, file_of, write_manifest
+from moec.artefact.engine_job import ENGINES
+from moec.artefact.engine_options import EngineOptions
+from moec.artefact.folder import writing
+from moec.artefact.manifest import Build, Manifest, Ports
+from moec.artefact.placement import pack, place
+from moec.artefact.process_memory import memory
+from moec.artefact.targets import find_target
+from moec.exporters.builder import Model, builder_of
+from moec.exporters.stages import Stages
+from moec.spec.tensors import tensors
+from moec.weights.checkpoint import Checkpoint
+from moec.weights.packed_file import PACKED, discard
+from moec.weights.shard import TensorEntry
+
+
+def write_artefact(
+    path: Path,
+    models: dict[str, Model],
+    manifest: Manifest,
+    checkpoint: Checkpoint | None,
+    entries: dict[str, TensorEntry],
+    mode: str,
+    stages: Stages,
+    constants: dict[str, Tensor],
+    engines: Artefact | None = None,
+) -> Artefact:
+    """The artefact at `path`; with the engines of another, which fit it, or without any."""
+    with writing(path) as folder:
+        if not (checkpoint and mode == "pack"):
+            discard(folder / PACKED)
+        builder, suffix = builder_of(manifest.target), find_target(manifest.target).suffix
+        options = manifest.options or EngineOptions()
+        targets = {folder / f"{part}{suffix}": model for part, model in models.items()}
+        if manifest.weights.mode == "unbound":
+            with stages("check"):
+                for target, model in targets.items():
+                    builder.save_unbound(model, target)
+        bound = None
+        if checkpoint:
+            with stages("weights"):
+                if mode == "pack":
+                    bound = pack(checkpoint, entries, manifest, folder, stages.progress, constants)
+                else:
+                    used = {name: entries[name] for name in tensors(manifest.spec)}
+                    bound = place(checkpoint, used, mode, folder, stages.progress)
+            with stages("write"):
+                for target, model in targets.items():
+                    builder.save_bound(model, target, bound, options)
+        if builder.beside:
+            root = Path(bound.weights.folder) if bound and bound.weights.folder else path
+            builder.beside(folder, path, manifest, root, checkpoint.folder if checkpoint else None)
+        written = {
+            each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
+        }
+        shards = set(bound.weights.shards) if bound else set()
+        files = {name: file_of(folder / name) for name in sorted(written - shards)}
+        if engines:
+            shutil.copytree(engines.path / ENGINES, folder / ENGINES)
+        done = manifest.model_copy(
+            update={
+                "checkpoint": str(checkpoint.folder.resolve()) if checkpoint else None,
+                "weights": bound.weights if bound else manifest.weights,
+                "files": files,
+                "engines": engines.manifest.engines if engines else {},
+                **_ports({part: builder.ports(model) for part, model in models.items()}),
+                "parity": None,
+                "build": Build(
+                    seconds={k: round(v, 3) for k, v in stages.seconds.items()},
+                    peak_bytes=memory().peak,
+                    bytes_written=sum(f.size for f in files.values())
+                    + (bound.copied + bound.packed if bound else 0),
+                    bytes_copied=bound.copied if bound else 0,
+                    bytes_packed=bound.packed if bound else 0,
+                    bytes_read=bound.read if bound else 0,
+                ),
+            }
+        )
+        write_manifest(folder, done)
+    return Artefact(path, done)
+
+
+def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:
+    """What the graphs take and give, as fields of the manifest."""
+    decoder = by_part["model"]
+    return {
+        "inputs": decoder.inputs,
+        "outputs": decoder.outputs,
+        "vision": by_part.get("vision"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that make an artefact."""
+    packages = ("moec", "torch", "onnx", "onnx-ir", "onnxruntime")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except ImportError:  # a checkout that is not installed, or an optional runtime
+            continue
+    return found

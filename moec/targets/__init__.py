@@ -1,0 +1,1 @@
+"""The targets: a folder for each, found by `moec.artefact.targets`; nothing lists them."""

@@ -1,0 +1,63 @@
+"""How target `onnx` builds: every spec, in plain ONNX."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import fx
+
+from moec.artefact.artefact import Artefact
+from moec.artefact.engine_options import EngineOptions
+from moec.artefact.manifest import Ports
+from moec.artefact.placement import Bound
+from moec.artefact.session_options import session_options
+from moec.exporters.builder import Builder, Wanted
+from moec.exporters.onnx.external_data import load_onnx
+from moec.exporters.onnx.standard import OPSET
+from moec.exporters.onnx.write import graphs_of, lower_model, ports, save_bound, save_checked
+from moec.exporters.precision import fp8_packings
+from moec.weights.packing import Packing
+
+
+def check(wanted: Wanted) -> None:
+    """Plain ONNX expresses every spec in every precision of the target."""
+
+
+def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:
+    """The graph of each part, after the passes of the dialect."""
+    return graphs_of(wanted.spec, wanted.compute, wanted.dialect)
+
+
+def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[ir.Model, dict[str, Packing]]:
+    """`graph` by the rules of the dialect, and the layouts that it wants weights in."""
+    lowered = lower_model(graph, wanted.dialect, f"{wanted.spec.name} {part}", part)
+    return lowered.model, lowered.packings
+
+
+def load(artefact: Artefact, part: str) -> ir.Model:
+    """The ONNX file of a part; its weights stay where they are."""
+    return load_onnx(artefact.graph(part))
+
+
+def save(model: ir.Model, path: Path, bound: Bound, options: EngineOptions) -> None:
+    """Point all weights of `model` into their files, and write it."""
+    save_bound(model, path, bound.entries, bound.root)
+
+
+def ports_of(model: ir.Model) -> Ports:
+    """Every input and output."""
+    return Ports(inputs=ports(model.graph.inputs), outputs=ports(model.graph.outputs))
+
+
+BUILDER = Builder(
+    dialects=("standard",),
+    check=check,
+    graphs=graphs,
+    lower=lower,
+    packings=fp8_packings,
+    save_unbound=save_checked,
+    save_bound=save,
+    ports=ports_of,
+    load=load,
+    opset=OPSET,
+    session_options=session_options,
+)

@@ -1,0 +1,21 @@
+"""Target `ort`: ONNX Runtime's own fused operators, and a folder for onnxruntime-genai."""
+
+from moec.artefact.targets import Precision, Target
+
+#: a block of narrow integers must fit each width (`moec.exporters.onnx.ort_experts.BLOCK`)
+_BLOCKS = {"block": 64}
+
+TARGET = Target(
+    name="ort",
+    precisions={
+        "fp32": Precision("ort", "ort-packed", "fp32"),
+        "fp16": Precision("ort", "ort-packed", "fp16"),
+        "bf16": Precision(None, "ort-packed", "bf16"),
+        "fp8": Precision("ort", "ort", "fp32"),
+        "int8": Precision(None, "ort-int8", "fp32"),
+        "int4": Precision(None, "ort-int4", "fp32"),
+    },
+    builder="moec.targets.ort.build:BUILDER",
+    engines={"onnxruntime": "moec.runtime.engines.ort:ENGINE"},
+    reduced={"ort-int8": _BLOCKS, "ort-int4": _BLOCKS},
+)

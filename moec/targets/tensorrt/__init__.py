@@ -1,0 +1,23 @@
+"""Target `tensorrt`: ONNX and engines for TensorRT 11, and our MoE plugin."""
+
+from moec.artefact.targets import Precision, Target
+
+TARGET = Target(
+    name="tensorrt",
+    precisions={
+        "bf16": Precision("tensorrt", None, "bf16"),
+        "fp8": Precision("tensorrt", "tensorrt", "bf16"),
+        "fp16": Precision("tensorrt", None, "fp16"),
+        "fp32": Precision("tensorrt", None, "fp32"),
+    },
+    builder="moec.targets.tensorrt.build:BUILDER",
+    engines={
+        "tensorrt": "moec.runtime.engines.tensorrt:ENGINE",
+        "interpreter": "moec.runtime.engines.interpreter:ENGINE",
+    },
+    proof="interpreter",
+    scheme="mixed",
+    # A proof runs no kernel of the plugin: the sizes need only be some that its kernels take
+    # (`moec.kernels.sizes.SMALLEST`).
+    reduced={"tensorrt-plugin": {"block": 32}},
+)

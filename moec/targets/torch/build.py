@@ -1,0 +1,61 @@
+"""How target `torch` builds: a program of `torch.export` for each part, without weights."""
+
+from pathlib import Path
+
+from torch import fx
+
+from moec.artefact.engine_options import EngineOptions
+from moec.artefact.manifest import Ports
+from moec.artefact.placement import Bound
+from moec.exporters.builder import Builder, Wanted
+from moec.exporters.torch.program import Program, graphs_of, load, program_of
+from moec.graph_builder.passes.torch_support import check_fusible
+from moec.weights.joined import fused_packings
+from moec.weights.packing import Packing
+
+
+def check(wanted: Wanted) -> None:
+    """Refuse a model that the fused FP8 ops cannot express.
+
+    Raises:
+        MoecError: names the field of the spec, what it is, and what it may be.
+    """
+    check_fusible(wanted.spec)
+
+
+def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:
+    """The graph of each part: the decoder of fused ops, the tower of plain ones."""
+    return graphs_of(wanted.spec, wanted.compute)
+
+
+def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[Program, dict[str, Packing]]:
+    """`graph`, which is used up, as a program."""
+    return program_of(graph), {}
+
+
+def save_unbound(program: Program, path: Path) -> None:
+    """Write the file."""
+    program.save(path)
+
+
+def save_bound(program: Program, path: Path, bound: Bound, options: EngineOptions) -> None:
+    """Write the file: a program takes its weights as inputs, wherever they lie."""
+    program.save(path)
+
+
+def ports_of(program: Program) -> Ports:
+    """Inputs and outputs that are no weights."""
+    return program.ports
+
+
+BUILDER = Builder(
+    dialects=("torch",),
+    check=check,
+    graphs=graphs,
+    lower=lower,
+    packings=fused_packings,
+    save_unbound=save_unbound,
+    save_bound=save_bound,
+    ports=ports_of,
+    load=load,
+)

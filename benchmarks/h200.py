@@ -1,16 +1,18 @@
 """Everything that runs on one H200, beside what its memory and its tensor cores allow.
 
-    python benchmarks/h200.py [--out ARTEFACT] [--parts kernels,peers,model,contexts]
+    python benchmarks/h200.py [--out ARTEFACT] [--parts kernels,peers,model,contexts] [--json FILE]
 
 One table: each kernel of a decode step and of prefill at Scout's sizes, its peers, and the whole of
 Scout in FP8 with random weights drawn on the GPU, through an artefact of target torch. Ceilings are
 measured first, in the same run: a copy of 2 GiB, an FP8 product of 8192^3. "bytes" are those that
 the work needs: distinct experts chosen and the shared one, keys and values in use. Kernels are
 medians of CUDA graph replays over inputs and weights in turn; whole steps are wall-clock.
+`vllm_peer.py` puts vLLM beside the model's rows.
 """
 
 import argparse
 import gc
+import json
 import statistics
 import tempfile
 import time
@@ -258,6 +260,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--out", help="an artefact of Scout, target torch; default: built anew")
     arguments.add_argument("--parts", default="kernels,peers,model,contexts")
+    arguments.add_argument("--json", type=Path, help="a file for the rows")
     given = arguments.parse_args()
     parts = given.parts.split(",")
     need_gpu("benchmarks/h200.py")
@@ -267,11 +270,14 @@ def main() -> None:
     for column in ("", "us", "TB/s", "TFLOP/s", "of the ceiling", ""):
         table.add_column(column, justify="left" if not column else "right")
 
+    found: list[dict[str, str | float | None]] = []
+
     def add(rows: Iterator[Row]) -> None:
         for name, took, read, operations, remark in rows:
             bytes_each = read / took * 1e6 if read else None
             rate = operations / took * 1e6 if operations else None
             share = bytes_each / copy if bytes_each else rate / dense if rate else None
+            found.append({"name": name, "us": took, "limit_us": took * share if share else None})
             shown = (
                 name, f"{took:.1f}", f"{bytes_each / 1e12:.2f}" if bytes_each else "",
                 f"{rate / 1e12:.0f}" if rate else "", f"{100 * share:.1f} %" if share else "",
@@ -312,6 +318,10 @@ def main() -> None:
             add(whole_model(session))
         if "contexts" in parts:
             add(contexts(session, size))
+    if given.json:
+        run = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        rates = {"copy_tb_s": copy / 1e12, "fp8_tflop_s": dense / 1e12}
+        given.json.write_text(json.dumps({**run, **rates, "rows": found}, indent=1))
     print(
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} "
         f"TB/s, FP8 product {dense / 1e12:.0f} TFLOP/s"

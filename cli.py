@@ -1,4 +1,6 @@
+"""From a checkout: `python cli.py ...` is the command `moec ...`."""
+
 from moec.cli import main
 
-if __name__ == "__main__":  # bench starts processes, which import this file again
+if __name__ == "__main__":  # the processes that `bench` starts import this file again
     main()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from moec.spec.hf.config import write_config
+from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import INDEX
 from moec.weights.name_map import Row, rows

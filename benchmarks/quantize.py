@@ -27,7 +27,7 @@ import moec
 from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import INDEX
-from moec.weights.name_map import Row, rows
+from moec.weights.name_map import CheckpointTensor, checkpoint_tensors
 from moec.weights.packed_file import PACKED
 from moec.weights.shard import nbytes
 
@@ -83,8 +83,8 @@ def _write(spec: ModelSpec, folder: Path) -> int:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(write_config(spec)))
     noise = (torch.randn(1 << 25) / 64).bfloat16().view(torch.uint8).numpy().data
-    shards: dict[str, list[Row]] = {}
-    for row in rows(spec):
+    shards: dict[str, list[CheckpointTensor]] = {}
+    for row in checkpoint_tensors(spec):
         layer = row.name.split(".")[1] if row.name.startswith("layers.") else "rest"
         shards.setdefault(f"model-{layer}.safetensors", []).append(row)
     total = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import INDEX
-from moec.weights.name_map import Row, rows
+from moec.weights.name_map import CheckpointTensor, checkpoint_tensors
 from moec.weights.shard import DTYPES
 
 _PROBE = 1 << 26  # bytes
@@ -31,7 +31,7 @@ def write_sparse_checkpoint(spec: ModelSpec, folder: Path, shard_bytes: int = 50
     dtype, itemsize = next(
         (name, size) for name, (ours, size) in DTYPES.items() if ours == spec.dtype
     )
-    shards = list(_shards(rows(spec), itemsize, shard_bytes))
+    shards = list(_shards(checkpoint_tensors(spec), itemsize, shard_bytes))
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):
@@ -50,8 +50,10 @@ def bytes_on_disk(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def _shards(table: list[Row], itemsize: int, limit: int) -> Iterator[list[Row]]:
-    shard: list[Row] = []
+def _shards(
+    table: list[CheckpointTensor], itemsize: int, limit: int
+) -> Iterator[list[CheckpointTensor]]:
+    shard: list[CheckpointTensor] = []
     size = 0
     for row in table:
         nbytes = math.prod(row.shape) * itemsize
@@ -63,7 +65,7 @@ def _shards(table: list[Row], itemsize: int, limit: int) -> Iterator[list[Row]]:
     yield shard
 
 
-def _write_shard(path: Path, shard: list[Row], dtype: str, itemsize: int) -> int:
+def _write_shard(path: Path, shard: list[CheckpointTensor], dtype: str, itemsize: int) -> int:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row in shard:

@@ -33,7 +33,7 @@ from moec.exporters.torch import program
 from moec.graph_builder.passes.torch_support import check_fusible
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
-from moec.weights.joined import fused_packings
+from moec.weights.joined import joined_packings
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 
@@ -114,7 +114,7 @@ BACKENDS = {
         check=lambda spec, precision: check_fusible(spec),
         graphs=lambda spec, precision, dialect, options: program.graphs_of(spec, precision),
         lower=lambda graph, dialect, name, part: (program.program_of(graph), {}),
-        fp8_packings=fused_packings,
+        fp8_packings=joined_packings,
         load=program.load,
         save_unbound=lambda model, path: model.save(path),
         save_bound=lambda model, path, entries, root, options: model.save(path),

@@ -43,7 +43,8 @@ from moec.spec.scheme import Scheme
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.name_map import read_model
-from moec.weights.packed_file import PACKED, discard
+from moec.weights.packed_file import PACKED
+from moec.weights.packed_journal import discard
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED
 

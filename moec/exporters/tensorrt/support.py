@@ -8,7 +8,7 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
-from moec.weights.joined import fp8_pieces
+from moec.weights.joined import fp8_parameters
 
 #: where, found, expected, what to do
 Odd = tuple[str, object, str, str]
@@ -42,7 +42,7 @@ def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[Odd]:
         expected = "wide ones: TensorRT updates no FP8 cache"
         yield f"{at}: cache", "FP8 keys and values", expected, "add --cache wide"
     plugin = wants_plugin(scheme)
-    inside = {name for name in fp8_pieces(spec) if ".moe." in name} if plugin else set()
+    inside = {name for name in fp8_parameters(spec) if ".moe." in name} if plugin else set()
     for name, rule in quantized(spec).items():
         if name in inside:
             continue

@@ -26,7 +26,7 @@ from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.types import TensorType
 from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
-from moec.weights.joined import widened
+from moec.weights.joined import unquantised
 
 #: sizes that may be 0; no other may
 _MAY_BE_NONE = ("image_tokens",)
@@ -50,7 +50,7 @@ def part_graph(
     """A part as target `torch` runs it: the decoder fused; the tower wide, of plain ops."""
     if part == "model":
         return build_fused(spec, precision, taps)
-    return tap(build_vision(widened(spec, precision), precision), taps)
+    return tap(build_vision(unquantised(spec, precision), precision), taps)
 
 
 def graphs_of(spec: ModelSpec, precision: str) -> dict[str, fx.GraphModule]:

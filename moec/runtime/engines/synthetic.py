@@ -9,7 +9,7 @@ from torch import Tensor
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import LARGEST
 from moec.spec.tensors import scale_of
-from moec.weights.joined import fused_tensors
+from moec.weights.joined import joined_tensors
 from moec.weights.view import STORED
 
 
@@ -22,7 +22,7 @@ def synthetic(
     scale for each output, as if they had been quantised from normal values.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    kinds = fused_tensors(spec, precision, part)
+    kinds = joined_tensors(spec, precision, part)
     found: dict[str, Tensor] = {}
     for name, kind in kinds.items():
         if name in found:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.spec.errors import refuse
-from moec.weights.joined import fused_tensors
+from moec.weights.joined import joined_tensors
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED, read_into
 
@@ -31,11 +31,11 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
     wide = {packing.source: packing.names(spec.dtype)[0] for packing in manifest.packings.values()}
     reader = Reader(device)
     found: dict[str, Tensor] = {}
-    for name, fused in fused_tensors(spec, manifest.compute, part).items():
-        found[name] = torch.empty(fused.shape, dtype=STORED[fused.dtype], device=device)
+    for name, joined in joined_tensors(spec, manifest.compute, part).items():
+        found[name] = torch.empty(joined.shape, dtype=STORED[joined.dtype], device=device)
         # Rows of all pieces are outputs: joining is writing one behind the other.
         place, at = found[name].view(-1).view(torch.uint8), 0
-        for piece in fused.pieces:
+        for piece in joined.sources:
             entry = stored[wide.get(piece, piece)]
             if at + entry.nbytes <= place.numel():  # refused below, if there is too much
                 reader(entry, place[at : at + entry.nbytes])
@@ -43,7 +43,7 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
         if at != place.numel():
             refuse(
                 f"{artefact.path}: {name}",
-                f"{at} bytes in {', '.join(fused.pieces)}",
+                f"{at} bytes in {', '.join(joined.sources)}",
                 f"{place.numel()} bytes",
                 "build the artefact again",
             )

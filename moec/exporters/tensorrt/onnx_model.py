@@ -10,7 +10,7 @@ from torch import fx
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import Ports
 from moec.artefact.targets import wants_plugin
-from moec.exporters.onnx.external_data import bind
+from moec.exporters.onnx.external_data import set_external_data
 from moec.exporters.onnx.write import lower_model, ports
 from moec.exporters.precision import fp8_packings
 from moec.graph_builder.decoder import build_decoder
@@ -20,7 +20,7 @@ from moec.graph_builder.passes.fuse import fuse_experts
 from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.static import make_static
 from moec.spec.model import ModelSpec
-from moec.weights.joined import fused_packings, widened
+from moec.weights.joined import joined_packings, unquantised
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 
@@ -37,7 +37,7 @@ def graphs_of(
     """Every graph of an engine's artefact, by part."""
     graphs = {part: build_graph(spec, precision, part) for part in parts_of(spec)}
     if dialect == "tensorrt-plugin":
-        wide = build_decoder(widened(spec, spec.dtype), precision)
+        wide = build_decoder(unquantised(spec, spec.dtype), precision)
         graphs["model"] = quantize(fuse_experts(wide, spec), spec)
     make_static(keep_buffers(graphs["model"]), options.slots(spec))
     return graphs
@@ -49,7 +49,7 @@ def packings_of(spec: ModelSpec) -> dict[str, Packing]:
     if spec.scheme and wants_plugin(spec.scheme):
         found |= {
             name: each
-            for name, each in fused_packings(spec).items()
+            for name, each in joined_packings(spec).items()
             if ".moe." in name and each.fp8
         }
     return found
@@ -79,7 +79,7 @@ def save_bound(
         and not (bindings == "experts" and is_expert(name))
         and shapes.get(name, entry.shape) == entry.shape  # else it is one of several, joined
     }
-    bind(model, inside, root)
+    set_external_data(model, inside, root)
     ir.save(model, path)
 
 

@@ -14,7 +14,7 @@ from moec.artefact.artefact import Artefact, Entry, open_artefact
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import NAME
 from moec.artefact.session_options import EXACT, PRESETS
-from moec.runtime.batching import LONG_PIECE, PIECE, buffered_calls, padded_calls
+from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK, buffered_calls, padded_calls
 from moec.runtime.cache import Cache, Layout, grow, new_cache, spans
 from moec.runtime.engines.eager import Run, eager_engine
 from moec.runtime.engines.gpu import on_host
@@ -59,7 +59,7 @@ class Session:
     vision: Callable[[], Run] | None = None  # opens the tower, when it is first wanted
     layout: Layout = "slots"
     device: str = "cpu"
-    piece: int = PIECE
+    piece: int = PREFILL_CHUNK
     context: int | None = None  # of caches that neither grow nor come in other sizes
     batch: int | None = None  # rows of a decode step at most
 
@@ -514,7 +514,7 @@ def torch_session(
         vision,
         "buffers",
         device,
-        LONG_PIECE if device == "cuda" else PIECE,
+        GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import moec
 from moec.artefact.artefact import open_artefact
 from moec.runtime.cache import new_cache
-from moec.runtime.session import PIECE, TILES, Session
+from moec.runtime.session import PREFILL_CHUNK, TILES, Session
 from moec.spec.errors import MoecError
 
 IMAGE, TOKENS = 4, 4  # of the fixture: the image token's id, and tokens to a tile
@@ -49,7 +49,7 @@ def test_rows_with_images_equal_each_row_alone(session: Session) -> None:
 
 
 def test_images_that_a_long_prompts_pieces_cut_apart(session: Session) -> None:
-    rows = [_row(PIECE - 6, -3, 20, -1, 5), _row(PIECE - 2, -1)]
+    rows = [_row(PREFILL_CHUNK - 6, -3, 20, -1, 5), _row(PREFILL_CHUNK - 2, -1)]
     pixels = _tiles(5)
     whole = session.logits(rows, pixels)
     last, _ = session.prefill(rows, pixels)

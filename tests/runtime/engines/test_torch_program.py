@@ -138,7 +138,7 @@ def test_loaded_weights_are_the_stored_pieces(art: Path, monkeypatch: pytest.Mon
     fused = joined_tensors(artefact.manifest.spec)
     kinds = {name: (each.shape, STORED[each.dtype]) for name, each in fused.items()}
     assert {name: (tuple(t.shape), t.dtype) for name, t in whole.items()} == kinds
-    monkeypatch.setattr("moec.runtime.engines.weights.PIECE", 1000)
+    monkeypatch.setattr("moec.runtime.engines.weights.BLOCK", 1000)
     for name, tensor in load(artefact).items():
         assert torch.equal(tensor.view(torch.uint8), whole[name].view(torch.uint8)), name
     # Experts as the reference reads them: [expert, in, out], the shared one apart.

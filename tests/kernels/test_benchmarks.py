@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from moec.spec.config_json import read_config
+
 from moec.spec.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]

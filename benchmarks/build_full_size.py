@@ -1,17 +1,19 @@
-"""Build Scout and Maverick at full size: seconds, memory and bytes, beside torch's own exporter.
+"""Build Scout and Maverick at full size, and measure seconds, memory and bytes.
 
     python benchmarks/build_full_size.py [--no-peer] [--json FILE]
 
-Four builds of each model, each in a new process, timed once its imports are done:
+The script builds each model in four ways. Each build runs in a new process, and the clock starts
+after its imports:
 
-- `by moec`: a preset to a checked ONNX model, without weights;
-- `by moec, weights`: a checkpoint of full size (sparse files: 217 and 803 GB that take no room),
-  weights in place. What it reads and writes shows that no weight is read or copied;
-- `ort, weights`: the same for target ort, decoder and vision tower and genai's graph (limits of its
-  own: 5 and 10 s in all, 1 GB);
-- `by torch.onnx`: the peer, without weights; see benchmarks/torch_export.py.
+- `by moec`: from a preset to a checked ONNX model, without weights;
+- `by moec, weights`: from a checkpoint of full size, with weights left in place. The checkpoint has
+  sparse files: 217 and 803 GB that take no room on the disk. The bytes that the build reads and
+  writes show that it reads and copies no weight;
+- `ort, weights`: the same for target ort, with decoder, vision tower and genai's graph. Its limits
+  are 5 and 10 s in total, and 1 GB;
+- `by torch.onnx`: the peer, torch's own exporter, without weights; see benchmarks/torch_export.py.
 
-Exit code 1 if a build by moec fails or misses a limit.
+The exit code is 1 if a build by moec fails or misses a limit.
 """
 
 import argparse
@@ -35,19 +37,19 @@ from sparse_checkpoint import bytes_on_disk, write_sparse_checkpoint
 from moec.spec.presets import PRESETS
 
 VARIANTS = ("scout", "maverick")
-BARE, BOUND, FUSED, PEER = "by moec", "by moec, weights", "ort, weights", "by torch.onnx"
-#: what a build by moec must stay below; MB and GB are decimal
+BARE, BOUND, ORT, PEER = "by moec", "by moec, weights", "ort, weights", "by torch.onnx"
+#: limits of a build by moec; MB and GB are decimal
 PLAIN = {"graph_s": 3.0, "onnx_s": 3.0, "peak_gb": 0.6, "written_mb": 20.0}
-LIMITS = {BARE: PLAIN, BOUND: PLAIN, FUSED: {"peak_gb": 1.0}, PEER: {}}
-#: and the seconds in all of a build for target ort, which has a branch for each expert
-FUSED_S = {"scout": 5.0, "maverick": 10.0}
+LIMITS = {BARE: PLAIN, BOUND: PLAIN, ORT: {"peak_gb": 1.0}, PEER: {}}
+#: limits of the total seconds for target ort, whose graph has a branch for each expert
+ORT_TOTAL_S = {"scout": 5.0, "maverick": 10.0}
 
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One build. None where it failed, or where there is nothing to measure."""
+    """The figures of one build. A figure is None if the build failed or has no such figure."""
 
     model: str
     build: str
@@ -61,10 +63,10 @@ class Row:
     weights_gb: float | None = None
 
     def missed(self) -> list[str]:
-        """The limits that this build is not below. The peer has none."""
+        """The names of the limits that this build misses. The peer has no limits."""
         limits = LIMITS[self.build]
-        if self.build == FUSED:
-            limits = {**limits, "total_s": FUSED_S[self.model]}
+        if self.build == ORT:
+            limits = {**limits, "total_s": ORT_TOTAL_S[self.model]}
         figures = {name: getattr(self, name) for name in limits}
         return [name for name, x in figures.items() if x is None or x >= limits[name]]
 
@@ -99,17 +101,17 @@ def main() -> int:
 
 
 def builds(variant: str, folder: Path, peer: bool, console: Console) -> Iterator[Row]:
-    """Build `variant` below `folder` in each way."""
+    """Build `variant` in each way, in folders below `folder`."""
     yield measure(variant, BARE, moec_build, variant, folder / f"{variant}-bare")
     checkpoint = folder / f"{variant}-checkpoint"
     size = write_sparse_checkpoint(PRESETS[variant], checkpoint)
     console.print(
-        f"{variant}: checkpoint of {size / 1e9:.1f} GB that takes "
-        f"{bytes_on_disk(checkpoint) / 1e6:.1f} MB of disk",
+        f"{variant}: the checkpoint has {size / 1e9:.1f} GB and takes "
+        f"{bytes_on_disk(checkpoint) / 1e6:.1f} MB on the disk",
         highlight=False,
     )
     yield measure(variant, BOUND, moec_build, checkpoint, folder / f"{variant}-bound")
-    yield measure(variant, FUSED, ort_build, checkpoint, folder / f"{variant}-ort")
+    yield measure(variant, ORT, ort_build, checkpoint, folder / f"{variant}-ort")
     if peer:
         yield measure(variant, PEER, torch_build, variant, folder / f"{variant}.onnx")
 
@@ -117,7 +119,7 @@ def builds(variant: str, folder: Path, peer: bool, console: Console) -> Iterator
 def measure(
     model: str, build: str, function: Callable[[str, str], Figures], source: object, out: Path
 ) -> Row:
-    """Call `function` in a new process."""
+    """Call `function` in a new process, and return its figures."""
     outcome = call(function, str(source), str(out))
     if outcome.error:
         return Row(model, build, outcome.error)
@@ -125,12 +127,12 @@ def measure(
 
 
 def ort_build(source: str, out: str) -> Figures:
-    """`moec_build` for target ort."""
+    """Like `moec_build`, for target ort."""
     return moec_build(source, out, "ort")
 
 
 def moec_build(source: str, out: str, target: str = "onnx") -> Figures:
-    """Build `source`, a preset or a checkpoint folder. Runs in a process of its own."""
+    """Build `source`, a preset or a checkpoint folder. It runs in its own process."""
     from moec import export
 
     before, start = traffic(), time.perf_counter()
@@ -148,7 +150,7 @@ def moec_build(source: str, out: str, target: str = "onnx") -> Figures:
 
 
 def torch_build(variant: str, out: str) -> Figures:
-    """Export preset `variant` by torch. Runs in a process of its own."""
+    """Export the preset `variant` with torch. It runs in its own process."""
     from torch_export import export
 
     seconds = export(variant, out)
@@ -157,13 +159,13 @@ def torch_build(variant: str, out: str) -> Figures:
 
 
 def traffic() -> dict[str, int]:
-    """Bytes that this process has read and written by system calls so far, in whatever file."""
+    """The bytes that system calls of this process have read and written so far, in all files."""
     lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return {name: int(count) for name, count in (line.split(": ") for line in lines)}
 
 
 def table(rows: list[Row]) -> Table:
-    """`rows`, with the limits in the heads of their columns, and below them what failed."""
+    """A table of `rows`, with limits in the column heads and errors below the table."""
     heads = {
         "graph_s": "graph\ns", "onnx_s": "ONNX\ns", "total_s": "total\ns", "peak_gb": "peak\nGB",
         "read_mb": "read\nMB", "written_mb": "written\nMB", "weights_gb": "weights\nGB",
@@ -184,7 +186,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def ratios(rows: list[Row]) -> Iterator[str]:
-    """The peer's time and memory over those of moec's build without weights, for each model."""
+    """For each model, the peer's time and memory divided by those of `by moec`."""
     by_name = {(row.model, row.build): row for row in rows}
     for model in VARIANTS:
         ours, peer = by_name[model, BARE], by_name[model, PEER]

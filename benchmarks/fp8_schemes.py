@@ -1,11 +1,12 @@
-"""What each FP8 scheme costs in quality, on the trained examples/tiny-scout.
+"""Measure the quality that each FP8 scheme costs, on the trained examples/tiny-scout.
 
     python benchmarks/fp8_schemes.py [--target onnx|ort|tensorrt]
 
-Over the 16 held-out windows, against the float32 graph on the bf16 weights: perplexity, KL, the
-share of positions with another likeliest token, of routers with another choice. Static scales are
-calibrated on other tokens. `eager` is the perplexity of the same FP8 graph in eager mode. Target
-tensorrt is its ONNX in ONNX's interpreter, of the schemes that it has.
+The script runs the 16 held-out sequences and compares with the float32 graph on the bf16 weights.
+It prints perplexity, KL divergence, the share of positions with another likeliest token, and the
+share of router choices that differ. Static scales are calibrated on other tokens. `eager` is the
+perplexity of the same FP8 graph in eager mode. Target tensorrt runs its ONNX in ONNX's reference
+interpreter, with the schemes that it supports.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from moec.spec.files import load_scheme
 from moec.spec.scheme import ATTENTION, SCHEMES, Scheme
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-scout"
-#: what attention alone costs, and everything but attention
+#: schemes that quantise attention only, or all but attention
 PARTS = {
-    "dynamic, attention alone": [{"of": ATTENTION, "weight": "channel", "inputs": "token"}],
+    "dynamic, attention only": [{"of": ATTENTION, "weight": "channel", "inputs": "token"}],
     "dynamic, all but attention": [
         {
             "of": [p for p in SCHEMES["dynamic"].rules[0].of if p not in ATTENTION],
@@ -56,7 +57,7 @@ def main() -> None:
     elif target == "ort":
         cases = [(n, n, "wide") for n in SCHEMES] + parts
     else:
-        cases += [("modelopt, caches wide", "modelopt", "wide"), *parts]
+        cases += [("modelopt, caches not FP8", "modelopt", "wide"), *parts]
     options = EngineOptions(context=520, build=False) if target == "tensorrt" else None
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     columns = ("scheme", "perplexity", "change", "eager", "KL", "another choice", "router flips")

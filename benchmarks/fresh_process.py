@@ -1,4 +1,4 @@
-"""Call a function in a new Python process, so that its imports, memory and failures are its own."""
+"""Call a function in a new Python process, to measure its memory and to survive its failures."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from moec.artefact.process_memory import memory
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call gave: its value, or why there is none; and the peak memory of its process."""
+    """The result of a call: its value or an error, and the peak memory of its process."""
 
     value: Any = None
     error: str = ""
@@ -20,7 +20,10 @@ class Outcome:
 
 
 def call(function: Callable[..., Any], *arguments: Any, limit_s: float = 900) -> Outcome:
-    """Run `function`, whose output is dropped, for `limit_s` at most; never raises for it."""
+    """Run `function` for at most `limit_s` seconds, and return its outcome.
+
+    The output that it prints is dropped. An error of `function` is in the outcome, and not raised.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
@@ -30,9 +33,9 @@ def call(function: Callable[..., Any], *arguments: Any, limit_s: float = 900) ->
         if not receiver.poll(limit_s):
             return Outcome(error=f"> {limit_s:.0f} s: stopped")
         outcome: Outcome = receiver.recv()
-        process.join(10)  # let it end by itself, if it does
+        process.join(10)  # give the process time to end by itself
         return outcome
-    except EOFError:  # killed, most often for its memory
+    except EOFError:  # the process was killed, probably because it ran out of memory
         process.join()
         return Outcome(error=f"process died, exit code {process.exitcode}")
     finally:
@@ -53,7 +56,7 @@ def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[A
 
 
 def _reason(error: BaseException) -> str:
-    """The error's type, and the first line of what caused it in the end."""
+    """The type of the error, and the first line of its original cause."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

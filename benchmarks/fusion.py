@@ -1,11 +1,12 @@
-"""What early fusion inside model.onnx costs, beside a session of its own for the embeddings.
+"""Measure what early fusion of images costs inside model.onnx, and in a separate session.
 
     python benchmarks/fusion.py [--json FILE]
 
-The random model of benchmarks/presets.py (0.43 B parameters, bf16, run in float32), once without a
-vision tower and once with a small one, so that model.onnx differs by the fusion alone; and the
-embeddings with fusion as a model of their own, which a split artefact would call before a decoder
-that takes embeddings. In turns in one process, the median of all rounds.
+The script runs the random model of benchmarks/presets.py (0.43 B parameters, bf16, run in float32)
+once without a vision tower and once with a small one. The two files model.onnx differ in early
+fusion only. It also runs embedding and early fusion as a separate ONNX model, which a split
+artefact would call before its decoder. All of them take turns in one process; the figures are
+medians.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def main() -> None:
             write_random_checkpoint(spec, folder / label / "weights")
             built = moec.export(folder / label / "weights", out=folder / label / "artefact")
             ways[label] = whole_model(built)
-        ways["embeddings apart, in addition"] = embeddings(built, folder)
+        ways["separate embeddings, in addition"] = embeddings(built, folder)
         seconds: dict[tuple[str, str], list[float]] = {}
         for _ in range(ROUNDS):
             for label, way in ways.items():
@@ -77,7 +78,7 @@ Way = dict[str, Callable[[], float]]
 
 
 def whole_model(artefact: Artefact) -> Way:
-    """Prefill and decode steps of text in a session."""
+    """Functions that time prefill and decode steps of text in a session."""
     session = moec.open_session(artefact.path)
     ids = torch.randint(4, 8000, (1, PROMPT))
     _, cache = session.prefill(ids, capacity=PROMPT + STEPS * (ROUNDS + 1))
@@ -97,7 +98,7 @@ def whole_model(artefact: Artefact) -> Way:
 
 
 def embeddings(artefact: Artefact, folder: Path) -> Way:
-    """The same for embeddings with fusion alone."""
+    """The same functions for embeddings with early fusion only."""
     spec = artefact.manifest.spec
     file = folder / "embed.onnx"
     lowered = lower_model(graph(spec), "standard", "embed")
@@ -124,7 +125,7 @@ def embeddings(artefact: Artefact, folder: Path) -> Way:
 
 
 def graph(spec: ModelSpec) -> torch.fx.GraphModule:
-    """Token ids to fused embeddings."""
+    """A graph from token ids to embeddings with early fusion."""
     b = Builder(text_parameters(spec), TORCH_DTYPES[spec.dtype])
     ids = b.input("input_ids", ("batch", "sequence"), torch.int64)
     x = b.emit(ops.embedding, ids, b.parameter("embed.weight"), "fp32", name="embed")

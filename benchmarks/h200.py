@@ -1,13 +1,14 @@
-"""Everything that runs on one H200, beside what its memory and its tensor cores allow.
+"""Measure kernels and the whole of Scout on one H200, and compare with the limits of the GPU.
 
     python benchmarks/h200.py [--out ARTEFACT] [--parts kernels,peers,model,contexts] [--json FILE]
 
-One table: each kernel of a decode step and of prefill at Scout's sizes, its peers, and the whole of
-Scout in FP8 with random weights drawn on the GPU, through an artefact of target torch. Ceilings are
-measured first, in the same run: a copy of 2 GiB, an FP8 product of 8192^3. "bytes" are those that
-the work needs: distinct experts chosen and the shared one, keys and values in use. Kernels are
-medians of CUDA graph replays over inputs and weights in turn; whole steps are wall-clock.
-`vllm_peer.py` puts vLLM beside the model's rows.
+One table shows each kernel of a decode step and of prefill at Scout's sizes, its peers, and the
+whole of Scout in FP8. The weights are random and drawn on the GPU, and run through an artefact of
+target torch. The limits are measured first, in the same run: a copy of 2 GiB, and an FP8 matrix
+product of 8192^3. Rates count the bytes that the work needs: those of the distinct chosen experts,
+of the shared expert, and of the keys and values in use. Kernel times are medians of CUDA graph
+replays over several inputs and weights. Times of whole steps are wall-clock times. `vllm_peer.py`
+compares the rows of the model with vLLM.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def narrow(*shape: int) -> tuple[Tensor, Tensor]:
 
 
 def step_kernels() -> Iterator[Row]:
-    """Each kernel of a layer but the experts, 12 weights and caches in turn."""
+    """Each kernel of a layer except the experts, over 12 weights and caches in turn."""
     from moec.kernels.torch import ops as torch_ops  # imports Triton
 
     turns = list(range(12))
@@ -92,11 +93,11 @@ def step_kernels() -> Iterator[Row]:
             ),
             turns,
         )
-        yield "    torch SDPA, attention alone", took, read, None, ""
+        yield "    torch SDPA, attention only", took, read, None, ""
 
 
 def experts() -> Iterator[Row]:
-    """The whole MoE layer: router, codes, routed and shared experts, sum."""
+    """The whole MoE layer: router, quantisation, routed and shared experts, sum."""
     from moec.kernels.torch.moe import DecodeMoe  # imports Triton
     from moec.kernels.torch.prefill import PrefillMoe
 
@@ -115,7 +116,7 @@ def experts() -> Iterator[Row]:
         yield f"MoE layer: {tokens} tokens", took, needed, None, remark
         if tokens > 1:
             one = grouped(layers[0], chosen[0])
-            yield "    torch grouped, two products alone", sum(one), needed, None, ""
+            yield "    torch grouped, two products only", sum(one), needed, None, ""
     for tokens in (1024, 4096, 8192):
         x = torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16()
         layer = PrefillMoe(SCOUT, layers[0])
@@ -126,7 +127,7 @@ def experts() -> Iterator[Row]:
         yield f"MoE layer: {tokens} tokens", took, None, operations, remark
         chosen = (x.float() @ layers[0]["router"].float().t()).argmax(1)
         one = grouped(layers[0], chosen)
-        yield "    torch grouped, two products alone", sum(one), None, operations, ""
+        yield "    torch grouped, two products only", sum(one), None, operations, ""
 
 
 def _check(weights: dict[str, Tensor], x: Tensor, found: Tensor, again: Tensor) -> str:
@@ -144,13 +145,13 @@ def _check(weights: dict[str, Tensor], x: Tensor, found: Tensor, again: Tensor) 
         gate, up = (rows @ gate_up.t()).chunk(2, -1)
         plain[mine] += (torch.nn.functional.silu(gate) * up) @ down.t()
     return (
-        f"twin {error(found, ops.moe_layer.eager(x, *weights.values())):.1e}, float32 "
+        f"eager {error(found, ops.moe_layer.eager(x, *weights.values())):.1e}, float32 "
         f"{error(found, plain):.1e}, {'repeats' if torch.equal(found, again) else 'DIFFERS'}"
     )
 
 
 def peers() -> Iterator[Row]:
-    """Hugging Face's MoE layer in bf16, eager and compiled."""
+    """The MoE layer of Hugging Face transformers in bf16, eager and compiled."""
     from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 
     declare_torchvision_ops()
@@ -188,7 +189,7 @@ def _events(call: Callable[[Tensor], object], inputs: list[Tensor]) -> float:
 
 
 def decode_ms(session: Session, batch: int, context: int, steps: int = 48) -> float:
-    """Wall-clock of a step and the choice of its token, on the GPU, from `context` tokens on."""
+    """Wall-clock milliseconds of a step and the choice of its token, after `context` tokens."""
     capacity = context + 2 * steps
     ids = torch.randint(0, TEXT.vocab, (batch, context))
     logits, cache = session.prefill(ids, capacity=capacity)
@@ -217,7 +218,7 @@ def _generate_ms(session: Session, ids: Tensor, count: int) -> float:
 
 
 def whole_model(session: Session) -> Iterator[Row]:
-    """Scout, 48 layers."""
+    """All 48 layers of Scout."""
     for batch in (1, 8, 64):
         took = decode_ms(session, batch, 1024)
         read = moec.plan(session.spec, "fp8", context=1024, batch=batch).decode_read_bytes
@@ -239,7 +240,7 @@ def whole_model(session: Session) -> Iterator[Row]:
 
 
 def contexts(session: Session, weights: int) -> Iterator[Row]:
-    """Long contexts: the memory that they take beside what `plan` says, and a step there."""
+    """Long contexts: their memory and that which `plan` predicts, and the time of a step."""
     for context in (131072, 524288):
         gc.collect()
         torch.cuda.empty_cache()
@@ -260,16 +261,16 @@ def contexts(session: Session, weights: int) -> Iterator[Row]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--out", help="an artefact of Scout, target torch; default: built anew")
+    arguments.add_argument("--out", help="an artefact of Scout for target torch; built if left out")
     arguments.add_argument("--parts", default="kernels,peers,model,contexts")
-    arguments.add_argument("--json", type=Path, help="a file for the rows")
+    arguments.add_argument("--json", type=Path, help="write the rows to this file")
     given = arguments.parse_args()
     parts = given.parts.split(",")
     need_gpu("benchmarks/h200.py")
     torch.manual_seed(torch.seed() % 2**31)
     copy, dense = copy_rate(), dense_rate()
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("", "us", "TB/s", "TFLOP/s", "of the ceiling", ""):
+    for column in ("", "us", "TB/s", "TFLOP/s", "of the limit", ""):
         table.add_column(column, justify="left" if not column else "right")
 
     found: list[dict[str, str | float | None]] = []

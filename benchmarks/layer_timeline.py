@@ -1,11 +1,12 @@
-"""Where the time of a decode step goes: the launches of a layer of Scout, one after the other.
+"""Show where the time of a decode step goes: the kernel launches of one layer of Scout.
 
     python benchmarks/layer_timeline.py [--layers 8] [--batches 1,2,4,8,16]
 
-Some of Scout's layers, its embedding and its head, in FP8 with random weights, through an artefact
-of target torch. For each batch the time of a step, by the clock; and for each launch of a layer the
-microseconds from the end of the one before to its own, as the profiler has them, the mean over
-layers. Launches overlap: what one has done before the one ahead ends does not count as its own.
+The model has some of Scout's layers, its embedding and its head, in FP8 with random weights, and
+runs through an artefact of target torch. For each batch the script prints the wall-clock time of a
+step. For each launch of a layer it prints the microseconds from the end of the previous launch to
+its own end, from torch's profiler, as the mean over layers. Launches overlap. What a launch does
+before the previous one ends is not counted as its time.
 """
 
 import argparse
@@ -34,10 +35,10 @@ CONTEXT, STEPS = 1024, 16
 
 
 def first_launches(events: list[Any]) -> list[tuple[str, float]]:
-    """Name and microseconds of each launch of a layer, from its router to the next layer's."""
+    """Name and microseconds of each launch, from the router of a layer to that of the next."""
     starts = [i for i, event in enumerate(events) if event.name.startswith("route")]
     layers = [events[i:j] for i, j in pairwise(starts)]
-    usual = statistics.mode(len(layer) for layer in layers)  # others hold the end of a step
+    usual = statistics.mode(len(layer) for layer in layers)  # other lengths include a step's end
     found: list[list[float]] = [[] for _ in range(usual)]
     for start, layer in zip(starts, layers, strict=False):
         if start and len(layer) == usual:
@@ -50,7 +51,7 @@ def first_launches(events: list[Any]) -> list[tuple[str, float]]:
 
 
 def measure(session: Session, batch: int) -> tuple[float, list[tuple[str, float]]]:
-    """Milliseconds of a step with the choice of its token, and its launches."""
+    """The milliseconds of a step with the choice of its token, and the launches of a layer."""
     ids = torch.randint(0, TEXT.vocab, (batch, CONTEXT))
     logits, cache = session.prefill(ids, capacity=CONTEXT + 8 * STEPS)
     tokens, times = logits.argmax(-1).cuda(), []

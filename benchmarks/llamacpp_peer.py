@@ -1,6 +1,6 @@
-"""llama.cpp as a peer: a Llama 4 checkpoint written as GGUF, and a session on it.
+"""Run llama.cpp for comparison: write a Llama 4 checkpoint as GGUF, and open it.
 
-Needs gguf (to write) and llama-cpp-python (to run), which no extra of moec installs.
+Writing needs the package gguf and running needs llama-cpp-python. No extra of moec installs them.
 """
 
 import ctypes
@@ -22,11 +22,11 @@ _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def write_gguf(checkpoint: Path, out: Path, kind: str) -> None:
-    """Write a text checkpoint (Hugging Face layout) as GGUF; `kind`: f32, q8_0 or q4_0.
+    """Write a text checkpoint in Hugging Face layout as GGUF. `kind` is f32, q8_0 or q4_0.
 
-    What is quantised is what llama.cpp's own quantiser takes: each matrix but the router's. Its
-    q4_0 has the head in Q6_K, which the gguf package cannot write; here the head is then Q8_0.
-    There is no tokenizer in the file. One tensor is in memory at a time.
+    As in llama.cpp's own quantiser, all matrices but the routers are quantised. For q4_0 that
+    quantiser stores the head in Q6_K, which the gguf package cannot write; here it is Q8_0. The
+    file has no tokenizer. Only one tensor is in memory at a time.
     """
     import gguf
 
@@ -53,14 +53,15 @@ def write_gguf(checkpoint: Path, out: Path, kind: str) -> None:
 
 
 class LlamaCpp:
-    """A model of llama.cpp and its cache: one sequence, logits of the last token."""
+    """A model of llama.cpp and its cache, for one sequence. It returns logits of the last token."""
 
     def __init__(
         self, path: Path | str, threads: int, context: int, cache: Literal["f16", "f32"] = "f16"
     ) -> None:
-        """Map the file; `cache` is the precision of keys and values. Else llama.cpp's defaults.
+        """Map the file and make a context with llama.cpp's defaults.
 
-        With "f32", flash attention is off: llama.cpp's computes from f16, whatever the cache holds.
+        `cache` is the type of keys and values. With "f32" flash attention is off, because
+        llama.cpp's flash attention computes from f16 even then.
         """
         import llama_cpp as api
 
@@ -86,12 +87,12 @@ class LlamaCpp:
         self._vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
 
     def prefill(self, ids: Sequence[int]) -> Floats:
-        """Forget what came before, run `ids`; the logits after them."""
+        """Clear the cache and run `ids`; return the logits after the last token."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
         return self._run(ids)
 
     def decode(self, token: int) -> Floats:
-        """Run one more token; the logits after it."""
+        """Run one more token; return the logits after it."""
         return self._run([token])
 
     def close(self) -> None:
@@ -116,7 +117,7 @@ class LlamaCpp:
 
 
 def system_info() -> str:
-    """What the installed llama.cpp was built with."""
+    """The features that the installed llama.cpp was built with."""
     import llama_cpp
 
     return str(llama_cpp.llama_print_system_info().decode().strip(" |"))
@@ -126,14 +127,14 @@ _callbacks: list[Any] = []
 
 
 def _quiet(api: Any) -> Any:
-    """A log callback that drops what it gets; kept, as llama.cpp keeps only its address."""
+    """A log callback that drops all messages. It must stay alive: llama.cpp keeps its address."""
     if not _callbacks:
         _callbacks.append(api.llama_log_callback(lambda level, text, data: None))
     return _callbacks[0]
 
 
 def _check(config: dict[str, Any]) -> None:
-    """Refuse what llama.cpp has as a constant with another value, and would get wrong silently."""
+    """Refuse a config with other values than the constants that llama.cpp has in its code."""
     layers, step = config["num_hidden_layers"], config["interleave_moe_layer_step"]
     ropes = [int((i + 1) % 4 > 0) for i in range(layers)]
     fixed = {
@@ -149,8 +150,10 @@ def _check(config: dict[str, Any]) -> None:
         "hidden_act": "silu",
     }
     for key, value in fixed.items():
-        if config.get(key) not in (None, [], value):  # [] is the default of a list
-            raise ValueError(f"llama.cpp has {key} = {value}, the checkpoint has {config[key]}")
+        if config.get(key) not in (None, [], value):  # [] stands for the default
+            raise ValueError(
+                f"llama.cpp always uses {key} = {value}, but the checkpoint has {config[key]}"
+            )
 
 
 def _add_metadata(writer: Any, config: dict[str, Any]) -> None:
@@ -176,7 +179,7 @@ def _add_metadata(writer: Any, config: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the GGUF file; `shape` is numpy's, the reverse of ggml's."""
+    """A tensor of the GGUF file. `shape` is in numpy's order, which is the reverse of ggml's."""
 
     name: str
     shape: tuple[int, ...]
@@ -190,10 +193,11 @@ def _precision(tensor: _Tensor, kind: str) -> str:
 
 
 def _tensors(config: dict[str, Any], weights: dict[str, Array]) -> Iterator[_Tensor]:
-    """All tensors, in llama.cpp's names and layout.
+    """All tensors, with llama.cpp's names and layout.
 
-    Rotary pairs are neighbours in both formats, so queries and keys stay as they are. Experts are
-    [expert, out, in] here and [expert, in, out] in the checkpoint, where gate and up are one.
+    The two elements of a rotary pair are neighbours in both formats, so that queries and keys stay
+    as they are. Experts are [expert, out, in] in GGUF. In the checkpoint they are [expert, in, out]
+    and gate and up are one tensor.
     """
     plain = {
         "attn_norm": "input_layernorm",
@@ -236,23 +240,23 @@ def _tensors(config: dict[str, Any], weights: dict[str, Array]) -> Iterator[_Ten
 
 
 def _rope_factors(config: dict[str, Any]) -> Floats | None:
-    """What llama.cpp divides each rotary frequency by (llama3 scaling)."""
+    """The factors by which llama.cpp divides the rotary frequencies (llama3 scaling)."""
     scaling = config.get("rope_scaling")
     if not scaling or scaling["rope_type"] == "default":
         return None
     if scaling["rope_type"] != "llama3":
-        raise ValueError(f"rope scaling {scaling['rope_type']} is not written")
+        raise ValueError(f"rope scaling {scaling['rope_type']} is not supported")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     dim, context = config["head_dim"], scaling["original_max_position_embeddings"]
     wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
-    turns = context / wavelengths  # in the original context
+    turns = context / wavelengths  # rotations within the original context
     smooth = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low
     factors: Floats = (1 / (smooth + (1 - smooth) / scaling["factor"])).astype(np.float32)
     return factors
 
 
 def _open(checkpoint: Path) -> dict[str, Array]:
-    """Each tensor of the checkpoint, mapped and not read."""
+    """Map each tensor of the checkpoint, without reading it."""
     found: dict[str, Array] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         mapped = np.memmap(path, np.uint8, "r")
@@ -267,7 +271,7 @@ def _open(checkpoint: Path) -> dict[str, Array]:
 
 
 def _floats(array: Array) -> Floats:
-    """In fp32, contiguous; 16-bit integers are the bits of bf16."""
+    """`array` as contiguous fp32. 16-bit integers are the bits of bf16 values."""
     array = np.ascontiguousarray(array)
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)

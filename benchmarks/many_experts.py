@@ -1,17 +1,17 @@
-"""Maverick's 24 x 128 experts, narrow: how fast they open, and that a token reads one per layer.
+"""Open Maverick's 24 x 128 experts with small widths, and show that a token reads one per layer.
 
     python benchmarks/many_experts.py
 
-A checkpoint of 48 layers with Maverick's pattern and 1.2 GB of seeded random weights is built and
-opened in ONNX Runtime, in both presets of session options. Beside it the peer, the same MoE layers
-with their experts unrolled, on the same weights; see benchmarks/unrolled_experts.py.
+The script builds a checkpoint of 48 layers with Maverick's pattern and 1.2 GB of seeded random
+weights. It opens the artefact in ONNX Runtime with both sets of session options. The peer has the
+same MoE layers and weights, with its experts unrolled; see benchmarks/unrolled_experts.py.
 
-What one decode step touches is then shown twice:
+The script then shows in two ways which weights one decode step uses:
 
-- measured: the pages of the weights that it brings into an emptied page cache;
-- proven: with NaN in every expert that it does not use, its logits stay the same to the bit.
+- measured: the pages of the weights that the step brings into an emptied page cache;
+- proven: with NaN in every expert that the step does not use, its logits do not change by a bit.
 
-Exit code 1 if opening takes moec 10 s or more, or if the proof fails.
+The exit code is 1 if moec takes 10 s or more to open, or if the proof fails.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime  # noqa: F401  (imported here, so that its import is not in the time to open)
+import onnxruntime  # noqa: F401  (imported here, so that opening does not include the import)
 import torch
 from fresh_process import Outcome, call
 from resident_pages import drop_pages, resident_bytes
@@ -54,9 +54,9 @@ OPEN_LIMIT_S, PEER_LIMIT_S = 10.0, 120.0
 PROMPT = torch.arange(16)[None]
 BF16_NAN = 0x7FC0
 
-#: MoE layer -> the tensors that hold its routed experts, [expert, in, out]
-Fused = dict[int, tuple[TensorEntry, TensorEntry]]
-#: MoE layer -> the expert that a token chose
+#: the tensors with the routed experts of each MoE layer, [expert, in, out]
+Stacked = dict[int, tuple[TensorEntry, TensorEntry]]
+#: the expert that a token chose in each MoE layer
 Chosen = dict[int, int]
 Figures = dict[str, float]
 
@@ -74,7 +74,7 @@ def main() -> int:
         unrolled = write_unrolled(built, folder / "unrolled")
         ours = {p: call(open_moec, built.path, p) for p in SETS}
         peer = {p: call(open_unrolled, built.path, unrolled, p, limit_s=PEER_LIMIT_S) for p in ours}
-        rows = {("moec, whole model", built.path): ours, ("unrolled, MoE alone", unrolled): peer}
+        rows = {("moec, whole model", built.path): ours, ("unrolled, MoE only", unrolled): peer}
         console.print(table(rows))
         fast_enough = all(
             each.value and each.value["open_s"] < OPEN_LIMIT_S for each in ours.values()
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def narrow(spec: ModelSpec) -> ModelSpec:
-    """`spec` with all its layers and experts, each `WIDTH` wide."""
+    """`spec` with all its layers and experts, and widths of `WIDTH`."""
     small = twin(spec)
     experts = small.text.experts.model_copy(update={"hidden": WIDTH, "shared_hidden": WIDTH})
     sizes = {"dim": WIDTH, "dense_hidden": WIDTH, "experts": experts}
@@ -93,7 +93,7 @@ def narrow(spec: ModelSpec) -> ModelSpec:
 
 
 def write_unrolled(built: Artefact, folder: Path) -> Path:
-    """The peer's model, in a folder of its own."""
+    """Write the peer's model to `folder`."""
     folder.mkdir()
     model = unrolled_experts(built.manifest.spec, built.entries(), built.weights_folder)
     ir.save(model, folder / "model.onnx")
@@ -101,7 +101,7 @@ def write_unrolled(built: Artefact, folder: Path) -> Path:
 
 
 def open_moec(path: Path, preset: str) -> Figures:
-    """Open the artefact at `path`, decode some tokens. Runs in a process of its own."""
+    """Open the artefact at `path` and decode some tokens. It runs in its own process."""
     start = time.perf_counter()
     session = moec.open_session(path, preset=preset)
     opened = time.perf_counter() - start
@@ -110,7 +110,7 @@ def open_moec(path: Path, preset: str) -> Figures:
 
 
 def open_unrolled(artefact: Path, folder: Path, preset: str) -> Figures:
-    """Open the peer in `folder` with the weights of `artefact`. Runs in a process of its own."""
+    """Open the peer in `folder` with the weights of `artefact`. It runs in its own process."""
     manifest = open_artefact(artefact).manifest
     token = {"x": torch.randn(1, WIDTH)}
     start = time.perf_counter()
@@ -119,7 +119,7 @@ def open_unrolled(artefact: Path, folder: Path, preset: str) -> Figures:
 
 
 def figures(opened: float, step: Callable[[], object], count: int) -> Figures:
-    """Time `step`; the process's own memory leaves out the pages of mapped weights."""
+    """Time `step`, and measure the process's own memory, without mapped pages of weights."""
     times = []
     for _ in range(count):
         start = time.perf_counter()
@@ -130,8 +130,8 @@ def figures(opened: float, step: Callable[[], object], count: int) -> Figures:
 
 
 def table(rows: dict[tuple[str, Path], dict[str, Outcome]]) -> Table:
-    """A row for each model and preset."""
-    result = Table("in ONNX Runtime", "preset", box=SIMPLE, padding=0)
+    """A table with a row for each model and set of session options."""
+    result = Table("in ONNX Runtime", "options", box=SIMPLE, padding=0)
     heads = ("nodes", "file\nMB", f"open s\n< {OPEN_LIMIT_S:g}", "ms per\ntoken", "own\nGB")
     for head in heads:
         result.add_column(head, justify="right")
@@ -145,17 +145,17 @@ def table(rows: dict[tuple[str, Path], dict[str, Outcome]]) -> Table:
 
 
 def one_expert_a_layer(built: Artefact, console: Console) -> bool:
-    """Measure what a decode step reads of the experts, then prove what it uses."""
+    """Measure which experts a decode step reads, then prove which it uses."""
     session = moec.open_session(built.path)
     logits, cache = session.prefill(PROMPT, capacity=PROMPT.shape[1] + 1)
     token = logits.argmax(-1)
-    experts, chosen = fused(built), chosen_experts(built, token, cache)
+    experts, chosen = stacked(built), chosen_experts(built, token, cache)
     expected = step(session, token, cache)
     console.print(measured(lambda: step(session, token, cache), experts, chosen))
     poison(experts, chosen)
     session = moec.open_session(built.path)
     same = torch.equal(step(session, token, cache), expected)
-    seen = not session.logits(PROMPT).isfinite().all()  # or else NaN proves nothing
+    seen = not session.logits(PROMPT).isfinite().all()  # otherwise NaN would prove nothing
     others = session.spec.text.experts.count - 1
     console.print(
         f"{'Proven' if same and seen else '[red]PROOF FAILED[/]'}: with NaN in the other {others} "
@@ -167,11 +167,11 @@ def one_expert_a_layer(built: Artefact, console: Console) -> bool:
 
 
 def step(session: Session, token: Tensor, cache: Cache) -> Tensor:
-    """Logits of one decode step that leaves `cache` as it is."""
+    """The logits of one decode step, which does not change `cache`."""
     return session.decode(token, replace(cache, tensors=dict(cache.tensors)))
 
 
-def fused(built: Artefact) -> Fused:
+def stacked(built: Artefact) -> Stacked:
     entries = built.entries()
     return {
         i: (entries[f"layers.{i}.moe.gate_up"], entries[f"layers.{i}.moe.down"])
@@ -184,7 +184,7 @@ def moe_layers(spec: ModelSpec) -> list[int]:
 
 
 def chosen_experts(built: Artefact, token: Tensor, cache: Cache) -> Chosen:
-    """The experts of a decode step, by the eager reference."""
+    """The experts that a decode step chooses in the eager reference."""
     taps = {i: f"layers.{i}.moe.route.1" for i in moe_layers(built.manifest.spec)}
     run = eager_engine(built.manifest.spec, built.entries(), taps=list(taps.values()))
     found = run(
@@ -199,27 +199,28 @@ def chosen_experts(built: Artefact, token: Tensor, cache: Cache) -> Chosen:
     return {i: int(found[tap]) for i, tap in taps.items()}
 
 
-def measured(run: Callable[[], object], experts: Fused, chosen: Chosen) -> str:
-    """What `run` brings into an emptied page cache, of all routed experts and of those chosen."""
+def measured(run: Callable[[], object], experts: Stacked, chosen: Chosen) -> str:
+    """The pages that `run` brings into an emptied page cache, of all and of the chosen experts."""
     every = [entry for pair in experts.values() for entry in pair]
     used = [entry[chosen[i]] for i, pair in experts.items() for entry in pair]
     for file in {entry.file for entry in every}:
         drop_pages(file)
     if left := resident_bytes(every):
-        return f"Not measured: {left / 1e6:.1f} MB of experts would not leave the page cache."
+        return f"Not measured: {left / 1e6:.1f} MB of experts stayed in the page cache."
     run()
-    # Pages at the edges of a fused tensor are left out: they come with the weights beside it.
+    # Pages at the edges of a stack are not counted, because they belong to other weights too.
     sizes = [resident_bytes(every, whole=True), resident_bytes(used)]
     sizes += [sum(entry.nbytes for entry in group) for group in (used, every)]
     found, of_chosen, chosen_size, size = (f"{n / 1e6:.2f} MB" for n in sizes)
     return (
-        f"Measured: a decode step reads {found} of {size} of routed experts; pages of the "
-        f"{len(chosen)} experts that it chose, one a layer: {of_chosen} ({chosen_size} of weights)."
+        f"Measured: a decode step reads {found} of {size} of routed experts. The pages of the "
+        f"{len(chosen)} experts that it chose, one in each layer, have {of_chosen} "
+        f"({chosen_size} of weights)."
     )
 
 
-def poison(experts: Fused, chosen: Chosen) -> None:
-    """Overwrite each expert that was not chosen with NaN, on disk."""
+def poison(experts: Stacked, chosen: Chosen) -> None:
+    """Overwrite each expert that was not chosen with NaN, on the disk."""
     for layer, pair in experts.items():
         for entry in pair:
             shape = (entry.shape[0], entry.nbytes // 2 // entry.shape[0])

@@ -1,10 +1,11 @@
-"""The FP8 MoE kernels for few tokens on a GPU, beside what its memory allows.
+"""Time the FP8 MoE kernels for few tokens on a GPU, and compare with its memory bandwidth.
 
     python benchmarks/moe_kernels.py [--tokens 1,8,64]
 
-One layer of Scout's sizes (dim 5120, hidden 8192, 16 experts and a shared one), random weights.
-Medians of CUDA graph replays over eight inputs. "share" is of the bandwidth of a large copy in the
-same run; bytes are those that the layer needs: the distinct experts chosen, and the shared one.
+The layer has Scout's sizes (dim 5120, hidden 8192, 16 routed experts and a shared one) and random
+weights. Times are medians of CUDA graph replays over eight inputs. "rate" counts the bytes that the
+layer needs: those of the distinct chosen experts and of the shared one. "share" compares it with
+the bandwidth of a large copy in the same run.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SCOUT = Sizes(dim=5120, hidden=8192, experts=16)
 
 
 def random_weights(sizes: Sizes, device: str = "cuda") -> dict[str, Tensor]:
-    """The operands of `moe_layer` by name, in order."""
+    """Random operands of the op `moe_layer`, by name and in order."""
     router = torch.randn(sizes.experts, sizes.dim, device=device) / sizes.dim**0.5
     found = {"router": router.bfloat16()}
     for name, out, inner in (
@@ -51,7 +52,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def microseconds(call: Callable[[Any], object], inputs: list[Any], rounds: int = 21) -> float:
-    """Median of one call's time, in a CUDA graph of a call for each input."""
+    """The median time of a call in microseconds, from a CUDA graph with one call for each input."""
     for x in inputs:
         call(x)
     torch.cuda.synchronize()
@@ -71,9 +72,10 @@ def microseconds(call: Callable[[Any], object], inputs: list[Any], rounds: int =
 
 
 def copy_rate() -> float:
-    """Bytes a second that a copy of 2 GiB reads and writes.
+    """The bytes per second that a copy of 2 GiB reads and writes.
 
-    Not in a graph: there it would be the copy engine's, which is a third slower than the GPU's own.
+    The copy is not in a CUDA graph. There the copy engine would do it, which is a third slower than
+    a kernel.
     """
     source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
     target, times = torch.empty_like(source), []
@@ -88,7 +90,7 @@ def copy_rate() -> float:
 
 
 def need_gpu(command: str) -> None:
-    """End with one message and exit code 3 where there is no GPU."""
+    """End with one message and exit code 3 if there is no GPU."""
     try:
         check_device("cuda", command)
     except MoecError as error:

@@ -1,12 +1,12 @@
-"""Target ort on a CPU: speed, memory and load time beside transformers and llama.cpp.
+"""Compare target ort on a CPU with transformers and llama.cpp: speed, memory and time to open.
 
     python benchmarks/ort_cpu.py [--rounds 5] [--json FILE]
 
-A seeded random model of 0.94 B parameters (hidden 1024, 8 layers, 16 experts of 2048; float32, 3.8
-GB) in a temporary folder. Every engine is a process of its own and they take turns, so that ratios
-mean something on a shared machine. The bound for a token is what the model needs to read at the
-bandwidth of a large sum in the same run. llama.cpp is there if llama-cpp-python and gguf are
-installed; its q4_0 holds attention in 4 bits, our int4 in 8.
+The script writes a seeded random model of 0.94 B parameters (8 layers of width 1024, 16 experts of
+width 2048; float32, 3.8 GB) to a temporary folder. Each engine runs in its own process. The engines
+take turns, so that their ratios hold on a shared machine too. "bandwidth" is the share of the
+bandwidth of a large sum in the same run that a token's bytes reach. llama.cpp takes part if
+llama-cpp-python and gguf are installed. Its q4_0 stores attention in 4 bits, our int4 in 8.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from moec.tables import size
 from moec.weights.random import write_random_checkpoint
 
 PROMPT, NEW = 256, 32
-#: our precision -> what llama.cpp has at as many bits
+#: our precisions, and llama.cpp's types of as many bits
 PEERS = {"fp32": "f32", "int8": "q8_0", "int4": "q4_0"}
 
 
 def model() -> ModelSpec:
-    """Scout's architecture at 8 layers of width 1024, 16 experts of 2048."""
+    """A model like Scout, with 8 layers of width 1024 and 16 experts of width 2048."""
     scout = PRESETS["scout"]
     experts = scout.text.experts.model_copy(update={"hidden": 2048, "shared_hidden": 2048})
     sizes = {"layers": 8, "dim": 1024, "heads": 16, "kv_heads": 4, "head_dim": 64, "vocab": 32000}
@@ -55,7 +55,7 @@ def model() -> ModelSpec:
 
 
 class _Llama:
-    """llama.cpp as an engine of `race`."""
+    """llama.cpp with the interface of an engine for `race`."""
 
     def __init__(self, path: Path) -> None:
         self._model = LlamaCpp(path, threads=torch.get_num_threads(), context=PROMPT + NEW)
@@ -68,7 +68,7 @@ class _Llama:
 
 
 def open_engine(lane: Lane) -> Engine:
-    """The engines of moec, and llama.cpp on the GGUF file beside the artefact."""
+    """Open an engine of moec, or llama.cpp on the GGUF file beside the artefact."""
     if lane.engine != "llama.cpp":
         return open_lane(lane)
     return _Llama(Path(lane.path).with_suffix(".gguf"))
@@ -87,7 +87,7 @@ def build(weights: Path, out: Path) -> str:
 
 
 def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `function` in a process of its own, which takes its memory along."""
+    """Call `function` in its own process, whose memory is freed when it ends."""
     outcome = call(function, *arguments)
     if outcome.error:
         raise SystemExit(f"{function.__name__}: {outcome.error}")
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def _show(rows: list[Timing]) -> None:
-    """A table, and our figures over those of the peers."""
+    """Print a table, and the ratios of our figures to those of the peers."""
     by_name = {f"{row.engine} {row.preset} {row.precision}".replace("  ", " "): row for row in rows}
     base = by_name[f"{ENGINES[0]} fp32"]
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))

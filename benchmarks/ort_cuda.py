@@ -1,12 +1,12 @@
-"""Decode on a GPU at Scout's widths: ONNX Runtime beside transformers, eager and compiled.
+"""Compare ONNX Runtime on a GPU with transformers, eager and compiled: decoding at Scout's widths.
 
     python benchmarks/ort_cuda.py [--layers 4] [--json FILE]
 
-A seeded random model of Scout's widths (full vocabulary; 4 layers are 10.9 B parameters, 22 GB in
-bf16) in a temporary folder, packed for target ort. Each engine is a process of its own that has the
-GPU to itself, and its logits are first compared with transformers' in float32. Time is for a step
-of the whole batch after prompts of 32 tokens; the bound is what the step needs to read at the
-bandwidth of a large copy in the same run.
+The script writes a seeded random model of Scout's widths and full vocabulary to a temporary folder,
+and packs it for target ort. 4 layers have 10.9 B parameters, which are 22 GB in bf16. Each engine
+runs in its own process and has the GPU to itself. The script compares its logits with those of
+transformers in float32. Times are for a step of the whole batch after prompts of 32 tokens. The
+bound is the time to read what the step needs, at the bandwidth of a large copy in the same run.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def model(layers: int) -> ModelSpec:
 
 
 def build(folder: Path, layers: int) -> dict[str, Any]:
-    """Weights and artefact in `folder`; its own figures."""
+    """Write weights and an artefact to `folder`; return the figures of the build."""
     start = time.perf_counter()
     write_random_checkpoint(model(layers), folder / "weights", device="cuda")
     drawn = time.perf_counter()
@@ -57,21 +57,21 @@ def build(folder: Path, layers: int) -> dict[str, Any]:
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    """ONNX Runtime on CUDA."""
+    """Time ONNX Runtime on CUDA."""
     start = time.perf_counter()
     session = open_session(folder / "art", device="cuda")
     return {"open_s": time.perf_counter() - start, **_batches(session)}
 
 
 def theirs(folder: Path, engine: str) -> dict[str, Any]:
-    """transformers, eager or compiled."""
+    """Time transformers, eager or compiled."""
     start = time.perf_counter()
     peer = open_transformers(folder / "weights", engine, "bf16", "cuda")
     return {"open_s": time.perf_counter() - start, **_batches(peer)}
 
 
 def _batches(engine: Any) -> dict[str, Any]:
-    """Milliseconds of a decode step by batch: the median, after steps that warm up."""
+    """The median milliseconds of a decode step for each batch, after steps that warm up."""
     vocab = PRESETS["scout"].text.vocab
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"logits": _logits(engine)}
@@ -89,7 +89,7 @@ def _batches(engine: Any) -> dict[str, Any]:
 
 
 def _logits(engine: Any) -> Any:
-    """Logits of the first and the last of a few steps with given tokens, as numpy [2, 8, vocab]."""
+    """The logits of the first and the last of a few fixed steps, as numpy [2, 8, vocab]."""
     vocab = PRESETS["scout"].text.vocab
     ids = torch.randint(0, vocab, (8, PROMPT), generator=torch.Generator().manual_seed(1))
     first, cache = engine.prefill(ids[:, :-4], capacity=PROMPT)
@@ -99,12 +99,12 @@ def _logits(engine: Any) -> Any:
 
 
 def reference(folder: Path) -> Any:
-    """The same logits by transformers in float32."""
+    """The same logits from transformers in float32."""
     return _logits(open_transformers(folder / "weights", ENGINES[0], "fp32", "cuda"))
 
 
 def bandwidth() -> float:
-    """Bytes per second of a large copy on the GPU, reads and writes counted."""
+    """The bytes per second that a large copy on the GPU reads and writes."""
     numbers = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(numbers)
     best = float("inf")
@@ -142,7 +142,7 @@ def main() -> None:
     for column in ("engine", "open", *(f"batch {b}" for b in BATCHES)):
         table.add_column(column, justify="right" if column != "engine" else "left")
     bound = [f"{1e3 * needed[b] / rate:.2f}" for b in BATCHES]
-    table.add_row("bound: needed bytes", "", *bound)
+    table.add_row("bound: bytes to read", "", *bound)
     for engine, row in rows.items():
         if row.error:
             table.add_row(engine, row.error)
@@ -153,7 +153,7 @@ def main() -> None:
     for engine, row in rows.items():
         if row.value and exact.value is not None:
             off = np.linalg.norm(row.value["logits"] - exact.value) / np.linalg.norm(exact.value)
-            print(f"{engine}: logits {off:.1e} off those of transformers in float32")
+            print(f"{engine}: relative error of the logits {off:.1e}, to transformers in float32")
     if options.json:
         found = {engine: row.value or row.error for engine, row in rows.items()}
         for row in rows.values():

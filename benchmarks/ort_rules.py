@@ -1,9 +1,10 @@
-"""Why each row of the `ort` tables is there: one model, lowered in every way that was considered.
+"""Measure the lowering rules of the `ort` dialects: one model, lowered in all ways considered.
 
     python benchmarks/ort_rules.py [--rounds 4] [--json FILE]
 
-A seeded random model of 0.43 B parameters (4 layers of width 1024, 16 experts of 2048) in float32.
-Each way is an artefact of its own, proven before it is timed; lanes take turns.
+The model is random and seeded, with 0.43 B parameters (4 layers of width 1024, 16 experts of width
+2048) in float32. Each way of lowering gives its own artefact, which is proven before it is timed.
+The artefacts take turns.
 """
 
 import argparse
@@ -33,10 +34,10 @@ from moec.runtime.bench.bench import Lane, race
 from moec.tables import size
 from moec.weights.random import write_random_checkpoint
 
-#: name -> target, precision, placement, what stands in for the `ort` dialect, presets
+#: for each way: target, precision, placement, a replacement for the `ort` dialect, session options
 WAYS: dict[str, tuple[str, str, str | None, Dialect | None, tuple[str, ...]]] = {
     "standard: Attention, caches returned": ("onnx", "fp32", None, None, ("lean",)),
-    "experts: loop, slab gathered": (
+    "experts: loop, weights gathered": (
         "ort", "fp32", None,
         Dialect((Rule(ops.moe, lower_moe), *ORT), DIALECTS["ort"].passes), ("lean",),
     ),
@@ -54,7 +55,7 @@ WAYS: dict[str, tuple[str, str, str | None, Dialect | None, tuple[str, ...]]] = 
         ),
         ("lean", "fast"),
     ),
-    "experts: an If each, norms apart": (
+    "experts: an If each, norms not joined": (
         "ort", "fp32", None,
         Dialect(ORT, {"model": (keep_buffers,), GENAI: (keep_buffers, genai_inputs)}), ("lean",),
     ),
@@ -65,7 +66,7 @@ WAYS: dict[str, tuple[str, str, str | None, Dialect | None, tuple[str, ...]]] = 
 
 
 def build(weights: Path, out: Path, way: str) -> str:
-    """An artefact of one way; whether its proof passed."""
+    """Build an artefact in one way; return whether its proof passed."""
     target, precision, placement, dialect, _ = WAYS[way]
     if dialect:
         write.DIALECTS["ort"] = dialect
@@ -91,10 +92,9 @@ def main() -> None:
             ways += [way] * len(presets)
         rows = race(lanes, 1, 256, 16, options.rounds)
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("way", "preset", "proof", "opens in", "decode", "prefill of 256", "own memory"):
-        table.add_column(
-            column, justify="left" if column in ("way", "preset", "proof") else "right"
-        )
+    texts = ("way", "session options", "proof")
+    for column in (*texts, "opens in", "decode", "prefill of 256", "own memory"):
+        table.add_column(column, justify="left" if column in texts else "right")
     found: list[dict[str, Any]] = []
     for way, row in zip(ways, rows, strict=True):
         table.add_row(

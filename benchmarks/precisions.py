@@ -1,10 +1,10 @@
-"""What each precision of target ort costs in quality, on the trained examples/tiny-scout.
+"""Measure the quality that each precision of target ort costs, on the trained examples/tiny-scout.
 
     python benchmarks/precisions.py [--device cpu|cuda]
 
-Perplexity of the 16 held-out windows beside float32's 13.3217, the share of positions at which the
-likeliest token is float32's, and how many tokens of the four greedy continuations are the same
-before the first that is not.
+The script prints the perplexity of the 16 held-out sequences, which is 13.3217 in float32; the
+share of positions with the same likeliest token as in float32; and for the four greedy
+continuations the number of tokens before the first difference.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import moec
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-scout"
 PERPLEXITY = 13.3217
-PROMPTS = (10, 11, 8, 5)  # tokens of the prompts in the golden continuations
+PROMPTS = (10, 11, 8, 5)  # lengths in tokens of the prompts of the golden continuations
 WAYS = {
     "cpu": (("fp32", None), ("fp32", "pack"), ("fp16", None), ("int8", None), ("int4", None)),
     "cuda": (("fp16", "pack"), ("bf16", None)),

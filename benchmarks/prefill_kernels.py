@@ -1,12 +1,13 @@
-"""The FP8 MoE kernels for many tokens on a GPU, beside the dense FP8 product of the same size.
+"""Time the FP8 MoE kernels for many tokens on a GPU, and compare with a dense FP8 product.
 
     python benchmarks/prefill_kernels.py [--tokens 512,1024,4096,8192] [--tune]
 
-One layer of Scout's sizes (dim 5120, hidden 8192, 16 experts and a shared one), random weights.
-Medians of CUDA graph replays. Rates count the products that the layer needs, no filled-up rows;
-"share" is of `torch._scaled_mm` of 8192^3 in the same run. "torch" has the two products alone, by
-`torch._scaled_grouped_mm`, without routing, SwiGLU and rounding. Errors are against the eager op.
---tune tries ways to cut each product, with 4096 tokens.
+The layer has Scout's sizes (dim 5120, hidden 8192, 16 routed experts and a shared one) and random
+weights. Times are medians of CUDA graph replays. Rates count the matrix products that the layer
+needs, without padding. "share" compares them with `torch._scaled_mm` of 8192^3 in the same run.
+"torch" is the time of the two products only, by `torch._scaled_grouped_mm`, without routing,
+SwiGLU and quantisation. Errors are relative to the eager op. --tune tries several tile sizes for
+each product, with 4096 tokens.
 """
 
 import argparse
@@ -27,7 +28,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def dense_rate(size: int = 8192) -> float:
-    """Operations a second of one FP8 product with a scale for each row."""
+    """The operations per second of one FP8 matrix product with a scale for each row."""
     a, b = (torch.randn(size, size, device="cuda").to(FP8) for _ in range(2))
     one = torch.ones(size, 1, device="cuda")
     took = microseconds(
@@ -40,7 +41,7 @@ def dense_rate(size: int = 8192) -> float:
 
 
 def grouped(weights: dict[str, Tensor], chosen: Tensor) -> tuple[float, float]:
-    """Microseconds of both products by torch, the rows in order."""
+    """The microseconds of both matrix products in torch, on tokens that are already sorted."""
     counts = torch.bincount(chosen, minlength=SCOUT.experts)
     ends = torch.cat([counts, counts.sum()[None]]).cumsum(0).to(torch.int32)
     rows = 2 * len(chosen)
@@ -63,7 +64,7 @@ def grouped(weights: dict[str, Tensor], chosen: Tensor) -> tuple[float, float]:
 
 
 def launch_times(layer: Any, x: Tensor) -> dict[str, float]:
-    """Microseconds of each launch of a `PrefillMoe` by itself."""
+    """The microseconds of each launch of a `PrefillMoe`, timed separately."""
     values = layer.values(x)
     for each in layer.launches(x):
         layer.launch(each, values)
@@ -74,7 +75,7 @@ def launch_times(layer: Any, x: Tensor) -> dict[str, float]:
 
 
 def cuts(inputs: int) -> Iterator[tuple[bool, dict[str, int]]]:
-    """Ways to cut a product, as fields of `Product`; whether Hopper's kernels do."""
+    """Kernel tile sizes to try, as fields of `Product`; True marks those of Hopper's kernels."""
     for stages, columns in ((3, 128), (4, 128), (4, 64)):
         yield False, {"stages": stages, "columns": columns}
     for chunk in (0, inputs // 2, 2048, 1024, 512):
@@ -113,7 +114,7 @@ def tune(weights: dict[str, Tensor], tiles: Any, dense: float, tokens: int = 409
                     ),
                     [x], 11,
                 )  # fmt: skip
-            except Exception as reason:  # of one way to cut: the others are still of interest
+            except Exception as reason:  # try the other tile sizes even if one fails
                 print(name, product, f"failed: {str(reason)[:200]}", flush=True)
                 continue
             rate = needed / took * 1e6

@@ -1,10 +1,11 @@
-"""What the two presets of ONNX Runtime session options cost: time, copies of weights, mapped pages.
+"""Compare the two sets of session options for ONNX Runtime: time, copied and mapped memory.
 
     python benchmarks/presets.py [--json FILE]
 
-A seeded random model of 0.43 B parameters (bf16, 0.86 GB) in a temporary folder, run in float32 by
-ONNX Runtime in both presets and by the eager reference, each in a process of its own. Own memory is
-what an engine copied; mapped memory is pages of the shards, which cost nothing twice.
+The script writes a seeded random model of 0.43 B parameters (bf16, 0.86 GB) to a temporary folder.
+ONNX Runtime runs it in float32 with both sets of session options, and the eager reference runs it
+too, each in its own process. "own" memory includes the weights that an engine copied. "mapped"
+memory is pages of the shards, which processes share and the operating system can drop.
 """
 
 import argparse
@@ -25,7 +26,7 @@ WAYS = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", ""))
 
 
 def model() -> ModelSpec:
-    """Scout's architecture at 4 layers of width 1024, 16 experts of 2048."""
+    """A model like Scout, with 4 layers of width 1024 and 16 experts of width 2048."""
     scout = PRESETS["scout"]
     experts = scout.text.experts.model_copy(update={"hidden": 2048, "shared_hidden": 2048})
     sizes = {"layers": 4, "dim": 1024, "heads": 16, "kv_heads": 4, "head_dim": 64, "vocab": 8192}

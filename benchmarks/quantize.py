@@ -1,11 +1,11 @@
-"""Quantise a synthetic checkpoint to FP8: rate and memory beside the disk's own rate.
+"""Quantise a synthetic checkpoint to FP8, and compare its rate with that of the disk.
 
     python benchmarks/quantize.py [--gigabytes 20] [--folder DIR] [--schemes meta,dynamic]
 
-Writes layers of Scout's widths with random weights, then builds them in a fresh process. `dd` reads
-the same shards and writes as many bytes as the build does, in the same run; caches are dropped
-before each, where that is allowed. "of dd's" is the time that dd takes to read and then to write,
-as a share of the build's.
+The script writes layers of Scout's widths with random weights, and builds them in a new process. In
+the same run `dd` reads the same shards, and writes as many bytes as the build. The script drops the
+page cache before each of these, if it may. "of dd's" is the time that dd takes to read and then to
+write, as a share of the build's time.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 import moec
-from moec.spec.hf.config import write_config
+from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import INDEX
-from moec.weights.name_map import Row, rows
+from moec.weights.name_map import CheckpointTensor, checkpoint_tensors
 from moec.weights.packed_file import PACKED
 from moec.weights.shard import nbytes
 
-LIMIT = 2e9  # bytes of memory that the build may hold
+LIMIT = 2e9  # bytes of memory that the build may use
 LAYER = 2 * 2_202_101_760  # bytes of one of Scout's layers
 
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _spec(size: float) -> ModelSpec:
-    """As many of Scout's layers as `size` bytes hold, with a small vocabulary."""
+    """A model with as many of Scout's layers as fit in `size` bytes, and a small vocabulary."""
     scout = moec.load_spec("scout")
     layers = max(1, round(size / LAYER))
     tokens = scout.tokens.model_copy(update={"bos": 0, "eos": (1,), "pad": 2, "image": None})
@@ -79,12 +79,15 @@ def _spec(size: float) -> ModelSpec:
 
 
 def _write(spec: ModelSpec, folder: Path) -> int:
-    """Random weights, one layer a shard: noise that repeats, which is as hard to quantise."""
+    """Write random weights, one shard for each layer.
+
+    The random values repeat, which makes them no easier to quantise.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(write_config(spec)))
     noise = (torch.randn(1 << 25) / 64).bfloat16().view(torch.uint8).numpy().data
-    shards: dict[str, list[Row]] = {}
-    for row in rows(spec):
+    shards: dict[str, list[CheckpointTensor]] = {}
+    for row in checkpoint_tensors(spec):
         layer = row.name.split(".")[1] if row.name.startswith("layers.") else "rest"
         shards.setdefault(f"model-{layer}.safetensors", []).append(row)
     total = 0
@@ -107,7 +110,7 @@ def _write(spec: ModelSpec, folder: Path) -> int:
 
 
 def _build(checkpoint: Path, out: Path, scheme: str) -> tuple[float, int]:
-    """Seconds until the weights have landed, and their bytes."""
+    """The seconds until the weights are on the disk, and their bytes."""
     start = time.perf_counter()
     art = moec.export(checkpoint, precision="fp8", scheme=scheme, out=out)
     return time.perf_counter() - start, art.manifest.build.bytes_packed
@@ -118,7 +121,7 @@ def _drop_caches() -> None:
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError:
-        print("caches could not be dropped: reads may come from memory")
+        print("the page cache could not be dropped: reads may come from memory")
 
 
 def _read(folder: Path) -> float:
@@ -130,7 +133,10 @@ def _read(folder: Path) -> float:
 
 
 def _writes(source: Path, path: Path) -> float:
-    """Seconds to write a copy of `source`, less those to read it; zeros would be too easy."""
+    """The seconds to write a copy of `source`, without those to read it.
+
+    It is a copy of real data, because a disk may write zeros faster.
+    """
     _drop_caches()
     start = time.perf_counter()
     _dd(f"if={source}", "of=/dev/null")

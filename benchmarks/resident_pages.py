@@ -1,4 +1,4 @@
-"""Which pages of a file are in memory (Linux): what a run has read, whoever mapped it."""
+"""Find which pages of a file are in memory (on Linux), to see what a run has read."""
 
 import ctypes
 import mmap
@@ -17,23 +17,26 @@ PAGE = mmap.PAGESIZE
 
 
 def drop_pages(path: Path) -> None:
-    """Empty the page cache of `path`, and stop read-ahead where this process has it mapped.
+    """Empty the page cache of `path`, and stop read-ahead in this process's mappings of it.
 
-    With read-ahead, pages that nobody asked for would count. Mappings must be clean: read only.
+    Read-ahead would bring in pages that nobody asked for. Mappings must be read-only.
     """
     for start, size in _mappings(path):
         for advice in (_MADV_DONTNEED, _MADV_RANDOM):
             _check(_LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice))
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)  # a page that is still to be written stays
+        os.fsync(file)  # pages that are not yet written would stay
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
 
 
 def resident_bytes(entries: Iterable[TensorEntry], whole: bool = False) -> int:
-    """Bytes of the pages in memory that hold part of `entries`; `whole`: and nothing else."""
+    """The bytes of the pages in memory that hold parts of `entries`.
+
+    With `whole`, pages that also hold other bytes are not counted.
+    """
     by_file: dict[Path, set[int]] = {}
     for entry in entries:
         start, end = entry.offset, entry.offset + entry.nbytes
@@ -43,14 +46,14 @@ def resident_bytes(entries: Iterable[TensorEntry], whole: bool = False) -> int:
 
 
 def _resident(path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """For each page of `path`: is it in memory?"""
+    """Whether each page of `path` is in memory."""
     size = path.stat().st_size
     found = np.zeros(-(-size // PAGE), np.uint8)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         view = np.frombuffer(mapped, np.uint8)
         start, flags = (ctypes.c_void_p(array.ctypes.data) for array in (view, found))
         _check(_LIBC.mincore(start, ctypes.c_size_t(size), flags))
-        del view  # or the map cannot be closed
+        del view  # otherwise the mapping cannot be closed
     return (found & 1).astype(bool)
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint of full size that takes no room: real headers, and shards that are one long hole.
+"""Write a checkpoint of full size that takes no room on the disk: real headers and sparse shards.
 
-`export` reads no more than headers, so that to it this is the released 217 or 803 GB. A weight that
-anybody does read is zero.
+`export` reads headers only, so that for it this is a checkpoint of 217 or 803 GB. All weights are
+zero.
 """
 
 import json
@@ -9,29 +9,29 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from moec.spec.hf.config import write_config
+from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import INDEX
-from moec.weights.name_map import Row, rows
+from moec.weights.name_map import CheckpointTensor, checkpoint_tensors
 from moec.weights.shard import DTYPES
 
 _PROBE = 1 << 26  # bytes
 
 
 def write_sparse_checkpoint(spec: ModelSpec, folder: Path, shard_bytes: int = 50 * 10**9) -> int:
-    """Write config, index and sparse shards of `spec` to `folder`; gives the bytes of its tensors.
+    """Write config, index and sparse shards of `spec` to `folder`; return the bytes of its tensors.
 
-    A shard holds up to `shard_bytes`, or one tensor that is larger.
+    A shard holds up to `shard_bytes`, or one larger tensor.
 
     Raises:
-        OSError: the file system of `folder` has no sparse files, or no files as large as these.
+        OSError: the file system of `folder` does not support sparse files, or files of this size.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_dense(folder)
+    _check_sparse_files(folder)
     dtype, itemsize = next(
         (name, size) for name, (ours, size) in DTYPES.items() if ours == spec.dtype
     )
-    shards = list(_shards(rows(spec), itemsize, shard_bytes))
+    shards = list(_shards(checkpoint_tensors(spec), itemsize, shard_bytes))
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):
@@ -46,12 +46,14 @@ def write_sparse_checkpoint(spec: ModelSpec, folder: Path, shard_bytes: int = 50
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Bytes that the files below `folder` really take."""
+    """The bytes that the files below `folder` take on the disk."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def _shards(table: list[Row], itemsize: int, limit: int) -> Iterator[list[Row]]:
-    shard: list[Row] = []
+def _shards(
+    table: list[CheckpointTensor], itemsize: int, limit: int
+) -> Iterator[list[CheckpointTensor]]:
+    shard: list[CheckpointTensor] = []
     size = 0
     for row in table:
         nbytes = math.prod(row.shape) * itemsize
@@ -63,7 +65,7 @@ def _shards(table: list[Row], itemsize: int, limit: int) -> Iterator[list[Row]]:
     yield shard
 
 
-def _write_shard(path: Path, shard: list[Row], dtype: str, itemsize: int) -> int:
+def _write_shard(path: Path, shard: list[CheckpointTensor], dtype: str, itemsize: int) -> int:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row in shard:
@@ -77,8 +79,8 @@ def _write_shard(path: Path, shard: list[Row], dtype: str, itemsize: int) -> int
     return end
 
 
-def _refuse_dense(folder: Path) -> None:
-    """Try a small hole first: a file system without them would fill the disk with zeros."""
+def _check_sparse_files(folder: Path) -> None:
+    """Try a small sparse file first; without support for it, zeros would fill the disk."""
     probe = folder / "probe"
     try:
         with probe.open("wb") as file:
@@ -87,4 +89,4 @@ def _refuse_dense(folder: Path) -> None:
     finally:
         probe.unlink(missing_ok=True)
     if taken >= _PROBE:
-        raise OSError(f"{folder}: no sparse files on this file system; set TMPDIR to another")
+        raise OSError(f"{folder}: this file system has no sparse files; set TMPDIR to another one")

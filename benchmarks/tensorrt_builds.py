@@ -1,14 +1,15 @@
-"""Build engines of TensorRT-RTX for SM89 and SM120 without a GPU: seconds, bytes, memory.
+"""Build TensorRT engines of TensorRT-RTX for SM89 and SM120, and measure seconds, bytes and memory.
 
     python benchmarks/tensorrt_builds.py [--full] [--json FILE]
 
-Each in one run beside its limit; none of the engines is run. `two layers` are layers 0 and 1 of the
-full width, all weights as inputs of the engine, for the text alone; `tower` the whole vision tower
-of Scout. `all layers` writes the ONNX of the full model, and builds no engine. In `plugin` experts
-run in the plugin, compiled against the interface in tests/exporters/tensorrt_plugin/include. With
-`--full` also the whole decoders, all weights as inputs.
+The builds need no GPU, and none of the TensorRT engines is run. Each build has a limit. `two
+layers` are two decoder layers of full width, with all weights as inputs of the engine. `tower` is
+the whole vision tower of Scout. `all layers, ONNX only` writes the ONNX of the full model and
+builds no engine. In `plugin` the MoE plugin runs the experts; it is compiled with the headers in
+tests/exporters/tensorrt_plugin/include. `--full` also builds whole decoders, with all weights as
+inputs.
 
-Exit code 1 if a build fails or misses a limit.
+The exit code is 1 if a build fails or misses a limit.
 """
 
 import argparse
@@ -39,7 +40,11 @@ HEADERS = ROOT / "tests/exporters/tensorrt_plugin/include"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One build; `seconds` from the call to the artefact, `peak` of the process that builds."""
+    """The figures of one build.
+
+    `seconds` is the time from the call to the finished artefact. `peak` is the peak memory in bytes
+    of the process that builds the engine, and `most` its limit.
+    """
 
     build: str
     seconds: float
@@ -52,7 +57,7 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether it is within its limits."""
+        """Whether the build is within its limits."""
         return self.seconds <= self.limit and self.peak <= self.most
 
 
@@ -104,7 +109,7 @@ def rows(folder: Path) -> Iterator[Row]:
     yield build("scout, tower and one layer, bf16", tower, 60, folder, precision="bf16")
     only = EngineOptions(build=False)
     for name, scheme in (("scout", "mixed"), ("scout", "static"), ("maverick", "mixed")):
-        label = f"{name}, all layers, ONNX alone, fp8 {scheme}"
+        label = f"{name}, all layers, ONNX only, fp8 {scheme}"
         yield build(
             label, name, 5, folder, "tensorrt", precision="fp8", scheme=scheme, options=only
         )
@@ -112,7 +117,9 @@ def rows(folder: Path) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="whole decoders too: six minutes")
+    parser.add_argument(
+        "--full", action="store_true", help="also build whole decoders, which takes six minutes"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ.setdefault("TENSORRT_INCLUDE", str(HEADERS))

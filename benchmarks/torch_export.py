@@ -1,8 +1,9 @@
-"""The peer of a full-size build: transformers' Llama 4 by `torch.onnx.export`, without weights.
+"""Export transformers' Llama 4 with `torch.onnx.export`, without weights: the peer of a full build.
 
-The peer is given every advantage: no KV cache, one static shape, no weights to place, no check of
-the result, and its optimizer off, because constant folding fails on weights that are not there.
-As released it does not export at all: ONNX has no complex numbers, so RoPE is patched to real ones.
+The peer has every advantage: no KV cache, one static shape, no weights to place and no check of the
+result. Its optimizer is off, because constant folding fails without weights. The released model
+cannot be exported, because its RoPE uses complex numbers, which ONNX does not have. The module
+replaces that RoPE by one in real numbers.
 """
 
 import time
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
-from moec.spec.hf.config import write_config
+from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import text_parameters
 from moec.spec.presets import PRESETS
@@ -27,13 +28,13 @@ TOKENS = 128
 
 
 def export(variant: str, out: str) -> dict[str, float]:
-    """Write preset `variant` to `out`; seconds to a torch graph, and from there to ONNX."""
+    """Write the preset `variant` to `out`; return the seconds to a torch graph, and on to ONNX."""
     warnings.simplefilter("ignore")
     use_real_rope()
     _warm_up()
     spec = PRESETS[variant]
     start = time.perf_counter()
-    # Fake tensors have a shape and a dtype and no memory: 217 GB of them fit anywhere.
+    # Fake tensors have a shape and a type but no memory, so that 217 GB of them fit anywhere.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(spec, torch.bfloat16)
         ids = torch.zeros(1, TOKENS, dtype=torch.int64)
@@ -46,7 +47,7 @@ def export(variant: str, out: str) -> dict[str, float]:
 
 
 def build(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
-    """The decoder of `spec` by transformers."""
+    """The decoder of `spec` as a model of transformers."""
     config = write_config(spec.model_copy(update={"vision": None}))
     for field in ("architectures", "model_type", "torch_dtype"):
         del config[field]
@@ -57,13 +58,13 @@ def build(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
 
 
 def use_real_rope() -> None:
-    """Replace transformers' complex RoPE by the same rotation in real numbers."""
+    """Replace the complex RoPE of transformers by the same rotation in real numbers."""
     modeling_llama4.Llama4TextRotaryEmbedding.forward = _rope_table
     modeling_llama4.apply_rotary_emb = _rotate
 
 
 def _rope_table(self: Any, x: Tensor, position_ids: Tensor) -> Tensor:
-    """[B, S] -> cosines and sines, [B, S, 1, dim / 2, 2]."""
+    """Cosines and sines of positions [B, S], as [B, S, 1, dim / 2, 2]."""
     angles = position_ids[..., None, None].float() * self.inv_freq.float()
     return torch.stack([angles.cos(), angles.sin()], -1) * self.attention_scaling
 
@@ -80,7 +81,7 @@ def _rotate(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _warm_up() -> None:
-    """Export one layer, so that what torch imports on first use is not in the time."""
+    """Export one layer, so that the time does not include what torch imports at first use."""
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),), strict=False)
     torch.onnx.export(program, (torch.zeros(1, 2),), dynamo=True, optimize=False, verbose=False)
 

@@ -1,7 +1,7 @@
-"""The peer of many experts: the same MoE layers with each expert written out, in plain ONNX.
+"""Write MoE layers in plain ONNX with nodes for each expert: the peer of many_experts.py.
 
-This is what tracing a model gives. The graph holds norms, routers and routed experts alone: no
-attention, no dense layers, no shared experts. Its weights are the bytes that moec's graph uses.
+Tracing a model gives such a graph. It has norms, routers and routed experts only, without
+attention, dense layers and shared experts. Its weights are the bytes that moec's graph uses.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,10 @@ _FLOAT = ir.DataType.FLOAT
 
 
 def unrolled_experts(spec: ModelSpec, entries: Mapping[str, TensorEntry], root: Path) -> ir.Model:
-    """All MoE layers of `spec`, one after the other: x [tokens, dim] -> y; weights below `root`."""
+    """A model of all MoE layers of `spec` in sequence, from x [tokens, dim] to y [tokens, dim].
+
+    `entries` says where the weights are, in files below `root`.
+    """
     x = graph_in = ir.val("x", _FLOAT, ["tokens", spec.text.dim])
     graph = ir.Graph([x], [], nodes=[], opset_imports={"": 24}, name="unrolled")
     tape = Tape(graph)

@@ -1,10 +1,10 @@
-"""The vision tower at full size on the CPU: time a tile, memory, beside transformers and the limit.
+"""Time the vision tower at full size on the CPU, and compare with transformers and a limit.
 
     python benchmarks/vision.py [--tiles 1 4] [--json FILE]
 
-Random weights (871,932,416 parameters of tower and projector, 1.7 GB in bfloat16), float32
-arithmetic. Each engine runs in a process of its own; its first call is left out of the times. The
-limit is a large float32 matrix product by torch in a process of its own, in the same run.
+The weights are random: 871,932,416 parameters of tower and projector, 1.7 GB in bfloat16. The
+arithmetic is float32. Each engine runs in its own process, and its first call is not timed. The
+limit is the rate of a large float32 matrix product in torch, measured in the same run.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def spec() -> ModelSpec:
-    """Scout's tower and projector at full size, before a decoder of one narrow layer."""
+    """Scout's vision tower and projector at full size, with a decoder of one small layer."""
     scout = PRESETS["scout"]
     text = scout.text.model_copy(
         update={
@@ -80,7 +80,7 @@ def spec() -> ModelSpec:
 
 
 def prepare(folder: str) -> None:
-    """Write a random checkpoint, and an artefact of it."""
+    """Write a random checkpoint and an artefact of it."""
     import moec
     from moec.weights.random import write_random_checkpoint
 
@@ -92,7 +92,7 @@ Run = Callable[[int], Any]
 
 
 def moec_engine(folder: str, engine: str, preset: str = "lean") -> Run:
-    """The tower in a session."""
+    """Open the vision tower in a session."""
     import moec
 
     session = moec.open_session(Path(folder, "artefact"), engine=engine, preset=preset)
@@ -112,7 +112,7 @@ def eager(folder: str) -> Run:
 
 
 def transformers(folder: str) -> Run:
-    """The peer: its tower and projector, in float32 with torch's fused attention."""
+    """Open the peer's tower and projector, in float32 with torch's SDPA."""
     import torch
 
     from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
@@ -147,7 +147,7 @@ def pixels(tiles: int) -> Any:
 
 
 def measure(make: Callable[[str], Run], folder: str, tiles: list[int]) -> list[Figures]:
-    """Seconds to open and to run, for each number of tiles."""
+    """The seconds to open an engine, and to run each number of image tiles."""
     import numpy as np
 
     start = time.perf_counter()
@@ -167,7 +167,7 @@ def measure(make: Callable[[str], Run], folder: str, tiles: list[int]) -> list[F
 
 
 def differences(folder: str) -> dict[str, float]:
-    """Each engine's largest error against transformers', over the largest value."""
+    """Each engine's largest difference from transformers, divided by the largest value."""
     import numpy as np
 
     expected = np.load(Path(folder, f"{transformers.__name__}.npy"))
@@ -179,7 +179,7 @@ def differences(folder: str) -> dict[str, float]:
 
 
 def matrix_product(size: int = 4096) -> float:
-    """FLOP/s of a square float32 product."""
+    """The FLOP/s of a square float32 matrix product."""
     import torch
 
     a, b = torch.rand(size, size), torch.rand(size, size)
@@ -192,7 +192,7 @@ def matrix_product(size: int = 4096) -> float:
 
 
 def table(rows: list[Figures], limit: float, errors: dict[str, float] | None) -> Table:
-    """Engines side by side."""
+    """A table of the engines' figures."""
     result = Table(box=SIMPLE, padding=0, caption=f"limit: {limit / 1e9:.0f} GFLOP/s")
     for head in (
         "engine",

@@ -1,10 +1,11 @@
-"""Decode and prefill in vLLM on one GPU: the part of `vllm_peer.py` that needs no moec.
+"""Time decode and prefill in vLLM on one GPU: the part of `vllm_peer.py` that does not need moec.
 
     python benchmarks/vllm_decoder.py MODEL_FOLDER FILE
 
-MODEL_FOLDER holds a config.json; the weights are random. FILE gets the times as JSON, under the
-names of `h200.py`. vLLM runs as its users get it: compiled, with CUDA graphs of these batches and
-the engine in a process of its own. Prefix caching is off, because prompts here are to be computed.
+MODEL_FOLDER holds a config.json; the weights are random. The script writes the times to FILE as
+JSON, under the row names of `h200.py`. vLLM runs with its usual settings: compiled, with CUDA
+graphs for these batches, and with its engine in its own process. Prefix caching is off, because
+every prompt is to be computed.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import vllm
 import vllm_weights
 
 BATCHES, CONTEXT, PREFILL = (1, 8, 64), 1024, 8192
-#: tokens that a request generates; a step is the difference of two requests
+#: tokens that a request generates; the time of a step comes from the difference of two requests
 SHORT, LONG = 16, 128
 REPEATS = 3
 
@@ -45,7 +46,7 @@ class Model:
         )
 
     def generate_us(self, batch: int, context: int, count: int) -> float:
-        """Wall-clock of `batch` requests of `context` tokens that generate `count` tokens each."""
+        """Microseconds of `batch` requests of `context` tokens, which generate `count` tokens."""
         ids = torch.randint(0, self.vocab, (batch, context), generator=self.generator)
         sampling = vllm.SamplingParams(
             temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False
@@ -61,7 +62,7 @@ class Model:
         return took
 
     def step_us(self, batch: int) -> float:
-        """A decode step of `batch` sequences: what LONG tokens take beyond SHORT ones."""
+        """Microseconds of a decode step of `batch` sequences, from LONG and SHORT requests."""
         self.generate_us(batch, CONTEXT, SHORT)
         times = []
         for _ in range(REPEATS):
@@ -70,7 +71,7 @@ class Model:
         return statistics.median(times)
 
     def prefill_us(self) -> float:
-        """A prompt of PREFILL tokens, the choice of one token included."""
+        """Microseconds of a prompt of PREFILL tokens and the choice of one token."""
         self.generate_us(1, PREFILL, 1)
         return min(self.generate_us(1, PREFILL, 1) for _ in range(REPEATS))
 

@@ -413,7 +413,7 @@ def spec_show(
 ) -> None:
     """Print a preset, spec file or checkpoint as YAML, JSON or a Hugging Face config.json."""
     from moec.spec.files import dump_yaml, load_spec
-    from moec.spec.hf.config import write_config
+    from moec.spec.hf.config_writer import write_config
 
     spec = load_spec(model)
     if form == "yaml":

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from moec.artefact.manifest import FORMAT, NAME
 from moec.spec.errors import refuse
-from moec.weights.packed_file import PACKED, under_way
+from moec.weights.packed_file import PACKED
+from moec.weights.packed_journal import resumable_files
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
         except Exception:
             raise
         except BaseException:
-            kept = under_way(partial / PACKED)
+            kept = resumable_files(partial / PACKED)
             raise
         if not ours:
             refuse_foreign(out)
@@ -125,6 +126,6 @@ def _remove_stale(out: Path, partial: Path) -> None:
                 if kind == "moec-replaced" and not out.exists() and _is_artefact(path):
                     path.rename(out)  # killed between two renames: the old artefact is whole
                 else:
-                    for file in under_way(path / PACKED):
+                    for file in resumable_files(path / PACKED):
                         file.rename(partial / file.name)
                     shutil.rmtree(path, ignore_errors=True)

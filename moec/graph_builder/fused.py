@@ -18,7 +18,7 @@ from moec.graph_builder.passes.fuse_quantisation import join_encodes
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.tap import tap
 from moec.spec.model import ModelSpec
-from moec.weights.joined import widened
+from moec.weights.joined import unquantised
 
 
 def build_fused(
@@ -32,5 +32,5 @@ def build_fused(
     Raises:
         MoecError: a model or scheme that the fused ops cannot express.
     """
-    graph = join_skip_norms(keep_buffers(build_decoder(widened(spec, precision), precision)))
+    graph = join_skip_norms(keep_buffers(build_decoder(unquantised(spec, precision), precision)))
     return join_neighbours(join_encodes(fuse(tap(graph, taps), spec)))

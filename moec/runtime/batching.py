@@ -1,30 +1,39 @@
-"""How tokens are split into calls of a graph: which rows, and which columns of their ids."""
+"""Split the tokens of a batch into calls of a graph, in prefill chunks.
+
+A call is a pair of slices over the token ids [B, S]: which sequences, and which of their tokens.
+"""
 
 from collections.abc import Iterator
 
 from torch import Tensor
 
-#: tokens of a prompt that go through the graph at once; bounds the memory of masks and logits
-PIECE = 1024
-#: the same where kernels make no masks and a call should fill a GPU
-LONG_PIECE = 8192
+#: tokens of a prefill chunk; the limit bounds the memory of masks and logits
+PREFILL_CHUNK = 1024
+#: tokens of a prefill chunk on a GPU, whose kernels make no masks, and which a call should fill
+GPU_PREFILL_CHUNK = 8192
 
 Call = tuple[slice, slice]
 
 
-def padded_calls(width: int, piece: int = PIECE) -> Iterator[Call]:
-    """All rows together, `piece` columns at a time; rows that are shorter are padded."""
-    for start in range(0, width, piece):
-        yield slice(None), slice(start, min(start + piece, width))
+def padded_calls(width: int, prefill_chunk: int = PREFILL_CHUNK) -> Iterator[Call]:
+    """Calls for all sequences together, `prefill_chunk` of `width` tokens at a time.
+
+    Shorter sequences are padded.
+    """
+    for start in range(0, width, prefill_chunk):
+        yield slice(None), slice(start, min(start + prefill_chunk, width))
 
 
 def buffered_calls(
-    past: Tensor, lengths: Tensor, width: int, ring: int | None, piece: int = PIECE
+    past: Tensor, lengths: Tensor, width: int, ring: int | None, prefill_chunk: int = PREFILL_CHUNK
 ) -> Iterator[Call]:
-    """One column for all rows together; more are appended row by row, and end at chunk borders.
+    """Calls for caches that are buffers, which would keep padding as if it were tokens.
 
-    `past` [B] and `lengths` [B] are the tokens that each row has and gets. A buffer keeps whatever
-    a call gives it: there is no padding but in rows that get nothing.
+    If `width` is 1, one call decodes a token of every sequence. Otherwise each sequence has calls
+    of its own, without padding. No call crosses a border of the attention chunks of `ring` tokens;
+    None stands for a model without such layers.
+
+    `past` [B] counts the tokens that each sequence already has, `lengths` [B] those that it gets.
     """
     if width == 1:
         yield slice(None), slice(0, 1)
@@ -33,6 +42,6 @@ def buffered_calls(
         start = 0
         while start < own:
             room = ring - (seen + start) % ring if ring else own
-            end = start + min(piece, own - start, room)
+            end = start + min(prefill_chunk, own - start, room)
             yield slice(row, row + 1), slice(start, end)
             start = end

@@ -1,4 +1,7 @@
-"""Find how large the inputs of products get: what static FP8 scales are made of."""
+"""Calibrate: measure how large the inputs of linear layers, keys and values get.
+
+Static FP8 scales are computed from these magnitudes.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +21,13 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
 
-#: bins of an octave, which bound the error of a percentile to 1.1 %, and octaves around 1
+#: the bins of a power of two, which limit the error of a percentile to 1.1 %; and the smallest and
+#: the largest power of two in the histogram
 _BINS, _LOW, _HIGH = 64, -40, 24
 
 
 class _Magnitudes:
-    """Largest magnitude of all that `add` saw, and a histogram where a percentile is wanted."""
+    """The largest magnitude of all values given to `add`, and a histogram for percentiles."""
 
     def __init__(self, percentile: float) -> None:
         self.share, self.largest, self.seen = percentile / 100, 0.0, 0
@@ -34,7 +38,7 @@ class _Magnitudes:
             return
         size = x.detach().abs().flatten()
         most = size.max().item()
-        if not most <= self.largest:  # NaN, once seen, stays: nothing is larger than it
+        if not most <= self.largest:  # a NaN stays, because no later value is above it
             self.largest = most
         self.seen += size.numel()
         if self.share < 1:
@@ -43,7 +47,7 @@ class _Magnitudes:
 
     @property
     def found(self) -> float:
-        """The magnitude that the share of all elements does not exceed."""
+        """The wanted percentile of the magnitudes."""
         if self.share >= 1:
             return self.largest
         at = int((self.bins.cumsum(0) >= self.share * self.seen).nonzero()[0])
@@ -51,7 +55,7 @@ class _Magnitudes:
 
 
 class _Observer(fx.Interpreter):
-    """Runs the wide graph and notes what goes into products and caches."""
+    """Runs the unquantised graph and records the inputs of linear layers and caches."""
 
     def __init__(self, graph: fx.GraphModule, experts: int, percentile: float) -> None:
         super().__init__(graph)
@@ -74,6 +78,7 @@ class _Observer(fx.Interpreter):
         return super().run_node(n)
 
     def _site(self, weight: Any, count: int) -> list[_Magnitudes]:
+        """The magnitudes of the inputs of `weight`, one for each of `count` experts."""
         name = weight.meta["name"]
         return self.inputs.setdefault(name, [self.new() for _ in range(count)])
 
@@ -99,16 +104,18 @@ def calibrate(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     batch: int = 4,
 ) -> Calibration:
-    """Run `checkpoint`, wide weights, over rows of tokens, in float32.
+    """Run the unquantised model in `checkpoint` over sequences of tokens, in float32.
 
     Args:
-        tokens: int64 [rows, length], or a file of them: see `read_rows`.
-        percentile: of the magnitudes at each site; 100 is the largest.
-        progress: called with (stage, done, total).
-        batch: rows that go through at once.
+        checkpoint: the folder of a checkpoint whose weights are not FP8.
+        tokens: int64 [sequences, length], or a file of them; see `read_rows`.
+        percentile: which percentile of the magnitudes to take in each place; 100 is the largest.
+        progress: called with (stage, done, total), where the numbers count sequences.
+        batch: the sequences that run at once.
 
     Raises:
-        MoecError: weights that are FP8 already, no such tokens, or values that are not finite.
+        MoecError: the weights are FP8 already, the tokens cannot be read, or values in the model
+            are not finite.
     """
     folder = Path(checkpoint)
     spec, _, entries = read_model(folder)
@@ -116,11 +123,12 @@ def calibrate(
         refuse(
             folder,
             f"FP8 weights ({spec.scheme.name})",
-            "wide weights",
-            "calibrate the checkpoint that they were made from",
+            "unquantised weights",
+            "calibrate the checkpoint that the FP8 weights were made from",
         )
     if not 0 < percentile <= 100:
-        refuse("--percentile", percentile, "above 0, at most 100", "leave it out")
+        expected = "a percentile above 0 and at most 100"
+        refuse("--percentile", percentile, expected, "leave --percentile out")
     rows = read_rows(tokens, spec, folder)
     graph = build_graph(spec)
     fill(graph, entries)

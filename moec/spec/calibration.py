@@ -1,4 +1,4 @@
-"""What calibration found, as data: how large the inputs of products get, and keys and values."""
+"""The results of calibration: how large inputs of linear layers, keys and values get."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,11 +17,12 @@ _NEXT = "moec calibrate CHECKPOINT --tokens FILE --out scales.json"
 
 
 class Calibration(Frozen):
-    """Largest magnitudes by site, or a percentile of them.
+    """The largest magnitude that calibration saw in each place, or a percentile of the magnitudes.
 
-    `inputs` are those of products, by the name of their weight; fused experts have one for each
-    expert. `caches` are those of keys and values, by layer: "layers.{i}.attn.k". `unseen` names
-    experts that no token chose: what stands for them is the largest of their layer.
+    `inputs` holds the magnitudes of linear layers' inputs, by the name of the weight; a stacked
+    expert weight has one magnitude for each expert. `caches` holds those of keys and values, by
+    names such as "layers.{i}.attn.k". `unseen` names the experts that no token chose; they get the
+    largest magnitude of their layer. `tokens` counts the tokens that were read.
     """
 
     format: Literal["moec-scales/1"] = "moec-scales/1"
@@ -34,7 +35,11 @@ class Calibration(Frozen):
 
 
 def read_calibration(path: str | Path) -> Calibration:
-    """The calibration in a file that `calibrate` wrote."""
+    """Read a file that `moec calibrate` wrote.
+
+    Raises:
+        MoecError: the file is missing, or is not such a file.
+    """
     path = Path(path)
     try:
         return Calibration.model_validate(read_json(path))
@@ -43,7 +48,7 @@ def read_calibration(path: str | Path) -> Calibration:
         refuse(
             f"{path}: {'.'.join(map(str, first['loc']))}",
             first["msg"],
-            "scales of calibrate",
+            "a scales file that moec calibrate wrote",
             _NEXT,
         )
 
@@ -51,10 +56,14 @@ def read_calibration(path: str | Path) -> Calibration:
 def static_scales(
     spec: ModelSpec, calibration: Calibration | None
 ) -> dict[str, tuple[float, ...] | float]:
-    """Every scale of `spec` that no weight gives, by tensor name: a magnitude over 448.
+    """The static scales that the scheme of `spec` needs, by tensor name.
+
+    A static scale is a calibrated magnitude divided by 448, the largest E4M3 number. A tensor with
+    one scale for each expert gives a tuple. A scheme without static scales gives an empty dict.
 
     Raises:
-        MoecError: `spec` wants scales and there is no calibration, or it is of another model.
+        MoecError: the scheme needs static scales and `calibration` is None, or `calibration` was
+            made from another model.
     """
     scheme = spec.scheme
     if scheme is None or not scheme.static:
@@ -62,34 +71,38 @@ def static_scales(
     if calibration is None:
         refuse(
             f"scheme {scheme.name} of {spec.name}",
-            "static scales, and no calibration",
-            "--scales FILE",
+            "the scheme needs static scales, and no calibration was given",
+            "a calibration: --scales FILE",
             _NEXT,
         )
     found: dict[str, tuple[float, ...] | float] = {}
     for name, rule in quantized(spec).items():
         if rule.inputs in STATIC:
-            each = _sizes(calibration.inputs.get(name), name, calibration)
-            experts = spec.text.experts.count if _is_fused(name) else 1
-            if len(each) != experts:
-                raise _other_model(name, f"{len(each)} magnitudes", f"{experts}", calibration)
-            apart = rule.inputs == "expert" and _is_fused(name)
-            found[input_scale_of(name)] = tuple(map(_scale, each)) if apart else _scale(max(each))
+            sizes = _magnitudes(calibration.inputs.get(name), name, calibration)
+            experts = spec.text.experts.count if _is_stacked(name) else 1
+            if len(sizes) != experts:
+                raise _other_model(
+                    name, f"{len(sizes)} magnitudes", f"{experts} magnitudes", calibration
+                )
+            per_expert = rule.inputs == "expert" and _is_stacked(name)
+            found[input_scale_of(name)] = (
+                tuple(map(_scale, sizes)) if per_expert else _scale(max(sizes))
+            )
     if scheme.cache:
         for layer in spec.text.all_layers:
             for part in "kv":
                 name = f"layers.{layer.index}.attn.{part}"
-                (size,) = _sizes(calibration.caches.get(name), name, calibration)
+                (size,) = _magnitudes(calibration.caches.get(name), name, calibration)
                 found[scale_of(name)] = _scale(size)
     return found
 
 
-def _sizes(
-    found: float | tuple[float, ...] | None, name: str, of: Calibration
+def _magnitudes(
+    found: float | tuple[float, ...] | None, name: str, source: Calibration
 ) -> tuple[float, ...]:
     sizes = tuple(found) if isinstance(found, Iterable) else (found,) if found is not None else ()
     if not sizes or not all(size >= 0 for size in sizes):
-        raise _other_model(name, sizes or "nothing", "magnitudes of 0 or more", of)
+        raise _other_model(name, sizes or "no magnitude", "magnitudes of 0 or more", source)
     return sizes
 
 
@@ -97,9 +110,12 @@ def _scale(size: float) -> float:
     return size / LARGEST if size else 1.0
 
 
-def _is_fused(name: str) -> bool:
+def _is_stacked(name: str) -> bool:
+    """Whether the weight `name` holds all experts of a layer."""
     return name.endswith((".gate_up", ".down")) and ".moe." in name
 
 
-def _other_model(name: str, found: object, expected: str, of: Calibration) -> MoecError:
-    return MoecError(f"--scales: {name}", f"{found}; scales of {of.model}", expected, _NEXT)
+def _other_model(name: str, found: object, expected: str, source: Calibration) -> MoecError:
+    return MoecError(
+        f"--scales: {name}", f"{found}; the scales were made from {source.model}", expected, _NEXT
+    )

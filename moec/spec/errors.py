@@ -4,9 +4,9 @@ from typing import NoReturn
 
 
 class MoecError(Exception):
-    """A refusal in four lines: where, what was found, what was expected, what to do next.
+    """An error in four lines: where it is, what was found, what was expected, what to run next.
 
-    No part is ever empty. `exit_code` is what the command line ends with: 2 for bad input, 3 for a
+    No part is ever empty. The command line exits with `exit_code`: 2 for bad input, 3 for a
     missing package or device, 1 for a check that failed.
     """
 
@@ -34,10 +34,10 @@ def refuse(
     exit_code: int = 2,
     cause: BaseException | None = None,
 ) -> NoReturn:
-    """Raise a `MoecError` of these parts.
+    """Raise a `MoecError` with these four parts.
 
-    The exception that is being handled stays hidden, because the message says what it meant; pass
-    it as `cause` where a developer needs its traceback too.
+    The traceback leaves out the exception that is being handled, because the message already says
+    what it meant. Pass the exception as `cause` where a developer needs its traceback too.
 
     Raises:
         MoecError: always.
@@ -46,9 +46,9 @@ def refuse(
 
 
 def _line(text: object) -> str:
-    """Put `text` on one line; an empty one reads "nothing".
+    """Put `text` on one line; an empty text becomes "nothing".
 
-    A file may hold control characters in a name: each becomes "?".
+    A name from a file may hold control characters. Each of them becomes "?".
     """
     line = " ".join(str(text).splitlines()).strip()
     return "".join(char if char.isprintable() else "?" for char in line) or "nothing"

@@ -1,4 +1,7 @@
-"""Read a JSON object field by field, so that each field is used, known to be inert, or an error."""
+"""Read a JSON object field by field, so that no field is ignored by accident.
+
+Every field must be read, or be listed as having no effect ("inert"), or it is an error.
+"""
 
 import json
 from collections.abc import Iterable
@@ -12,20 +15,25 @@ _NEXT = "correct the field, or describe the model in a spec file (moec spec sche
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; a missing file, broken JSON or another type is a `MoecError`."""
+    """Read the JSON object in `path`.
+
+    Raises:
+        MoecError: the file is missing, is not JSON, or holds something other than an object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         refuse(path, error.strerror or error, "a readable JSON file", f"check that {path} exists")
     except (ValueError, RecursionError) as error:
-        refuse(path, f"broken JSON: {error}", "one JSON object", "fetch the file again")
+        refuse(path, f"broken JSON: {error}", "one JSON object", "download the file again")
     if not isinstance(value, dict):
-        refuse(path, type(value).__name__, "one JSON object", "fetch the file again")
+        found = f"JSON of type {type(value).__name__}"
+        refuse(path, found, "one JSON object", "download the file again")
     return value
 
 
 class Fields:
-    """The fields of one JSON object. `take` uses one up; `finish` refuses what nobody took."""
+    """The fields of one JSON object. `take` reads a field; `finish` refuses fields nobody read."""
 
     def __init__(self, where: str, values: dict[str, Any], next_step: str = _NEXT) -> None:
         self.where, self.next_step = where, next_step
@@ -36,7 +44,12 @@ class Fields:
         return self.left.get(key) is not None
 
     def take(self, key: str, *kinds: type, default: Any = REQUIRED) -> Any:
-        """Field `key`, which must be one of `kinds`; null counts as absent."""
+        """Read field `key`; a null field counts as missing.
+
+        Raises:
+            MoecError: the value has none of the types `kinds`, or the field is missing and there
+                is no `default`.
+        """
         value = self.left.pop(key, None)
         self.taken.add(key)
         names = " or ".join(kind.__name__ for kind in kinds)
@@ -48,28 +61,32 @@ class Fields:
         if not exact:
             raise self.error(key, f"{value!r}", names)
         if isinstance(value, int | float) and not abs(value) < 1e300:
-            raise self.error(key, "a number beyond all bounds", names)
+            raise self.error(key, "an infinite or far too large number", names)
         return value
 
     def inner(self, key: str) -> "Fields":
-        """The object in field `key`."""
+        """Read the object in field `key`, to be read field by field in turn."""
         return Fields(f"{self.where}.{key}", self.take(key, dict), self.next_step)
 
     def size(self, key: str, most: int = 2**31 - 1) -> int:
-        """Field `key`, an integer from 1 to `most`, which no model comes near."""
+        """Read field `key`, an integer from 1 to `most`. The default is far above any model."""
         value: int = self.take(key, int)
         if not 1 <= value <= most:
             raise self.error(key, str(value), f"1 to {most}")
         return value
 
     def require(self, key: str, expected: Any, default: Any = REQUIRED) -> None:
-        """Field `key` must be `expected`: other values change the arithmetic and have no graph."""
+        """Refuse the model unless field `key` is `expected`.
+
+        Use it for fields whose other values would change the arithmetic in a way that no graph
+        supports.
+        """
         found = self.take(key, type(expected), default=default)
         if found != expected:
-            raise self.error(key, repr(found), f"{expected!r}, the only value supported")
+            raise self.error(key, repr(found), f"{expected!r}, the only supported value")
 
     def finish(self, inert: Iterable[str]) -> None:
-        """Refuse fields that were neither taken nor are `inert` (no effect on inference)."""
+        """Refuse fields that nobody read, except those in `inert`: they do not affect inference."""
         unknown = sorted(set(self.left) - set(inert))
         if unknown:
             raise self.error(
@@ -79,7 +96,7 @@ class Fields:
             )
 
     def error(self, key: str, found: str, expected: str) -> MoecError:
-        """The refusal of field `key`, to be raised."""
+        """Make the error for field `key`; the caller raises it."""
         return MoecError(
             f"{self.where}.{key}" if ":" in self.where else f"{self.where}: {key}",
             found,

@@ -1,4 +1,4 @@
-"""Find a spec by preset name, spec file or checkpoint folder; write and compare specs."""
+"""Load a spec from a preset name, a spec file or a checkpoint folder; write and compare specs."""
 
 import json
 import os
@@ -17,17 +17,21 @@ from moec.spec.scheme import SCHEMES, Scheme
 
 
 def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
-    """A spec from a preset name, a spec file (.yaml, .yml, .json) or a checkpoint folder."""
+    """Load a spec from a preset name, a spec file (.yaml, .yml, .json) or a checkpoint folder.
+
+    Raises:
+        MoecError: `source` is none of these, or its contents are not a valid spec.
+    """
     if isinstance(source, ModelSpec):
         return source
     if str(source) in PRESETS:
         return PRESETS[str(source)]
     path = Path(source)
-    # os.path, unlike pathlib, says no instead of raising on names that no system has.
+    # pathlib would raise on names that the operating system cannot have; os.path returns False.
     if str(source) and os.path.isdir(path):
         return read_config(path / "config.json")
     if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
-        return _read_file(path, ModelSpec, "a spec by the schema")
+        return _read_file(path, ModelSpec, "a spec that follows the schema")
     refuse(
         source,
         "neither a preset, nor a spec file, nor a checkpoint folder",
@@ -37,18 +41,23 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
 
 
 def load_scheme(source: str | Path | Scheme) -> Scheme:
-    """An FP8 scheme by name, or from a file (.yaml, .yml, .json)."""
+    """Load an FP8 scheme by its name, or from a file (.yaml, .yml, .json).
+
+    Raises:
+        MoecError: there is no such scheme or file, or the file is not a valid scheme.
+    """
     if isinstance(source, Scheme):
         return source
     if str(source) in SCHEMES:
         return SCHEMES[str(source)]
     path = Path(source)
     if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
-        return _read_file(path, Scheme, "a scheme: name, rules, block, cache; see docs/formats.md")
+        expected = "a scheme with the fields name, rules, block and cache; see docs/formats.md"
+        return _read_file(path, Scheme, expected)
     refuse(
         f"--scheme {source}",
-        "neither a scheme nor a file of one",
-        f"{', '.join(SCHEMES)}, or a .yaml or .json file",
+        "neither the name of a scheme nor a file that holds one",
+        f"one of {', '.join(SCHEMES)}, or a .yaml or .json file",
         "choose one of them",
     )
 
@@ -62,7 +71,7 @@ def _read_file(path: Path, kind: type[_Data], expected: str) -> _Data:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         summary = " ".join(str(error).split())
-        refuse(path, summary, "a readable JSON or YAML file", "correct it")
+        refuse(path, summary, "a readable JSON or YAML file", "correct the file")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -72,19 +81,22 @@ def _read_file(path: Path, kind: type[_Data], expected: str) -> _Data:
             f"{path}: {field}",
             f"{first['msg']} (value {str(first['input'])[:80]})",
             expected,
-            "moec spec schema" if kind is ModelSpec else "correct it",
+            "moec spec schema" if kind is ModelSpec else "correct the file",
         )
 
 
 def dump_yaml(spec: ModelSpec) -> str:
-    """`spec` as YAML that `load_spec` reads back to an equal spec."""
+    """Write `spec` as YAML. `load_spec` reads it back to an equal spec."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
 
 
 def diff(left: ModelSpec, right: ModelSpec) -> list[tuple[str, Any, Any]]:
-    """Fields that differ, as (path, left value, right value); names and notes are left out."""
+    """List the fields that differ, as (path, left value, right value), without name and notes.
+
+    A field that one side does not have is None there.
+    """
     rows = [
-        _flat(spec.model_dump(mode="json", exclude={"name", "notes"})) for spec in (left, right)
+        _flatten(spec.model_dump(mode="json", exclude={"name", "notes"})) for spec in (left, right)
     ]
     paths = dict.fromkeys([*rows[0], *rows[1]])
     return [
@@ -94,11 +106,12 @@ def diff(left: ModelSpec, right: ModelSpec) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts, by their dotted path."""
     if not isinstance(value, dict):
         return {path: value}
     return {
         key: leaf
         for name, inner in value.items()
-        for key, leaf in _flat(inner, f"{path}.{name}" if path else name).items()
+        for key, leaf in _flatten(inner, f"{path}.{name}" if path else name).items()
     }

@@ -1,4 +1,4 @@
-"""What all declarative data has in common."""
+"""The base class of all declarative data."""
 
 from typing import Literal
 
@@ -8,6 +8,6 @@ DType = Literal["fp32", "fp16", "bf16"]
 
 
 class Frozen(BaseModel):
-    """Base of every spec: immutable, and unknown fields are errors."""
+    """Base of every spec: immutable. Unknown fields and infinite numbers are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,9 +1,12 @@
-"""What a model is, as frozen data. What follows from other fields is a property, never a field.
+"""The description of a model, as frozen data.
 
-A layer pattern is a short string tiled over the layers, one character a layer. RoPE, mask, QK-norm,
-temperature and MoE each have their own pattern because they vary independently: "iRoPE" (three
-chunked RoPE layers, then one global layer without positions) has nothing to do with the
-interleaving of dense and MoE layers, although the two are often confused.
+A value that follows from other fields is a property, never a field.
+
+A layer pattern is a short string, one character for each layer, repeated until every layer has
+one. RoPE, mask, QK-norm, temperature and MoE each have their own pattern because they vary
+independently. "iRoPE" (three chunked RoPE layers, then one global layer without positions) is a
+pattern of attention. It has nothing to do with the alternation of dense and MoE layers, although
+the two are often confused.
 """
 
 import math
@@ -15,7 +18,7 @@ from pydantic import Field, model_validator
 from moec.spec.frozen import DType, Frozen
 from moec.spec.scheme import Scheme
 
-#: pattern field -> the characters it may hold, with their meaning
+#: the characters that each pattern field may hold, and what they mean
 ALPHABETS = {
     "attention": {"L": "local: chunked causal mask", "G": "global: full causal mask"},
     "rope": {"R": "rotary positions", "N": "no positions (NoPE)"},
@@ -26,7 +29,11 @@ ALPHABETS = {
 
 
 class RopeScaling(Frozen):
-    """Llama 3 frequency scaling; see `moec.graph_builder.ops.rope.inverse_frequencies`."""
+    """The parameters of Llama 3's RoPE frequency scaling.
+
+    `moec.graph_builder.ops.rope.inverse_frequencies` gives the formula. `low` and `high` are
+    `low_freq_factor` and `high_freq_factor` of `config.json`; `original_positions` is in tokens.
+    """
 
     factor: float = Field(gt=0)
     low: float = Field(gt=0)
@@ -35,7 +42,10 @@ class RopeScaling(Frozen):
 
 
 class Experts(Frozen):
-    """One MoE layer: `top_k` of `count` routed SwiGLU experts, and one that is always on."""
+    """The experts of one MoE layer.
+
+    Each token goes through `top_k` of `count` routed SwiGLU experts, and through a shared expert.
+    """
 
     count: int = Field(gt=0)
     top_k: int = Field(gt=0)
@@ -51,7 +61,10 @@ class Experts(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder layer, read off the patterns. `chunk` is None on layers with a full mask."""
+    """What the patterns say about one decoder layer.
+
+    `chunk` is in tokens; None stands for a full causal mask.
+    """
 
     index: int
     rope: bool
@@ -62,7 +75,7 @@ class LayerSpec:
 
 
 class TextSpec(Frozen):
-    """The decoder. Sizes are in elements, positions in tokens."""
+    """The decoder. Widths are in elements; `chunk` and positions are in tokens."""
 
     layers: int = Field(gt=0, le=4096)
     dim: int = Field(gt=0)
@@ -81,10 +94,12 @@ class TextSpec(Frozen):
     temperature: str = "---T"
     ffn: str = "M"
 
-    chunk: int | None = Field(gt=0, description="tokens that a local layer sees at most")
+    chunk: int | None = Field(gt=0, description="the most tokens that a local layer attends to")
     rope_theta: float = Field(gt=0)
     rope_scaling: RopeScaling | None
-    temperature_floor: int = Field(gt=0, description="tokens per step of the temperature")
+    temperature_floor: int = Field(
+        gt=0, description="tokens for which the attention temperature stays the same"
+    )
     temperature_scale: float
     dense_hidden: int = Field(gt=0, description="width of a dense layer's SwiGLU")
     experts: Experts
@@ -92,7 +107,7 @@ class TextSpec(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _shortest_patterns(cls, values: object) -> object:
-        """Store each pattern as its shortest tile, so that equal models are equal specs."""
+        """Store each pattern in its shortest form, so that equal models are equal specs."""
         if not isinstance(values, dict) or not isinstance(values.get("layers"), int):
             return values
         tiled = {
@@ -146,7 +161,7 @@ class TextSpec(Frozen):
 
     @property
     def kv_width(self) -> int:
-        """Width of all key heads together; the values' is the same."""
+        """Width of all key heads together, and of all value heads together."""
         return self.kv_heads * self.head_dim
 
 
@@ -160,7 +175,7 @@ class VisionSpec(Frozen):
     image: int = Field(gt=0, description="pixels along one side of a tile")
     patch: int = Field(gt=0, description="pixels along one side of a patch")
     channels: int = Field(gt=0)
-    shuffle: int = Field(gt=0, description="pixel shuffle joins shuffle x shuffle patches")
+    shuffle: int = Field(gt=0, description="the pixel shuffle joins shuffle x shuffle patches")
     adapter_hidden: int = Field(gt=0)
     adapter_out: int = Field(gt=0)
     rope_theta: float = Field(gt=0)
@@ -169,20 +184,24 @@ class VisionSpec(Frozen):
     def _check(self) -> Self:
         if self.image % self.patch or self.side % self.shuffle:
             raise ValueError(
-                f"image {self.image}, patch {self.patch} and shuffle {self.shuffle} do not divide"
+                f"image {self.image} must be a multiple of patch {self.patch}, and the patches "
+                f"along a side a multiple of shuffle {self.shuffle}"
             )
         if self.dim % self.heads or self.head_dim % 4:
-            raise ValueError(f"dim {self.dim} over {self.heads} heads gives no 2D RoPE pairs")
+            raise ValueError(
+                f"dim {self.dim} over {self.heads} heads: 2D RoPE needs heads whose width is a "
+                "multiple of 4"
+            )
         return self
 
     @property
     def side(self) -> int:
-        """Patches along one side of a tile."""
+        """Patches along one side of an image tile."""
         return self.image // self.patch
 
     @property
     def tokens(self) -> int:
-        """Image tokens per tile, after the pixel shuffle."""
+        """Image tokens of one image tile, after the pixel shuffle."""
         return (self.side // self.shuffle) ** 2
 
     @property
@@ -192,17 +211,17 @@ class VisionSpec(Frozen):
 
     @property
     def patch_width(self) -> int:
-        """Pixels of a patch, all channels."""
+        """Values in one patch: its pixels in all channels."""
         return self.channels * self.patch**2
 
     @property
     def shuffled_dim(self) -> int:
-        """Width of a token after the pixel shuffle."""
+        """Width of one image token after the pixel shuffle."""
         return self.dim * self.shuffle**2
 
 
 class Tokens(Frozen):
-    """Special token ids; None where a checkpoint names none."""
+    """The ids of special tokens; None where a checkpoint does not name the token."""
 
     bos: int | None = None
     eos: tuple[int, ...] = ()
@@ -213,20 +232,22 @@ class Tokens(Frozen):
 
     @property
     def padding(self) -> int:
-        """The token that fills up rows: pad, else an eos, else 0."""
+        """The id that fills up short sequences: pad, or else the first eos, or else 0."""
         return next((t for t in (self.pad, *self.eos) if t is not None), 0)
 
 
 class ModelSpec(Frozen):
-    """A whole model. `provenance` says how far to trust it: `estimated` is our guess.
+    """A whole model.
 
-    With a `scheme` some weights are FP8, and `dtype` is that of the others.
+    `provenance` says how far to trust the sizes. "released" ones come from a published config.json,
+    "estimated" ones are a guess of ours, "custom" ones come from the user. With a `scheme` some
+    weights are stored as FP8; `dtype` is the type of the others.
     """
 
     name: str = Field(min_length=1)
     provenance: Literal["released", "estimated", "custom"]
     notes: tuple[str, ...] = ()
-    dtype: DType = Field(description="of the weights on disk")
+    dtype: DType = Field(description="type of the weights on disk that the scheme leaves alone")
     scheme: Scheme | None = None
     text: TextSpec
     vision: VisionSpec | None = None
@@ -244,7 +265,7 @@ class ModelSpec(Frozen):
 
 
 def shortest_tile(pattern: str, layers: int) -> str:
-    """The shortest string that, tiled over `layers`, gives the same layers as `pattern`."""
+    """The shortest string that, repeated over `layers`, gives the same layers as `pattern`."""
     if not pattern or not len(pattern) <= layers <= 4096:
         return pattern
     full = (pattern * math.ceil(layers / len(pattern)))[:layers]

@@ -1,4 +1,7 @@
-"""Every parameter by name and shape: the one list that counts, graph and weights share."""
+"""The names and shapes of all parameters.
+
+Parameter counts, the graph and the weights all use this list.
+"""
 
 import math
 from collections.abc import Iterator
@@ -9,17 +12,24 @@ Shape = tuple[int, ...]
 
 
 def parameters(spec: ModelSpec) -> dict[str, Shape]:
-    """All parameters of `spec`. Linear weights are [out, in], fused experts [expert, in, out]."""
+    """The shapes of all parameters of `spec`, by name.
+
+    A linear weight is [out, in]. A stacked expert weight, which holds all experts of a layer, is
+    [expert, in, out].
+    """
     return text_parameters(spec) | vision_parameters(spec)
 
 
 def text_parameters(spec: ModelSpec) -> dict[str, Shape]:
-    """The decoder's parameters, embedding and head included."""
+    """The shapes of the decoder's parameters, with those of the embedding and the head."""
     return dict(_text(spec.text))
 
 
 def vision_parameters(spec: ModelSpec) -> dict[str, Shape]:
-    """The parameters of vision tower, adapter and projector; none where there is no tower."""
+    """The shapes of the parameters of vision tower, adapter and projector.
+
+    The dict is empty for a model without a vision tower.
+    """
     if spec.vision is None:
         return {}
     projector = (spec.text.dim, spec.vision.adapter_out)
@@ -87,10 +97,11 @@ def _vision(vision: VisionSpec) -> Iterator[tuple[str, Shape]]:
 
 
 def counts(spec: ModelSpec) -> dict[str, int]:
-    """Parameter counts, exact.
+    """Exact parameter counts.
 
-    `active_text` is what one token reads on its way through the decoder: everything but the routed
-    experts that its router did not choose. Embedding and head are in it.
+    `active_text` counts the decoder's parameters that one token uses: all but the routed experts
+    that the router did not choose. It includes the embedding and the head. `active` adds the vision
+    tower and the projector.
     """
     sizes = {name: math.prod(shape) for name, shape in parameters(spec).items()}
 

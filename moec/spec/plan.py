@@ -1,7 +1,8 @@
-"""What a model will cost before anyone builds it: bytes, caches, FLOPs, and the roofline.
+"""The cost of a model before anyone builds it: bytes, cache sizes, FLOPs and roofline times.
 
-Bounds, not forecasts: weights are read once a step, activations and norms are left out, experts are
-drawn uniformly. A device's rates are what large copies and matrix products reached on it.
+The times are lower bounds, not forecasts. They count each weight once per step, ignore activations
+and norms, and assume that the router chooses experts uniformly. The rates of a device are those
+that large copies and matrix products reached on it.
 """
 
 import math
@@ -19,29 +20,32 @@ from moec.spec.tensors import quantized, scale_shape
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Memory in bytes; bandwidth in bytes/s; matrix products in FLOP/s by precision."""
+    """Memory in bytes, bandwidth in bytes/s, and the rate of matrix products in FLOP/s."""
 
     memory: float
     bandwidth: float
     flops: dict[str, float]
 
 
-#: reference rates measured with large copies and square matrix products
+#: the rates were measured with large copies and large square matrix products
 DEVICES = {
     "h200": Device(139 * 2**30, 4.3e12, {"bf16": 790e12, "fp16": 790e12, "fp8": 1500e12}),
 }
 
-#: bytes of a weight; integers with a float32 scale for each block of 64
+#: bytes of one weight; integers include their share of a float32 scale for each block of 64
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}
-#: what weights are that stay wide: embedding, router, norms
+#: bytes of one weight of embedding, router or norms, which integer precisions do not quantise
 _WIDE = {"int8": 4, "int4": 4}
-#: the scheme of wide weights, where nobody names one: every linear layer
+#: the default scheme for unquantised weights: every linear layer in FP8
 SCHEME = "dynamic"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Costs of one setting: bytes, FLOPs, and lower bounds in milliseconds (None: no device)."""
+    """The costs of one setting: bytes, FLOPs, and lower bounds of times in milliseconds.
+
+    Times and `fits` are None if no device was named.
+    """
 
     model: str
     precision: str
@@ -64,7 +68,7 @@ class Plan:
     vision_ms: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """The plan as plain data, for JSON."""
         return asdict(self)
 
 
@@ -77,42 +81,53 @@ def plan(
     tiles: int = 0,
     scheme: str | Path | Scheme | None = None,
 ) -> Plan:
-    """The text model's cost at `batch` sequences of `context` tokens, and that of image `tiles`.
+    """Compute the cost of the text model at `batch` sequences of `context` tokens.
 
-    The default precision is "fp8" for a model that is, else "bf16". In fp8 weights and caches are
-    as the scheme says: the model's own, or `scheme`, default "dynamic": every linear layer and
-    expert takes one byte a weight; embedding, head, router, norms and caches stay bf16. In int8 and
-    int4 embedding, router, norms and caches are fp32, and with int4 attention and head are int8.
+    `tiles` adds the cost of that many image tiles in the vision tower.
 
-    `decode_*` is one step of the whole batch, `prefill_*` one prompt of `context` tokens.
-    `full_cache_bytes` is what the cache would take without rings on the chunked layers.
-    `vision_*` is the tower with its projector, which fp8 leaves in bf16. With tiles its weights
-    count in `fits`; the tiles' tokens are part of the context.
+    The default precision is "fp8" for a model with FP8 weights, else "bf16". In fp8 the scheme
+    decides about weights and caches: the model's own scheme, or `scheme`, which is "dynamic" by
+    default. "dynamic" takes one byte for each weight of a linear layer or expert and leaves
+    embedding, head, router, norms and caches in bf16. In int8 and int4, embedding, router, norms
+    and caches are fp32. In int4, attention and head are int8.
+
+    In the result, `decode_*` is one step of the whole batch, and `prefill_*` is one prompt of
+    `context` tokens. `full_cache_bytes` is the size that the cache would have if chunked layers
+    kept all tokens. `vision_*` is the tower with its projector, which fp8 leaves in bf16. `fits`
+    counts the weights of the tower only if `tiles` is above 0. The tokens of the tiles are part of
+    the context.
 
     Raises:
-        MoecError: unknown precision or device, a size below 1, or tiles without a tower.
+        MoecError: unknown precision or device; a size below 1; more image tokens than the contexts
+            hold; or tiles for a model without a vision tower.
     """
     spec = load_spec(spec)
     precision = precision or ("fp8" if spec.scheme else "bf16")
     if spec.scheme and scheme is not None:
-        raise _bad("scheme", f"{scheme} for FP8 weights ({spec.scheme.name})", "no --scheme")
+        raise _error(
+            "scheme",
+            f"{scheme}, but the weights are FP8 already, by scheme {spec.scheme.name}",
+            "no --scheme for FP8 weights",
+        )
     if precision == "fp8":
         spec = spec.model_copy(update={"scheme": spec.scheme or load_scheme(scheme or SCHEME)})
     elif scheme or spec.scheme:
-        raise _bad("precision", f"{precision}, with an FP8 scheme", "fp8")
+        raise _error("precision", f"{precision}, with an FP8 scheme", "fp8")
     if precision not in _BYTES:
-        raise _bad("precision", precision, ", ".join(_BYTES))
+        raise _error("precision", precision, f"one of {', '.join(_BYTES)}")
     if device is not None and (device not in DEVICES or precision not in DEVICES[device].flops):
-        raise _bad(
-            "device", f"{device} at {precision}", ", ".join(DEVICES) + " at bf16, fp16 or fp8"
+        raise _error(
+            "device",
+            f"{device} at {precision}",
+            f"{', '.join(DEVICES)}, at bf16, fp16 or fp8",
         )
     if context < 1 or batch < 1:
-        raise _bad("context and batch", f"{context}, {batch}", "at least 1")
+        raise _error("context and batch", f"context {context}, batch {batch}", "at least 1 each")
     if tiles < 0 or (tiles and spec.vision is None):
-        raise _bad("tiles", tiles, "0 or more, and a model with a vision tower")
+        raise _error("tiles", tiles, "0 or more, and a model with a vision tower")
     if spec.vision and tiles * spec.vision.tokens > context * batch:
         found = f"{tiles}, which are {tiles * spec.vision.tokens} tokens"
-        raise _bad("tiles", found, f"no more than the {context * batch} tokens of all contexts")
+        raise _error("tiles", found, f"at most the {context * batch} tokens of all contexts")
     text = spec.text
     sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
     width = {name: _width(name, precision) for name in sizes if precision != "fp8"}
@@ -183,7 +198,7 @@ def plan(
 
 
 def _tile_flops(spec: ModelSpec) -> int:
-    """FLOPs of one tile in the vision tower, adapter and projector: matrix products alone."""
+    """FLOPs of the matrix products of vision tower, adapter and projector for one image tile."""
     vision = spec.vision
     if vision is None:
         return 0
@@ -212,7 +227,7 @@ def _width(name: str, precision: str) -> float:
 
 
 def _fp8_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes of a weight, its share of the scales included."""
+    """Bytes of one weight of each parameter, with its share of the scales."""
     scheme, rules, shapes = spec.scheme, quantized(spec), text_parameters(spec)
     assert scheme is not None
     found: dict[str, float] = dict.fromkeys(sizes, _BYTES[spec.dtype])
@@ -223,12 +238,15 @@ def _fp8_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:
 
 
 def _pairs(context: int, chunk: int | None) -> float:
-    """Query-key pairs of a causal mask over `context` tokens, within chunks: half a square each."""
+    """The number of query-key pairs that a causal mask over `context` tokens lets through.
+
+    With `chunk`, tokens attend within their chunk only. Each chunk counts as half a square.
+    """
     if chunk is None or chunk >= context:
         return context**2 / 2
     whole, rest = divmod(context, chunk)
     return (whole * chunk**2 + rest**2) / 2
 
 
-def _bad(what: str, found: object, expected: str) -> MoecError:
+def _error(what: str, found: object, expected: str) -> MoecError:
     return MoecError(f"plan: {what}", found, expected, "moec plan --help")

@@ -1,8 +1,8 @@
-"""One row per variant, readable side by side. Sources: the released `config.json` files.
+"""The presets: one spec for each variant. The source is the released `config.json` files.
 
-Scout has 16 experts and 109 B parameters, Maverick 128 experts and 402 B; articles have been seen
-to swap the two, and to call Maverick's alternation of dense and MoE layers "iRoPE". It is not:
-iRoPE is the `attention`/`rope` pattern, and both models share it.
+Scout has 16 experts and 109 B parameters. Maverick has 128 experts and 402 B. Some articles swap
+the two. Some also call Maverick's alternation of dense and MoE layers "iRoPE"; but iRoPE is the
+pattern of the fields `attention` and `rope`, and both models have it.
 """
 
 from moec.spec.model import Experts, ModelSpec, RopeScaling, TextSpec, Tokens, VisionSpec

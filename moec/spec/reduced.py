@@ -1,4 +1,4 @@
-"""The twin of a model: the same layers, patterns and switches, small enough to run anywhere."""
+"""A reduced-size model: the same layers, patterns and switches, small enough to run anywhere."""
 
 import re
 from collections.abc import Iterable
@@ -14,14 +14,16 @@ CHUNK = 8
 def twin(
     spec: ModelSpec, layers: int | None = None, block: int = 16, head_dim: int = 8
 ) -> ModelSpec:
-    """`spec` shrunk in width; depth, patterns, expert count, head ratio and switches are kept.
+    """Make a reduced-size copy of `spec`, with small widths.
 
-    With `layers`, the decoder and the tower are no deeper than that. The decoder's widths are
-    multiples of `block`, for weights that are quantised in blocks and kernels that work in tiles.
+    The depth, the layer patterns, the number of experts, the ratio of heads to key heads and all
+    switches stay. `layers` limits the depth of the decoder and of the vision tower. The decoder's
+    widths are multiples of `block`, because some targets quantise weights in blocks and some
+    kernels work on tiles of that size. `head_dim` is the width of one attention head.
 
-    The chunk shrinks to 8 tokens and everything counted in positions with it, so that a proof of a
-    few dozen tokens crosses several chunk borders and temperature steps; an image tile shrinks to 4
-    tokens.
+    The attention chunk becomes 8 tokens, and every other length in tokens shrinks with it. A proof
+    of a few dozen tokens then crosses several chunk borders and temperature steps. An image tile
+    becomes 4 tokens.
     """
     text = spec.text
     scaling = text.rope_scaling
@@ -77,13 +79,14 @@ def twin(
 
 
 def _scheme(scheme: Scheme, spec: ModelSpec) -> Scheme:
-    """`scheme` with blocks of 16 at most, and without patterns for layers that are not there.
+    """`scheme` for the reduced-size `spec`.
 
-    If that leaves none, patterns for some layers are for all.
+    Blocks become 16 at most. Patterns that match no layer of `spec` are dropped. If no scheme rule
+    is left, the patterns of single layers are widened to all layers.
     """
-    rules = _present(scheme.rules, spec)
+    rules = _matching(scheme.rules, spec)
     if not rules:
-        rules = _present([_for_all_layers(rule) for rule in scheme.rules], spec)
+        rules = _matching([_for_all_layers(rule) for rule in scheme.rules], spec)
     return scheme.model_copy(update={"rules": tuple(rules), "block": min(scheme.block, 16)})
 
 
@@ -92,7 +95,8 @@ def _for_all_layers(rule: Rule) -> Rule:
     return rule.model_copy(update={"of": of})
 
 
-def _present(rules: Iterable[Rule], spec: ModelSpec) -> list[Rule]:
+def _matching(rules: Iterable[Rule], spec: ModelSpec) -> list[Rule]:
+    """The scheme rules with only those patterns that match a weight of `spec`."""
     names, found = eligible(spec), []
     for rule in rules:
         of = tuple(each for each in rule.of if any(fnmatchcase(name, each) for name in names))

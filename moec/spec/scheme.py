@@ -1,8 +1,10 @@
-"""How a model is quantised to FP8 (E4M3), as data: which weights, how finely, and what of inputs.
+"""FP8 (E4M3) quantisation schemes, as data.
 
-A weight is stored as codes of one byte and scales: the weight is code times scale. The input of its
-product is rounded to the same grid, with a static scale (calibrated, stored) or a dynamic one (of
-each token's largest element), or stays as it is. What no rule names stays as it was stored.
+A scheme says which weights are quantised, how many values share a scale, and what happens to the
+inputs. A quantised weight is stored as one-byte quantised values and as scales; the weight is
+quantised value times scale. A linear layer's input either stays as it is, or is rounded to E4M3
+too. Its scale is then static (calibrated and stored) or dynamic (computed from the largest element
+of each token). Weights that no scheme rule names stay in their stored type.
 """
 
 from fnmatch import fnmatchcase
@@ -12,29 +14,30 @@ from pydantic import Field, model_validator
 
 from moec.spec.frozen import DType, Frozen
 
-#: the largest number of E4M3; what is beyond saturates
+#: the largest E4M3 number; larger values saturate
 LARGEST = 448.0
 
-#: what shares a scale -> in words
+#: what a scheme rule may say of a weight's scales, and what it means
 WEIGHTS = {
-    "tensor": "one scale a tensor, all experts of a layer together",
-    "expert": "one scale for each expert, or linear layer",
-    "channel": "one scale for each output",
-    "block": "one scale for each square of `block` inputs by `block` outputs",
+    "tensor": "one scale for the whole tensor, with all experts of a layer",
+    "expert": "one scale for each expert, or for each linear layer",
+    "channel": "per-channel: one scale for each output",
+    "block": "block-wise: one scale for each square of `block` inputs by `block` outputs",
 }
+#: what a scheme rule may say of the inputs, and what it means
 INPUTS = {
-    "none": "inputs stay as they are",
+    "none": "inputs are not quantised",
     "tensor": "static: one calibrated scale",
-    "expert": "static: one calibrated scale for each expert, or linear layer",
-    "token": "dynamic: one scale for each token",
+    "expert": "static: one calibrated scale for each expert, or for each linear layer",
+    "token": "dynamic, per-token: one scale for each token",
     "group": "dynamic: one scale for each `block` elements of a token",
 }
 STATIC = ("tensor", "expert")
 
-#: whose names and shapes a checkpoint uses; "moec": none, an artefact's own
+#: the format whose tensor names and shapes a checkpoint uses; "moec" is an artefact's own format
 Layout = Literal["moec", "compressed-tensors", "modelopt", "fbgemm_fp8"]
 
-#: patterns over parameter names, for the groups that schemes speak of
+#: patterns over parameter names, for the groups of weights that schemes name
 EXPERTS = ("layers.*.moe.gate_up", "layers.*.moe.down")
 SHARED = ("layers.*.moe.shared.*.weight",)
 DENSE = tuple(f"layers.*.ffn.{part}.weight" for part in ("gate", "up", "down"))
@@ -42,7 +45,10 @@ ATTENTION = tuple(f"layers.*.attn.{part}.weight" for part in "qkvo")
 
 
 class Rule(Frozen):
-    """Parameters whose names match one of the patterns `of`; "*" stands for any characters."""
+    """A scheme rule: how to quantise the parameters whose names match one of the patterns `of`.
+
+    In a pattern, "*" stands for any characters.
+    """
 
     of: tuple[str, ...] = Field(min_length=1)
     weight: Literal["tensor", "expert", "channel", "block"] = Field(description=str(WEIGHTS))
@@ -51,23 +57,26 @@ class Rule(Frozen):
     )
 
     def matches(self, parameter: str) -> bool:
-        """Whether the rule is for `parameter`."""
+        """Whether this scheme rule applies to `parameter`."""
         return any(fnmatchcase(parameter, pattern) for pattern in self.of)
 
 
 class Scheme(Frozen):
-    """The first rule that matches a parameter holds. Routers, norms, embedding: never by default.
+    """An FP8 scheme: an ordered list of scheme rules. The first one that matches a weight applies.
 
-    `cache` stores keys and values in E4M3 too, with one calibrated scale a layer for each.
+    No built-in scheme quantises routers, norms or the embedding. With `cache`, keys and values are
+    stored in E4M3 too, with one calibrated scale for the keys of a layer and one for the values.
     """
 
     name: str = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
     block: int = Field(default=128, ge=2, le=1024)
-    bound: float | None = Field(default=None, gt=0, description="dynamic scales look no further")
+    bound: float | None = Field(
+        default=None, gt=0, description="dynamic scales treat larger input magnitudes as this one"
+    )
     cache: bool = False
     layout: Layout = "moec"
-    scales: DType = Field(default="fp32", description="of the scales on disk")
+    scales: DType = Field(default="fp32", description="type of the scales on disk")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -76,17 +85,17 @@ class Scheme(Frozen):
         return self
 
     def rule(self, parameter: str) -> Rule | None:
-        """The rule that holds for `parameter`; None where it stays wide."""
+        """The scheme rule that applies to `parameter`, or None if it is not quantised."""
         return next((rule for rule in self.rules if rule.matches(parameter)), None)
 
     @property
     def static(self) -> bool:
-        """Whether anything needs calibration."""
+        """Whether the scheme has static scales, which need calibration."""
         return self.cache or any(rule.inputs in STATIC for rule in self.rules)
 
     @property
     def separate_experts(self) -> bool:
-        """Whether each expert has tensors of its own, [out, in], instead of a slice of fused."""
+        """Whether each expert has its own tensors, [out, in], instead of a slice of a stack."""
         return self.layout == "compressed-tensors"
 
 
@@ -97,7 +106,7 @@ def _scheme(name: str, of: tuple[str, ...], weight: str, inputs: str, **more: ob
 
 _LINEAR = EXPERTS + SHARED + DENSE + ATTENTION
 
-#: for engines that know dynamic scales inside a plugin for experts alone
+#: for TensorRT, where only the plugin that computes the experts supports dynamic scales
 MIXED = Scheme(
     name="mixed",
     rules=(
@@ -105,8 +114,8 @@ MIXED = Scheme(
         Rule(of=DENSE + ATTENTION, weight="channel", inputs="tensor"),
     ),
 )
-#: "dynamic" and "static" are ours: what `meta` does for all linear layers, and the same with scales
-#: that are known before anything runs
+#: "dynamic" quantises all linear layers as Meta's "meta" quantises experts; "static" does the same
+#: with calibrated input scales
 SCHEMES = {
     each.name: each
     for each in (

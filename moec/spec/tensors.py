@@ -1,10 +1,12 @@
-"""Every tensor that holds a model: its parameters as they are stored, and their scales.
+"""The names, shapes and types of all stored tensors of a model: parameters and scales.
 
-A linear layer's codes are [out, in], fused experts' [expert, in, out]. Scales have the fewest
-dimensions that say what they mean:
+The quantised values of a linear layer are [out, in], those of stacked experts [expert, in, out].
+Scales have these shapes, for a linear layer and for stacked experts:
 
-    "tensor"   []           "channel"  [out], [expert, out]
-    "expert"   [], [expert]    "block"    [out, in] or [expert, in, out] in blocks
+    "tensor"   []                   []
+    "expert"   []                   [expert]
+    "channel"  [out]                [expert, out]
+    "block"    [out, in] in blocks  [expert, in, out] in blocks
 """
 
 from collections.abc import Iterator
@@ -17,14 +19,18 @@ from moec.spec.scheme import STATIC, Rule
 
 
 class Kind(NamedTuple):
-    """Shape and dtype, by our name of it."""
+    """The shape and type of a stored tensor; `dtype` is "fp8" or a `DType`."""
 
     shape: Shape
     dtype: str
 
 
 def tensors(spec: ModelSpec) -> dict[str, Kind]:
-    """Every tensor of `spec` by name; without a scheme, its parameters."""
+    """Every stored tensor of `spec`, by name. Without a scheme these are the parameters.
+
+    Raises:
+        MoecError: the scheme does not fit the model; see `quantized`.
+    """
     rules = quantized(spec)
     found: dict[str, Kind] = {}
     for name, shape in parameters(spec).items():
@@ -40,10 +46,11 @@ def tensors(spec: ModelSpec) -> dict[str, Kind]:
 
 
 def quantized(spec: ModelSpec) -> dict[str, Rule]:
-    """The parameters that the scheme of `spec` makes FP8, and the rule for each.
+    """The parameters that the scheme of `spec` quantises to FP8, with the scheme rule of each.
 
     Raises:
-        MoecError: a rule that is for no weight of this model.
+        MoecError: a scheme rule matches no weight of the model; a rule has static input scales in
+            the vision tower; or the rules treat the inputs of gate_up and down differently.
     """
     scheme = spec.scheme
     if scheme is None:
@@ -53,8 +60,8 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
         if not any(map(rule.matches, names)):
             refuse(
                 f"scheme {scheme.name}: {', '.join(rule.of)}",
-                f"no such weight in {spec.name}",
-                f"patterns over names such as {', '.join(names[:3])}",
+                f"these patterns match no weight of {spec.name}",
+                f"patterns that match weights such as {', '.join(names[:3])}",
                 "correct the scheme",
             )
     found = {name: each for name in names if (each := scheme.rule(name))}
@@ -63,40 +70,46 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
         refuse(
             f"scheme {scheme.name}: {static[0]}",
             "static input scales in the vision tower",
-            "dynamic ones: calibration runs on text",
-            "use inputs: token there",
+            "dynamic input scales, because calibration runs on text only",
+            "write `inputs: token` in the scheme rule for the vision tower",
         )
     for layer in spec.text.all_layers:
         both = [found.get(f"layers.{layer.index}.moe.{part}") for part in ("gate_up", "down")]
         if len({each and each.inputs for each in both}) > 1:
             refuse(
                 f"scheme {scheme.name}: layers.{layer.index}.moe",
-                "gate_up and down apart",
-                "both in FP8 with the same inputs, or neither",
+                "different input scales for gate_up and down",
+                "scheme rules with the same `inputs` for both, or for neither",
                 "correct the scheme",
             )
     return found
 
 
 def eligible(spec: ModelSpec) -> list[str]:
-    """The parameters that a product uses, which are all that can be FP8. A tied head cannot."""
+    """The names of the parameters that can be FP8: the weights of matrix products.
+
+    The embedding is not among them, and neither is a head that shares the embedding's weight.
+    """
     others = ("embed.weight", "vision.positions", "vision.patch.weight")
     return [n for n, shape in parameters(spec).items() if len(shape) > 1 and n not in others]
 
 
 def scale_of(parameter: str) -> str:
-    """The name of a parameter's scales."""
+    """The name of the tensor that holds a parameter's scales."""
     return f"{parameter}_scale"
 
 
 def input_scale_of(parameter: str) -> str:
-    """The name of the static scale of a parameter's input."""
+    """The name of the tensor that holds the static scale of a parameter's input."""
     stem = parameter.removesuffix(".weight")
     return f"{stem}.input_scale" if stem != parameter else f"{parameter}_input_scale"
 
 
 def separate(parameter: str, expert: int) -> tuple[str, ...]:
-    """Names of the parts of one expert's share of a fused parameter, each a matrix [out, in]."""
+    """The names of one expert's own matrices, [out, in], for the stacked expert weight `parameter`.
+
+    "layers.0.moe.gate_up" gives two names, gate and up; "layers.0.moe.down" gives one.
+    """
     stem, _, fused = parameter.rpartition(".")
     return tuple(f"{stem}.experts.{expert}.{part}.weight" for part in fused.split("_"))
 
@@ -124,7 +137,10 @@ def _stored(spec: ModelSpec, name: str, shape: Shape, rule: Rule) -> Iterator[tu
 
 
 def scale_shape(shape: Shape, weight: str, block: int) -> Shape:
-    """The shape of the scales of a linear weight [out, in], or of fused experts."""
+    """The shape of the scales of a linear weight [out, in] or of stacked experts.
+
+    `shape` is the weight's, `weight` a key of `WEIGHTS`, `block` the side of a block.
+    """
     *experts, rows, columns = shape
     return {
         "tensor": (),

@@ -1,4 +1,4 @@
-"""A checkpoint folder: its index and shards, checked, without loading a tensor."""
+"""Read and check the index and the shard headers of a checkpoint folder, without its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Every tensor of a folder by name, and the shards that hold them."""
+    """A checkpoint folder: its shards, and where the bytes of every tensor are, by key."""
 
     folder: Path
     shards: tuple[Shard, ...]
@@ -21,11 +21,12 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read the index and all shard headers of `folder` (a Hugging Face checkpoint).
+    """Read the index and all shard headers of the Hugging Face checkpoint in `folder`.
 
     Raises:
-        MoecError: no weights, a broken index, a name that leaves the folder, a missing or cut
-            shard, or an index and shards that disagree about which tensor is where.
+        MoecError: the folder has no weights; the index is broken or names a file outside the
+            folder; a shard is missing or cut short; or the index and the shards list different
+            tensors.
     """
     folder = Path(folder)
     if (folder / INDEX).exists():
@@ -42,9 +43,11 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             odd = sorted(found ^ listed)[0]
             refuse(
                 f"{folder / INDEX}: {odd}",
-                f"listed for {name}, not in it" if odd in listed else f"in {name}, not listed",
+                f"the index lists it in {name}, which does not hold it"
+                if odd in listed
+                else f"{name} holds it, but the index does not list it",
                 "the same tensors in the index as in its shards",
-                "fetch the index and the shards of one revision",
+                "download the index and the shards of one revision",
             )
         shards.append(shard)
         tensors.update(shard.tensors)
@@ -54,7 +57,12 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 def _read_index(path: Path) -> dict[str, set[str] | None]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        refuse(f"{path}: weight_map", "missing or empty", "tensor names to files", "fetch it again")
+        refuse(
+            f"{path}: weight_map",
+            "missing or empty",
+            "an object that maps tensor names to files",
+            "download the index again",
+        )
     files: dict[str, set[str] | None] = {}
     for tensor, name in weight_map.items():
         if not _stays_inside(name):
@@ -75,13 +83,13 @@ def _stays_inside(name: object) -> bool:
         return False
     path = PurePosixPath(name)
     inside = not path.is_absolute() and ".." not in path.parts
-    # Other suffixes could be mistaken for the files that a build writes beside the shards.
+    # A build writes files with other suffixes beside the shards, which could be mixed up.
     return inside and path.suffix == ".safetensors" and len(name) < 4096
 
 
 def _resolve(folder: Path, name: str) -> Path:
-    """The real file: a Hugging Face cache links `snapshots/REV/x` to `blobs/HASH`."""
+    """The real file of a shard; a Hugging Face cache links `snapshots/REV/x` to `blobs/HASH`."""
     path = folder / name
     if any(len(part) > 255 for part in path.parts) or not path.is_file():
-        refuse(path, "no such shard", "a file that the index names", "fetch the missing shard")
+        refuse(path, "no such file", "the shard that the index names", "download the missing shard")
     return path.resolve()

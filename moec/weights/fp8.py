@@ -1,7 +1,8 @@
-"""From wide weights to E4M3 codes and scales, some rows at a time.
+"""Quantise weights to E4M3 values and scales, a few rows at a time.
 
-A scale is the largest magnitude that it is for, over 448, so nothing saturates. Work goes by a few
-rows: so a piece stays in the processor's cache between its steps, which is five times as fast.
+A scale is the largest magnitude of the values that share it, divided by 448, so that no value
+saturates. The code works on a few rows at a time because they then stay in the processor's cache
+between the steps, which is five times as fast.
 """
 
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from torch.nn import functional
 
 from moec.spec.scheme import LARGEST
 
-#: elements of a step
+#: elements that are worked on at once
 STEP = 1 << 18
-#: a wide dtype -> the integers of its width, and all bits but the sign
+#: for each type of weights, the integer type of the same width, and a mask without the sign bit
 _BITS = {
     torch.float32: (torch.int32, 0x7FFFFFFF),
     torch.float16: (torch.int16, 0x7FFF),
@@ -23,10 +24,13 @@ _BITS = {
 
 
 def magnitudes(rows: Tensor, along: str, block: int) -> Tensor:
-    """The largest magnitudes of rows [n, m]: by "row" [n], "column" [m], "block" or "all" [].
+    """The largest magnitudes of `rows` [n, m], as float32.
 
-    Blocks start at the first row. Found on the bits, whose order is that of magnitudes, infinity
-    and NaN last: a result that is not finite says that some element is not.
+    `along` says which elements are taken together: "row" gives [n], "column" [m], "all" [], and
+    "block" [n / block, m / block], where the first block starts at the first row.
+
+    The function compares bits, which have the same order as magnitudes, with infinity and NaN
+    last. A result that is not finite therefore means that some element is not finite.
     """
     bits, mask = _BITS[rows.dtype]
     found = [_largest(step.view(bits) & mask, along, block) for step in _steps(rows, along, block)]
@@ -43,13 +47,16 @@ def _largest(size: Tensor, along: str, block: int) -> Tensor:
 
 
 def scales(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales for magnitudes, in `dtype`, never subnormal; 1 for weights that are all zero."""
+    """The scales for magnitudes, in `dtype`: never subnormal, and 1 where all weights are zero."""
     found = (magnitude / LARGEST).clamp(min=torch.finfo(dtype).smallest_normal)
     return torch.where(magnitude > 0, found, 1.0).to(dtype)
 
 
-def codes(rows: Tensor, scale: Tensor, along: str, block: int, out: Tensor) -> None:
-    """E4M3 codes of rows [n, m], into `out`; `scale` as `magnitudes` has it for these rows."""
+def quantise(rows: Tensor, scale: Tensor, along: str, block: int, out: Tensor) -> None:
+    """Write the quantised values (E4M3) of `rows` [n, m] to `out` [n, m].
+
+    `scale` has the shape that `magnitudes` gives for `rows` and `along`.
+    """
     at = 0
     for step in _steps(rows, along, block):
         wide = step.float()
@@ -67,7 +74,7 @@ def codes(rows: Tensor, scale: Tensor, along: str, block: int, out: Tensor) -> N
 
 
 def _squares(rows: Tensor, block: int) -> Tensor:
-    """rows [n, m], filled up with zeros where need be -> [n / block, block, m / block, block]."""
+    """Reshape rows [n, m], padded with zeros, to [n / block, block, m / block, block]."""
     missing = -rows.shape[0] % block, -rows.shape[1] % block
     if any(missing):
         rows = functional.pad(rows, (0, missing[1], 0, missing[0]))

@@ -1,13 +1,14 @@
-"""Joined weights: which stored tensors, one after the other, are the bytes of which tensor.
+"""Joined weights: tensors of a graph whose bytes are several stored tensors, one after another.
 
-    fused tensor                    pieces
+    joined tensor                   stored tensors
     layers.{i}.attn.qkv.weight      q, k, v                               [Q + 2 KV, D]
     layers.{i}.ffn.gate_up.weight   gate, up                              [2F, D]
     layers.{i}.moe.gate_up          all experts, shared gate, shared up   [E + 1, 2F, D]
     layers.{i}.moe.down             all experts, shared down              [E + 1, D, F]
 
-Experts are stored [expert, out, in], so rows of all of these are outputs, and joining is writing
-one behind the other. The scales of a joined weight are joined likewise. All else is itself.
+Experts are stored as [expert, out, in]. The rows of all these tensors are therefore outputs, so
+that writing one tensor after another joins them. The scales of a joined weight are joined in the
+same way. Every other tensor is a stored tensor.
 """
 
 from collections.abc import Iterator
@@ -20,40 +21,51 @@ from moec.weights.packing import Packing
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
-    """A tensor of `shape` and `dtype`, our name of it; `pieces` are parameters, or their scales."""
+class Joined:
+    """A tensor of a graph. Its bytes are those of the stored tensors `sources`, in this order.
+
+    `sources` names parameters or scales; `dtype` is "fp8" or a `DType`.
+    """
 
     shape: Shape
     dtype: str
-    pieces: tuple[str, ...]
+    sources: tuple[str, ...]
 
 
-def fused_tensors(spec: ModelSpec, wide: str = "bf16", part: str = "model") -> dict[str, Fused]:
-    """Every tensor of a part of `spec`, by name; what is not FP8 is `wide`."""
+def joined_tensors(spec: ModelSpec, wide: str = "bf16", part: str = "model") -> dict[str, Joined]:
+    """Every tensor of a part of `spec`, by name.
+
+    `part` is "model" (the decoder) or "vision" (the tower). Tensors that are not FP8 have the type
+    `wide`.
+    """
     if part == "vision":
-        return {name: Fused(s, wide, (name,)) for name, s in vision_parameters(spec).items()}
-    narrow = fp8_pieces(spec)
+        return {name: Joined(s, wide, (name,)) for name, s in vision_parameters(spec).items()}
+    in_fp8 = fp8_parameters(spec)
     found = {
-        name: Fused(shape, wide, (name,))
+        name: Joined(shape, wide, (name,))
         for name, shape in text_parameters(spec).items()
-        if name not in narrow
+        if name not in in_fp8
     }
-    for name, shape, pieces in _joined(spec.text):
-        found[name] = Fused(shape, "fp8", pieces)
-        found[scale_of(name)] = Fused(shape[:-1], "fp32", tuple(map(scale_of, pieces)))
+    for name, shape, sources in _joined(spec.text):
+        found[name] = Joined(shape, "fp8", sources)
+        found[scale_of(name)] = Joined(shape[:-1], "fp32", tuple(map(scale_of, sources)))
     return found
 
 
-def fp8_pieces(spec: ModelSpec) -> set[str]:
-    """The parameters that are FP8: products of the layers, all but the routers'."""
-    return {piece for _, _, pieces in _joined(spec.text) for piece in pieces}
+def fp8_parameters(spec: ModelSpec) -> set[str]:
+    """The parameters that target `torch` keeps in FP8: all matrices of the layers but routers."""
+    return {source for _, _, sources in _joined(spec.text) for source in sources}
 
 
-def fused_packings(spec: ModelSpec, wide: str = "bf16") -> dict[str, Packing]:
-    """How weights of `spec` are stored, by the name of the first tensor of each."""
-    narrow, found = fp8_pieces(spec), dict[str, Packing]()
+def joined_packings(spec: ModelSpec, wide: str = "bf16") -> dict[str, Packing]:
+    """How each weight of `spec` is packed, so that the joined tensors can be read.
+
+    The keys are the names of the first stored tensor of each weight. Weights that are not FP8 are
+    stored as `wide`.
+    """
+    in_fp8, found = fp8_parameters(spec), dict[str, Packing]()
     for name, shape in parameters(spec).items():
-        if name in narrow:
+        if name in in_fp8:
             how = {"arrange": "transpose" if len(shape) == 3 else "rows", "fp8": "channel"}
             packing = Packing.model_validate({"source": name, "dtype": "fp32", **how})
         else:
@@ -62,13 +74,13 @@ def fused_packings(spec: ModelSpec, wide: str = "bf16") -> dict[str, Packing]:
     return found
 
 
-def widened(spec: ModelSpec, wide: str) -> ModelSpec:
-    """`spec` without its scheme, all weights `wide`."""
+def unquantised(spec: ModelSpec, wide: str) -> ModelSpec:
+    """`spec` without its scheme, with all weights of type `wide`."""
     return spec.model_copy(update={"scheme": None, "dtype": wide})
 
 
 def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
-    """Every FP8 tensor [..., out, in], and the parameters that it is joined from."""
+    """Name and shape [..., out, in] of every FP8 tensor, and the parameters that it consists of."""
     dim, hidden = text.dim, text.experts.hidden
     count = text.experts.count + 1
     for layer in text.all_layers:

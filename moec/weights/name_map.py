@@ -1,4 +1,4 @@
-"""Match the tensors of a checkpoint with those of a spec: each key once, each tensor once."""
+"""Match the tensors of a checkpoint with those of a spec, one to one."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,8 @@ from moec.weights.view import TORCH_DTYPES, view
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One tensor of a checkpoint: our name, its key there, the shape and dtype both must have."""
+class CheckpointTensor:
+    """A tensor that a checkpoint must hold: our name, the checkpoint's key, shape and type."""
 
     name: str
     key: str
@@ -23,17 +23,17 @@ class Row:
     dtype: str
 
 
-def rows(spec: ModelSpec) -> list[Row]:
-    """The whole checkpoint of `spec`."""
+def checkpoint_tensors(spec: ModelSpec) -> list[CheckpointTensor]:
+    """All tensors that a checkpoint of `spec` must hold."""
     theirs = keys(spec)
-    return [Row(name, theirs[name], *kind) for name, kind in tensors(spec).items()]
+    return [CheckpointTensor(name, theirs[name], *kind) for name, kind in tensors(spec).items()]
 
 
 def read_model(folder: str | Path) -> tuple[ModelSpec, Checkpoint, dict[str, TensorEntry]]:
-    """The spec, the shards and the bytes of every tensor of a checkpoint folder.
+    """Read a checkpoint folder: its spec, its shards, and the place of every tensor by our name.
 
     Raises:
-        MoecError: anything wrong with config.json, index, shards or tensors.
+        MoecError: something is wrong with config.json, the index, a shard or a tensor.
     """
     spec, checkpoint = load_spec(folder), read_checkpoint(folder)
     spec = _with_scales(spec, checkpoint)
@@ -41,22 +41,23 @@ def read_model(folder: str | Path) -> tuple[ModelSpec, Checkpoint, dict[str, Ten
 
 
 def _with_scales(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
-    """`spec` with the dtype that the checkpoint's scales have: no config says it."""
+    """`spec` with the type of the checkpoint's scales, which no config contains."""
     if spec.scheme is None:
         return spec
-    found = (checkpoint.tensors.get(row.key) for row in rows(spec) if _is_scale(row.name))
+    scales = (each for each in checkpoint_tensors(spec) if _is_scale(each.name))
+    found = (checkpoint.tensors.get(each.key) for each in scales)
     dtype = next((each.dtype for each in found if each and each.dtype in TORCH_DTYPES), "fp32")
     return spec.model_copy(update={"scheme": spec.scheme.model_copy(update={"scales": dtype})})
 
 
 def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """The bytes of every tensor of `spec`. Each key is used once, each tensor filled once.
+    """Find the bytes of every tensor of `spec` in `checkpoint`, by our name.
 
     Raises:
-        MoecError: a tensor is missing, unexpected, has another shape or dtype than the spec, or
-            is a scale that is not above zero and finite.
+        MoecError: a tensor is missing or unexpected, has another shape or type than the spec says,
+            or is a scale that is not finite and above 0.
     """
-    found, expected = dict(checkpoint.tensors), rows(spec)
+    found, expected = dict(checkpoint.tensors), checkpoint_tensors(spec)
     entries = {}
     for row in expected:
         entry = found.pop(row.key, None)
@@ -65,7 +66,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 f"{checkpoint.folder}: {row.key}",
                 "no such tensor",
                 f"{row.dtype} {list(row.shape)}",
-                "fetch the missing shard, or compare config.json with the weights",
+                "download the missing shard, or compare config.json with the weights",
             )
         if _is_scale(row.name):
             entry = _checked_scale(row, entry)
@@ -74,17 +75,23 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 f"{entry.file}: {row.key}",
                 f"{entry.dtype} {list(entry.shape)}",
                 f"{row.dtype} {list(row.shape)}, "
-                + ("all scales of one dtype" if _is_scale(row.name) else "from config.json"),
+                + (
+                    "because all scales have one type"
+                    if _is_scale(row.name)
+                    else "from config.json"
+                ),
                 "compare config.json with the weights: they are not of one model",
             )
         entries[row.name] = entry
     if found:
         name = min(found)
-        what = "scale, of something that config.json leaves wide" if _is_scale(name) else "tensor"
+        what = "tensor"
+        if _is_scale(name):
+            what = "scale, of something that config.json does not quantise"
         refuse(
             f"{found[name].file}: {name}",
             f"unexpected {what} ({len(found)} in all)",
-            f"the {len(expected)} tensors of this config",
+            f"only the {len(expected)} tensors that config.json calls for",
             "compare config.json with the weights: they are not of one model",
         )
     return entries
@@ -94,8 +101,11 @@ def _is_scale(name: str) -> bool:
     return name.endswith("_scale")
 
 
-def _checked_scale(row: Row, entry: TensorEntry) -> TensorEntry:
-    """`entry` in our shape of it: sizes of 1 come and go between formats. Its values are read."""
+def _checked_scale(row: CheckpointTensor, entry: TensorEntry) -> TensorEntry:
+    """Check the values of a scale; return `entry` with our shape.
+
+    Formats differ in whether they keep axes of size 1.
+    """
     if [n for n in entry.shape if n != 1] != [n for n in row.shape if n != 1]:
         return entry
     entry = replace(entry, shape=row.shape)
@@ -105,8 +115,8 @@ def _checked_scale(row: Row, entry: TensorEntry) -> TensorEntry:
         if len(bad):
             refuse(
                 f"{entry.file}: {row.key}",
-                f"{bad[0].item()} ({len(bad)} of {values.numel()})",
+                f"a scale of {bad[0].item()} ({len(bad)} bad scales of {values.numel()})",
                 "scales that are finite and above 0",
-                "fetch the shard again",
+                "download the shard again",
             )
     return entry

@@ -1,6 +1,8 @@
-"""Write packed weights to one safetensors file: a few rows at a time, on all cores, resumable."""
+"""Pack weights: rewrite them into one safetensors file, a few rows at a time, on all cores.
 
-import hashlib
+`packed_journal` records which weights are on disk, so that a call that was cut off can go on.
+"""
+
 import json
 import math
 import os
@@ -15,25 +17,25 @@ import torch
 from torch import Tensor
 
 from moec.spec.errors import refuse
-from moec.weights import fp8
+from moec.weights import fp8, packed_journal
 from moec.weights.packing import Packing, arrange, store
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
 from moec.weights.view import STORED, read_into, view
 
 #: the file's name in an artefact
 PACKED = "weights.safetensors"
-#: elements that are packed at once: bounds the memory of the arithmetic
-PIECE = 1 << 22
-#: bytes of experts that are held at once; of one, if it is larger
-TOGETHER = 1 << 28
-#: bytes between two entries of the journal, each of which waits for the disk
-LANDED = 1 << 28
-_CODES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
+#: elements that one thread packs at once, which bounds the memory of the arithmetic
+ELEMENTS_AT_ONCE = 1 << 22
+#: bytes of experts that are in memory at once; at least one expert is
+GROUP_BYTES = 1 << 28
+#: bytes between two entries of the journal; each entry waits for the disk
+JOURNAL_BYTES = 1 << 28
+_SAFETENSORS_TYPES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Rows `start` to `stop` of one matrix of a parameter, number `matrix` in a fused one."""
+class _Rows:
+    """Rows `start` to `stop` of a matrix; `matrix` is its index in a stacked expert weight."""
 
     matrix: int
     start: int
@@ -47,36 +49,42 @@ def write_packed(
     progress: Callable[[int, int], None],
     constants: Mapping[str, Tensor] | None = None,
 ) -> int:
-    """Pack each parameter from `entries` into `path`, and `constants` as they are.
+    """Pack each parameter from `entries` into `path`, and write `constants` unchanged.
 
-    Memory holds a matrix, at most twice, for each core; of FP8, a group of experts and their codes
-    for all cores together. A journal beside `path` says what has
-    landed: if this is cut off, the same call goes on from there. Returns the bytes of weights that
-    this call read.
+    Each core holds one matrix, at most twice. For FP8 all cores share the memory of a group of
+    experts and their quantised values. `progress` is called with the bytes read so far and in all.
+
+    A journal beside `path` records which weights are on disk. If the call is cut off, the same call
+    goes on from there.
+
+    Returns:
+        The bytes of weights that this call read.
 
     Raises:
-        MoecError: a weight that is not finite; a file with holes would pass for a whole one.
+        MoecError: a weight is not finite, or its packed type cannot hold it. The file is not
+            finished then, because a file with gaps would look complete.
     """
     constants = constants or {}
     header, offsets, size = _layout(packings, entries, constants)
-    journal = _journal(path)
-    fingerprint = _fingerprint(header, packings, entries)
-    done = _landed(path, journal, fingerprint, size, set(packings))
+    fingerprint = packed_journal.fingerprint(header, packings, entries)
+    done = packed_journal.resume(path, fingerprint, size, set(packings))
+    journal = packed_journal.journal_of(path)
     total = sum(entries[p.source].nbytes for p in packings.values())
     before = at = sum(entries[packings[name].source].nbytes for name in done)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pending: list[str] = []
-    landing: list[Future[None]] = []  # waits for the disk while the next ones are packed
+    syncs: list[Future[None]] = []  # these wait for the disk while the next weights are packed
     with (
         path.open("r+b" if done else "wb") as file,
         journal.open("a", encoding="utf-8") as log,
         ThreadPoolExecutor(workers) as pool,
         ThreadPoolExecutor(1) as disk,
-        _one_thread_each(),
+        _single_threaded_torch(),
     ):
         handle = file.fileno()
 
-        def land(names: list[str]) -> None:
+        def sync(names: list[str]) -> None:
+            """Wait until the file is on disk, then enter `names` in the journal."""
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             log.write("".join(f"{name}\n" for name in names))
@@ -92,26 +100,26 @@ def write_packed(
             if name in done:
                 continue
             entry = entries[packing.source]
-            places = [offsets[part] for part in packing.names(entry.dtype)]
+            starts = [offsets[part] for part in packing.names(entry.dtype)]
             write = _write_fp8 if packing.fp8 else _write_rows
-            for read in write(handle, packing, entry, places, pool):
+            for read in write(handle, packing, entry, starts, pool):
                 at += read
                 progress(at, total)
             pending.append(name)
             waiting += entry.nbytes
-            if waiting >= LANDED:
-                landing.append(disk.submit(land, pending))
+            if waiting >= JOURNAL_BYTES:
+                syncs.append(disk.submit(sync, pending))
                 pending, waiting = [], 0
-        landing.append(disk.submit(land, pending))
-        for each in landing:
+        syncs.append(disk.submit(sync, pending))
+        for each in syncs:
             each.result()
     journal.unlink()
     return total - before
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Each worker is a thread already: torch's own would get in each other's way."""
+def _single_threaded_torch() -> Iterator[None]:
+    """Let torch use one thread, because the workers already keep all cores busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -124,156 +132,167 @@ def _write_fp8(
     handle: int,
     packing: Packing,
     entry: TensorEntry,
-    places: list[int],
+    starts: list[int],
     pool: ThreadPoolExecutor,
 ) -> Iterator[int]:
-    """Group by group of experts, scales, then codes; yields bytes that have been packed."""
-    block, fused = packing.block, len(entry.shape) == 3
-    along = {"tensor": "all", "expert": "all", "block": "block"}.get(
-        packing.fp8 or "", "column" if fused else "row"
-    )
-    count = entry.shape[0] if fused else 1
-    elements, dtype = math.prod(entry.shape) // count, STORED[entry.dtype]
-    step = max(1, TOGETHER // (entry.nbytes // count))
-    groups = [range(i, min(i + step, count)) for i in range(0, count, step)]
-    # Memory that all groups use in turn: fresh pages cost as much as the work on them.
-    held = torch.empty(len(groups[0]) * elements, dtype=dtype)
-    done = torch.empty(held.shape, dtype=STORED["fp8"])
+    """Quantise one group of experts after another, and write scales and quantised values.
 
-    def of(scratch: Tensor, place: _Place, group: range) -> Tensor:
+    Yields the bytes of weights that have been packed, after each step.
+    """
+    block, stacked = packing.block, len(entry.shape) == 3
+    along = {"tensor": "all", "expert": "all", "block": "block"}.get(
+        packing.fp8 or "", "column" if stacked else "row"
+    )
+    count = entry.shape[0] if stacked else 1
+    elements, dtype = math.prod(entry.shape) // count, STORED[entry.dtype]
+    step = max(1, GROUP_BYTES // (entry.nbytes // count))
+    groups = [range(i, min(i + step, count)) for i in range(0, count, step)]
+    # All groups use this memory in turn. Fresh pages would cost as much as the work on them.
+    weights = torch.empty(len(groups[0]) * elements, dtype=dtype)
+    values = torch.empty(weights.shape, dtype=STORED["fp8"])
+
+    def part(memory: Tensor, place: _Rows, group: range) -> Tensor:
+        """The elements of `place` in memory that holds the matrices of `group`."""
         columns = entry.shape[-1]
         at = (place.matrix - group.start) * elements + place.start * columns
-        return scratch[at : at + (place.stop - place.start) * columns].view(-1, columns)
+        return memory[at : at + (place.stop - place.start) * columns].view(-1, columns)
 
     def magnitudes(group: range) -> Tensor:
-        """Of each matrix, which stay held."""
-        parts = list(_places(entry, group, block if along == "block" else 1))
+        """Read a group into `weights`; return the largest magnitudes of each matrix."""
+        places = list(_row_ranges(entry, group, block if along == "block" else 1))
 
-        def read(place: _Place) -> Tensor:
-            rows = of(held, place, group)
+        def read(place: _Rows) -> Tensor:
+            rows = part(weights, place, group)
             read_into(entry, place.matrix * elements + place.start * entry.shape[-1], rows)
             return fp8.magnitudes(rows, along, block)
 
-        found = list(zip(parts, pool.map(read, parts), strict=True))
+        found = list(zip(places, pool.map(read, places), strict=True))
         join = torch.cat if along in ("row", "block") else lambda sizes: torch.stack(sizes).amax(0)
         sizes = torch.stack([join([size for p, size in found if p.matrix == i]) for i in group])
-        _refuse_odd(packing, entry, sizes)
+        _refuse_not_finite(packing, entry, sizes)
         return sizes
 
     common = None
-    if packing.fp8 == "tensor" and len(groups) > 1:  # read all of them first
+    if packing.fp8 == "tensor" and len(groups) > 1:  # one scale needs all of them
         common = torch.stack([magnitudes(group).amax() for group in groups]).amax()
-    at = places[1]
+    at = starts[1]
     for group in groups:
         sizes = magnitudes(group)
         if packing.fp8 == "tensor":
             sizes = (sizes.amax() if common is None else common).expand(len(group))
         scales = fp8.scales(sizes, STORED[packing.dtype])
-        _refuse_odd(packing, entry, scales)
+        _refuse_not_finite(packing, entry, scales)
         if packing.fp8 != "tensor" or group.start == 0:
             stored = scales[0] if packing.fp8 == "tensor" else scales
             at += _write(handle, stored.flatten().view(torch.uint8).numpy(), at)
 
         def pack(
-            place: _Place, group: range = group, scales: Tensor = scales
-        ) -> tuple[_Place, Tensor]:
-            rows, out = of(held, place, group), of(done, place, group)
-            mine = scales[place.matrix - group.start].float()
+            place: _Rows, group: range = group, scales: Tensor = scales
+        ) -> tuple[_Rows, Tensor]:
+            rows, out = part(weights, place, group), part(values, place, group)
+            own = scales[place.matrix - group.start].float()
             if along in ("row", "block"):
                 unit = block if along == "block" else 1
-                mine = mine[place.start // unit : -(-place.stop // unit)]
-            fp8.codes(rows, mine, along, block, out)
+                own = own[place.start // unit : -(-place.stop // unit)]
+            fp8.quantise(rows, own, along, block, out)
             return place, out
 
-        packed = pool.map(pack, _places(entry, group, block if along == "block" else 1))
+        packed = pool.map(pack, _row_ranges(entry, group, block if along == "block" else 1))
         if packing.arrange == "transpose":
-            packed = _transposed(packed, entry.shape[-2:], held, done, pool)
+            packed = _transposed(packed, entry.shape[-2:], weights, values, pool)
         for place, out in packed:
-            # One thread writes: several would wait for each other, spinning.
+            # Only this thread writes. Several threads would wait for one another in spin locks.
             start = place.matrix * elements + place.start * out.shape[-1]
-            _write(handle, out.view(torch.uint8).numpy(), places[0] + start)
+            _write(handle, out.view(torch.uint8).numpy(), starts[0] + start)
             yield out.numel() * dtype.itemsize
 
 
 def _transposed(
-    packed: Iterator[tuple[_Place, Tensor]],
+    packed: Iterator[tuple[_Rows, Tensor]],
     shape: tuple[int, ...],
-    room: Tensor,
-    done: Tensor,
+    free: Tensor,
+    values: Tensor,
     pool: ThreadPoolExecutor,
-) -> Iterator[tuple[_Place, Tensor]]:
-    """Codes of a group of experts, in `done` once `packed` has run: rows of [out, in], in order.
+) -> Iterator[tuple[_Rows, Tensor]]:
+    """Transpose the quantised values of a group of experts: rows of [out, in], in order.
 
-    They go to `room`, whose wide weights nobody needs any more by then.
+    Running `packed` to its end fills `values`. The transposed values go to `free`, the memory of
+    the unquantised weights, which are not needed any more by then.
     """
     inner, outer = shape
     matrices = sorted({place.matrix for place, _ in packed})
-    codes = done.view(torch.uint8)[: len(matrices) * inner * outer].view(-1, inner, outer)
-    turned = room.view(torch.uint8)[: codes.numel()].view(-1, outer, inner)
-    step = max(1, PIECE // inner)
+    stored = values.view(torch.uint8)[: len(matrices) * inner * outer].view(-1, inner, outer)
+    turned = free.view(torch.uint8)[: stored.numel()].view(-1, outer, inner)
+    step = max(1, ELEMENTS_AT_ONCE // inner)
 
-    def turn(place: _Place) -> tuple[_Place, Tensor]:
+    def transpose(place: _Rows) -> tuple[_Rows, Tensor]:
         at, rows = place.matrix - matrices[0], slice(place.start, place.stop)
-        # A whole matrix is transposed in blocks that fit the cache, a slice of one is not.
-        turned[at, rows].copy_(codes[at, :, rows].contiguous().t())
+        # torch transposes a contiguous matrix in blocks that fit the cache, but not a slice of one.
+        turned[at, rows].copy_(stored[at, :, rows].contiguous().t())
         return place, turned[at, rows]
 
     places = (
-        _Place(matrix, start, min(start + step, outer))
+        _Rows(matrix, start, min(start + step, outer))
         for matrix in matrices
         for start in range(0, outer, step)
     )
-    yield from pool.map(turn, places)
+    yield from pool.map(transpose, places)
 
 
 def _write_rows(
     handle: int,
     packing: Packing,
     entry: TensorEntry,
-    places: list[int],
+    starts: list[int],
     pool: ThreadPoolExecutor,
 ) -> Iterator[int]:
-    """Matrix by matrix, arranged, cast or quantised in pieces; yields bytes that were packed."""
+    """Arrange one matrix after another, cast or quantise it a few rows at a time, and write it.
+
+    Yields the bytes of weights that have been packed, after each matrix.
+    """
     matrices = [entry] if len(entry.shape) < 3 else [entry[i] for i in range(entry.shape[0])]
     sizes = [nbytes(*kind) // len(matrices) for kind in packing.shapes(entry.shape)]
 
     def pack(index: int) -> int:
-        at = [place + index * size for place, size in zip(places, sizes, strict=True)]
+        at = [start + index * size for start, size in zip(starts, sizes, strict=True)]
         rows = arrange(packing, view(matrices[index]))
-        for piece in _pieces(rows):
-            for i, part in enumerate(store(packing, piece)):
-                _refuse_odd(packing, entry, part)
+        for some in _split(rows):
+            for i, part in enumerate(store(packing, some)):
+                _refuse_not_finite(packing, entry, part)
                 at[i] += _write(handle, part.flatten().view(torch.uint8).numpy(), at[i])
         return matrices[index].nbytes
 
     yield from pool.map(pack, range(len(matrices)))
 
 
-def _refuse_odd(packing: Packing, entry: TensorEntry, values: Tensor) -> None:
+def _refuse_not_finite(packing: Packing, entry: TensorEntry, values: Tensor) -> None:
     if not bool(values.isfinite().all()):
-        what = f"values that {packing.dtype} cannot hold"
+        overflow = f"values that {packing.dtype} cannot hold"
         refuse(
             f"{entry.file}: {entry.name}",
-            "infinity or NaN" if packing.fp8 else what,
+            "infinity or NaN" if packing.fp8 else overflow,
             "finite weights",
-            "fetch the shard again, or choose another --precision",
+            "download the shard again, or choose another --precision",
         )
 
 
-def _places(entry: TensorEntry, matrices: range, multiple: int) -> Iterator[_Place]:
+def _row_ranges(entry: TensorEntry, matrices: range, multiple: int) -> Iterator[_Rows]:
+    """Cut matrices into ranges of rows for one thread each, in multiples of `multiple` rows."""
     rows, columns = entry.shape[-2:]
-    step = max(multiple, PIECE // columns // multiple * multiple)
+    step = max(multiple, ELEMENTS_AT_ONCE // columns // multiple * multiple)
     for matrix in matrices:
         for start in range(0, rows, step):
-            yield _Place(matrix, start, min(start + step, rows))
+            yield _Rows(matrix, start, min(start + step, rows))
 
 
-def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(rows, max(1, PIECE // rows.shape[-1])) if rows.dim() > 1 else (rows,)
+def _split(rows: Tensor) -> tuple[Tensor, ...]:
+    return (
+        torch.split(rows, max(1, ELEMENTS_AT_ONCE // rows.shape[-1])) if rows.dim() > 1 else (rows,)
+    )
 
 
 def _write(handle: int, data: Any, offset: int) -> int:
-    """Write all of `data` at `offset`; the file's own position is nobody's."""
+    """Write all of `data` at `offset`; return its bytes. Nothing uses the file's own position."""
     left = memoryview(data).cast("B")
     size = len(left)
     while left:
@@ -285,7 +304,7 @@ def _write(handle: int, data: Any, offset: int) -> int:
 def _in_file_order(
     packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]
 ) -> list[tuple[str, Packing]]:
-    """Packings in the order in which their sources lie on disk."""
+    """The packings, in the order of their sources on disk."""
 
     def place(item: tuple[str, Packing]) -> tuple[str, int]:
         entry = entries[item[1].source]
@@ -294,59 +313,14 @@ def _in_file_order(
     return sorted(packings.items(), key=place)
 
 
-def _fingerprint(
-    header: bytes, packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]
-) -> str:
-    """What a file would hold: its layout, how it is made, and from which state of which files."""
-    digest = hashlib.sha256(header)
-    digest.update("".join(p.model_dump_json() for p in packings.values()).encode())
-    for file in sorted({entry.file for entry in entries.values()}):
-        status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
-def discard(path: Path) -> None:
-    """Remove packed weights that were under way."""
-    for file in under_way(path):
-        file.unlink()
-
-
-def _journal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.journal")
-
-
-def under_way(path: Path) -> tuple[Path, ...]:
-    """What is needed to go on with `path`, if a call was cut off after something had landed."""
-    journal = _journal(path)
-    if path.is_file() and journal.is_file() and journal.read_bytes().count(b"\n") > 1:
-        return path, journal
-    return ()
-
-
-def _landed(path: Path, journal: Path, fingerprint: str, size: int, known: set[str]) -> set[str]:
-    """What an earlier call for the same file has written; anything else of it is removed."""
-    try:
-        first, *lines = journal.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        first, lines = "", []
-    done = set(lines[:-1])  # what follows the last line break was cut off
-    whole = path.is_file() and path.stat().st_size == size
-    if not whole or first != fingerprint or not done <= known:
-        done = set()
-    text = "".join(f"{line}\n" for line in (fingerprint, *sorted(done)))
-    journal.write_text(text, encoding="utf-8")
-    return done
-
-
 def _layout(
     packings: Mapping[str, Packing],
     entries: Mapping[str, TensorEntry],
     constants: Mapping[str, Tensor],
 ) -> tuple[bytes, dict[str, int], int]:
-    """The header, where each tensor starts, and the file's size.
+    """The header, the offset of each tensor, and the file's size, all in bytes.
 
-    Wide elements come first, so that all are aligned.
+    Tensors with the largest elements come first, so that every tensor is aligned.
     """
     kinds: dict[str, tuple[tuple[int, ...], str]] = {
         name: kind
@@ -358,12 +332,18 @@ def _layout(
     kinds |= {name: (tuple(each.shape), names[each.dtype]) for name, each in constants.items()}
     rows: dict[str, dict[str, Any]] = {}
     at = 0
-    for name, (shape, dtype) in sorted(kinds.items(), key=lambda each: -_CODES[each[1][1]][1]):
+    for name, (shape, dtype) in sorted(
+        kinds.items(), key=lambda each: -_SAFETENSORS_TYPES[each[1][1]][1]
+    ):
         end = at + nbytes(shape, dtype)
-        rows[name] = {"dtype": _CODES[dtype][0], "shape": shape, "data_offsets": (at, end)}
+        rows[name] = {
+            "dtype": _SAFETENSORS_TYPES[dtype][0],
+            "shape": shape,
+            "data_offsets": (at, end),
+        }
         at = end
     header = json.dumps(rows).encode()
-    header += b" " * (-len(header) % 64 + 56)  # with its own length: a multiple of 64
+    header += b" " * (-len(header) % 64 + 56)  # with the length in front: a multiple of 64
     start = 8 + len(header)
     whole = len(header).to_bytes(8, "little") + header
     return whole, {name: start + row["data_offsets"][0] for name, row in rows.items()}, start + at

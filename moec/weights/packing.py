@@ -1,7 +1,8 @@
-"""Weights rewritten into the layout that an engine wants: arranged, cast, or quantised in blocks.
+"""Rewrite weights into the layout that an engine needs: reordered, cast or quantised.
 
-A packing says how one parameter becomes one or two tensors; it is data, so that a manifest can hold
-it, `bind` can apply it later, and a proof can undo it. Fused experts are packed one by one.
+A packing says how one parameter becomes one or two stored tensors. It is data, so that a manifest
+can hold it, `bind` can apply it later, and a proof can undo it. The experts of a stacked weight are
+packed one by one.
 """
 
 from dataclasses import dataclass
@@ -22,15 +23,23 @@ _ARRANGED = {"rows": "", "transpose": "transposed, ", "interleave": "gate and up
 
 
 class Packing(Frozen):
-    """How parameter `source` is stored.
+    """How the parameter `source` is stored.
 
-    `arrange` is "rows" (as it is), "transpose" (each expert [in, out] -> [out, in]) or "interleave"
-    (the same for experts whose columns are gate, then up: row 2i is gate i, row 2i + 1 is up i).
-    With `bits`, rows are quantised in blocks of `block` along their length, symmetrically: unsigned
-    integers around 2^(bits-1), low nibble first, times a scale of `dtype` for each block. With
-    `fp8` the parameter keeps its name, and its shape if it is not transposed, in E4M3 codes, and
-    scales of `dtype` are as finely divided as that says, in squares of `block` for "block". With
-    neither, the elements are of `dtype`.
+    `arrange` orders the elements:
+
+    - "rows" keeps them as they are;
+    - "transpose" turns each expert from [in, out] to [out, in];
+    - "interleave" does the same for experts whose columns are gate and then up; row 2i becomes
+      gate i and row 2i + 1 becomes up i.
+
+    `bits` and `fp8` quantise the elements:
+
+    - With `bits`, each row is quantised symmetrically in blocks of `block` elements. The quantised
+      values are unsigned integers around 2^(bits-1), and each block has a scale of `dtype`. Two
+      4-bit values share a byte, the first one in the low nibble.
+    - With `fp8`, the quantised values are E4M3 and have the parameter's name. The scales have the
+      type `dtype`; `fp8` says how many values share one, as in a scheme rule.
+    - With neither, the elements are cast to `dtype`.
     """
 
     source: str
@@ -48,7 +57,10 @@ class Packing(Frozen):
         return self
 
     def names(self, stored: str) -> tuple[str, ...]:
-        """The tensors that hold the parameter: its own name if nothing changes."""
+        """The names of the tensors that hold the parameter, whose checkpoint type is `stored`.
+
+        A parameter that is stored without a change keeps its own name.
+        """
         if self.bits:
             return f"{self.source}.int{self.bits}", f"{self.source}.scales"
         if self.fp8:
@@ -57,7 +69,7 @@ class Packing(Frozen):
         return (self.source if kept else f"{self.source}.{self.dtype}",)
 
     def shapes(self, shape: Shape) -> tuple[tuple[Shape, str], ...]:
-        """Shape and dtype of each of these tensors, for a parameter of `shape`."""
+        """Shape and type of each tensor of `names`, for a parameter of `shape`."""
         scales = scale_shape(shape, self.fp8, self.block) if self.fp8 else ()
         if self.arrange != "rows":
             shape = (*shape[:-2], shape[-1], shape[-2])
@@ -68,13 +80,13 @@ class Packing(Frozen):
         *lead, rows, length = shape
         blocks = -(-length // self.block)
         bytes_each = self.block * self.bits // 8
-        # An expert's row is one string of bytes, a linear layer's is cut into blocks.
+        # QMoE wants the bytes of a row in one axis, MatMulNBits wants an axis for the blocks.
         packed = (*lead, rows, blocks * bytes_each) if lead else (rows, blocks, bytes_each)
         return ((packed, "uint8"), ((*lead, rows, blocks), self.dtype))
 
     @property
     def reason(self) -> str:
-        """Why the bytes are not the checkpoint's own, in a few words."""
+        """How the bytes differ from those of the checkpoint, in a few words."""
         kind = f"stored as {self.dtype}"
         if self.bits:
             kind = f"int{self.bits} in blocks of {self.block}"
@@ -85,7 +97,7 @@ class Packing(Frozen):
 
 
 def arrange(packing: Packing, matrix: Tensor) -> Tensor:
-    """One matrix (a linear layer's, or one expert's) or vector, in the order that is stored."""
+    """Order one matrix (a linear layer's, or one expert's) or vector as it is stored."""
     if packing.arrange == "rows":
         return matrix
     rows = matrix.t()  # [in, out] -> [out, in]
@@ -95,59 +107,68 @@ def arrange(packing: Packing, matrix: Tensor) -> Tensor:
 
 
 def store(packing: Packing, rows: Tensor) -> tuple[Tensor, ...]:
-    """Some rows of an arranged matrix, or a vector, as the tensors that hold them."""
+    """Cast or quantise some rows of an arranged matrix, or a vector, to the tensors on disk.
+
+    FP8 is not done here; see `moec.weights.fp8`.
+    """
     dtype = TORCH_DTYPES[packing.dtype]
     if not packing.bits:
         return (rows.to(dtype).contiguous(),)
-    codes, scales = quantize(rows.float(), packing.bits, packing.block)
+    values, scales = quantize(rows.float(), packing.bits, packing.block)
     if packing.bits == 4:
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return codes.contiguous(), scales.to(dtype)
+        values = values[..., 0::2] | values[..., 1::2] << 4
+    return values.contiguous(), scales.to(dtype)
 
 
 def unpack(packing: Packing, parts: tuple[Tensor, ...]) -> Tensor:
-    """What `store` made of one matrix or vector, as the matrix that it means."""
+    """Undo `arrange` and `store`: the matrix or vector that the stored tensors `parts` mean."""
     weight = parts[0]
     if packing.bits:
-        codes, scales = parts
-        codes = codes.reshape(*scales.shape, -1)
+        values, scales = parts
+        values = values.reshape(*scales.shape, -1)
         if packing.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(2)
+            values = torch.stack([values & 15, values >> 4], -1).flatten(2)
         centre = 1 << (packing.bits - 1)
-        weight = ((codes.float() - centre) * scales.float()[..., None]).flatten(1)
+        weight = ((values.float() - centre) * scales.float()[..., None]).flatten(1)
     if packing.arrange == "interleave":
         weight = torch.cat([weight[0::2], weight[1::2]])
     return weight if packing.arrange == "rows" else weight.t()
 
 
 def quantize(rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    """float32 [N, K] -> codes uint8 [N, blocks, block] and scales float32 [N, blocks].
+    """Quantise float32 rows [N, K] in blocks of `block`.
 
-    Each block's largest element, whatever its sign, becomes code 0: that end of the range has a
-    code more than the other.
+    Returns the quantised values, uint8 [N, blocks, block], and the scales, float32 [N, blocks]. K
+    is padded with zeros to whole blocks.
+
+    The element with the largest magnitude of a block, whatever its sign, becomes 0. That end of the
+    integer range has one more value than the other.
     """
     rows = functional.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))  # type: ignore[no-untyped-call]
     centre = 1 << (bits - 1)
     low, high = rows.amin(2), rows.amax(2)  # [N, blocks]
     scales = torch.where(-low > high, low, high) / -centre
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    codes = (rows * inverse[..., None]).round_().add_(centre).clamp_(0, 2 * centre - 1)
-    return codes.to(torch.uint8), scales
+    values = (rows * inverse[..., None]).round_().add_(centre).clamp_(0, 2 * centre - 1)
+    return values.to(torch.uint8), scales
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A packed parameter of `shape` on disk; of FP8, its codes alone."""
+    """A packed parameter of `shape` on disk. For FP8, `parts` starts with the quantised values."""
 
     packing: Packing
     shape: Shape
     parts: tuple[TensorEntry, ...]
 
     def read(self) -> Tensor:
-        """The parameter that the bytes mean, in float32 where it was quantised; or its codes."""
+        """Read the parameter in its original shape.
+
+        Integers are dequantised to float32. FP8 is not: the result is the quantised values.
+        """
         if self.packing.fp8:
-            codes = view(self.parts[0])
-            return codes if self.packing.arrange == "rows" else codes.transpose(-2, -1)
+            values = view(self.parts[0])
+            return values if self.packing.arrange == "rows" else values.transpose(-2, -1)
         if len(self.shape) < 3:
             found = unpack(self.packing, tuple(map(view, self.parts)))
             return found[..., : self.shape[-1]]

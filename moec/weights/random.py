@@ -1,4 +1,4 @@
-"""A checkpoint with seeded random weights, in the Hugging Face layout: for twins and benchmarks."""
+"""Write a checkpoint of seeded random weights, for reduced-size models and benchmarks."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moec.spec.hf.config import write_config
+from moec.spec.hf.config_writer import write_config
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
@@ -18,18 +18,18 @@ from moec.spec.tensors import quantized, scale_of, separate, tensors
 from moec.weights import fp8
 from moec.weights.view import STORED, TORCH_DTYPES
 
-#: what a static scale of random weights is for: hardly an input is larger
+#: the magnitude that static scales of random weights cover; very few inputs are larger
 LARGEST_INPUT = 6.0
 
 
 def write_random_checkpoint(
     spec: ModelSpec, folder: Path, seed: int = 0, device: str = "cpu"
 ) -> None:
-    """Write `config.json` and `model.safetensors` of `spec` to `folder`, drawn on `device`.
+    """Write `config.json` and `model.safetensors` of `spec`, with random weights, to `folder`.
 
-    The scale keeps activations near 1 and router logits well apart, so that an error anywhere shows
-    in the output and no expert is chosen by a rounding error. With a scheme, the weights that it
-    names are the same ones in FP8.
+    The weights are drawn on `device`. Their size keeps activations near 1, so that an error
+    anywhere shows in the output. It keeps router logits well apart, so that a rounding error does
+    not change the chosen expert. If `spec` has a scheme, the same weights are quantised by it.
     """
     generator = torch.Generator(device).manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,33 +47,35 @@ def _draw_all(spec: ModelSpec, generator: torch.Generator) -> Iterator[tuple[str
         if name not in rules:
             yield name, weight
         elif spec.scheme and spec.scheme.separate_experts and len(shape) == 3:
-            for expert, fused in enumerate(weight):
+            for expert, own in enumerate(weight):
                 parts = separate(name, expert)
-                for part, matrix in zip(parts, fused.t().chunk(len(parts)), strict=True):
-                    yield from _narrow(spec, part, matrix, rules[name].weight)
+                for part, matrix in zip(parts, own.t().chunk(len(parts)), strict=True):
+                    yield from _quantised(spec, part, matrix, rules[name].weight)
         else:
-            yield from _narrow(spec, name, weight, rules[name].weight)
+            yield from _quantised(spec, name, weight, rules[name].weight)
     for name, kind in tensors(spec).items():
         if name.endswith((".input_scale", "_input_scale", ".k_scale", ".v_scale")):
             dtype = STORED[kind.dtype]
             yield name, torch.full(kind.shape, LARGEST_INPUT / LARGEST, dtype=dtype)
 
 
-def _narrow(spec: ModelSpec, name: str, weight: Tensor, grid: str) -> Iterator[tuple[str, Tensor]]:
-    """Codes and scales of a weight [out, in] or [expert, in, out]."""
+def _quantised(
+    spec: ModelSpec, name: str, weight: Tensor, grid: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The quantised values and the scales of a weight [out, in] or [expert, in, out]."""
     assert spec.scheme is not None
-    block, fused = spec.scheme.block, weight.dim() == 3
-    along = {"channel": "column" if fused else "row", "block": "block"}.get(grid, "all")
-    matrices = list(weight.contiguous().cpu()) if fused else [weight.contiguous().cpu()]
+    block, stacked = spec.scheme.block, weight.dim() == 3
+    along = {"channel": "column" if stacked else "row", "block": "block"}.get(grid, "all")
+    matrices = list(weight.contiguous().cpu()) if stacked else [weight.contiguous().cpu()]
     sizes = torch.stack([fp8.magnitudes(matrix, along, block) for matrix in matrices])
     if grid == "tensor":
         sizes = sizes.amax().expand(len(matrices))
     scale = fp8.scales(sizes, STORED[spec.scheme.scales])
-    codes = torch.empty(weight.shape, dtype=STORED["fp8"])
-    for matrix, mine, out in zip(matrices, scale, codes if fused else [codes], strict=True):
-        fp8.codes(matrix, mine.float(), along, block, out)
-    yield name, codes
-    yield scale_of(name), (scale if fused and grid != "tensor" else scale[0]).contiguous()
+    values = torch.empty(weight.shape, dtype=STORED["fp8"])
+    for matrix, own, out in zip(matrices, scale, values if stacked else [values], strict=True):
+        fp8.quantise(matrix, own.float(), along, block, out)
+    yield name, values
+    yield scale_of(name), (scale if stacked and grid != "tensor" else scale[0]).contiguous()
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -82,7 +84,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
         return 1 + 0.1 * noise
     if name.endswith("bias") or len(shape) == 1:
         return 0.1 * noise
-    # Fused experts are [expert, in, out], linear weights [out, in].
+    # Stacked experts are [expert, in, out], linear weights [out, in].
     fan_in = shape[-2] if len(shape) == 3 else shape[-1]
     gain = {"embed.weight": math.sqrt(fan_in), "router.weight": 2.0}
     scale = next((g for end, g in gain.items() if name.endswith(end)), 1.0)

@@ -1,4 +1,4 @@
-"""Where each tensor of a safetensors file lies, read from its header alone."""
+"""Read the header of a safetensors file: where the bytes of each tensor are."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from moec.spec.errors import refuse
 
-#: safetensors dtype -> (our name, bytes per element)
+#: the types of safetensors: our name, and bytes per element
 DTYPES = {
     "F32": ("fp32", 4),
     "F16": ("fp16", 2),
@@ -25,17 +25,17 @@ DTYPES = {
 }
 _SIZES = dict(DTYPES.values())
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
-_FETCH = "fetch the shard again"
+_DOWNLOAD = "download the shard again"
 
 
 def nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of a tensor of `dtype`, by our name of it."""
+    """The bytes of a tensor of `shape`; `dtype` is our name of its type."""
     return math.prod(shape) * _SIZES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor's bytes: `nbytes` at `offset` of `file`, row-major [shape] of `dtype`."""
+    """Where a tensor is: `nbytes` bytes at `offset` of `file`, row-major, without reading them."""
 
     name: str
     dtype: str
@@ -45,7 +45,11 @@ class TensorEntry:
     nbytes: int
 
     def __getitem__(self, index: int) -> Self:
-        """The slice at `index` of the leading axis, such as one expert; still no bytes are read."""
+        """The entry of the slice at `index` of the first axis, such as one expert.
+
+        Raises:
+            IndexError: the first axis has no such index.
+        """
         if not 0 <= index < self.shape[0]:
             raise IndexError(f"{self.name}: index {index} of {self.shape[0]}")
         size = self.nbytes // self.shape[0]
@@ -60,9 +64,9 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its tensors, its size, and a hash of its header.
+    """One safetensors file: its tensors by key, its size in bytes, and a hash of its header.
 
-    `name` is what the index calls it, `path` the real file, which may be a link's target.
+    `name` is its name in the checkpoint's index. `path` is the real file, with links resolved.
     """
 
     name: str
@@ -73,10 +77,12 @@ class Shard:
 
 
 def read_shard(path: Path, name: str = "") -> Shard:
-    """Read the header of `path`, called `name`, and check it against the file's size.
+    """Read the header of the safetensors file `path` and check it against the file's size.
+
+    `name` is its name in the checkpoint's index, and the file's own name by default.
 
     Raises:
-        MoecError: the file is missing, cut short, or its header contradicts itself.
+        MoecError: the file is missing, is cut short, or has a header that contradicts itself.
     """
     try:
         with path.open("rb") as file:
@@ -85,11 +91,14 @@ def read_shard(path: Path, name: str = "") -> Shard:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
                 refuse(
-                    path, f"{size} bytes, header of {length}", "a complete safetensors file", _FETCH
+                    path,
+                    f"{size} bytes, header of {length}",
+                    "a complete safetensors file",
+                    _DOWNLOAD,
                 )
             header = file.read(length)
     except OSError as error:
-        refuse(path, error.strerror, "a readable shard", _FETCH)
+        refuse(path, error.strerror, "a readable shard", _DOWNLOAD)
     try:
         rows = json.loads(header)
         tensors = {
@@ -98,19 +107,24 @@ def read_shard(path: Path, name: str = "") -> Shard:
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        refuse(path, f"broken header: {error!r}", "a safetensors header", _FETCH)
+        refuse(path, f"broken header: {error!r}", "a safetensors header", _DOWNLOAD)
     for entry in tensors.values():
         if entry.offset + entry.nbytes > size:
             refuse(
                 f"{path}: {entry.name}",
                 f"the file ends at byte {size}",
-                f"{entry.offset + entry.nbytes} bytes; the shard is cut short",
-                _FETCH,
+                f"at least {entry.offset + entry.nbytes} bytes; the shard is cut short",
+                _DOWNLOAD,
             )
     used = 0
     for entry in sorted(tensors.values(), key=lambda each: (each.offset, each.nbytes)):
         if entry.offset < used:
-            refuse(f"{path}: {entry.name}", "bytes of another tensor", "bytes of its own", _FETCH)
+            refuse(
+                f"{path}: {entry.name}",
+                "it shares bytes with another tensor",
+                "bytes of its own",
+                _DOWNLOAD,
+            )
         used = entry.offset + entry.nbytes
     return Shard(
         name or path.name, path, size, hashlib.sha256(prefix + header).hexdigest(), tensors
@@ -130,5 +144,7 @@ def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry
     ):
         raise ValueError(f"{name}: offset {start}, shape {shape}")
     if itemsize and end - start != nbytes:
-        refuse(f"{path}: {name}", f"{end - start} bytes", f"{nbytes} for {dtype} {shape}", _FETCH)
+        refuse(
+            f"{path}: {name}", f"{end - start} bytes", f"{nbytes} for {dtype} {shape}", _DOWNLOAD
+        )
     return TensorEntry(name, dtype, shape, path, data + start, end - start)

@@ -1,4 +1,4 @@
-"""A checkpoint's bytes as torch tensors: mapped, and read when they are used, or read at once."""
+"""Read a checkpoint's bytes as torch tensors, by mapping the file or by reading it directly."""
 
 import os
 
@@ -8,21 +8,24 @@ import torch
 from moec.spec.errors import refuse
 from moec.weights.shard import TensorEntry
 
-#: Our names of the float types, for weights on disk and for what a graph computes in.
+#: our names of the types that a graph computes in
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-#: and of all that a weight may be stored in
+#: our names of all types in which a weight can be stored
 STORED = {**TORCH_DTYPES, "fp8": torch.float8_e4m3fn, "uint8": torch.uint8}
 
-#: bytes that the disk is asked for before they are wanted
+#: bytes that the operating system is asked to read ahead
 AHEAD = 1 << 26
 
 
 def view(entry: TensorEntry) -> torch.Tensor:
-    """`entry` as a tensor of its own dtype and shape; a copy only where it lies misaligned."""
+    """Map the tensor at `entry`, in its own type and shape.
+
+    The bytes are read when they are used. They are copied only if their offset is not aligned.
+    """
     dtype = STORED[entry.dtype]
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=dtype)
-    # Mode "c" maps privately: torch wants writable memory, and the file must stay as it is.
+    # Mode "c" is copy-on-write: torch needs writable memory, and the file must not change.
     raw = np.memmap(entry.file, np.uint8, "c", entry.offset, (entry.nbytes,))
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()
@@ -30,13 +33,20 @@ def view(entry: TensorEntry) -> torch.Tensor:
 
 
 def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
-    """Elements of a weight from `first` on, read and not mapped: page faults cost more."""
+    """Read elements of the tensor at `entry`, from element `first` on, until `out` is full.
+
+    Reading is faster than mapping here, because page faults cost more than the copy.
+
+    Raises:
+        MoecError: the file ends too early.
+    """
     data = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
     start, at = entry.offset + first * out.element_size(), 0
     with entry.file.open("rb", buffering=0) as file:
         file.seek(start)
-        # What comes next is read while this is worked on, and nothing stays in the system's cache:
-        # new pages for it would cost more than the disk, and other processes theirs.
+        # The system reads ahead while the caller works on these elements. It then drops them from
+        # its page cache: allocating new pages would cost more than the disk does, and would evict
+        # pages of other processes.
         os.posix_fadvise(file.fileno(), start + len(data), AHEAD, os.POSIX_FADV_WILLNEED)
         while at < len(data) and (count := file.readinto(data[at:])):
             at += count
@@ -45,6 +55,6 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
         refuse(
             entry.file,
             f"ended before {entry.name}",
-            "a file that stays as it is",
-            "fetch the shard, or build the artefact, again",
+            "a file that does not change while it is read",
+            "download the shard again, or build the artefact again",
         )

@@ -19,7 +19,7 @@ from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES
 from moec.spec.tensors import tensors
-from moec.weights.joined import fused_tensors
+from moec.weights.joined import joined_tensors
 from moec.weights.view import STORED
 from tests.strategies import specs
 
@@ -52,12 +52,12 @@ def _values(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
 def _joined(spec: ModelSpec, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """`values` as the fused decoder has them."""
     found = {}
-    for name, fused in fused_tensors(spec, "fp32").items():
-        pieces = [values[piece] for piece in fused.pieces]
+    for name, joined in joined_tensors(spec, "fp32").items():
+        pieces = [values[piece] for piece in joined.sources]
         if name.endswith((".moe.gate_up", ".moe.down")):  # [expert, in, out]
             pieces[0] = pieces[0].view(torch.uint8).transpose(1, 2).contiguous()
         flat = [piece.contiguous().view(torch.uint8).flatten() for piece in pieces]
-        found[name] = torch.cat(flat).view(STORED[fused.dtype]).view(fused.shape)
+        found[name] = torch.cat(flat).view(STORED[joined.dtype]).view(joined.shape)
     return found
 
 
@@ -152,7 +152,7 @@ def preset(request: pytest.FixtureRequest) -> ModelSpec:
 def test_full_size_graphs_have_the_joined_weights_and_nothing_unfused(preset: ModelSpec) -> None:
     graph = build_fused(preset)
     found = {name: (tuple(p.shape), p.dtype) for name, p in graph.named_parameters()}
-    kinds = {name: (f.shape, STORED[f.dtype]) for name, f in fused_tensors(preset).items()}
+    kinds = {name: (f.shape, STORED[f.dtype]) for name, f in joined_tensors(preset).items()}
     assert found == kinds
     used = Counter(node.target for node in graph.graph.nodes if node.op == "get_attr")
     assert used == dict.fromkeys(kinds, 1)

@@ -27,7 +27,7 @@ from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES
-from moec.weights.joined import widened
+from moec.weights.joined import unquantised
 from moec.weights.view import TORCH_DTYPES
 from tests.strategies import fp8_specs, specs, vision_specs
 
@@ -124,7 +124,7 @@ def _before_joining(spec: ModelSpec) -> list[fx.GraphModule]:
     """Fused graphs, before the passes that join fused ops with one another."""
     graphs = []
     for change in (lambda graph: graph, join_encodes):
-        wide = join_skip_norms(keep_buffers(build_decoder(widened(spec, "fp32"))))
+        wide = join_skip_norms(keep_buffers(build_decoder(unquantised(spec, "fp32"))))
         graphs.append(change(fuse(wide, spec)))
     return graphs
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import moec
-from moec.runtime.batching import PIECE
+from moec.runtime.batching import PREFILL_CHUNK
 from moec.runtime.sampling import sample
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError
@@ -73,7 +73,7 @@ def test_decode_grows_the_caches_and_rings_stay_at_the_chunk(session: Session) -
 
 
 def test_long_prompts_go_through_in_pieces(session: Session) -> None:
-    ids = torch.randint(0, 4096, (1, PIECE + 40))
+    ids = torch.randint(0, 4096, (1, PREFILL_CHUNK + 40))
     last, _ = session.prefill(ids)
     assert torch.allclose(last[0], session.logits(ids)[0, -1], atol=2e-4)
 

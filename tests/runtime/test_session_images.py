@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moec
 from moec.artefact.artefact import open_artefact
-from moec.runtime.batching import PIECE
+from moec.runtime.batching import PREFILL_CHUNK
 from moec.runtime.cache import new_cache
 from moec.runtime.session import TILES, Session
 from moec.spec.errors import MoecError
@@ -50,7 +50,7 @@ def test_rows_with_images_equal_each_row_alone(session: Session) -> None:
 
 
 def test_images_that_a_long_prompts_pieces_cut_apart(session: Session) -> None:
-    rows = [_row(PIECE - 6, -3, 20, -1, 5), _row(PIECE - 2, -1)]
+    rows = [_row(PREFILL_CHUNK - 6, -3, 20, -1, 5), _row(PREFILL_CHUNK - 2, -1)]
     pixels = _tiles(5)
     whole = session.logits(rows, pixels)
     last, _ = session.prefill(rows, pixels)

@@ -372,4 +372,4 @@ def test_a_scale_of_keys_is_not_called_a_weights(
     config("quantization_config.kv_cache_scheme", None)(copy("compressed-tensors"))
     with pytest.raises(moec.MoecError) as caught:
         moec.export(tmp_path / "checkpoint", out=tmp_path / "out")
-    assert "weight that config.json leaves wide" not in caught.value.found
+    assert "weight that config.json does not quantise" not in caught.value.found

@@ -9,12 +9,12 @@ from transformers import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGe
 
 from moec.graph_builder.decoder import build_decoder
 from moec.spec.files import load_spec
-from moec.spec.hf.config import write_config
+from moec.spec.hf.config_writer import write_config
 from moec.spec.hf.names import TEXT, VISION
 from moec.spec.parameters import counts, parameters
 from moec.spec.presets import PRESETS
 from moec.weights.checkpoint import read_checkpoint
-from moec.weights.name_map import match, rows
+from moec.weights.name_map import checkpoint_tensors, match
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import view
 
@@ -26,8 +26,8 @@ def test_keys_and_shapes_are_those_of_the_transformers_model(name: str) -> None:
     with torch.device("meta"):
         model = Llama4ForConditionalGeneration(config)
     theirs = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    ours = {row.key: row.shape for row in rows(spec)}
-    assert len(ours) == len(rows(spec)) == len(parameters(spec))
+    ours = {row.key: row.shape for row in checkpoint_tensors(spec)}
+    assert len(ours) == len(checkpoint_tensors(spec)) == len(parameters(spec))
     assert ours == theirs
 
 
@@ -65,7 +65,7 @@ def test_no_row_of_the_tables_is_dead() -> None:
 def test_views_and_expert_slices_are_the_bytes_of_the_file(tiny: Path) -> None:
     spec = load_spec(tiny)
     entries = match(spec, read_checkpoint(tiny))
-    by_key = {row.key: row.name for row in rows(spec)}
+    by_key = {row.key: row.name for row in checkpoint_tensors(spec)}
     for file in {entry.file for entry in entries.values()}:
         with safe_open(file, "pt") as shard:
             for key in shard.keys():  # noqa: SIM118

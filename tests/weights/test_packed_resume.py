@@ -47,8 +47,8 @@ class Stop(BaseException):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Holds weights whose every parameter lands at once, and some come in several pieces."""
-    monkeypatch.setattr("moec.weights.packed_file.LANDED", 1)
-    monkeypatch.setattr("moec.weights.packed_file.PIECE", 64)
+    monkeypatch.setattr("moec.weights.packed_file.JOURNAL_BYTES", 1)
+    monkeypatch.setattr("moec.weights.packed_file.ELEMENTS_AT_ONCE", 64)
     _write_source(tmp_path, seed=0)
     return tmp_path
 
@@ -225,7 +225,7 @@ COMMAND = """
 import contextlib, signal, sys
 import moec.cli, moec.tables, moec.weights.packed_file
 
-moec.weights.packed_file.LANDED = 1
+moec.weights.packed_file.JOURNAL_BYTES = 1
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell that ignores it
 
 @contextlib.contextmanager

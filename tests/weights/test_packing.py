@@ -89,7 +89,9 @@ PACKINGS = {
 def test_a_packed_file_is_a_safetensors_file_of_what_packings_say(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moec.weights.packed_file.PIECE", 64)  # rows go through in pieces
+    monkeypatch.setattr(
+        "moec.weights.packed_file.ELEMENTS_AT_ONCE", 64
+    )  # rows go through in pieces
     entries = read_shard(weights / "in.safetensors").tensors
     seen: list[tuple[int, int]] = []
     write_packed(weights / "out.safetensors", PACKINGS, entries, lambda *step: seen.append(step))

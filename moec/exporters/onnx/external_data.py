@@ -1,4 +1,4 @@
-"""Attach a checkpoint's bytes to a model's unbound weights. No byte is read or copied."""
+"""ONNX external data: let the weights of a model point to bytes of other files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,22 +19,24 @@ _DTYPES = {
 
 
 def load_onnx(path: Path) -> ir.Model:
-    """The model at `path`; its weights stay where they are.
+    """Load the ONNX model at `path`, without the bytes of its weights.
 
     Raises:
-        MoecError: it is gone, or damaged (exit code 1).
+        MoecError: the file is missing or damaged (exit code 1).
     """
     try:
         return ir.load(path)
     except (OSError, DecodeError, ir.serde.SerdeError, ValueError) as error:
-        refuse(path, error, "the ONNX of an artefact", "build the artefact again", exit_code=1)
+        expected = "a readable ONNX model of an artefact"
+        refuse(path, error, expected, "build the artefact again", exit_code=1)
 
 
-def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> None:
-    """Point the weights of `model` into files below `root`.
+def set_external_data(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> None:
+    """Let the weights of `model` point to bytes of files below `root`.
 
-    Weight inputs become initializers; weights that were bound before are bound anew. `entries`
-    holds the bytes of every weight by name; entries that the model does not use do no harm.
+    Weights that are graph inputs become initializers. Weights that have external data already get
+    the new one. `entries` says where the bytes of every weight are, by name; entries that the model
+    does not use are ignored. No bytes of weights are read or copied.
     """
     graph = model.graph
     weights = [*graph.inputs, *graph.initializers.values()]
@@ -51,14 +53,17 @@ def bind(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> Non
             name=str(weight.name),
             base_dir=root,
         )
-    bound = [each for each in graph.inputs if each.name and entry_of(each.name, entries)]
-    for weight in bound:
+    inputs = [each for each in graph.inputs if each.name and entry_of(each.name, entries)]
+    for weight in inputs:
         graph.inputs.remove(weight)
         graph.register_initializer(weight)
 
 
 def entry_of(name: str, entries: Mapping[str, TensorEntry]) -> TensorEntry | None:
-    """The bytes of a weight: a parameter, or one expert of it, "PARAMETER[INDEX]"."""
+    """Where the bytes of a weight are; None if `entries` does not have it.
+
+    `name` is a parameter, or one expert of a stacked parameter: "PARAMETER[INDEX]".
+    """
     parameter, _, index = name.partition("[")
     entry = entries.get(parameter)
     return entry[int(index.rstrip("]"))] if entry and index else entry

@@ -1,4 +1,4 @@
-"""The folder that onnxruntime-genai opens: its configuration beside a graph with its inputs."""
+"""Write the folder that onnxruntime-genai opens: its configuration and tokenizer files."""
 
 import json
 import os
@@ -10,16 +10,17 @@ from moec.artefact.manifest import Manifest
 from moec.spec.model import ModelSpec
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-#: positions that genai allocates buffers for unless its caller says less
+#: the positions for which genai allocates its buffers, unless its caller asks for fewer
 CONTEXT = 131_072
 
 
 def write_genai(
     folder: Path, final: Path, manifest: Manifest, weights: Path, tokenizer: Path | None
 ) -> None:
-    """Write `folder`, which will be `final`: configuration, and copies of tokenizer files.
+    """Write genai's configuration and copies of the tokenizer files to `folder`.
 
-    Weights stay below `weights`, whose path genai joins to its folder: it must be relative.
+    The build later renames `folder` to `final`. The weights stay below `weights`. genai appends
+    the path of the weights to its own folder, so that the path must be relative.
     """
     entries = {
         **manifest.presets["lean"].entries,
@@ -35,7 +36,11 @@ def write_genai(
 
 
 def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> dict[str, Any]:
-    """`genai_config.json`: a "decoder" with shared buffers, as genai has no Llama 4 of its own."""
+    """The contents of `genai_config.json`.
+
+    The type is "decoder" with shared buffers, because genai has no type for Llama 4. `entries` are
+    session options of ONNX Runtime.
+    """
     text, tokens = spec.text, spec.tokens
     pad = tokens.padding
     return {

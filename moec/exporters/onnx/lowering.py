@@ -1,9 +1,9 @@
-"""Walk an fx graph and write ONNX, one rule per op, straight to onnx_ir.
+"""Lower an fx graph to ONNX: walk the graph and write each node by its lowering rule, to onnx_ir.
 
-Weights become graph inputs of the model: named, typed and unbound. `binding.bind` turns them into
-initializers that point into a checkpoint. A dialect that packs has weights of its own layout: each
-comes with the packing that makes it. An input with a default is an input *and* an initializer,
-which is how ONNX lets a caller leave it out.
+Weights become graph inputs with a name and a type. `external_data.set_external_data` later turns
+them into initializers whose bytes are in a checkpoint. A dialect that packs weights uses its own
+layout; each of its weights comes with the packing that makes it. An input with a default value is
+both a graph input and an initializer, which is how ONNX lets a caller leave it out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ Lower = Callable[..., ir.Value | Values]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of a dialect: nodes of `op` for which `when` holds are written by `lower`."""
+    """A lowering rule: `lower` writes the nodes of `op` for which `when` returns True."""
 
     op: Op
     lower: Lower
@@ -50,14 +50,14 @@ class Rule:
 
 @dataclass(slots=True)
 class Weights:
-    """The weights of a model under construction, by name, and how packed ones are made."""
+    """The weights of the model that is being written, by name, and the packings of packed ones."""
 
     packs: bool
     values: dict[str, ir.Value] = field(default_factory=dict)
     packings: dict[str, Packing] = field(default_factory=dict)  # by parameter
 
     def packed(self, parameter: ir.Value, packing: Packing) -> Values:
-        """The values that hold `parameter` as `packing` stores it."""
+        """The ONNX values for the tensors in which `packing` stores `parameter`."""
         kind = type_of(parameter)
         names = packing.names(dtype_name(kind.dtype))
         self.packings[names[0]] = packing
@@ -66,15 +66,15 @@ class Weights:
                 self.values[name] = value(name, TensorType(shape, _torch_dtype(dtype)))
         return tuple(self.values[name] for name in names)
 
-    def slice(self, fused: ir.Value, index: int) -> ir.Value:
-        """Expert `index` of a fused tensor, as a weight of its own."""
-        name, kind = f"{fused.name}[{index}]", type_of(fused)
+    def slice(self, stacked: ir.Value, index: int) -> ir.Value:
+        """Expert `index` of a stacked weight [expert, in, out], as a weight [in, out]."""
+        name, kind = f"{stacked.name}[{index}]", type_of(stacked)
         return self.values.setdefault(name, value(name, kind.like(*kind.shape[1:])))
 
 
 @dataclass(slots=True)
 class Emitter:
-    """Writes ONNX nodes for one fx node. Every value gets a name, a type and a shape."""
+    """Writes the ONNX nodes for one fx node. Every value gets a name, a type and a shape."""
 
     name: str
     nodes: list[ir.Node]
@@ -90,9 +90,10 @@ class Emitter:
         label: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """Add a node of ONNX operator `kind` with one output.
+        """Add a node of the ONNX operator `kind`, with one output of type `of`.
 
-        `label` names the value within the fx node; without one the value *is* the node's result.
+        `label` names an intermediate value of the fx node. The value without a label is the fx
+        node's result.
         """
         return self.ops(kind, inputs, (of,), label, **attributes)[0]
 
@@ -104,7 +105,7 @@ class Emitter:
         label: str = "",
         **attributes: Any,
     ) -> Values:
-        """`op` for a node with several outputs: a value for each of `types`."""
+        """Add a node with several outputs, one for each of `types`; otherwise like `op`."""
         count = self.used[label] = self.used.get(label, -1) + 1
         stem = f"{self.name}/{label}" if label else self.name
         stem += f".{count}" if count else ""
@@ -118,11 +119,11 @@ class Emitter:
         return tuple(outputs)
 
     def packed(self, parameter: ir.Value, **how: Any) -> Values:
-        """The stored form of a parameter, by the fields of `Packing`."""
+        """The ONNX values that hold `parameter` in packed form; `how` has fields of `Packing`."""
         return self.weights.packed(parameter, Packing(source=str(parameter.name), **how))
 
     def constant(self, array: np.ndarray[Any, Any] | np.generic | list[int] | int) -> ir.Value:
-        """A small int64, bool or float constant, shared by all nodes that want the same one."""
+        """A small int64, bool or float constant. Nodes that use the same constant share it."""
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.constants:
@@ -138,7 +139,11 @@ class Emitter:
         return self.constants[key]
 
     def cast(self, x: ir.Value, dtype: torch.dtype, label: str) -> ir.Value:
-        """x in `dtype`: itself where it has it already, another weight where weights are packed."""
+        """Return x in the type `dtype`.
+
+        This is x itself if it has that type. If the dialect packs weights and x is one, the result
+        is a weight that is stored in `dtype`.
+        """
         have = type_of(x)
         if self.weights.packs and x.name in self.weights.values:
             return self.packed(x, dtype=dtype_name(dtype))[0]
@@ -147,26 +152,26 @@ class Emitter:
         to = TensorType(have.shape, dtype)
         return self.op("Cast", [x], to, label, to=DTYPES[dtype].value)
 
-    def expert(self, fused: ir.Value, index: int, dtype: torch.dtype) -> ir.Value:
-        """Expert `index` of a fused tensor in `dtype`: its slice of the bytes, cast if need be."""
-        return self.cast(self.weights.slice(fused, index), dtype, f"{fused.name}.cast")
+    def expert(self, stacked: ir.Value, index: int, dtype: torch.dtype) -> ir.Value:
+        """Expert `index` [in, out] of a stacked weight [expert, in, out], cast to `dtype`."""
+        return self.cast(self.weights.slice(stacked, index), dtype, f"{stacked.name}.cast")
 
     def graph(self, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value] = ()) -> ir.Graph:
-        """What this emitter wrote, as a subgraph; it may use values of the graph around it."""
+        """The nodes that this emitter wrote, as a subgraph, which may use outer values."""
         return ir.Graph(inputs, outputs, nodes=self.nodes, name=self.name)
 
     def body(self, label: str) -> "Emitter":
-        """An emitter for a subgraph of this node: own nodes, the same constants."""
+        """An emitter for a subgraph of this node, with its own nodes and the same constants."""
         return Emitter(f"{self.name}/{label}", [], self.constants, self.weights)
 
 
 def value(name: str, of: TensorType) -> ir.Value:
-    """An ONNX value; symbolic sizes become named dimensions."""
+    """Make an ONNX value; symbolic sizes become named dimensions."""
     return ir.Value(name=name, type=ir.TensorType(DTYPES[of.dtype]), shape=ir.Shape(list(of.shape)))
 
 
 def type_of(x: ir.Value) -> TensorType:
-    """The type of an ONNX value that this module made."""
+    """The type and shape of an ONNX value that this module made."""
     assert x.shape is not None and x.dtype is not None
     dtype = next(ours for ours, theirs in DTYPES.items() if theirs == x.dtype)
     shape = tuple(dim.value if isinstance(dim, ir.SymbolicDim) else dim for dim in x.shape)
@@ -184,7 +189,10 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A model, and the packing of each weight by the name of its first tensor; unpacked: none."""
+    """An ONNX model, and the packing of each weight, by the name of its first tensor.
+
+    `packings` is empty if the dialect does not pack weights.
+    """
 
     model: ir.Model
     packings: dict[str, Packing]
@@ -193,12 +201,13 @@ class Lowered:
 def lower(
     graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str, packs: bool = False
 ) -> Lowered:
-    """Write `graph` by `rules`: for each node the first row that matches.
+    """Lower `graph` to an ONNX model called `name`.
 
-    With `packs` each weight is stored as its rule wants it, else as the checkpoint has it.
+    The first of `rules` that matches a node writes it. With `packs`, each weight is stored as its
+    lowering rule asks for it, otherwise as it is in the checkpoint.
 
     Raises:
-        MoecError: an op has no matching row; lists the rows tried.
+        MoecError: no lowering rule matches a node; the message lists the rules that were tried.
     """
     by_target: dict[Any, list[Rule]] = {}
     for rule in rules:
@@ -235,7 +244,7 @@ def lower(
         else:
             raise _no_rule(node, [rule.op.name for rule in rules])
     used = [each for each in weights.values.values() if each.uses()]
-    if packs:  # those that stay as they are
+    if packs:  # weights that no lowering rule changed need a packing too
         for each in used:
             if each.name in stored and each.name not in weights.packings:
                 kind = dtype_name(type_of(each).dtype)
@@ -264,7 +273,7 @@ def _no_rule(node: fx.Node, tried: list[str]) -> MoecError:
         f"lowering of {node.meta.get('name', node.name)}",
         f"{node.target} has no rule in this dialect",
         f"one of {', '.join(tried)}",
-        "add a row to the dialect's table",
+        "add a lowering rule to the dialect's table",
     )
 
 

@@ -1,6 +1,6 @@
-"""The `ort` dialects: ONNX Runtime's own fused operators where they win, plain ONNX elsewhere.
+"""The `ort` dialects: ONNX Runtime's own operators where they are faster, plain ONNX elsewhere.
 
-Each row that is not in `standard` is there for a measured reason: docs/performance.md.
+docs/performance.md has the measurement behind each lowering rule that `standard` does not have.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 
 _INT64 = torch.int64
-#: what a masked key gets added to its score: finite in float16, out of sight in float32
+#: added to the scores of masked keys: finite in float16, and low enough to leave no weight
 MASKED = -30000.0
 
 
@@ -121,23 +121,33 @@ def _quantized_linear(
     )
 
 
-def _stays_wide(node: fx.Node) -> bool:
-    """Routers are small, and a wrong choice is no rounding error; a tied head is the embedding."""
+def _is_not_quantised(node: fx.Node) -> bool:
+    """Whether a linear layer is not quantised: routers and tied heads are not.
+
+    A router is small, and an error there may choose another expert. A tied head shares the weight
+    of the embedding, which is not quantised.
+    """
     weight = cast(fx.Node, node.args[1]).meta["name"]
     return str(node.meta["name"]).endswith(".router") or weight == "embed.weight"
 
 
 def _is_sensitive(node: fx.Node) -> bool:
-    """Attention and head: an eighth of what a token reads, and most of what four bits cost."""
+    """Whether a linear layer keeps eight bits: those of attention and the head do.
+
+    A token reads an eighth of its weights there, but most of the error of four bits comes from
+    them.
+    """
     name = str(node.meta["name"])
     return name == "head" or ".attn." in name
 
 
 def check_sizes(spec: ModelSpec, bits: int | None) -> None:
-    """Refuse what ONNX Runtime's operators cannot hold, before anything is built.
+    """Refuse a model whose sizes ONNX Runtime's operators do not support, before the build.
+
+    `bits` are the bits of a quantised weight; None stands for no integer quantisation.
 
     Raises:
-        MoecError: a size that is no multiple of what they want.
+        MoecError: a width is not a multiple of the number that an operator needs.
     """
     text, block = spec.text, BLOCK if bits else 1
     for where, size, multiple, operator in (
@@ -149,12 +159,12 @@ def check_sizes(spec: ModelSpec, bits: int | None) -> None:
             refuse(
                 f"{spec.name}: {where}",
                 size,
-                f"a multiple of {multiple}, for {operator}",
+                f"a multiple of {multiple}, which ONNX Runtime's {operator} needs",
                 "use --target onnx" if multiple == 8 else "use another --precision",
             )
 
 
-_FUSED = (
+_ORT_OPERATORS = (
     #    op                      written by
     Rule(ops.buffered_attention, _buffered_attention),
     Rule(ops.skip_norm, _skip_norm),
@@ -162,20 +172,20 @@ _FUSED = (
     Rule(ops.columns, _columns),
 )
 
-#: weights stay in the checkpoint
+#: the weights stay in the checkpoint
 ORT = (
-    *_FUSED,
+    *_ORT_OPERATORS,
     Rule(ops.moe, lower_branches),
     *STANDARD,
 )
-#: weights are rewritten, in the dtype of the graph and the layout of the MoE operator
-ORT_PACKED = (*_FUSED, Rule(ops.moe, lower_fused), *STANDARD)
+#: the weights are packed, in the type of the graph and the layout of the MoE operator
+ORT_PACKED = (*_ORT_OPERATORS, Rule(ops.moe, lower_fused), *STANDARD)
 
 
 def _quantized(bits: int) -> tuple[Rule, ...]:
     return (
         Rule(ops.moe, partial(lower_quantized, bits=bits)),
-        Rule(ops.linear, lower_linear, _stays_wide),
+        Rule(ops.linear, lower_linear, _is_not_quantised),
         Rule(ops.linear, partial(_quantized_linear, bits=8), _is_sensitive),
         Rule(ops.linear, partial(_quantized_linear, bits=bits)),
         *ORT_PACKED,

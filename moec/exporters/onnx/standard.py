@@ -1,7 +1,8 @@
 """The `standard` dialect: plain ONNX operators of opset 24, for any runtime that has them.
 
-One function per op of the vocabulary, and the table that joins them. Experts are in `experts`, the
-ops of the vision tower in `vision`.
+Each op of the graph has one function here, and the table `STANDARD` at the end lists them. The
+functions for experts are in `experts`, those for FP8 in `fp8`, those for the vision tower in
+`vision`.
 """
 
 from collections.abc import Callable
@@ -46,20 +47,20 @@ def _embedding(e: Emitter, node: fx.Node, ids: ir.Value, table: ir.Value, _: str
     packed = e.op("Reshape", [ids, e.constant([-1])], flat, label="ids")
     if type_of(table).dtype == out.dtype:
         return e.op("Gather", [table, packed], out, axis=0)
-    # Look up first: only the rows that are used get cast.
+    # Gather before the Cast, so that only the rows in use are cast.
     stored = TensorType(out.shape, type_of(table).dtype)
     rows = e.op("Gather", [table, packed], stored, label="stored", axis=0)
     return e.op("Cast", [rows], out, to=DTYPES[out.dtype].value)
 
 
 def column(e: Emitter, x: ir.Value, label: str) -> ir.Value:
-    """x [B] -> [B, 1]."""
+    """Reshape x [B] to [B, 1]."""
     kind = type_of(x)
     return e.op("Unsqueeze", [x, e.constant([1])], kind.like(*kind.shape, 1), label=label)
 
 
 def steps(e: Emitter, x: ir.Value, axis: int, label: str) -> ir.Value:
-    """0, 1, ..., as many as x has along `axis`: int64 [N]."""
+    """The numbers 0 to N - 1, int64 [N], where N is the size of x along `axis`."""
     size = e.op(
         "Shape", [x], TensorType((1,), _INT64), label=f"{label}.size", start=axis, end=axis + 1
     )
@@ -87,7 +88,7 @@ def _pack(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
 
 
 def _gather_rows(e: Emitter, x: ir.Value, index: ir.Value, out: TensorType, label: str) -> ir.Value:
-    """x [B, N, W], index [B, M] into N -> [B, M, W], whole rows at a time."""
+    """Gather rows of x [B, N, W] by index [B, M], whose values count along N, to [B, M, W]."""
     kind = type_of(index)
     deep = e.op("Unsqueeze", [index, e.constant([2])], kind.like(*kind.shape, 1), label="index")
     return e.op("GatherND", [x, deep], out, label=label, batch_dims=1)
@@ -99,12 +100,16 @@ def _select(e: Emitter, node: fx.Node, x: ir.Value, index: ir.Value) -> ir.Value
     return e.op("Reshape", [rows, e.constant([-1, kind.shape[2]])], _result(node))
 
 
-def _held(e: Emitter, cache: ir.Value, last: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The position in each slot whose row's newest is `last` [B, 1]: [B, N]; and the slots [N]."""
+def _slot_positions(e: Emitter, cache: ir.Value, last: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The position that each slot of a ring cache holds, [B, N], and the slot numbers, [N].
+
+    `last` [B, 1] is the newest position of each sequence. A slot that holds no token gets a
+    negative position.
+    """
     shape = type_of(cache).shape[:2]
     slots = steps(e, cache, 1, "slots")
     count = e.op("Shape", [cache], TensorType((1,), _INT64), label="count", start=1, end=2)
-    # ONNX Runtime refuses a modulo by zero even of no elements.
+    # ONNX Runtime refuses a modulo by zero even if there are no elements.
     some = e.op("Max", [count, e.constant([1])], TensorType((1,), _INT64), label="some")
     back = e.op("Sub", [last, slots], TensorType(shape, _INT64), label="back")
     age = e.op("Mod", [back, some], TensorType(shape, _INT64), label="age")
@@ -116,8 +121,9 @@ def _key_positions(
 ) -> ir.Value:
     before = column(e, past, "past")
     last = e.op("Sub", [before, e.constant(1)], type_of(before), label="last")
-    held, _ = _held(e, cache, last)
-    # Max with -1 keeps "no token" apart from position 0 when integer division truncates.
+    held, _ = _slot_positions(e, cache, last)
+    # All slots without a token get -1. This keeps them apart from position 0 in runtimes whose
+    # integer division truncates.
     known = e.op("Max", [held, e.constant(-1)], type_of(held), label="known")
     return e.op("Concat", [known, positions], _result(node), axis=1)
 
@@ -129,7 +135,7 @@ def _cache_index(
     single = kind.like(kind.shape[0], 1)
     total = e.op("Add", [past, new], kind, label="total")
     newest = e.op("Sub", [total, e.constant(1)], kind, label="newest")
-    held, slots = _held(e, cache, column(e, newest, "last"))
+    held, slots = _slot_positions(e, cache, column(e, newest, "last"))
     out = _result(node)
     before = e.op("Unsqueeze", [past, e.constant([1])], single, label="past")
     token = e.op("Sub", [held, before], out, label="token")
@@ -253,7 +259,7 @@ def _rope(
 
 
 def _in_float32(e: Emitter, node: fx.Node, x: ir.Value, compute: _Compute) -> ir.Value:
-    """`compute` on x in float32, cast back to the node's dtype where that is another."""
+    """Run `compute` on x in float32, and cast the result to the node's own type."""
     out = _result(node)
     kind = TensorType(out.shape, _FLOAT)
     result = compute(e.cast(x, _FLOAT, "wide"), kind, "" if out.dtype == _FLOAT else "float32")
@@ -265,7 +271,10 @@ def _in_float32(e: Emitter, node: fx.Node, x: ir.Value, compute: _Compute) -> ir
 def lower_linear(
     e: Emitter, node: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None
 ) -> ir.Value:
-    """x [T, K], weight [N, K], bias [N] -> [T, N]: one Gemm on the checkpoint's own layout."""
+    """Write x [T, K] times weight [N, K], plus bias [N], to [T, N], as one Gemm.
+
+    Gemm takes the weight in the checkpoint's layout.
+    """
     out = _result(node)
     weight = e.cast(weight, out.dtype, "weight")
     inputs = [x, weight] if bias is None else [x, weight, e.cast(bias, out.dtype, "bias")]
@@ -303,9 +312,8 @@ def _swiglu(e: Emitter, node: fx.Node, gate: ir.Value, up: ir.Value) -> ir.Value
 
 def _route(e: Emitter, node: fx.Node, logits: ir.Value, top_k: int) -> Values:
     scores, experts = node.meta["type"]
-    if (
-        type_of(logits).dtype == torch.bfloat16
-    ):  # of which runtimes have no TopK; the order is the same
+    # Runtimes have no TopK for bfloat16. In float32 the order is the same.
+    if type_of(logits).dtype == torch.bfloat16:
         logits = e.cast(logits, _FLOAT, "logits")
         scores = TensorType(scores.shape, _FLOAT)
     best, chosen = e.ops("TopK", [logits, e.constant([top_k])], (scores, experts), "top", axis=-1)

@@ -1,16 +1,18 @@
-"""The `tensorrt` dialect: operators that TensorRT's parser takes as they are meant.
+"""The `tensorrt` dialect: operators that TensorRT's parser reads with their ONNX meaning.
 
-What differs from `standard`, and why:
+It differs from `standard` in these points:
 
-    caches      buffers of a fixed length, written by TensorScatter, which is linear: rings are
-                rings by where the caller writes, and by the mask
-    attention   always with an explicit mask: of is_causal and nonpad_kv_seqlen the parser makes
-                something else, or nothing; on queries that are scaled already
-    experts     there are no data-dependent shapes: few rows gather the weights of their experts,
-                of many all experts run; in FP8, which may be neither gathered nor enter an If,
-                always. Or a plugin runs the chosen ones
-    FP8         a product of two rounded operands is one in float32, for the parser to see through
-    fusion      a running count of image tokens finds each one's feature
+    caches        They are buffers of a fixed length, and TensorScatter writes them at consecutive
+                  slots. A cache is a ring because the caller wraps the slots, and through the mask.
+    attention     It always has an explicit mask, because the parser ignores or misreads is_causal
+                  and nonpad_kv_seqlen. The graph scales the queries beforehand.
+    experts       TensorRT has no shapes that depend on data. A call with few tokens gathers the
+                  weights of the chosen experts; a call with many tokens runs all experts. FP8
+                  weights can be neither gathered nor used inside an If, so that all experts run.
+                  Where the MoE plugin is used, it runs the chosen experts only.
+    FP8           A product of two quantised operands is written in float32, because the parser
+                  recognises only that form.
+    early fusion  A running count of the image tokens finds the feature of each.
 """
 
 from functools import partial
@@ -27,9 +29,9 @@ from moec.exporters.onnx.static_experts import dense, few_or_many
 from moec.graph_builder import ops
 from moec.graph_builder.types import TensorType
 
-#: operators of this domain are TensorRT's own: ONNX's with attributes that ONNX does not know
+#: the domain of TensorRT's own operators: ONNX operators with further attributes
 TRT = "trt"
-#: and of this one ours
+#: the domain of our own operators
 MOEC = "moec"
 _INT64, _BOOL, _FLOAT = torch.int64, torch.bool, torch.float32
 
@@ -67,13 +69,16 @@ def _buffered_attention(
 
 
 def _masks_slots(node: fx.Node) -> bool:
-    """Whether the mask is all that is seen, and not a further limit."""
+    """Whether the mask covers all slots of the buffer, so that nothing else limits attention."""
     mask = node.args[7]
     return isinstance(mask, fx.Node) and mask.target == ops.slot_mask.target
 
 
 def _first(e: Emitter, last: ir.Value, x: ir.Value, axis: int) -> ir.Value:
-    """The slots where a call's tokens start, int64 [B]: it ends at `last`, steps along x's axis."""
+    """The slot of each sequence's first token in this call, int64 [B].
+
+    `last` holds the slots of the last tokens. The call has as many tokens as x has along `axis`.
+    """
     ends = e.cast(last, _INT64, "last")
     size = e.op("Shape", [x], TensorType((1,), _INT64), "size", start=axis, end=axis + 1)
     before = e.op("Sub", [ends, size], type_of(ends), "before")
@@ -83,7 +88,7 @@ def _first(e: Emitter, last: ir.Value, x: ir.Value, axis: int) -> ir.Value:
 def _slot_mask(
     e: Emitter, node: fx.Node, ids: ir.Value, last: ir.Value, buffer: ir.Value
 ) -> ir.Value:
-    """Slots up to a token's own, bool [B, 1, S, N]."""
+    """Which of N slots each of S tokens may attend to: those up to its own. bool [B, 1, S, N]."""
     out: TensorType = node.meta["type"]
     batch, _, count, _ = out.shape
     every = steps(e, ids, 1, "steps")
@@ -91,12 +96,13 @@ def _slot_mask(
     own = e.op("Add", [starts, every], TensorType((batch, count), _INT64), "own")
     deep = TensorType((batch, 1, count, 1), _INT64)
     rows = e.op("Unsqueeze", [own, e.constant([1, 3])], deep, "own.deep")
-    # Counted in a run: as a constant, the slots of a long context would be most of the file.
+    # The slot numbers are computed at run time. As a constant they would make up most of the file
+    # for a long context.
     return e.op("LessOrEqual", [steps(e, buffer, 2, "slots"), rows], out)
 
 
 def _by_head(e: Emitter, x: ir.Value, heads: int, label: str) -> ir.Value:
-    """x [B, S, heads * d] -> [B, heads, S, d]."""
+    """Reshape and transpose x [B, S, heads * d] to [B, heads, S, d]."""
     kind = type_of(x)
     batch, count, width = kind.shape
     size = width // heads
@@ -118,11 +124,11 @@ def _by_head(e: Emitter, x: ir.Value, heads: int, label: str) -> ir.Value:
 def _attend(
     e: Emitter, inputs: list[ir.Value], size: int, out: TensorType, label: str, **how: int
 ) -> ir.Value:
-    """Attention of heads of `size`, on queries that are scaled before it.
+    """Write attention with heads of width `size`. The graph scales the queries beforehand.
 
-    The parser would scale queries and keys, each by a root that it takes in their own dtype: in
-    bfloat16 that is off by up to 0.4 % for all scores alike, and rounds both. Where TensorRT has no
-    kernel for a size or dtype, it may take attention apart.
+    The parser would scale both queries and keys by a square root that it computes in their type. In
+    bfloat16 that changes all scores by up to 0.4 %, and rounds both operands. TRT_decomposable lets
+    TensorRT replace the operator by simpler ones if it has no kernel for a size or type.
     """
     q, *rest = inputs
     wide = TensorType(out.shape, _FLOAT)
@@ -150,7 +156,7 @@ def _attention(
 def _fuse(
     e: Emitter, node: fx.Node, x: ir.Value, ids: ir.Value, features: ir.Value, token: int
 ) -> ir.Value:
-    """Features [N, D] instead of the first N rows of x [T, D] whose id is `token`."""
+    """Early fusion: features [N, D] replace the first N rows of x [T, D] whose id is `token`."""
     out: TensorType = node.meta["type"]
     tokens, dim = out.shape
     flat, flags = TensorType((tokens,), _INT64), TensorType((tokens,), _BOOL)
@@ -161,7 +167,7 @@ def _fuse(
     rank = e.op("Sub", [count, e.constant(1)], flat, "rank")
     given = e.op("Shape", [features], TensorType((1,), _INT64), "given", start=0, end=1)
     known = e.op("And", [hits, e.op("Less", [rank, given], flags, "less")], flags, "known")
-    # One row more: there is something to gather from even when there are no features.
+    # One more row in front, so that Gather has a row even if there are no features.
     blank = e.cast(e.constant(np.zeros((1, dim), np.float32)), out.dtype, "blank")
     more = e.op("Concat", [blank, features], out.like(f"{e.name}.more", dim), "more", axis=0)
     at = e.op("Where", [known, count, e.constant(0)], flat, "at")
@@ -179,7 +185,7 @@ def _linear(
     out: TensorType = node.meta["type"]
     if not all(operands) or out.dtype == _FLOAT:
         return lower_linear(e, node, x, weight, bias)
-    # Both are FP8: the parser wants to see the product of what DequantizeLinear gives.
+    # Both operands are FP8. The parser recognises the product of two DequantizeLinear outputs.
     wide = TensorType(out.shape, _FLOAT)
     inputs = [each for each in operands if each is not None]
     if bias is not None:
@@ -189,7 +195,10 @@ def _linear(
 
 
 def rounded(x: ir.Value) -> ir.Value | None:
-    """What DequantizeLinear gave, before a Cast to `x`; None if x is no such value."""
+    """The float32 output of DequantizeLinear that a Cast turned into `x`.
+
+    The result is None if x was not made in this way.
+    """
     cast = x.producer()
     if cast is None or cast.op_type != "Cast":
         return None
@@ -199,7 +208,7 @@ def rounded(x: ir.Value) -> ir.Value | None:
 
 
 def _moe_layer(e: Emitter, node: fx.Node, *operands: ir.Value) -> ir.Value:
-    """The plugin: its version and namespace are how the parser finds it."""
+    """Write a node for the MoE plugin, which the parser finds by its version and namespace."""
     x, router, *weights = operands
     out: TensorType = node.meta["type"]
     router = e.cast(router, out.dtype, "router")

@@ -1,4 +1,4 @@
-"""The vision ops and early fusion in plain ONNX."""
+"""Lower the ops of the vision tower, and early fusion, to plain ONNX operators."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,10 @@ _INT64, _BOOL = torch.int64, torch.bool
 
 
 def lower_patches(e: Emitter, node: fx.Node, pixels: ir.Value, size: int, _: str) -> ir.Value:
-    """pixels [T, C, H, W] -> [T, patches, C*size*size]. A leading 0 in a shape keeps that size."""
+    """Cut pixels [T, C, H, W] of T image tiles into patches [T, patches, C*size*size].
+
+    Here and below, a 0 in a shape constant keeps the size of that axis.
+    """
     out: TensorType = node.meta["type"]
     kind = type_of(pixels)
     _, channels, height, width = kind.shape
@@ -30,7 +33,7 @@ def lower_patches(e: Emitter, node: fx.Node, pixels: ir.Value, size: int, _: str
 def lower_tile_tokens(
     e: Emitter, node: fx.Node, x: ir.Value, token: ir.Value, positions: ir.Value
 ) -> ir.Value:
-    """x [T, P, D], class token [D], positions [P + 1, D] -> [T, P + 1, D]."""
+    """Append the class token [D] to x [T, P, D] and add positions [P + 1, D]: [T, P + 1, D]."""
     out: TensorType = node.meta["type"]
     tiles, _, dim = out.shape
     shape = _tiles_by(e, x, 1, dim)
@@ -43,7 +46,7 @@ def lower_tile_tokens(
 def lower_patch_rope_table(
     e: Emitter, node: fx.Node, like: ir.Value, side: int, dim: int, theta: float
 ) -> Values:
-    """Constant tables [side * side + 1, dim / 2], one for all tiles."""
+    """Expand the constant tables of cos and sin, [side*side + 1, dim / 2], to all image tiles."""
     kind: TensorType = node.meta["type"][0]
     angles = patch_angles(side, dim, theta)
     shape = _tiles_by(e, like, *angles.shape)
@@ -55,7 +58,7 @@ def lower_patch_rope_table(
 
 
 def lower_pixel_shuffle(e: Emitter, node: fx.Node, x: ir.Value, side: int, factor: int) -> ir.Value:
-    """x [T, side*side + 1, D] -> [T, (side/factor)^2, D*factor^2]."""
+    """Shuffle x [T, side*side + 1, D] to [T, (side/factor)^2, D*factor^2], without class token."""
     out: TensorType = node.meta["type"]
     tiles, count, dim = type_of(x).shape
     inputs = [x, e.constant([0]), e.constant([count - 1]), e.constant([1])]
@@ -69,9 +72,10 @@ def lower_pixel_shuffle(e: Emitter, node: fx.Node, x: ir.Value, side: int, facto
 def lower_fuse(
     e: Emitter, node: fx.Node, x: ir.Value, ids: ir.Value, features: ir.Value, token: int
 ) -> ir.Value:
-    """Scatter features [N, D] to the rows of x [T, D] whose id is `token`; none if N is 0.
+    """Early fusion: write features [N, D] over the rows of x [T, D] whose token id is `token`.
 
-    With N neither 0 nor the number of image tokens, ScatterND refuses the shapes when it runs.
+    If N is 0, x stays as it is. If N is neither 0 nor the number of such rows, ScatterND refuses
+    the shapes at run time.
     """
     out: TensorType = node.meta["type"]
     tokens = out.shape[0]
@@ -91,7 +95,7 @@ def lower_fuse(
 
 
 def _turned(e: Emitter, x: ir.Value, cut: Sequence[int], order: list[int]) -> ir.Value:
-    """x [T, ...] as a grid [T, *cut], its axes in another order."""
+    """Reshape x [T, ...] to a grid [T, *cut] and transpose its axes to `order`."""
     kind = type_of(x)
     grid = e.op("Reshape", [x, e.constant([0, *cut])], kind.like(kind.shape[0], *cut), label="grid")
     turned = kind.like(*((kind.shape[0], *cut)[axis] for axis in order))

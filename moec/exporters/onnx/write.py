@@ -1,4 +1,4 @@
-"""Graph -> an ONNX file: passes, lower, tidy, check, bind, save."""
+"""Write a graph as an ONNX file: run passes, lower, simplify, check, set external data, save."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import fx
 
 from moec.artefact.manifest import Port
-from moec.exporters.onnx.external_data import bind
+from moec.exporters.onnx.external_data import set_external_data
 from moec.exporters.onnx.lowering import Lowered, Rule, lower
 from moec.exporters.onnx.ort import ORT, ORT_INT4, ORT_INT8, ORT_PACKED
 from moec.exporters.onnx.standard import OPSET, STANDARD
@@ -24,16 +24,17 @@ from moec.weights.shard import TensorEntry
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
-#: the decoder once more, with the inputs that onnxruntime-genai feeds
+#: a further part: the decoder with the inputs that onnxruntime-genai feeds
 GENAI = "genai/model"
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How graphs become ONNX: passes over each part first, then a table of rules.
+    """How graphs become ONNX: passes over each part, and then lowering rules.
 
-    `parts` are files beside those of the spec. A dialect that `packs` has weights of its own
-    layout, which are written once; others point into the checkpoint.
+    `passes` lists the passes of each part by its name, and may add a part. A dialect that `packs`
+    has its own layout of weights, which a build writes once. The weights of other dialects stay in
+    the checkpoint. `vision` has the lowering rules of the vision tower if they are not `rules`.
     """
 
     rules: Sequence[Rule]
@@ -51,14 +52,14 @@ DIALECTS = {
     "tensorrt": Dialect(TENSORRT, {}),
     "ort": Dialect(ORT, _ORT_PASSES),
     "ort-packed": Dialect(ORT_PACKED, _ORT_PASSES, packs=True),
-    # The tower stays as precise as it was: it runs once a prompt, and all tokens build on it.
+    # The vision tower is not quantised. It runs once for each prompt, and all tokens depend on it.
     "ort-int8": Dialect(ORT_INT8, _ORT_PASSES, packs=True, vision=ORT_PACKED),
     "ort-int4": Dialect(ORT_INT4, _ORT_PASSES, packs=True, vision=ORT_PACKED),
 }
 
 
 def graphs_of(spec: ModelSpec, precision: str, dialect: str) -> dict[str, fx.GraphModule]:
-    """Every graph of an artefact in `dialect`, by part; each is the file PART.onnx."""
+    """Every graph of an artefact in `dialect`, by part. Part P is written to the file P.onnx."""
     passes = DIALECTS[dialect].passes
     graphs = {}
     for part in (*parts_of(spec), *(each for each in passes if each == GENAI)):
@@ -69,7 +70,10 @@ def graphs_of(spec: ModelSpec, precision: str, dialect: str) -> dict[str, fx.Gra
 
 
 def lower_model(graph: fx.GraphModule, dialect: str, name: str, part: str = "model") -> Lowered:
-    """`graph` in `dialect`, weights unbound. Shape arithmetic that layers repeat is shared."""
+    """Lower `graph` by the rules of `dialect`. Its weights are inputs without data.
+
+    Layers share shape arithmetic that they have in common.
+    """
     chosen = DIALECTS[dialect]
     rules = chosen.vision if part == "vision" and chosen.vision else chosen.rules
     lowered = lower(graph, rules, OPSET, name, chosen.packs)
@@ -78,10 +82,11 @@ def lower_model(graph: fx.GraphModule, dialect: str, name: str, part: str = "mod
 
 
 def save_checked(model: ir.Model, path: Path) -> None:
-    """Write the unbound `model` to `path`; run ONNX's checker.
+    """Write `model`, whose weights have no data, to `path`, and run ONNX's checker on it.
 
-    Shape inference is included where it can see through the model: it knows no operator of
-    ONNX Runtime's own, and on hundreds of nested branches it takes half of a build.
+    The check includes shape inference only for models of plain ONNX operators. Shape inference does
+    not know ONNX Runtime's own operators, and with hundreds of nested branches it takes half of the
+    time of a build.
     """
     path.parent.mkdir(exist_ok=True)
     ir.save(model, path)
@@ -89,14 +94,17 @@ def save_checked(model: ir.Model, path: Path) -> None:
 
 
 def save_bound(model: ir.Model, path: Path, entries: Mapping[str, TensorEntry], root: Path) -> None:
-    """Bind `model` to `entries` below `root` and write it; no weight bytes are written."""
-    bind(model, entries, root)
+    """Write `model` to `path` with external data: its weights are `entries` in files below `root`.
+
+    No bytes of weights are written.
+    """
+    set_external_data(model, entries, root)
     path.parent.mkdir(exist_ok=True)
     ir.save(model, path)
 
 
 def ports(values: Sequence[ir.Value]) -> tuple[Port, ...]:
-    """The manifest's view of graph inputs or outputs."""
+    """Graph inputs or outputs as the manifest lists them: name, type and shape."""
     return tuple(
         Port(
             name=each.name or "",

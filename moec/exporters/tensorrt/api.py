@@ -1,6 +1,6 @@
-"""TensorRT 11 and TensorRT-RTX as one API: what is installed, and what it can aim at.
+"""One interface to TensorRT 11 and TensorRT-RTX: load them, choose architectures, load plugins.
 
-What one of the two lacks is asked for with hasattr, never by version.
+Where one of the two lacks a feature, the code asks with hasattr and never by version.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from typing import Any
 from moec.exporters.tensorrt.preload import preload
 from moec.spec.errors import MoecError, refuse
 
-#: module -> what people call it, and the extra of this package that installs it
+#: for each Python module, the product's name and the command that installs it
 PACKAGES = {
     "tensorrt": ("TensorRT", "pip install 'moec[tensorrt]'"),
     "tensorrt_rtx": ("TensorRT-RTX", "pip install 'moec[tensorrt-rtx]'"),
@@ -21,10 +21,10 @@ _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
 
 
 def load(package: str) -> Any:
-    """The module of `package`.
+    """Import the module `package`.
 
     Raises:
-        MoecError: it is not installed, or its libraries do not load.
+        MoecError: the package is not installed, or its libraries do not load (exit code 3).
     """
     title, install = PACKAGES[package]
     try:
@@ -34,35 +34,36 @@ def load(package: str) -> Any:
 
 
 def new_builder(trt: Any, log: Any) -> Any:
-    """A builder that reports to `log`.
+    """Make a builder that reports to `log`.
 
     Raises:
-        MoecError: TensorRT proper makes none where there is no GPU.
+        MoecError: there is no GPU, which TensorRT needs and TensorRT-RTX does not (exit code 3).
     """
     try:
         return trt.Builder(log)
-    except TypeError:  # how the bindings say that the library gave them nothing
+    except TypeError:  # the bindings raise it if the library returns no builder
         raise no_gpu(trt, log.errors[0] if log.errors else "no builder") from None
 
 
-def aim(trt: Any, config: Any, names: tuple[str, ...]) -> None:
-    """Build for the architectures `names`, or for the GPU here where there are none.
+def select_architectures(trt: Any, config: Any, names: tuple[str, ...]) -> None:
+    """Let `config` build for the architectures `names`, or for this machine's GPU if empty.
 
     Raises:
-        MoecError: this package cannot choose, or has no such architecture; or no GPU is here.
+        MoecError: the package cannot build for other GPUs than this machine's; it does not know an
+            architecture; or `names` is empty and there is no GPU.
     """
     if not hasattr(config, "num_compute_capabilities"):
         if names:
             refuse(
                 f"architectures {', '.join(names)}",
                 f"{_title(trt)}, which builds for the GPU that it runs on",
-                "no architectures, or TensorRT-RTX",
+                "no architectures, or TensorRT-RTX, which can choose them",
                 "leave the architectures out",
             )
         return
-    # With no names TensorRT-RTX builds even so: without a GPU for nobody knows what, and for a GPU
-    # that it does not run on.
-    chosen = names or (_gpu_here(),)
+    # Without names TensorRT-RTX would build anyway: without a GPU for an unknown architecture, and
+    # with a GPU even for one on which TensorRT-RTX does not run.
+    chosen = names or (_architecture_of_first_gpu(),)
     if chosen == (None,):
         raise no_gpu(trt, "no CUDA driver with a GPU")
     known = trt.ComputeCapability.__members__
@@ -78,8 +79,8 @@ def aim(trt: Any, config: Any, names: tuple[str, ...]) -> None:
             )
 
 
-def _gpu_here() -> str | None:
-    """The architecture of the first GPU, as the driver has it, such as "SM89"."""
+def _architecture_of_first_gpu() -> str | None:
+    """The architecture of the first GPU, such as "SM89"; None if there is no GPU."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -95,7 +96,10 @@ def _gpu_here() -> str | None:
 
 
 def architectures(trt: Any) -> tuple[str, ...]:
-    """What engines can be built for on any machine; () where that is the GPU here alone."""
+    """The architectures that can be built for on any machine.
+
+    The result is empty for a package that builds for this machine's GPU only.
+    """
     if not hasattr(trt, "ComputeCapability"):
         return ()
     members = trt.ComputeCapability.__members__
@@ -106,7 +110,7 @@ def add_plugins(trt: Any, paths: tuple[str, ...], log: Any) -> None:
     """Load the plugin libraries at `paths`.
 
     Raises:
-        MoecError: one is missing, or is no plugin library.
+        MoecError: a library is missing, or is not a plugin library.
     """
     if paths and trt.__name__ == "tensorrt_rtx":
         preload()
@@ -118,13 +122,13 @@ def add_plugins(trt: Any, paths: tuple[str, ...], log: Any) -> None:
 
 
 def no_gpu(trt: Any, found: str) -> MoecError:
-    """The refusal where a build needs a GPU that is not there."""
-    can = architectures(trt)
+    """The error for a build that needs a GPU on a machine without one."""
+    choices = architectures(trt)
     return MoecError(
         f"{_title(trt)} {trt.__version__}",
         found,
-        f"a GPU, or architectures to build for: {', '.join(can)}" if can else "a GPU",
-        "name the architectures" if can else "build on the machine that runs the engine",
+        f"a GPU, or architectures to build for: {', '.join(choices)}" if choices else "a GPU",
+        "name the architectures" if choices else "build on the machine that runs the engine",
         exit_code=3,
     )
 

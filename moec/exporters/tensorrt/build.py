@@ -1,4 +1,4 @@
-"""The engines of an artefact: what to build for each part, and what was built."""
+"""Build the TensorRT engines of an artefact: one job for each part, and a record of the result."""
 
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from moec.artefact.manifest import Engine
 from moec.artefact.placement import Progress
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.exporters.tensorrt.engine import build_engine
-from moec.exporters.tensorrt.onnx_model import is_fed
+from moec.exporters.tensorrt.onnx_model import is_data
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 
@@ -35,17 +35,17 @@ def check_weight_inputs(options: EngineOptions, dialect: str) -> None:
     if dialect == "tensorrt-plugin" and options.bindings == "none":
         refuse(
             "--bindings none",
-            "experts in the plugin, which takes their weights joined",
-            "experts or all",
+            "the plugin runs the experts, and takes their joined weights as inputs",
+            "--bindings experts or all",
             "choose one of them, or use --scheme static",
         )
 
 
 def need_package(package: Package) -> None:
-    """Refuse, before anything is built, to go without the package that builds engines.
+    """Refuse to start without the package that builds TensorRT engines.
 
     Raises:
-        MoecError: it is not installed (exit code 3).
+        MoecError: the package is not installed (exit code 3).
     """
     if find_spec(package) is None:
         title, install = PACKAGES[package]
@@ -68,10 +68,10 @@ def build_engines(
     options: EngineOptions,
     progress: Progress,
 ) -> dict[str, Engine]:
-    """An engine `folder`/PART.engine of each `path`/PART.onnx; external data lie below `root`.
+    """Build the TensorRT engine `folder`/PART.engine of each `path`/PART.onnx.
 
-    The plugin, for models with one, is built in `folder` too. What is recorded are paths as they
-    will be in the artefact, where `folder` is called ENGINES.
+    External data is below `root`. If a model uses the MoE plugin, it is built in `folder` too. The
+    recorded paths are those in the finished artefact, where `folder` is called ENGINES.
 
     Raises:
         MoecError: see `build_engine`; or the plugin cannot be built here (exit code 3).
@@ -92,32 +92,34 @@ def build_engines(
         )
         file, *plugins = places
         done[part] = Engine(
-            file=file, built=built, bindings=taken_by(model), plugins=tuple(plugins)
+            file=file, built=built, bindings=weight_inputs_of(model), plugins=tuple(plugins)
         )
     return done
 
 
-def taken_by(model: ir.Model) -> tuple[str, ...]:
-    """The weights that are inputs of `model`."""
-    return tuple(str(each.name) for each in model.graph.inputs if not is_fed(str(each.name)))
+def weight_inputs_of(model: ir.Model) -> tuple[str, ...]:
+    """The names of the weights that are inputs of `model`."""
+    return tuple(str(each.name) for each in model.graph.inputs if not is_data(str(each.name)))
 
 
 def wants_plugin_library(model: ir.Model) -> bool:
-    """Whether a node of `model` is the plugin's."""
+    """Whether a node of `model` needs the MoE plugin."""
     return any(node.op_type == "MoecMoe" for node in model.graph)
 
 
 def plugin_of(folder: Path, spec: ModelSpec, options: EngineOptions, package: Package) -> "Plugin":
-    """The plugin for the sizes of `spec`, in `folder`: its sources, and compiled if that can be.
+    """Write the sources of the MoE plugin for the sizes of `spec` to `folder`, and compile them.
+
+    If they cannot be compiled here, the result says why.
 
     Raises:
-        MoecError: no Triton (exit code 3), or no kernels for these sizes.
+        MoecError: Triton is not installed (exit code 3), or there are no kernels for these sizes.
     """
     if find_spec("triton") is None:
         refuse(
             "the MoE plugin",
             "no package triton",
-            "triton, which compiles its kernels",
+            "triton, which compiles the plugin's kernels",
             "pip install triton, or use --scheme static",
             exit_code=3,
         )
@@ -128,8 +130,8 @@ def plugin_of(folder: Path, spec: ModelSpec, options: EngineOptions, package: Pa
     sizes = Sizes(text.dim, text.experts.hidden, text.experts.count)
     wanted = [int(name.removeprefix("SM")) for name in options.architectures]
     known = [each for each in wanted if each in SHARED] if package == "tensorrt_rtx" else [*SHARED]
-    rows = max(options.piece, options.batch)
-    return compile_plugin([sizes], rows, known, folder / PLUGIN)
+    max_tokens = max(options.piece, options.batch)
+    return compile_plugin([sizes], max_tokens, known, folder / PLUGIN)
 
 
 def _library(found: "Plugin") -> str:
@@ -155,7 +157,7 @@ def job_of(
     options: EngineOptions,
     package: Package,
 ) -> Job:
-    """What to build of a part."""
+    """The job that builds the TensorRT engine of a part."""
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     return Job(
         onnx=str(path / f"{part}.onnx"),
@@ -175,19 +177,26 @@ def job_of(
 def profiles_of(
     model: ir.Model, part: str, spec: ModelSpec, options: EngineOptions
 ) -> tuple[dict[str, Span], ...]:
-    """The tower's; or the decoder's two: a token for each row, and a piece of one prompt."""
+    """The optimisation profiles of a part.
+
+    The vision tower has one, over the number of image tiles. The decoder has two: the first for
+    decoding one token of each sequence, the second for one prefill chunk of a single sequence.
+    """
     if part == "vision":
         return (_spans(model, {"tiles": (1, 1, options.tiles)}),)
-    piece = min(options.piece, options.slots(spec)["ring_slots"])
+    chunk = min(options.piece, options.slots(spec)["ring_slots"])
     decode = {"sequence": (1, 1, 1), "logits": (1, 1, 1), "image_tokens": (0, 0, 0)}
     decode["batch"] = (1, 1, options.batch)
-    prefill = {"sequence": (1, piece, piece), "logits": (1, 1, piece), "batch": (1, 1, 1)}
-    prefill["image_tokens"] = (0, 0, piece)
+    prefill = {"sequence": (1, chunk, chunk), "logits": (1, 1, chunk), "batch": (1, 1, 1)}
+    prefill["image_tokens"] = (0, 0, chunk)
     return _spans(model, decode), _spans(model, prefill)
 
 
 def _spans(model: ir.Model, sizes: Mapping[str, tuple[int, int, int]]) -> dict[str, Span]:
-    """The span of each input of `model` that has one of `sizes` in its shape."""
+    """The smallest, usual and largest shape of each input of `model` that has a symbolic size.
+
+    `sizes` gives these three values for each symbol.
+    """
     found = {}
     for each in model.graph.inputs:
         dims = [d.value if isinstance(d, ir.SymbolicDim) else d for d in each.shape or ()]

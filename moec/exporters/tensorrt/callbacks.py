@@ -1,14 +1,14 @@
-"""The objects that TensorRT calls back: a logger, a writer of engines, a progress monitor.
+"""The objects that TensorRT calls: a logger, a writer of engines, a progress monitor.
 
-Each is made for a package, whose base class it needs. An exception that leaves one of them is
-printed by TensorRT and then forgotten, so none may.
+Each class needs a base class of the loaded package, so that a function makes it. No exception may
+leave a callback, because TensorRT only prints it and goes on.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-#: what says nothing, or what this package knows by other means
+#: messages without information, or with information that moec has from elsewhere
 _NOISE = re.compile(
     r"^\[checkMacros\.cpp::catchCudaError"  # follows every error where there is no GPU
     r"|Make sure (in|out)put .* has Int64 binding"
@@ -20,9 +20,9 @@ _LENGTH = 1000  # characters of a message
 
 
 def new_log(trt: Any, tell: Callable[[str], None]) -> Any:
-    """A logger that keeps `errors` and `warnings`, and tells each error as it comes.
+    """Make a logger that keeps `errors` and `warnings`, and calls `tell` with each new error.
 
-    A process may have one: TensorRT keeps the first, and ignores all others.
+    A process can have only one: TensorRT keeps the first logger and ignores all others.
     """
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -45,9 +45,10 @@ def new_log(trt: Any, tell: Callable[[str], None]) -> Any:
 
 
 def new_writer(trt: Any, file: BinaryIO) -> Any:
-    """A writer of an engine into `file`: `size` bytes so far, `error` where one did not go.
+    """Make a writer that writes a TensorRT engine to `file`.
 
-    TensorRT calls a build good whatever a writer returns or raises: ask for `error` afterwards.
+    `size` counts the bytes written; `error` holds the error of a write that failed. Ask for `error`
+    after a build, because TensorRT reports success whatever a writer returns or raises.
     """
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
@@ -71,15 +72,16 @@ def new_writer(trt: Any, file: BinaryIO) -> Any:
 
 
 def new_monitor(trt: Any, report: Callable[[int, int], None]) -> Any:
-    """A monitor that reports how far a build is, in thousandths; it never goes back.
+    """Make a monitor that calls `report` with the progress of a build, in thousandths.
 
-    TensorRT's phases nest: a phase has the share of one step of the phase that it is part of.
+    The progress never decreases. TensorRT's phases are nested: a whole phase counts as one step of
+    the phase around it.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.phases: dict[str, tuple[float, float]] = {}  # where it is, what a step is worth
+            self.phases: dict[str, tuple[float, float]] = {}  # progress, share of one step
             self.shown = 0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:

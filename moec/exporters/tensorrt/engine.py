@@ -1,4 +1,7 @@
-"""ONNX file -> engine, in a process that may die without taking this one along."""
+"""Build a TensorRT engine from an ONNX file, in a child process.
+
+TensorRT ends its process on some errors. The child can die without ending this process.
+"""
 
 import json
 import os
@@ -21,8 +24,8 @@ from moec.spec.errors import MoecError, refuse
 Progress = Callable[[str, int, int], None]
 
 _COMMAND = (sys.executable, "-m", "moec.exporters.tensorrt.process.child")
-_ROOT = Path(__file__).parents[3]  # where the child finds this package, installed or not
-_LAST_WORDS = 40  # lines
+_ROOT = Path(__file__).parents[3]  # the child finds moec here, even if it is not installed
+_KEPT_LINES = 40  # of the child's standard error
 
 
 def build_engine(
@@ -30,20 +33,21 @@ def build_engine(
     progress: Progress = lambda stage, done, total: None,
     timeout: float | None = None,
 ) -> Built:
-    """Build `job.engine` of `job.onnx`; nothing is left behind where that fails.
+    """Build the TensorRT engine `job.engine` from `job.onnx`. A failed build leaves no file.
 
     Args:
+        job: what to build.
         progress: called with (stage, done, total), from this thread.
-        timeout: seconds after which to give up.
+        timeout: seconds after which to stop the build; None for no limit.
 
     Raises:
-        MoecError: exit code 3: the package or a GPU is missing; 2: the job asks for what cannot be,
-            or the file cannot be written; 1: TensorRT refuses the model, changed it, or died.
+        MoecError: exit code 3: the package or a GPU is missing; 2: the job is impossible, or the
+            file cannot be written; 1: TensorRT refuses the model, changed it, or died.
     """
     engine = Path(job.engine)
     partial = Path(job.engine + PARTIAL)
     if engine.is_dir():
-        refuse(engine, "a folder", "a file to write the engine to", "choose another place")
+        refuse(engine, "a folder", "a path for the engine's file", "choose another path")
     try:
         built = _run(job, progress, timeout)
         os.replace(partial, engine)
@@ -55,12 +59,12 @@ def build_engine(
 
 @dataclass(slots=True)
 class _Child:
-    """What a child said: its result, TensorRT's errors, and the last lines of its chatter."""
+    """What the child reported: its result, TensorRT's errors, and its last lines of stderr."""
 
     built: Built | None = None
     refused: MoecError | None = None
     errors: list[str] = field(default_factory=list)
-    chatter: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_WORDS))
+    stderr: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
 
 
 def _run(job: Job, progress: Progress, timeout: float | None) -> Built:
@@ -75,14 +79,14 @@ def _run(job: Job, progress: Progress, timeout: float | None) -> Built:
         text=True,
         encoding="utf-8",
         errors="replace",
-        start_new_session=True,  # Ctrl-C is for this process, which ends the child
+        start_new_session=True,  # Ctrl-C goes to this process, which ends the child
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
     try:
-        reader = threading.Thread(target=_collect, args=(process, said.chatter), daemon=True)
+        reader = threading.Thread(target=_collect, args=(process, said.stderr), daemon=True)
         reader.start()
         if timeout is not None:
-            clock = threading.Timer(timeout, _give_up, (process, late))
+            clock = threading.Timer(timeout, _time_out, (process, late))
             clock.start()
         _converse(process, job, said, progress)
         process.wait()
@@ -104,30 +108,30 @@ def _run(job: Job, progress: Progress, timeout: float | None) -> Built:
 
 
 def _kill(process: "subprocess.Popen[str]") -> None:
-    """End the child and whatever it started, which would hold its pipes open."""
+    """End the child and the processes that it started, which would keep its pipes open."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _give_up(process: "subprocess.Popen[str]", late: threading.Event) -> None:
+def _time_out(process: "subprocess.Popen[str]", late: threading.Event) -> None:
     late.set()
     _kill(process)
 
 
-def _collect(process: "subprocess.Popen[str]", chatter: deque[str]) -> None:
-    with suppress(ValueError):  # closed, where the build was interrupted
+def _collect(process: "subprocess.Popen[str]", lines: deque[str]) -> None:
+    with suppress(ValueError):  # the pipe is closed if the build was interrupted
         for line in process.stderr or ():
             if line.strip():
-                chatter.append(line.strip())
+                lines.append(line.strip())
 
 
 def _converse(process: "subprocess.Popen[str]", job: Job, said: _Child, progress: Progress) -> None:
     assert process.stdin and process.stdout
-    with suppress(BrokenPipeError):  # it died at once: its last words say of what
+    with suppress(BrokenPipeError):  # the child died at once; its standard error says why
         process.stdin.write(job.model_dump_json())
         process.stdin.close()
     for line in process.stdout:
-        if not line.endswith("\n"):  # killed while it spoke
+        if not line.endswith("\n"):  # the child was killed while it wrote
             break
         event = json.loads(line)
         if "progress" in event:
@@ -141,27 +145,27 @@ def _converse(process: "subprocess.Popen[str]", job: Job, said: _Child, progress
 
 
 def _died(job: Job, said: _Child, code: int, timeout: float | None) -> MoecError:
-    """The refusal for a child that ended without a result."""
+    """The error for a child that ended without a result."""
     title = PACKAGES[job.package][0]
     where = f"{title}: {job.onnx}"
     if timeout is not None:
         return MoecError(
             where,
             f"still building after {timeout:g} seconds",
-            "an engine by then",
+            f"an engine after {timeout:g} seconds at most",
             "allow more time",
             exit_code=1,
         )
-    words = [*said.errors, *reversed(said.chatter)]
+    words = [*said.errors, *reversed(said.stderr)]
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     if -code == signal.SIGKILL or ran_out(words):
-        words = [f"killed ({how}), as for want of memory: out of memory", *words]
+        words = [f"killed ({how}), probably because it ran out of memory: out of memory", *words]
         return failure(where, job, words)
-    last = words[0] if words else "without a word"
+    last = words[0] if words else "it wrote no message"
     return MoecError(
         where,
         f"it died ({how}): {last}",
-        "a build that ends",
+        "a build that runs to its end",
         "build again; if it dies again, build without plugins or with another --precision",
         exit_code=1,
     )

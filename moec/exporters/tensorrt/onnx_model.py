@@ -1,4 +1,4 @@
-"""Graphs as ONNX for TensorRT, weights bound or left as inputs of the engine."""
+"""Write graphs as ONNX for TensorRT, with weights as external data or as inputs of the engine."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import fx
 
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import Ports
-from moec.exporters.onnx.external_data import bind
+from moec.exporters.onnx.external_data import set_external_data
 from moec.exporters.onnx.write import lower_model, ports
 from moec.exporters.precision import fp8_packings
 from moec.exporters.tensorrt.support import wants_plugin
@@ -20,36 +20,39 @@ from moec.graph_builder.passes.fuse import fuse_experts
 from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.static import make_static
 from moec.spec.model import ModelSpec
-from moec.weights.joined import fused_packings, widened
+from moec.weights.joined import joined_packings, unquantised
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 
-#: experts in ONNX, or in a plugin
+#: the first runs the experts with ONNX operators, the second with the MoE plugin
 DIALECTS = ("tensorrt", "tensorrt-plugin")
-#: what the graphs take that is no weight: exact names, and how names begin
-_FED = ("input_ids", "past_lengths", "logit_index", "image_features", "pixel_values")
+#: the inputs of the graphs that are not weights: names, and beginnings of names
+_DATA = ("input_ids", "past_lengths", "logit_index", "image_features", "pixel_values")
 _CACHES = ("past.", "global.", "ring.")
 
 
 def graphs_of(
     spec: ModelSpec, precision: str, dialect: str, options: EngineOptions
 ) -> dict[str, fx.GraphModule]:
-    """Every graph of an engine's artefact, by part."""
+    """Every graph of a TensorRT artefact, by part."""
     graphs = {part: build_graph(spec, precision, part) for part in parts_of(spec)}
     if dialect == "tensorrt-plugin":
-        wide = build_decoder(widened(spec, spec.dtype), precision)
+        wide = build_decoder(unquantised(spec, spec.dtype), precision)
         graphs["model"] = quantize(fuse_experts(wide, spec), spec)
     make_static(keep_buffers(graphs["model"]), options.slots(spec))
     return graphs
 
 
 def packings_of(spec: ModelSpec) -> dict[str, Packing]:
-    """How wide weights of `spec` become FP8: experts of a plugin as its kernels want them."""
+    """How unquantised weights of `spec` are packed to FP8.
+
+    If the MoE plugin runs the experts, they get the layout of its kernels.
+    """
     found = fp8_packings(spec)
     if spec.scheme and wants_plugin(spec.scheme):
         found |= {
             name: each
-            for name, each in fused_packings(spec).items()
+            for name, each in joined_packings(spec).items()
             if ".moe." in name and each.fp8
         }
     return found
@@ -68,31 +71,38 @@ def lower(graph: fx.GraphModule, name: str, part: str) -> tuple[ir.Model, dict[s
 def save_bound(
     model: ir.Model, path: Path, entries: Mapping[str, TensorEntry], root: Path, bindings: str
 ) -> None:
-    """Point weights into files below `root`, all but `bindings`, and write the model."""
+    """Write the model. Weights are external data below `root`, except weight inputs.
+
+    `bindings` says which weights stay inputs: "none", "experts" or "all".
+    """
     shapes = {each.name: each.shape for each in model.graph.inputs}
     inside = {
         name: entry
         for name, entry in entries.items()
         if bindings != "all"
         and not (bindings == "experts" and is_expert(name))
-        and shapes.get(name, entry.shape) == entry.shape  # else it is one of several, joined
+        and shapes.get(name, entry.shape)
+        == entry.shape  # else `entry` is one of several joined tensors
     }
-    bind(model, inside, root)
+    set_external_data(model, inside, root)
     ir.save(model, path)
 
 
 def is_expert(weight: str) -> bool:
-    """Whether a stored tensor holds routed experts; their scales are small, and no bindings."""
+    """Whether a stored tensor holds routed experts.
+
+    The scales of experts do not count. They are small, and need not be inputs.
+    """
     part = weight.partition(".moe.")[2]
     return bool(part) and not part.startswith(("router.", "shared.")) and "scale" not in part
 
 
-def is_fed(name: str) -> bool:
-    """Whether a graph's input is no weight."""
-    return name in _FED or name.startswith(_CACHES)
+def is_data(name: str) -> bool:
+    """Whether an input of a graph is data or a cache, and not a weight."""
+    return name in _DATA or name.startswith(_CACHES)
 
 
 def ports_of(model: ir.Model) -> Ports:
-    """What a caller gives and gets; weights that are inputs are not among it."""
-    fed = [each for each in model.graph.inputs if is_fed(str(each.name))]
-    return Ports(inputs=ports(fed), outputs=ports(model.graph.outputs))
+    """The inputs and outputs of a caller, without weight inputs."""
+    data = [each for each in model.graph.inputs if is_data(str(each.name))]
+    return Ports(inputs=ports(data), outputs=ports(model.graph.outputs))

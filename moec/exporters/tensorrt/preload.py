@@ -1,8 +1,9 @@
-"""Let TensorRT-RTX's ONNX parser find its own library, without which a plugin node aborts it.
+"""Let TensorRT-RTX's ONNX parser find its own library, without which plugin nodes abort it.
 
-The parser opens "libtensorrt_rtx.so"; the wheel has "libtensorrt_rtx.so.1" alone. A library that is
-loaded already is found by the name that it calls itself: so an empty one of that name, which needs
-the real one, is made and loaded. Nothing that is installed changes.
+The parser opens "libtensorrt_rtx.so", but the wheel only has "libtensorrt_rtx.so.1". The dynamic
+linker finds a loaded library by the name that it gives itself (its soname). `preload` therefore
+makes and loads an empty library with the missing name, which depends on the real one. It changes
+nothing in the installation.
 """
 
 import ctypes
@@ -21,10 +22,13 @@ NAME = "libtensorrt_rtx.so"
 
 @cache
 def preload() -> None:
-    """Once in a process, after `import tensorrt_rtx` and before the first model is parsed.
+    """Make and load the library, once in a process.
+
+    Call it after `import tensorrt_rtx` and before the first model is parsed.
 
     Raises:
-        MoecError: no TensorRT-RTX of a wheel, or no C compiler.
+        MoecError: TensorRT-RTX was not installed from a wheel, or there is no C compiler (exit code
+            3).
     """
     where = "plugins on TensorRT-RTX"
     spec = find_spec("tensorrt_rtx_libs")
@@ -41,7 +45,8 @@ def preload() -> None:
     names = (os.environ.get("CC"), "cc", "gcc", "clang")
     compiler = next((each for each in names if each and shutil.which(each)), None)
     if compiler is None:
-        refuse(where, "no C compiler", "cc, gcc or clang", "install one, or set CC", exit_code=3)
+        next_step = "install a C compiler, or set CC"
+        refuse(where, "no C compiler", "cc, gcc or clang", next_step, exit_code=3)
     with TemporaryDirectory() as folder:
         source, library = Path(folder, "empty.c"), Path(folder, NAME)
         source.touch()
@@ -61,9 +66,9 @@ def preload() -> None:
             refuse(
                 where,
                 done.stderr.strip() or f"{compiler} failed",
-                "a library that needs no code",
-                f"see that {compiler} can link {real}",
+                "an empty library from the C compiler",
+                f"check that {compiler} can link {real}",
                 exit_code=3,
             )
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # stays, though its file goes
-    ctypes.CDLL(NAME)  # as the parser will
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # stays loaded without its file
+    ctypes.CDLL(NAME)  # load it as the parser will

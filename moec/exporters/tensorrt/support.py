@@ -1,4 +1,4 @@
-"""What TensorRT's operators and our plugin can express, and what to say of the rest."""
+"""Which models TensorRT's operators and the MoE plugin support, and the errors for all others."""
 
 from collections.abc import Iterator
 
@@ -7,25 +7,25 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
-from moec.weights.joined import fp8_pieces
+from moec.weights.joined import fp8_parameters
 
 #: names of experts, for which a scheme has rules
 _EXPERTS = ("layers.0.moe.gate_up", "layers.0.moe.down")
-#: where, found, expected, what to do
-Odd = tuple[str, object, str, str]
-#: what the size of a head must be a multiple of, for attention in half precision
-_HEAD = 8
+#: where, found, expected, next: the four parts of an error
+Unsupported = tuple[str, object, str, str]
+#: attention in half precision needs a width of a head that is a multiple of this
+_HEAD_MULTIPLE = 8
 
 
 def check_expressible(spec: ModelSpec, precision: str) -> None:
-    """Refuse a model, in a precision and its scheme, for which there is no engine.
+    """Refuse a model that TensorRT does not support in this precision and with its scheme.
 
     Raises:
-        MoecError: names the field of the spec, what it is, and what it may be.
+        MoecError: the message names the field of the spec, its value, and the supported values.
     """
-    odd = next(_odd(spec, precision), None)
-    if odd:
-        refuse(f"{spec.name}: {odd[0]}", *odd[1:])
+    first = next(_unsupported(spec, precision), None)
+    if first:
+        refuse(f"{spec.name}: {first[0]}", *first[1:])
 
 
 def wants_plugin(scheme: Scheme) -> bool:
@@ -33,55 +33,63 @@ def wants_plugin(scheme: Scheme) -> bool:
     return any(rule.inputs == "token" for rule in map(scheme.rule, _EXPERTS) if rule)
 
 
-def _odd(spec: ModelSpec, precision: str) -> Iterator[Odd]:
+def _unsupported(spec: ModelSpec, precision: str) -> Iterator[Unsupported]:
     size = spec.text.head_dim
-    if precision != "fp32" and size % _HEAD:
-        expected = f"a multiple of {_HEAD} in half precision"
+    if precision != "fp32" and size % _HEAD_MULTIPLE:
+        expected = f"a multiple of {_HEAD_MULTIPLE} in half precision"
         yield "text.head_dim", size, expected, "use --precision fp32"
     if spec.scheme:
-        yield from _odd_scheme(spec, spec.scheme)
+        yield from _unsupported_scheme(spec, spec.scheme)
 
 
-def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[Odd]:
+def _unsupported_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[Unsupported]:
     at = f"scheme {scheme.name}"
     if scheme.cache:
-        expected = "wide ones: TensorRT updates no FP8 cache"
+        expected = "unquantised caches, because TensorRT cannot update FP8 caches"
         yield f"{at}: cache", "FP8 keys and values", expected, "add --cache wide"
     plugin = wants_plugin(scheme)
-    inside = {name for name in fp8_pieces(spec) if ".moe." in name} if plugin else set()
+    inside = {name for name in fp8_parameters(spec) if ".moe." in name} if plugin else set()
     for name, rule in quantized(spec).items():
         if name in inside:
             continue
         if rule.inputs in ("token", "group") or rule.weight == "block":
-            found = f"weights by {rule.weight}, inputs by {rule.inputs}"
-            expected = "scales known before a run, by tensor, expert or channel"
+            found = f"weight scales by {rule.weight}, input scales by {rule.inputs}"
+            expected = "static scales, by tensor, expert or channel"
             yield f"{at}: {name}", found, expected, "use --scheme static"
     if not plugin:
         return
-    yield from _odd_plugin(spec, scheme, inside)
+    yield from _unsupported_by_plugin(spec, scheme, inside)
 
 
-def _odd_plugin(spec: ModelSpec, scheme: Scheme, inside: set[str]) -> Iterator[Odd]:
-    """What the plugin's kernels, which are those of target torch, cannot do."""
+def _unsupported_by_plugin(
+    spec: ModelSpec, scheme: Scheme, inside: set[str]
+) -> Iterator[Unsupported]:
+    """What the plugin's kernels do not support; they are those of target torch.
+
+    `inside` names the weights that the plugin computes with.
+    """
     fix, experts, rules = "use --scheme static", spec.text.experts, quantized(spec)
     if scheme.layout != "moec":
-        found = f"{scheme.layout}, of a checkpoint that is FP8 already, with scales by token"
-        expected = "wide weights, or FP8 with static scales, as ModelOpt writes"
-        yield f"scheme {scheme.name}: layout", found, expected, "build from the wide weights"
+        found = f"{scheme.layout}, an FP8 checkpoint with per-token scales"
+        expected = "unquantised weights, or FP8 weights with static scales, as ModelOpt writes them"
+        next_step = "build from the unquantised weights"
+        yield f"scheme {scheme.name}: layout", found, expected, next_step
     if scheme.bound is not None or scheme.scales != "fp32":
         found = f"bound {scheme.bound}, scales {scheme.scales}"
-        yield f"scheme {scheme.name}", found, "no bound and fp32 scales, for the plugin", fix
+        yield f"scheme {scheme.name}", found, "no bound and fp32 scales, for the MoE plugin", fix
     if experts.top_k != 1:
-        yield "text.experts.top_k", experts.top_k, "1, for the plugin", fix
+        yield "text.experts.top_k", experts.top_k, "1, for the MoE plugin", fix
     if experts.shared_hidden != experts.hidden:
-        found = f"{experts.shared_hidden}, where experts have {experts.hidden}"
-        yield "text.experts.shared_hidden", found, "as wide as the others, for the plugin", fix
+        found = f"{experts.shared_hidden}, but the routed experts have {experts.hidden}"
+        expected = "the width of the routed experts, for the MoE plugin"
+        yield "text.experts.shared_hidden", found, expected, fix
     for name, size in (("text.dim", spec.text.dim), ("text.experts.hidden", experts.hidden)):
         if size % SMALLEST:
-            yield name, size, f"a multiple of {SMALLEST}, for the plugin", fix
+            yield name, size, f"a multiple of {SMALLEST}, for the MoE plugin", fix
     for name in sorted(inside):
         rule = rules.get(name)
         kind = (rule.weight, rule.inputs) if rule else None
         if kind != ("channel", "token"):
-            expected = "FP8 by channel, inputs by token, for the plugin"
-            yield f"scheme {scheme.name}: {name}", kind or "wide", expected, fix
+            found = f"weight scales by {kind[0]}, input scales by {kind[1]}" if kind else "no FP8"
+            expected = "FP8 with per-channel and per-token scales, for the MoE plugin"
+            yield f"scheme {scheme.name}: {name}", found, expected, fix

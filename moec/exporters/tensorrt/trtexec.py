@@ -1,4 +1,4 @@
-"""The same engines by TensorRT's own command: what to say to `trtexec`, and to the compiler."""
+"""Print the commands with which `trtexec` builds the same TensorRT engines."""
 
 import shlex
 from collections.abc import Iterator
@@ -13,21 +13,23 @@ from moec.spec.errors import refuse
 
 
 def commands(artefact: Artefact) -> Iterator[str]:
-    """A command for each part of `artefact`, of target tensorrt; before them that of the plugin.
+    """A shell command for each part of `artefact`, which has target tensorrt.
 
-    They write to the folder `trtexec` of the artefact, as the plugin's sources are. What they do
-    not do is hold what the parser made of the graph against what it means: `build_engines` does.
+    If a part uses the MoE plugin, its sources are written, and a command that compiles them comes
+    first. All files go to the folder `trtexec` of the artefact. Unlike `build_engines`, the
+    commands do not check whether the parser kept the meaning of the graph.
 
     Raises:
-        MoecError: weights that trtexec would not find: it looks beside the model alone.
+        MoecError: the weights are not beside the model, where trtexec looks for them; or the folder
+            cannot be written.
     """
     manifest, path = artefact.manifest, artefact.path
     assert manifest.options is not None
     if manifest.weights.mode == "in-place" and manifest.options.bindings != "all":
         refuse(
             path,
-            f"weights in place, in {manifest.weights.folder}",
-            "weights beside the model",
+            f"weights left in place, in {manifest.weights.folder}",
+            "weights beside the model, where trtexec looks for them",
             f"moec bind {path} --checkpoint {manifest.checkpoint} --weights link",
         )
     folder = path / "trtexec"
@@ -39,7 +41,7 @@ def commands(artefact: Artefact) -> Iterator[str]:
             error.filename or folder,
             error.strerror,
             "a folder that can be written",
-            "make room, or copy the artefact elsewhere",
+            "make room on the disk, or copy the artefact elsewhere",
         )
 
 

@@ -1,22 +1,25 @@
-"""Where the bytes of an engine's weights are: stored tensors, slices of them, or several joined."""
+"""Find the bytes of the weights that a TensorRT engine takes as inputs.
+
+They are those of a stored tensor, of a slice of one, or of several joined tensors.
+"""
 
 from collections.abc import Mapping
 
 from moec.artefact.manifest import Manifest
 from moec.exporters.onnx.external_data import entry_of
-from moec.weights.joined import fused_tensors
+from moec.weights.joined import joined_tensors
 from moec.weights.shard import TensorEntry
 
 
 def weights_of(
     manifest: Manifest, stored: Mapping[str, TensorEntry], names: list[str]
 ) -> dict[str, tuple[TensorEntry, ...]]:
-    """The stored tensors that are, one after the other, the bytes of each of `names`.
+    """The stored tensors whose bytes, one after another, make up each weight of `names`.
 
-    A name is that of a stored tensor, of an expert in it, "TENSOR[INDEX]", or, for the plugin, that
-    of tensors that are joined: see `moec.weights.joined`.
+    A name is that of a stored tensor, of an expert in one ("TENSOR[INDEX]"), or of a joined tensor
+    of the MoE plugin; see `moec.weights.joined`. Names without stored bytes are left out.
     """
-    joined, found = joined_tensors(manifest), dict[str, tuple[TensorEntry, ...]]()
+    joined, found = _joined_inputs(manifest), dict[str, tuple[TensorEntry, ...]]()
     for name in names:
         entry = entry_of(name, stored)
         if name in joined:
@@ -26,14 +29,14 @@ def weights_of(
     return found
 
 
-def joined_tensors(manifest: Manifest) -> dict[str, tuple[str, ...]]:
-    """The tensors that the plugin takes, by name, and the stored ones that each is joined from."""
+def _joined_inputs(manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """The joined tensors that the MoE plugin takes, and the stored tensors of each, by name."""
     if manifest.dialect != "tensorrt-plugin":
         return {}
     spec = manifest.spec
     as_stored = {each.source: each.names(spec.dtype)[0] for each in manifest.packings.values()}
     return {
-        name: tuple(as_stored.get(piece, piece) for piece in each.pieces)
-        for name, each in fused_tensors(spec).items()
-        if ".moe." in name and len(each.pieces) > 1
+        name: tuple(as_stored.get(source, source) for source in each.sources)
+        for name, each in joined_tensors(spec).items()
+        if ".moe." in name and len(each.sources) > 1
     }

@@ -1,8 +1,9 @@
-"""Graph -> a .pt2 file: `torch.export` with our ops intact, and without weights.
+"""Write a graph as a .pt2 file with `torch.export`: our ops stay ops, and weights become inputs.
 
-Inputs are flat: first those of the graph, then its weights, each by its name with dots replaced by
-underscores. So a program is for any device, and two parts or two sessions may share their weights.
-To open one by hand: import `moec.graph_builder.ops`, then `torch.export.load(file).module()`.
+The inputs of a program are first those of the graph and then its weights. Each has its name with
+dots replaced by underscores. A program therefore runs on any device, and parts or sessions can
+share weights. To open a program by hand, import `moec.graph_builder.ops` and call
+`torch.export.load(file).module()`.
 """
 
 import io
@@ -26,40 +27,44 @@ from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.types import TensorType
 from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
-from moec.weights.joined import widened
+from moec.weights.joined import unquantised
 
-#: sizes that may be 0; no other may
-_MAY_BE_NONE = ("image_tokens",)
+#: symbolic sizes that may be 0; all others are at least 1
+_MAY_BE_ZERO = ("image_tokens",)
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The bytes of a .pt2 file, and what it takes and gives beside weights."""
+    """The bytes of a .pt2 file, and its inputs and outputs without the weights."""
 
     data: bytes
     ports: Ports
 
     def save(self, path: Path) -> None:
-        """Write the file."""
+        """Write the .pt2 file to `path`."""
         path.write_bytes(self.data)
 
 
 def part_graph(
     spec: ModelSpec, precision: str, part: str = "model", taps: Sequence[str] = ()
 ) -> fx.GraphModule:
-    """A part as target `torch` runs it: the decoder fused; the tower wide, of plain ops."""
+    """The graph of a part as target `torch` runs it.
+
+    The decoder consists of fused FP8 ops, the vision tower of plain ops without quantisation.
+    `taps` names values that become further outputs.
+    """
     if part == "model":
         return build_fused(spec, precision, taps)
-    return tap(build_vision(widened(spec, precision), precision), taps)
+    return tap(build_vision(unquantised(spec, precision), precision), taps)
 
 
 def graphs_of(spec: ModelSpec, precision: str) -> dict[str, fx.GraphModule]:
-    """Every graph of an artefact, by part."""
+    """Every graph of an artefact of target `torch`, by part."""
     return {part: part_graph(spec, precision, part) for part in parts_of(spec)}
 
 
 def program_of(graph: fx.GraphModule) -> Program:
-    """`graph`, which is used up, as a program."""
+    """Export `graph` as a program. The call changes `graph`, which cannot be used afterwards."""
     nodes = list(graph.graph.nodes)
     inputs = _ports([n for n in nodes if n.op == "placeholder"])
     outputs = _ports(nodes[-1].args[0], nodes[-1].meta["outputs"])
@@ -69,7 +74,7 @@ def program_of(graph: fx.GraphModule) -> Program:
 
 
 def load(artefact: Artefact, part: str) -> Program:
-    """The program of an artefact's part, as it was written."""
+    """Read the program of a part from an artefact."""
     return Program(artefact.graph(part).read_bytes(), artefact.manifest.ports(part))
 
 
@@ -85,14 +90,14 @@ def _ports(nodes: Sequence[fx.Node], names: Sequence[str] = ()) -> tuple[Port, .
 
 
 def _export(graph: fx.GraphModule) -> ExportedProgram:
-    """Traced with tensors that have a shape and no memory."""
+    """Export `graph`, traced with fake tensors that have a shape but no memory."""
     dims: dict[str, tuple[Any, int]] = {}
 
     def sizes(of: TensorType) -> tuple[list[int], dict[int, Any]]:
-        """Sizes to trace with, each symbol its own, and the symbols by position."""
+        """Sizes to trace with, and the symbolic sizes by axis. Each symbol has its own size."""
         for dim in of.shape:
             if isinstance(dim, str) and dim not in dims:
-                smallest = 0 if dim in _MAY_BE_NONE else 1
+                smallest = 0 if dim in _MAY_BE_ZERO else 1
                 dims[dim] = Dim(dim, min=smallest), 3 + 2 * len(dims)
         known = {i: dims[dim] for i, dim in enumerate(of.shape) if isinstance(dim, str)}
         shape = [known[i][1] if i in known else dim for i, dim in enumerate(of.shape)]
@@ -106,5 +111,5 @@ def _export(graph: fx.GraphModule) -> ExportedProgram:
         )
     symbols = tuple(by_position for _, by_position in drawn)
     program = torch.export.export(graph, values, dynamic_shapes=symbols)
-    program.example_inputs = None  # which a file would hold
+    program.example_inputs = None  # otherwise the file would contain them
     return program

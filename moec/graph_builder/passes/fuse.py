@@ -15,7 +15,7 @@ from moec.graph_builder.passes.torch_support import check_fusible
 from moec.graph_builder.types import TensorType
 from moec.spec.model import LayerSpec, ModelSpec
 from moec.spec.tensors import scale_of
-from moec.weights.joined import fused_tensors
+from moec.weights.joined import joined_tensors
 from moec.weights.view import STORED, TORCH_DTYPES
 
 
@@ -69,7 +69,7 @@ class _Rewrite:
 
     def __init__(self, graph: fx.GraphModule, spec: ModelSpec) -> None:
         self.root, self.graph, self.text = graph, graph.graph, spec.text
-        self.kinds = fused_tensors(spec)
+        self.kinds = joined_tensors(spec)
         self.nodes: dict[Any, Any] = {n.meta.get("name"): n for n in graph.graph.nodes}
         wide = self.nodes["embed"].meta["type"].dtype
         self.dtype = next(name for name, each in TORCH_DTYPES.items() if each == wide)

@@ -7,7 +7,7 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
-from moec.weights.joined import fp8_pieces
+from moec.weights.joined import fp8_parameters
 
 _OTHER_TARGET = "use --target onnx"
 
@@ -65,7 +65,7 @@ def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[_Odd]:
         yield _Odd(f"{at}: bound", scheme.bound, "none", fix)
     if scheme.scales != "fp32":
         yield _Odd(f"{at}: scales", scheme.scales, "fp32", fix)
-    rules, wanted = quantized(spec), fp8_pieces(spec)
+    rules, wanted = quantized(spec), fp8_parameters(spec)
     for name in sorted(wanted | set(rules)):
         rule = rules.get(name)
         kind = (rule.weight, rule.inputs) if rule else None

@@ -1,7 +1,7 @@
-"""Time engines on one model: opening, first token, decode, and what each keeps in memory.
+"""Time several engines on one model: opening, first token, decoding, and memory.
 
-Each lane is a process of its own. Lanes take turns, round by round, so that a slow minute of a
-shared machine falls on all of them; figures are medians over the rounds.
+A lane is one engine on one artefact, in its own process. Lanes take turns in rounds, so that a
+slow minute of a shared machine affects all of them. The figures are medians over the rounds.
 """
 
 import multiprocessing
@@ -29,7 +29,10 @@ from moec.spec.plan import plan
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One engine on one artefact; `preset` is ONNX Runtime's, "" for others."""
+    """One engine on one artefact.
+
+    `preset` names session options of ONNX Runtime; it is "" for other engines.
+    """
 
     path: str
     engine: str
@@ -39,13 +42,14 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How a lane did. Memory is its process's after the run.
+    """The figures of a lane. Memory is that of the lane's process after the run, in bytes.
 
-    `anonymous_bytes` is its own memory, copies of weights included; `mapped_bytes` are pages of
-    files, which the system can drop; `peak_bytes` is the most of both. `bytes_per_token` is what
-    the model needs to read for a token of one row, `bandwidth_share` that times tokens per second
-    over what this machine read in the same run; None where batches or GPUs make it meaningless.
-    `error` says why there are no figures.
+    `anonymous_bytes` is the process's own memory, with copies of weights. `mapped_bytes` are pages
+    of files, which the operating system can drop. `peak_bytes` is the largest sum of both.
+    `bytes_per_token` are the bytes that the model must read to decode one token of one sequence.
+    `bandwidth_share` is that times tokens per second, divided by the bandwidth that this machine
+    reached in the same run; it is None for batches and GPUs, where it has no meaning. `error` says
+    why there are no figures.
     """
 
     artefact: str
@@ -67,22 +71,25 @@ class Timing:
     error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """The figures as plain data, for JSON."""
         return asdict(self)
 
 
 class Engine(Protocol):
-    """What a lane runs: `moec`'s sessions are engines."""
+    """The interface of what a lane runs. Sessions of `moec` have it."""
 
     def prefill(self, ids: Tensor, *, capacity: int) -> tuple[Tensor, Any]:
-        """Logits of each row's last token, and what `decode` goes on from."""
+        """Run ids [B, S]; return the logits of each last token [B, vocab], and a cache."""
 
     def decode(self, tokens: Tensor, cache: Any) -> Tensor:
-        """Logits after one more token a row."""
+        """Run one more token of each sequence, [B]; return its logits [B, vocab]."""
 
 
 def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
-    """The lanes of an artefact: its engine by preset, the reference, and transformers."""
+    """The lanes of an artefact: its engine, the eager reference, and transformers.
+
+    ONNX Runtime has a lane for each set of session options.
+    """
     artefact = open_artefact(path)
     name = str(path)
     engine = artefact.manifest.engine
@@ -103,10 +110,18 @@ def bench(
     device: str = "cpu",
     rounds: int = 3,
 ) -> list[Timing]:
-    """All `lanes_of` an artefact: prefill `batch` rows of random tokens, decode greedily.
+    """Time all lanes of an artefact on random tokens, decoded greedily.
+
+    Args:
+        path: the artefact's folder.
+        batch: sequences.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens to decode for each sequence.
+        device: "cpu" or "cuda".
+        rounds: turns of each lane.
 
     Raises:
-        MoecError: `path` is no artefact. A lane that fails says so in its `error`.
+        MoecError: `path` is not an artefact. If a lane fails, its `error` says why.
     """
     if device != "cpu":
         artefact = open_artefact(path)
@@ -122,10 +137,10 @@ def race(
     rounds: int = 3,
     open_engine: Callable[[Lane], Engine] | None = None,
 ) -> list[Timing]:
-    """Time `lanes` in turns; `open_engine`, called in each process, may know other engines."""
+    """Time `lanes` in turns. Each process calls `open_engine`, which may know further engines."""
     job = (open_engine or open_lane, batch, prompt_tokens, new_tokens)
     with _processes(lanes, job) as pipes:
-        opened = [_answer(pipe) for pipe in pipes]  # and ran once, to fill pages and allocators
+        opened = [_answer(pipe) for pipe in pipes]  # after one turn that warms up
         turns: list[list[Any]] = [[] for _ in lanes]
         for _ in range(rounds):
             for pipe, first, mine in zip(pipes, opened, turns, strict=True):
@@ -143,7 +158,7 @@ def race(
 
 
 def read_bandwidth(size: int = 1 << 28, tries: int = 5) -> float:
-    """Bytes per second that a large sum reads on all cores: the best of a few."""
+    """Measure the bytes per second at which all cores read a large tensor: the best of `tries`."""
     numbers = torch.ones(size)
     best = float("inf")
     for _ in range(tries):
@@ -171,10 +186,11 @@ def _timing(
     if failed is not None:
         return Timing(*shown, error=failed)
     rate = batch * new / statistics.median(decode for _, decode in turns)
-    # Weights that stay where they are are read as they are, but by `fast`, which casts them once.
+    # Weights that are left in place are read in their stored type, except with the session options
+    # `fast`, which cast them once.
     mapped = not manifest.packings and (lane.engine == "eager" or lane.preset == "lean")
     spec = manifest.spec
-    if lane.engine in PEERS:  # they read the checkpoint's weights, and make FP8 ones wide
+    if lane.engine in PEERS:  # transformers dequantises FP8 weights
         spec = spec.model_copy(update={"scheme": None})
     read = "fp8" if spec.scheme else spec.dtype if mapped else precision
     needed = plan(spec, read, context=prompt + new).decode_read_bytes
@@ -205,7 +221,7 @@ def _processes(lanes: Sequence[Lane], job: tuple[Any, ...]) -> Iterator[list[Con
             theirs.close()
             pipes.append(ours)
             processes.append(process)
-            ours.poll(None)  # one opens at a time, so that no lane's opening slows another's
+            ours.poll(None)  # lanes open one by one, so that none slows another
         yield pipes
     finally:
         for process in processes:
@@ -214,13 +230,13 @@ def _processes(lanes: Sequence[Lane], job: tuple[Any, ...]) -> Iterator[list[Con
 
 
 def _answer(pipe: Connection, word: str | None = None) -> Any:
-    """What a lane says next, after `word` if there is one; text says why it says nothing."""
+    """Send `word` to a lane, if given, and return its answer; a string is an error message."""
     try:
         if word:
             pipe.send(word)
         return pipe.recv()
     except (EOFError, OSError):
-        return "its process died, most often for want of memory"
+        return "its process died, probably because it ran out of memory"
 
 
 def _run(
@@ -245,24 +261,24 @@ def _run(
         pipe.send(memory())
     except MoecError as error:
         pipe.send(str(error))
-    except Exception as error:  # a lane that fails is a row that says so
+    except Exception as error:  # the table shows the error of a lane that fails
         pipe.send(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
 
 
 def _turn(engine: Engine, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and for `new_tokens` more of each row."""
+    """The seconds to the first token, and the seconds for `new_tokens` more of each sequence."""
     start = time.perf_counter()
     logits, cache = engine.prefill(ids, capacity=ids.shape[1] + new_tokens)
     tokens = logits.argmax(-1).cpu()  # waits for the prompt
     first = time.perf_counter()
     for _ in range(new_tokens):
         tokens = engine.decode(tokens, cache).argmax(-1)
-    tokens.cpu()  # waits for the last step: some engines return before it is done
+    tokens.cpu()  # waits for the last step, because some engines return before it is done
     return first - start, time.perf_counter() - first
 
 
 def open_lane(lane: Lane) -> Engine:
-    """The engine of a lane."""
+    """Open the engine of a lane."""
     if lane.engine in PEERS:
         manifest = open_artefact(lane.path).manifest
         return open_transformers(

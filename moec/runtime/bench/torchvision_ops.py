@@ -1,19 +1,19 @@
-"""Let a torchvision that was built for CUDA import beside a torch that was not.
+"""Let a torchvision that was built for CUDA be imported with a CPU build of torch.
 
-transformers resizes images by torchvision, whose wheel on PyPI wants CUDA libraries: beside a CPU
-build of torch its compiled ops do not load, and its import fails at the first of them. Resizing
-needs none: it is torch's own. So their names are declared here, without kernels.
+transformers resizes images with torchvision. torchvision's wheel on PyPI needs CUDA libraries.
+With a CPU build of torch its compiled ops do not load, and importing it fails at the first of them.
+Resizing uses none of these ops. This module therefore declares their names, without kernels.
 """
 
 import importlib
 
 import torch
 
-_KEPT: list[torch.library.Library] = []  # what a library defines goes with it
+_KEPT: list[torch.library.Library] = []  # a deleted library takes its ops along
 
 
 def declare_torchvision_ops() -> None:
-    """Call before transformers is imported; nothing where torchvision imports, or is not there."""
+    """Declare the ops, if torchvision needs it. Call this before importing transformers."""
     try:
         importlib.import_module("torchvision")
     except ImportError:

@@ -1,4 +1,4 @@
-"""Hugging Face transformers on an artefact's checkpoint, as the peer that `bench` compares with."""
+"""Run Hugging Face transformers on an artefact's checkpoint, for comparison in `bench`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ ENGINES = ("transformers", "transformers, compiled")
 
 @dataclass(slots=True)
 class _Cache:
-    """transformers' own cache, and the position of the next token."""
+    """The cache of transformers, and the position of the next token."""
 
     states: Any
     position: int
@@ -26,7 +26,10 @@ class _Cache:
 
 @dataclass(frozen=True, slots=True)
 class Transformers:
-    """A Llama 4 of transformers; `step` is its forward for one token a row, compiled or not."""
+    """A Llama 4 of transformers.
+
+    `step` is its forward function for one token of each sequence, compiled or not.
+    """
 
     model: Any
     step: Any
@@ -34,7 +37,7 @@ class Transformers:
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, *, capacity: int) -> tuple[Tensor, _Cache]:
-        """ids [B, S] -> logits of each row's last token, and the cache after it."""
+        """Run ids [B, S]; return the logits of each last token [B, vocab], and the cache."""
         from transformers import StaticCache
 
         states = StaticCache(config=self.model.config.get_text_config(), max_cache_len=capacity)
@@ -45,7 +48,7 @@ class Transformers:
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: _Cache) -> Tensor:
-        """One more token a row, [B] -> its logits [B, vocab]."""
+        """Run one more token of each sequence, [B]; return its logits [B, vocab]."""
         at = torch.full((len(tokens), 1), cache.position, device=self.device)
         out = self.step(
             tokens[:, None].to(self.device),
@@ -58,7 +61,9 @@ class Transformers:
 
 
 def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: str) -> Transformers:
-    """The text model of `checkpoint`, computing in `dtype`.
+    """Open the text model of `checkpoint`, which computes in `dtype`.
+
+    `engine` is one of `ENGINES`.
 
     Raises:
         MoecError: transformers is not installed (exit code 3).
@@ -70,7 +75,7 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
         refuse(
             "transformers",
             error,
-            "transformers 5 or newer, to compare with",
+            "transformers 5 or newer, for the comparison",
             "pip install transformers",
             exit_code=3,
         )

@@ -1,10 +1,12 @@
-"""Decode steps as CUDA graphs: some five hundred launches become one.
+"""Run decode steps as CUDA graphs, which turn about five hundred launches into one.
 
-A graph knows addresses, not tensors, so each cache has one of its own for each batch size; a few
-are kept. A cache at the same place, as a later generation's often is, finds the graph again.
+A CUDA graph contains addresses, not tensors. Each cache therefore has its own graph for each batch
+size, and a few graphs are kept. A later generation often gets a cache at the same address, and then
+uses the same graph.
 
-A graph costs as much as several steps, and the last piece of a prompt may be a single token, which
-looks like a step: so the first call with an address runs as it is, and the second is captured.
+Capturing a graph costs as much as several steps. The last prefill chunk of a prompt may be a single
+token and look like a decode step. The first call with an address therefore runs without a graph,
+and the second one is captured.
 """
 
 from collections import OrderedDict
@@ -14,17 +16,18 @@ import torch
 from torch import Tensor
 
 Call = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
-#: graphs that are kept; each holds the memory of one step's inner values
+#: graphs that are kept; each holds the memory of one step's intermediate values
 MOST = 8
-#: addresses that are remembered from a first call: more than a batch has rows
+#: first calls that are remembered by their addresses; more than a batch has sequences
 SEEN = 1024
 
 
 class Replays:
-    """Run `call` on feeds whose shapes do not change, by graphs from the second time on.
+    """Run `call` on feeds of fixed shapes, with CUDA graphs from the second call on.
 
-    `moving` names the inputs that are new in each call, integers for each row. Those on CUDA must
-    stay where they are; any other is as it was when the graph was captured.
+    `moving` names the inputs whose values and addresses change with each call; they are integers
+    for each sequence. All other feeds on CUDA must keep their addresses. All other feeds on the
+    host keep the values that they had when the graph was captured.
     """
 
     def __init__(self, call: Call, moving: tuple[str, ...]) -> None:
@@ -37,10 +40,10 @@ class Replays:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What `call` gives; the feeds in `moving` are [batch] or [batch, 1].
+        """Return what `call` returns; the feeds in `moving` are [batch] or [batch, 1].
 
-        A replay does not wait for the GPU: those on it stay there, the others follow in its own
-        time.
+        A replay does not wait for the GPU. Feeds on the GPU stay there, and feeds on the host are
+        copied asynchronously.
         """
         key = tuple(
             (n, x.data_ptr(), x.shape)
@@ -60,7 +63,7 @@ class Replays:
         )
         if key not in self.graphs:
             self.graphs[key] = self._captured(feeds, rows)
-            del self.seen[key]  # a graph that had to go starts over
+            del self.seen[key]  # after it was evicted, a graph needs two calls again
             if len(self.graphs) > MOST:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
@@ -84,7 +87,7 @@ class Replays:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(side):  # what libraries set up for a stream
+        with torch.cuda.stream(side):  # lets libraries set up what they need for a stream
             step()
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph, pool=self.pool):
@@ -92,13 +95,13 @@ class Replays:
         return graph, given, places, results
 
     def _place(self, given: Tensor, name: str, like: Tensor) -> Tensor:
-        """Where in `given` a graph finds the feed `name`, in the type and shape that `like` has."""
-        count = len(self.moving) * like.numel()  # all have as many elements
+        """The part of `given` where the graph reads the feed `name`, as a tensor like `like`."""
+        count = len(self.moving) * like.numel()  # all moving feeds have as many elements
         part = given[8 * count :] if like.dtype == torch.int32 else given[: 8 * count]
         rows = part.view(like.dtype).view(len(self.moving), -1)
         return rows[self.moving.index(name)].view(like.shape)
 
 
 def _both(rows: Tensor) -> Tensor:
-    """The bytes of `rows`, int64, then of the same as int32: no step has to convert any."""
+    """The bytes of `rows` as int64 and then as int32, so that no step needs a conversion."""
     return torch.cat([rows.flatten().view(torch.uint8), rows.int().flatten().view(torch.uint8)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.artefact.manifest import NAME
-from moec.runtime.batching import PIECE
+from moec.runtime.batching import PREFILL_CHUNK
 from moec.spec.errors import refuse
 
 #: One call of a graph: inputs by name to outputs by name.
@@ -35,7 +35,7 @@ class Limits:
     """
 
     layout: Layout = "slots"
-    prefill_chunk: int = PIECE
+    prefill_chunk: int = PREFILL_CHUNK
     context: int | None = None
     batch: int | None = None
 

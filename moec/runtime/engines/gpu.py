@@ -1,4 +1,4 @@
-"""Whether there is a GPU for our kernels; when its memory is full; and the way to the host."""
+"""Check for a supported GPU, report full GPU memory, and copy results to the host."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +11,13 @@ from moec.spec.errors import refuse
 
 
 def check_device(device: str, what: str) -> None:
-    """Refuse a device, for `what`, that there is not, or for which a package is missing.
+    """Refuse a device that does not exist here, or for which a package is missing.
+
+    `what` names what needs the device, for the message.
 
     Raises:
-        MoecError: no GPU or no Triton (exit code 3), or neither "cpu" nor "cuda".
+        MoecError: `device` is neither "cpu" nor "cuda"; or it is "cuda" and there is no GPU with
+            FP8, or no Triton (exit code 3).
     """
     if device == "cpu":
         return
@@ -39,31 +42,35 @@ def check_device(device: str, what: str) -> None:
 
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
-    """Run a block that needs memory of the GPU, and say clearly if that is not there.
+    """Run a block that needs GPU memory, and turn an out-of-memory error into a clear message.
 
-    torch, CUDA and Triton each have an error of their own for this; all have the words in common.
+    torch, CUDA and Triton raise different errors, which all contain "out of memory".
 
     Raises:
-        MoecError: how much was wanted and how much is free (exit code 3).
+        MoecError: there is not enough memory; the message says how much was asked for and how much
+            is free (exit code 3).
     """
     try:
         yield
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        # What was asked for, what the GPU has; then follow torch's own accounts and advice.
+        # The first sentences say what was asked for and what the GPU has. The rest is about torch.
         found = ". ".join(str(error).split(". ")[:3])
         refuse(
             f"device cuda: {what}",
             found,
-            "memory for it",
-            "use a smaller batch or context: moec plan says what they take",
+            "enough GPU memory",
+            "use a smaller batch or context; moec plan prints the memory that they need",
             exit_code=3,
         )
 
 
 def on_host(values: Tensor) -> Callable[[], Tensor]:
-    """Start to copy `values` to the host; the result waits for that, not for work begun since."""
+    """Start to copy `values` to the host; return a function that waits and returns the copy.
+
+    The function waits for this copy only, not for GPU work that started later.
+    """
     if not values.is_cuda:
         return lambda: values
     copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

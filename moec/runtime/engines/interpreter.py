@@ -1,8 +1,8 @@
-"""The ONNX of an artefact in ONNX's own reference interpreter, in float32.
+"""Run the ONNX model of an artefact in ONNX's reference interpreter, in float32.
 
-It is how graphs are proven whose engine cannot run here: every operator means what ONNX says, and
-those that are not ONNX's mean what the op that they stand for means. Half precision is widened,
-so what is compared is the graph and not the rounding of some engine. FP8 stays FP8.
+This proves graphs whose own engine cannot run on this machine. ONNX operators have their ONNX
+meaning, and all others the meaning of the op that they were lowered from. Half precision becomes
+float32, so that a proof compares the graph and not the rounding of an engine. FP8 stays FP8.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,13 @@ _FLOAT = ir.DataType.FLOAT
 
 
 def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model") -> Run:
-    """Run a part of `artefact`, "model" or "vision", node by node; `taps` as in `ort_engine`.
+    """Open a part of `artefact`, "model" or "vision", to be run node by node.
+
+    `taps` names values that the engine returns in addition to its outputs.
 
     Raises:
-        MoecError: the artefact has no weights, or they changed; or damaged ONNX (exit code 1).
+        MoecError: the artefact has no weights, or they have changed; or the ONNX model is damaged
+            (exit code 1).
     """
     model = load_onnx(artefact.graph(part))
     weights = unbound(model, artefact)
@@ -52,14 +55,14 @@ def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model
         results = map(_tensor, evaluator.run(None, weights | values))
         found = dict(zip(outputs, results, strict=True))
         for name in [name for name in found if name.startswith("present.")]:
-            feeds[name.replace("present", "past", 1)].copy_(found.pop(name))  # as an engine does
+            feeds[name.replace("present", "past", 1)].copy_(found.pop(name))  # as engines do
         return found
 
     return run
 
 
 def show_routers(graph: ir.Graph) -> None:
-    """Compute, beside each plugin, what it keeps to itself: logits and choice of its router."""
+    """Add nodes for the router's logits and choice, which the MoE plugin does not return."""
     for node in [node for node in graph if node.op_type == "MoecMoe"]:
         at = str(node.outputs[0].name).removesuffix(".out")
         logits = ir.Node("", "Gemm", node.inputs[:2], [ir.AttrInt64("transB", 1)])
@@ -73,7 +76,7 @@ def show_routers(graph: ir.Graph) -> None:
 
 
 def unbound(model: ir.Model, artefact: Artefact) -> dict[str, Any]:
-    """The weights of `model`, which become inputs of it, as arrays: wide ones in float32."""
+    """Turn the weights of `model` into inputs; return their values, half precision as float32."""
     graph, stored = model.graph, artefact.stored()
     for each in list(graph.initializers.values()):
         if entry_of(str(each.name), stored):
@@ -88,7 +91,7 @@ def unbound(model: ir.Model, artefact: Artefact) -> dict[str, Any]:
 
 
 def widen(model: ir.Model) -> None:
-    """Turn half precision into float32, everywhere."""
+    """Turn half precision into float32 in the whole model."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in graph:
             to = node.attributes.get("to")
@@ -106,7 +109,7 @@ def _widen(each: ir.Value) -> None:
 
 
 class Attention(OpRun):
-    """trt::Attention: ONNX's, with attributes that only TensorRT knows."""
+    """The operator trt::Attention: ONNX's Attention with further attributes of TensorRT."""
 
     op_domain = "trt"
 
@@ -114,7 +117,7 @@ class Attention(OpRun):
         q, k, v, *masks = map(_tensor, operands)
         mask = masks[0] if masks else None
         size = q.shape[3] if q.dim() == 4 else q.shape[2] // more["q_num_heads"]
-        q = q * (scale * size**0.5)  # the op's own scale is the usual one
+        q = q * (scale * size**0.5)  # the op itself scales by size**-0.5
         if q.dim() == 3:  # [B, S, heads * d]
             counts = more["q_num_heads"], more["kv_num_heads"]
             return (_array(ops.attention.eager(q, k, v, mask, *counts)),)
@@ -124,7 +127,7 @@ class Attention(OpRun):
 
 
 class MoecMoe(OpRun):
-    """moec::MoecMoe, the plugin: the op `moe_layer`."""
+    """The operator moec::MoecMoe of the MoE plugin, which computes the op `moe_layer`."""
 
     op_domain = "moec"
 
@@ -133,7 +136,7 @@ class MoecMoe(OpRun):
 
 
 def _array(x: Tensor) -> Any:
-    """`x` as ONNX's interpreter has it."""
+    """`x` as an array for ONNX's interpreter."""
     if x.dtype == ops.FP8:
         return x.contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
     return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()

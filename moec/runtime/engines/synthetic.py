@@ -1,6 +1,6 @@
-"""Random weights for programs of target `torch`, drawn where they will be used.
+"""Draw random weights for programs of target `torch`, directly on the device.
 
-A full-size model then runs without a checkpoint: to measure it, not to say anything.
+With them a full-size model runs without a checkpoint, so that it can be measured.
 """
 
 import torch
@@ -9,40 +9,41 @@ from torch import Tensor
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import LARGEST
 from moec.spec.tensors import scale_of
-from moec.weights.joined import fused_tensors
+from moec.weights.joined import joined_tensors
 from moec.weights.view import STORED
 
 
 def synthetic(
     spec: ModelSpec, seed: int, device: str, precision: str = "bf16", part: str = "model"
 ) -> dict[str, Tensor]:
-    """Every joined tensor of a part of `spec` by name, on `device`; the same for the same seed.
+    """Draw every joined tensor of a part of `spec`, by name, on `device`.
 
-    Products keep the size of what goes through them, and router logits lie well apart. Codes have a
-    scale for each output, as if they had been quantised from normal values.
+    The same seed gives the same weights. Linear layers keep the magnitude of their inputs, and
+    router logits lie well apart. Quantised values have a scale for each output, as if they had
+    been quantised from normally distributed weights.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    kinds = fused_tensors(spec, precision, part)
+    kinds = joined_tensors(spec, precision, part)
     found: dict[str, Tensor] = {}
     for name, kind in kinds.items():
         if name in found:
             continue
         if kind.dtype != "fp8":
-            found[name] = _wide(name, kind.shape, generator).to(STORED[kind.dtype])
+            found[name] = _unquantised(name, kind.shape, generator).to(STORED[kind.dtype])
             continue
-        codes = torch.empty(kind.shape, dtype=STORED["fp8"], device=device)
+        values = torch.empty(kind.shape, dtype=STORED["fp8"], device=device)
         scale = torch.empty(kind.shape[:-1], device=device)
-        matrices = zip(codes, scale, strict=True) if codes.dim() == 3 else [(codes, scale)]
+        matrices = zip(values, scale, strict=True) if values.dim() == 3 else [(values, scale)]
         for rows, each in matrices:
             wide = torch.randn(rows.shape, generator=generator, device=device)
             each.copy_(wide.abs().amax(1) / LARGEST)
             rows.copy_(wide.div_(each[:, None]))
             each.mul_(rows.shape[1] ** -0.5)
-        found |= {name: codes, scale_of(name): scale}
+        found |= {name: values, scale_of(name): scale}
     return found
 
 
-def _wide(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _unquantised(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     noise = torch.randn(shape, generator=generator, device=generator.device)
     if len(shape) == 1:
         return 0.1 * noise + ("norm" in name)

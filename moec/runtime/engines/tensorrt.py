@@ -1,8 +1,8 @@
-"""Engines of TensorRT and TensorRT-RTX on a GPU.
+"""Run TensorRT engines of TensorRT and TensorRT-RTX on a GPU.
 
-A decode step is a CUDA graph (`moec.runtime.engines.cuda_graphs`) where TensorRT can capture it.
-It cannot where the engine branches, since TensorRT then asks the GPU which way to go, nor where the
-context says so.
+A decode step runs as a CUDA graph (`moec.runtime.engines.cuda_graphs`) if TensorRT can capture it.
+It cannot if the TensorRT engine branches, because TensorRT then waits for the GPU to know the
+branch, or if the execution context says that it cannot.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,15 +32,17 @@ from moec.spec.errors import refuse
 def tensorrt_engine(
     artefact: Artefact, part: str = "model", device: str = "cuda", trt: Any = None
 ) -> Run:
-    """Open the engine of a part of `artefact`, "model" or "vision", on the GPU.
+    """Open the TensorRT engine of a part of `artefact`, "model" or "vision", on the GPU.
 
-    Caches are written where they are. `trt` stands in for the package; its GPU is then `device`,
-    which may be "cpu".
+    Calls update caches in place. Tests give `trt` in place of the package; it then decides what
+    runs, and `device` may be "cpu".
 
     Raises:
-        MoecError: no engine, or no weights (exit code 2); no package, no GPU or not enough of its
-            memory, or others than the engine was built for (3); an engine that does not load, or is
-            not the artefact's (1). A call: shapes that it was not built for (2), or it fails (1).
+        MoecError: exit code 2: there is no TensorRT engine, or there are no weights; 3: the package
+            or the GPU is missing or not the one that the engine was built for, or GPU memory is
+            full; 1: the engine does not load, or is not that of the artefact. Later calls raise
+            it with exit code 2 for shapes that no optimisation profile covers, and with 1 if
+            TensorRT fails.
     """
     built = engine_of(artefact, part).built
     if trt is None or device != "cpu":
@@ -65,7 +67,7 @@ def tensorrt_engine(
         nonlocal capture, replays
         if replays:
             return replays(feeds)
-        results = call(feeds)  # before that, no context knows its shapes
+        results = call(feeds)  # a context knows its shapes only after a call
         capture = _capturable(opened)
         replays = Replays(call, MOVING) if capture else None
         return results
@@ -81,7 +83,7 @@ def tensorrt_engine(
 
 
 def _call(opened: OpenEngine, part: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Outputs in the engine's order, but for caches, which are written where they are."""
+    """Run a call; return the outputs in the engine's order, without caches, which are updated."""
     fed = {
         name: _placed(feeds[name].to(opened.device, io.dtype))
         for name, io in opened.ios.items()
@@ -94,7 +96,7 @@ def _call(opened: OpenEngine, part: str, feeds: Mapping[str, Tensor]) -> tuple[T
     opened.log.errors.clear()
     for name, each in fed.items():
         opened.must(context.set_input_shape(name, shapes[name]), name)
-        # What is empty has no address, but TensorRT wants one.
+        # An empty tensor has no address, but TensorRT wants one.
         address = each.data_ptr() or opened.memory.data_ptr()
         opened.must(context.set_tensor_address(name, address), name)
     results = {}
@@ -109,19 +111,19 @@ def _call(opened: OpenEngine, part: str, feeds: Mapping[str, Tensor]) -> tuple[T
     opened.must(_execute(opened, context), "the call failed")
     for name in [name for name in results if cache_of(name)]:
         given, written = feeds[cache_of(name)], results.pop(name)
-        if written is not given:  # it lay where TensorRT takes none, or the engine writes elsewhere
+        if written is not given:  # its address was not aligned, or the engine writes elsewhere
             given.copy_(written)
     return tuple(results.values())
 
 
 def _placed(x: Tensor) -> Tensor:
-    """`x` without gaps, at an address that TensorRT takes."""
+    """`x`, contiguous and at an address that is aligned for TensorRT."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % ALIGNED else x
 
 
 def _execute(opened: OpenEngine, context: Any) -> bool:
-    """Run what `context` was told, in the order of torch's own work."""
+    """Run `context` in the order of torch's work on the GPU."""
     if opened.stream is None:
         return bool(context.execute_async_v3(0))
     current = torch.cuda.current_stream()

@@ -1,12 +1,13 @@
-"""Opening an engine of TensorRT: its file, its weights on the GPU, and what its contexts are told.
+"""Open a TensorRT engine: load its file and its weights, and make its execution contexts.
 
-An engine has profiles, ranges of shapes that it was compiled for: the decoder has one for a token
-of each of several rows, and one for a piece of one prompt; the vision tower has one. Each has a
-context of its own, so that no call has to switch, and all share the memory for inner values, which
-one call at a time uses.
+A TensorRT engine has optimisation profiles: ranges of shapes that it was compiled for. The decoder
+has one for decoding a token of each of several sequences, and one for a prefill chunk of a single
+sequence. The vision tower has one. Each optimisation profile has its own execution context, so that
+no call has to switch. All contexts share the memory for intermediate values, because only one call
+runs at a time.
 
-TensorRT-RTX compiles kernels for new shapes while it runs. Decode steps that may become CUDA graphs
-wait for theirs: a graph keeps the kernels that it was captured with.
+TensorRT-RTX compiles kernels for new shapes at run time. Decode steps that may be captured as CUDA
+graphs wait for the kernels of their shapes, because a graph keeps the kernels of its capture.
 """
 
 import mmap
@@ -36,23 +37,25 @@ from moec.runtime.engines.tensorrt_fit import (
 from moec.runtime.engines.tensorrt_weights import load_bindings
 from moec.spec.errors import MoecError, refuse
 
-#: layers of branches and loops, which no CUDA graph holds
+#: layer types of branches and loops, which a CUDA graph cannot contain
 _BRANCHES = {"CONDITION", "TRIP_LIMIT", "RECURRENCE"}
-#: of a file: bytes, and when it changed, in nanoseconds
+#: the size of a file in bytes, and the time of its last change in nanoseconds
 Stamp = tuple[int, int]
-#: bytes; TensorRT takes no address that is not a multiple
+#: TensorRT takes addresses that are multiples of this many bytes
 ALIGNED = 256
 
 
 @dataclass(frozen=True, slots=True)
 class OpenEngine:
-    """An engine that is ready to run.
+    """A TensorRT engine that is ready to run.
 
-    `ios` are what a caller gives and gets, `aliases` the inputs that outputs are written over,
-    `profiles` contexts and what each takes. `stream` is for when torch uses the default one, on
-    which TensorRT would wait for the GPU; None without CUDA. `steady` says that the first profile's
-    calls may become CUDA graphs. `weights` and `memory` are where the contexts were told that they
-    are; `runtime` and `engine` must outlive the contexts.
+    `ios` are the inputs and outputs of a caller, by name. `aliases` has the input that each output
+    is written over. `profiles` has the execution context and the shapes of each optimisation
+    profile. `steady` says whether the calls of the first profile may become CUDA graphs.
+
+    `stream` is used while torch is on the default stream, on which TensorRT would wait for the GPU;
+    it is None without CUDA. The contexts hold the addresses of `weights` and `memory`, which must
+    stay where they are. `runtime` and `engine` must outlive the contexts.
     """
 
     file: Path
@@ -69,16 +72,16 @@ class OpenEngine:
     steady: bool
 
     def must(self, done: object, what: str) -> None:
-        """Refuse to go on where TensorRT says that `what` was not `done`."""
+        """Raise the error for `what` unless TensorRT reports it as `done`."""
         if not done:
             raise failed(self.file, self.log, what)
 
 
 def open_engine(trt: Any, artefact: Artefact, part: str, device: str) -> OpenEngine:
-    """Load the engine of a part of `artefact`, and whatever weights it takes as inputs.
+    """Load the TensorRT engine of a part of `artefact`, and the weights that it takes as inputs.
 
     Raises:
-        MoecError: see `moec.runtime.engines.tensorrt`.
+        MoecError: see `moec.runtime.engines.tensorrt.tensorrt_engine`.
     """
     recorded, manifest = engine_of(artefact, part), artefact.manifest
     parts = weights_of(manifest, artefact.stored(), list(recorded.bindings))
@@ -107,7 +110,7 @@ def open_engine(trt: Any, artefact: Artefact, part: str, device: str) -> OpenEng
         file, device, log, runtime, engine, ios, aliases, profiles, weights, memory, stream, steady
     )
     for index, (context, _) in enumerate(profiles):
-        opened.must(context, "no context for it")
+        opened.must(context, "no execution context for the engine")
         context.set_device_memory(memory.data_ptr(), size)
         handle = stream.cuda_stream if stream else 0
         opened.must(context.set_optimization_profile_async(index, handle), f"profile {index}")
@@ -120,18 +123,18 @@ def open_engine(trt: Any, artefact: Artefact, part: str, device: str) -> OpenEng
 
 @cache
 def _log(trt: Any) -> Any:
-    """The logger of this process: TensorRT keeps the first, and ignores all others."""
+    """The logger of this process; TensorRT keeps the first one and ignores all others."""
     return new_log(trt, lambda text: None)
 
 
 @cache
 def _libraries(trt: Any) -> dict[Path, Stamp | None]:
-    """The plugin libraries that this process has loaded, as they were then."""
+    """The plugin libraries that this process has loaded, with their stamps at that time."""
     return {}
 
 
 def _stamp(path: Path) -> Stamp | None:
-    """What tells a file from what it was before; None where there is none."""
+    """The stamp of a file, which tells whether it has changed; None if there is no file."""
     if not path.is_file():
         return None
     found = path.stat()
@@ -139,11 +142,13 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 def _add_plugins(trt: Any, paths: Sequence[Path]) -> None:
-    """Load libraries, each once in a process: TensorRT takes no plugin of the same name again.
+    """Load plugin libraries, each once in a process.
+
+    TensorRT does not accept a second plugin of the same name.
 
     Raises:
-        MoecError: a library does not load; or libraries of another artefact, or other bytes of
-            these, were loaded before.
+        MoecError: a library does not load; libraries of another artefact were loaded before; or a
+            library has changed since it was loaded.
     """
     loaded = _libraries(trt)
     others = loaded.keys() - set(paths)
@@ -154,8 +159,8 @@ def _add_plugins(trt: Any, paths: Sequence[Path]) -> None:
             refuse(
                 f"plugin: {path}",
                 was,
-                "one artefact with a plugin in a process",
-                "open it in a new process",
+                "one artefact with a plugin in each process",
+                "open the artefact in a new process",
             )
         if path not in loaded:
             add_plugins(trt, (str(path),), _log(trt))
@@ -163,7 +168,10 @@ def _add_plugins(trt: Any, paths: Sequence[Path]) -> None:
 
 
 def _deserialized(trt: Any, file: Path, log: Any) -> tuple[Any, Any]:
-    """The runtime, and the engine in `file`, which is mapped: it may be as large as its weights."""
+    """Load the engine in `file`; return TensorRT's runtime and the engine.
+
+    The file is mapped, because it may be as large as the model's weights.
+    """
     log.errors.clear()
     try:
         with file.open("rb") as opened:
@@ -172,7 +180,7 @@ def _deserialized(trt: Any, file: Path, log: Any) -> tuple[Any, Any]:
         raise failed(file, log, str(error)) from None
     try:
         runtime = trt.Runtime(log)
-    except TypeError:  # how the bindings say that the library gave them nothing
+    except TypeError:  # the bindings raise it if the library returns no runtime
         raise failed(file, log, "no runtime") from None
     with data:
         engine = runtime.deserialize_cuda_engine(data)
@@ -182,7 +190,7 @@ def _deserialized(trt: Any, file: Path, log: Any) -> tuple[Any, Any]:
 
 
 def _why(trt: Any, runtime: Any, data: mmap.mmap) -> str:
-    """What TensorRT-RTX has against an engine, for when its log has nothing."""
+    """Why TensorRT-RTX does not load an engine, if its log does not say so."""
     if not hasattr(runtime, "get_engine_validity"):
         return "it does not load"
     _, flags = runtime.get_engine_validity(data)
@@ -202,7 +210,10 @@ def _spans(engine: Any, ios: Mapping[str, Io], profile: int) -> Spans:
 
 
 def _context(trt: Any, engine: Any, steady: bool) -> Any:
-    """A context without memory of its own; where it is to be `steady`, its kernels stay."""
+    """Make an execution context without its own memory.
+
+    A `steady` one gets the kernels of its shapes before it runs, and keeps them.
+    """
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(
         trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -214,13 +225,13 @@ def _context(trt: Any, engine: Any, steady: bool) -> Any:
 
 
 def failed(file: Path, log: Any, what: str) -> MoecError:
-    """The refusal for what an engine did not do: TensorRT's first error, or `what` without one."""
+    """The error for a TensorRT engine that failed: TensorRT's first message, or else `what`."""
     found = log.errors[0] if log.errors else what
     artefact = file.parent.parent if file.parts[-2] == ENGINES else file.parent
     return MoecError(
         file,
         found,
-        "an engine that loads and runs",
+        "a TensorRT engine that loads and runs",
         f"build it again: moec engine {artefact}",
         exit_code=1,
     )

@@ -1,7 +1,7 @@
-"""The weights that a TensorRT engine takes as inputs, on a device: each a tensor of its own.
+"""Load the weight inputs of a TensorRT engine onto a device, each into its own tensor.
 
-The bytes of an expert, or of several stored tensors that are joined, go straight to where they
-belong. Slices of one large tensor would do, but for those that start where TensorRT takes none.
+The bytes of an expert, or of several joined tensors, are read directly into place. Slices of one
+large tensor would also do, but some would start at addresses that TensorRT does not take.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,9 @@ from moec.weights.view import STORED
 
 
 def load_bindings(parts: Mapping[str, tuple[TensorEntry, ...]], device: str) -> dict[str, Tensor]:
-    """Each of `parts`, one entry behind the other, as a flat tensor [elements] on `device`.
+    """Load each weight input of `parts` as a flat tensor [elements] on `device`.
+
+    A weight input consists of the bytes of its entries, one after another.
 
     Raises:
         MoecError: a file was cut short.

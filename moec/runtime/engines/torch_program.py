@@ -14,7 +14,7 @@ import moec.graph_builder.ops  # noqa: F401  a program's file names these ops
 from moec.artefact.artefact import Artefact
 from moec.exporters.torch.program import part_graph
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
-from moec.runtime.batching import LONG_PIECE, PIECE
+from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
@@ -138,7 +138,7 @@ def _check(artefact: Artefact, device: str) -> None:
 
 
 def _limits(artefact: Artefact, device: str) -> Limits:
-    return Limits("buffers", LONG_PIECE if device == "cuda" else PIECE)
+    return Limits("buffers", GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK)
 
 
 ENGINE = torch_with(None)

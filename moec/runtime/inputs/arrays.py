@@ -1,4 +1,4 @@
-"""What callers give a session, as tensors: token ids and image tiles, or one clear refusal."""
+"""Turn what callers give a session into tensors of token ids and image tiles, and check it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,60 +17,66 @@ _NO_IDS = (torch.bool, torch.complex64, torch.complex128)
 
 
 def read_ids(input_ids: Ids, lengths: Ids | None, vocab: int) -> tuple[Tensor, Tensor]:
-    """Right-padded int64 [B, S] and lengths [B] of whatever the caller gave.
+    """Make right-padded token ids, int64 [B, S], and the sequences' lengths, int64 [B].
 
     Raises:
-        MoecError: these are no token ids below `vocab`, or the lengths do not fit the rows.
+        MoecError: `input_ids` are not token ids from 0 to `vocab` - 1, or `lengths` do not fit
+            them.
     """
     try:
         ids, counts = _padded(input_ids, lengths)
     except (TypeError, ValueError, OverflowError) as error:
-        raise _bad_ids(f"{error}", "integers [batch, sequence], or rows of integers") from None
+        expected = "integers [batch, sequence], or lists of integers"
+        raise _ids_error(f"{error}", expected) from None
     check_ids(ids, vocab)
     return ids, counts
 
 
 def check_ids(ids: Tensor, vocab: int) -> None:
-    """Refuse tokens that are not in the vocabulary."""
+    """Refuse token ids that are not from 0 to `vocab` - 1.
+
+    Raises:
+        MoecError: the message names one of them.
+    """
     if ids.min() < 0 or ids.max() >= vocab:
         bad = int(ids.min() if ids.min() < 0 else ids.max())
-        raise _bad_ids(f"token {bad}", f"0 to {vocab - 1}")
+        raise _ids_error(f"token {bad}", f"tokens from 0 to {vocab - 1}")
 
 
 def read_tiles(pixel_values: Pixels, spec: ModelSpec) -> Tensor:
-    """float32 [tiles, channels, height, width] of whatever the caller gave.
+    """Make image tiles, float32 [tiles, channels, height, width], with finite values.
 
     Raises:
-        MoecError: `spec` has no vision tower, or these are no tiles for it.
+        MoecError: `spec` has no vision tower, or `pixel_values` are not image tiles for it.
     """
     vision = spec.vision
     if vision is None:
         refuse(
             "pixel_values",
             "images",
-            f"none: {spec.name} has no vision tower",
+            f"no images, because {spec.name} has no vision tower",
             "leave pixel_values out",
         )
     shape = (vision.channels, vision.image, vision.image)
     expected = f"float32 [tiles, {', '.join(map(str, shape))}], normalised"
     if not isinstance(pixel_values, Tensor | np.ndarray):
         found = f"{type(pixel_values).__name__} {str(pixel_values)[:40]}"
-        raise _bad_pixels(found, f"a tensor or array, {expected}")
+        raise _pixels_error(found, f"a tensor or array, {expected}")
     size = tuple(pixel_values.shape)
     dtype = pixel_values.dtype
     real = dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype.kind == "f"
     if not real or len(size) != 4 or size[1:] != shape or not size[0]:
-        raise _bad_pixels(f"{dtype} {list(size)}", expected)
+        raise _pixels_error(f"{dtype} {list(size)}", expected)
     try:
-        if isinstance(pixel_values, np.ndarray):  # whatever its byte order and strides
-            with np.errstate(over="ignore"):  # found below
+        if isinstance(pixel_values, np.ndarray):  # of any byte order and strides
+            with np.errstate(over="ignore"):  # infinite values are refused below
                 pixel_values = torch.from_numpy(np.array(pixel_values, np.float32, order="C"))
         tiles = pixel_values.detach().cpu().float().contiguous()
         finite = bool(tiles.isfinite().all())
-    except (RuntimeError, NotImplementedError) as error:  # such as sparse, or without memory
-        raise _bad_pixels(f"{dtype} {list(size)}: {error}", expected) from None
+    except (RuntimeError, NotImplementedError) as error:  # a sparse tensor, for example
+        raise _pixels_error(f"{dtype} {list(size)}: {error}", expected) from None
     if not finite:
-        raise _bad_pixels("values that are not finite in float32", expected)
+        raise _pixels_error("values that are not finite in float32", expected)
     return tiles
 
 
@@ -84,19 +90,19 @@ def _padded(input_ids: Ids, lengths: Ids | None) -> tuple[Tensor, Tensor]:
         input_ids = np.array([list(row) + [0] * (longest - len(row)) for row in rows])
     ids = torch.as_tensor(input_ids)
     if ids.dim() != 2 or not ids.numel() or ids.dtype.is_floating_point or ids.dtype in _NO_IDS:
-        raise _bad_ids(f"{ids.dtype} {list(ids.shape)}", "integers [batch, sequence], not empty")
+        raise _ids_error(f"{ids.dtype} {list(ids.shape)}", "integers [batch, sequence], not empty")
     ids = ids.long().cpu()
     counts = torch.full((len(ids),), ids.shape[1]) if lengths is None else torch.as_tensor(lengths)
     if counts.is_floating_point() or counts.shape != ids.shape[:1]:
-        raise _bad_ids(f"lengths {counts.tolist()}", "one integer a row")
+        raise _ids_error(f"lengths {counts.tolist()}", "one integer for each sequence")
     if counts.min() < 1 or counts.max() > ids.shape[1]:
-        raise _bad_ids(f"lengths {counts.tolist()}", f"one a row, from 1 to {ids.shape[1]}")
+        raise _ids_error(f"lengths {counts.tolist()}", f"lengths from 1 to {ids.shape[1]}")
     return ids, counts.long().cpu()
 
 
-def _bad_pixels(found: str, expected: str) -> MoecError:
+def _pixels_error(found: str, expected: str) -> MoecError:
     return MoecError("pixel_values", found, expected, "make them from images: moec.encode")
 
 
-def _bad_ids(found: str, expected: str) -> MoecError:
+def _ids_error(found: str, expected: str) -> MoecError:
     return MoecError("input_ids", found, expected, "check the tokenizer, or the shape of the batch")

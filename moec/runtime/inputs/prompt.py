@@ -1,4 +1,4 @@
-"""A prompt of text and images: token ids, and the tiles that its image tokens stand for."""
+"""Turn a prompt of text and images into token ids and image tiles."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,17 +20,18 @@ from moec.spec.model import ModelSpec
 Source = str | Path | bytes | Image
 Images = Source | Iterable[Source]
 
-#: special tokens of the published tokenizer; IMAGE also marks, in a prompt, where an image belongs
+#: special tokens of the published tokenizer; in a prompt, IMAGE also marks the place of an image
 START, IMAGE, PATCH, END = "<|image_start|>", "<|image|>", "<|patch|>", "<|image_end|>"
 COLUMN, ROW = "<|tile_x_separator|>", "<|tile_y_separator|>"
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What `Session.generate` takes: `session.generate(prompt.input_ids, prompt.pixel_values)`.
+    """A prompt for `Session.generate`: `session.generate(prompt.input_ids, prompt.pixel_values)`.
 
-    `pixel_values` is float32 [tiles, channels, height, width], None without images. `grids` holds
-    rows and columns of tiles, one pair for each image; an image of several also has a global tile.
+    `input_ids` are the token ids. `pixel_values` is float32 [tiles, channels, height, width], or
+    None without images. `grids` has the rows and columns of tiles of each image; an image of more
+    than one tile also has a global tile. `notes` tells the user about limits of the tokenizer.
     """
 
     input_ids: list[int]
@@ -40,16 +41,18 @@ class Prompt:
 
 
 def encode(path: str | Path, text: str, images: Images = (), chat: bool = False) -> Prompt:
-    """Tokens and tiles of `text` and `images` for the artefact or checkpoint folder in `path`.
+    """Turn `text` and `images` into token ids and image tiles.
 
     Args:
-        text: `<|image|>` marks where each image belongs; without any they come first.
-        images: one or several files, their bytes, or Pillow images.
-        chat: wrap the text as a user's message in the checkpoint's chat template.
+        path: the folder of an artefact or of a checkpoint.
+        text: the prompt. `<|image|>` marks the place of each image; without marks, images come
+            first.
+        images: one or several image files, their bytes, or Pillow images.
+        chat: put the text into the checkpoint's chat template, as a message of the user.
 
     Raises:
-        MoecError: no tokenizer, or one without image tokens; an image that cannot be read; a text
-            that marks another number of images; images for a model without a vision tower.
+        MoecError: there is no tokenizer, or it has no image tokens; an image cannot be read; the
+            text marks another number of images; or the model has no vision tower for images.
     """
     path = Path(path)
     if not (path / NAME).is_file() and (path / "config.json").is_file():
@@ -61,7 +64,7 @@ def encode(path: str | Path, text: str, images: Images = (), chat: bool = False)
 def compose(
     words: Text, spec: ModelSpec, text: str, images: Images = (), chat: bool = False
 ) -> Prompt:
-    """`encode` for a tokenizer that is open, and the model's spec."""
+    """Like `encode`, with an open tokenizer and the model's spec."""
     images = [images] if isinstance(images, str | Path | bytes | Image) else list(images)
     if images and IMAGE not in text:
         text = IMAGE * len(images) + text
@@ -72,7 +75,7 @@ def compose(
         refuse(
             "prompt",
             f"{marks} {IMAGE} in the text, {len(images)} images",
-            "one for each image, or none",
+            f"one {IMAGE} for each image, or none",
             "give as many images as the text marks",
         )
     if not images:
@@ -81,7 +84,7 @@ def compose(
         refuse(
             "images",
             f"{spec.name} has no vision tower",
-            "a model with one, or no images",
+            "a model with a vision tower, or no images",
             "leave the images out",
         )
     _check_tokens(words, spec)
@@ -97,23 +100,24 @@ def compose(
     shown = [layout(grid, spec.vision.tokens, tiled) for grid in grids]
     ids = words.encode(first + "".join(map("".join, zip(shown, rest, strict=True))))
     pixels = torch.cat(tiles)
-    assert spec.tokens.image is not None  # a spec with a tower has one
+    assert spec.tokens.image is not None  # a spec with a vision tower has this token
     found, expected = ids.count(spec.tokens.image), len(pixels) * spec.vision.tokens
     if found != expected:
         more = found > expected
         refuse(
             "prompt",
             f"{found} {PATCH} tokens",
-            f"{expected}, those of the images alone",
+            f"{expected} {PATCH} tokens, all of them from the images",
             f"leave {PATCH} out of the text" if more else "use a tokenizer that keeps them all",
         )
     return Prompt(ids, pixels, grids, tuple(notes))
 
 
 def layout(grid: tuple[int, int], tokens: int, tiled: bool = True) -> str:
-    """The special tokens of one image of `grid` (rows, columns) tiles, `tokens` to a tile.
+    """The special tokens of one image, as text.
 
-    Without `tiled`, for tokenizers that have no separators, a single tile between start and end.
+    The image has `grid` (rows, columns) tiles of `tokens` tokens each. For tokenizers without
+    separators, `tiled` is False; the image is then a single tile between start and end tokens.
     """
     rows, columns = grid
     patches = PATCH * tokens

@@ -1,4 +1,4 @@
-"""Between text and tokens, by the checkpoint's own tokenizer and chat template."""
+"""Convert between text and tokens with the checkpoint's tokenizer and chat template."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,20 +12,24 @@ from moec.artefact.artefact import Artefact
 from moec.spec.errors import refuse
 from moec.spec.fields import read_json
 
-#: the path of a file by name, or None
+#: finds the path of a file by its name; None if there is no such file
 Find = Callable[[str], Path | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A tokenizer, its chat template's source if there is one, and how files beside are found."""
+    """A tokenizer and its chat template.
+
+    `template` is the source of the Jinja template, or None. `find` finds further files beside the
+    tokenizer.
+    """
 
     tokenizer: Tokenizer
     template: str | None
     find: Find
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of `prompt`, as the tokenizer's post-processor makes them."""
+        """The token ids of `prompt`, with those that the tokenizer's post-processor adds."""
         return list(self.tokenizer.encode(prompt).ids)
 
     def has(self, token: str) -> bool:
@@ -33,7 +37,11 @@ class Text:
         return self.tokenizer.token_to_id(token) is not None
 
     def render(self, message: str) -> str:
-        """One user message in the chat template, as text."""
+        """Put one message of the user into the chat template; return the text.
+
+        Raises:
+            MoecError: there is no chat template, it is broken, or jinja2 is missing (exit code 3).
+        """
         if self.template is None:
             refuse(
                 "--chat",
@@ -48,7 +56,7 @@ class Text:
             refuse(
                 "--chat",
                 "jinja2 is not installed",
-                "jinja2",
+                "the package jinja2, which fills chat templates",
                 "pip install 'moec[chat]'",
                 exit_code=3,
             )
@@ -61,11 +69,17 @@ class Text:
             )
         except TemplateError as error:
             refuse(
-                "--chat", f"a broken chat template: {error}", "a Jinja template", "fetch it again"
+                "--chat",
+                f"a broken chat template: {error}",
+                "a Jinja template",
+                "download the chat template again",
             )
 
     def stream(self) -> Iterator[str]:
-        """A coroutine: send it a token id, it yields the text that has become certain."""
+        """A coroutine that decodes a stream of tokens.
+
+        Send it a token id; it yields the new text that later tokens cannot change.
+        """
         decoder = DecodeStream(skip_special_tokens=True)
         text = ""
         while True:
@@ -74,7 +88,9 @@ class Text:
 
 
 def open_text(source: Artefact | Path) -> Text:
-    """The tokenizer of an artefact (beside its model or in its checkpoint) or checkpoint folder.
+    """Open the tokenizer of an artefact or of a checkpoint folder.
+
+    The tokenizer of an artefact is beside its model or in its checkpoint.
 
     Raises:
         MoecError: there is no tokenizer.json, or it is broken.
@@ -86,13 +102,13 @@ def open_text(source: Artefact | Path) -> Text:
         refuse(
             folder,
             "no tokenizer.json",
-            "one beside the model or in the checkpoint",
-            "put the checkpoint's there, or generate from token ids: --ids 1,2,3",
+            "a tokenizer.json beside the model or in the checkpoint",
+            "copy the checkpoint's there, or generate from token ids: --ids 1,2,3",
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the binding raises bare Exception
-        refuse(path, str(error), "a tokenizers file", "fetch it again")
+    except Exception as error:  # the bindings raise a bare Exception
+        refuse(path, str(error), "a file of the tokenizers library", "download the file again")
     return Text(tokenizer, _template(find), find)
 
 

@@ -1,7 +1,7 @@
-"""RGB pixels to tiles, bit for bit as Hugging Face's Llama 4 image processor makes them.
+"""Cut RGB images into image tiles, bit for bit as Hugging Face's Llama 4 image processor does.
 
-Resizing is torch's antialiased bilinear on uint8, which is what that processor ends in. Pillow's
-own resize differs from it by one level in up to 0.4 % of the samples.
+The processor resizes with torch's antialiased bilinear interpolation on uint8, and so does this
+module. Pillow's resize differs by one level in up to 0.4 % of the samples.
 """
 
 import math
@@ -18,25 +18,27 @@ from moec.spec.fields import Fields, read_json
 
 Three = tuple[float, float, float]
 
-#: fields that the processor ignores, or that say how it is called
+#: fields of the settings that the processor ignores, or that only say how it is called
 INERT = """
     image_processor_type processor_class crop_size data_format default_to_square device
     do_center_crop input_data_format return_tensors disable_grouping do_pad pad_size
     image_seq_length
 """.split()
 
-_NEXT = "correct the field; without the file, the released models' settings are taken"
+_NEXT = "correct the field, or remove the file to use the settings of the released models"
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How an image is cut. The defaults are those of the released models.
+    """How to cut an image into tiles. The defaults are those of the released models.
 
     Attributes:
-        side: pixels along a tile, which is square; the vision tower's image size.
-        most: tiles in a canvas, at most.
+        side: pixels along one side of a square tile; the image size of the vision tower.
+        most: the largest number of tiles in a canvas.
         fill_canvas: enlarge a small image as far as `most` tiles allow, instead of up to one tile.
-        rescale, mean, std: what uint8 pixels are multiplied by, less, divided by.
+        rescale: factor for uint8 pixels.
+        mean: subtracted from the rescaled pixels, for each channel.
+        std: divides the result, for each channel.
     """
 
     side: int
@@ -48,13 +50,14 @@ class Tiling:
 
 
 def tile(image: Image.Image, tiling: Tiling) -> tuple[Tensor, tuple[int, int]]:
-    """The tiles of `image`, which is in mode RGB, and the canvas as (rows, columns).
+    """Cut `image`, which has mode RGB, into tiles.
 
     Returns:
-        float32 [n, 3, side, side], values of bfloat16, row by row. If rows * columns > 1, one more
-        tile comes last: the whole image, squeezed into a square.
+        The tiles, float32 [n, 3, side, side] with bfloat16 values, in the order of rows; and the
+        canvas as (rows, columns). If rows * columns > 1, one more tile comes last: the global tile,
+        which is the whole image resized to a square.
     """
-    # [1, 3, height, width], a view: torch resizes interleaved channels, without a copy
+    # a view [1, 3, height, width]; torch resizes interleaved channels without a copy
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     side, grid = tiling.side, canvas(image.height, image.width, tiling)
     rows, columns = grid
@@ -66,7 +69,8 @@ def tile(image: Image.Image, tiling: Tiling) -> tuple[Tensor, tuple[int, int]]:
         tiles = torch.cat([tiles, _resize(pixels, side, side)])
     table = _table(tiling)
     out = torch.empty(tiles.shape)
-    for levels, normal in zip(tiles, out, strict=True):  # by tile, since indices take 8 bytes each
+    # Work tile by tile, because each index takes 8 bytes.
+    for levels, normal in zip(tiles, out, strict=True):
         normal.view(3, -1).copy_(table.gather(1, levels.reshape(3, -1).long()))
     return out, grid
 
@@ -74,26 +78,27 @@ def tile(image: Image.Image, tiling: Tiling) -> tuple[Tensor, tuple[int, int]]:
 def canvas(height: int, width: int, tiling: Tiling) -> tuple[int, int]:
     """The (rows, columns) of tiles for an image of `height` x `width` pixels.
 
-    Of all grids of at most `tiling.most` tiles: where the image fits as it is, the tightest, or
-    with `fill_canvas` the roomiest; where it fits in none, the one that shrinks it least.
+    The candidates are all grids of at most `tiling.most` tiles. If the image fits into some of them
+    without shrinking, the tightest of these is taken, or with `fill_canvas` the one that enlarges
+    the image most. If it fits into none, the grid that shrinks it least is taken.
     """
     most = tiling.most
     grids = [(r, c) for r in range(1, most + 1) for c in range(1, most // r + 1)]
-    # float32, as the processor computes
+    # the processor computes this in float32
     sides = (np.array(grids) * tiling.side).astype(np.float32)
     scales = (sides / np.array([height, width], dtype=np.float32)).min(axis=1)
     enlarging = scales[scales >= 1]
     best = enlarging.min() if enlarging.size and not tiling.fill_canvas else scales.max()
-    # The smallest of these is unique: of two of one area, the lesser rows and the lesser columns
-    # make a smaller one, of the same scale.
+    # The grid with the smallest area is unique. If two had the same area and scale, the smaller
+    # rows of one and the smaller columns of the other would make a smaller grid of that scale.
     return min((grid for grid, s in zip(grids, scales, strict=True) if s == best), key=math.prod)
 
 
 def fitted(height: int, width: int, grid: tuple[int, int], tiling: Tiling) -> tuple[int, int]:
-    """The (height, width) in pixels, each at least 1, to resize an image to, to fit `grid`.
+    """The (height, width) in pixels to which an image is resized for `grid`; each is at least 1.
 
-    The processor computes a scale in float32 where the grid sets the limit, which is a tensor
-    there, and in float64 where the image does. Both round down, so the last pixel depends on it.
+    The processor computes a scale in float32 if the grid sets the limit, and in float64 if the
+    image does. It rounds sizes down, so that the last pixel depends on the precision.
     """
     limits: list[int] = []
     kinds: list[type[np.float32] | type[np.float64]] = []
@@ -104,7 +109,8 @@ def fitted(height: int, width: int, grid: tuple[int, int], tiling: Tiling) -> tu
         kinds.append(np.float32 if by_grid else np.float64)
     (tall, wide), (kind_h, kind_w) = limits, kinds
     scale_h, scale_w = kind_h(tall) / kind_h(height), kind_w(wide) / kind_w(width)
-    # of two kinds, the float32 one is below 1 and the other is not: no rounding can swap them
+    # If the precisions differ, the float32 scale is below 1 and the float64 scale is not. Rounding
+    # cannot change their order.
     if float(scale_w) < float(scale_h):
         tall = min(math.floor(kind_w(height) * scale_w), tall)
     else:
@@ -113,14 +119,15 @@ def fitted(height: int, width: int, grid: tuple[int, int], tiling: Tiling) -> tu
 
 
 def read_tiling(find: Callable[[str], Path | None], side: int) -> Tiling:
-    """The tiling that a checkpoint's processor files ask for; without any, the released models'.
+    """Read the tiling from a checkpoint's processor files; the default is the released models'.
 
     Args:
-        find: the path of a file by name, or None: `Artefact.companion`.
-        side: the vision tower's image size, in pixels.
+        find: finds the path of a file by its name, or None; such as `Artefact.companion`.
+        side: the image size of the vision tower, in pixels.
 
     Raises:
-        MoecError: a field that is unknown, of a wrong type, or asks for other arithmetic.
+        MoecError: a field is unknown, has a wrong type, or asks for arithmetic that is not
+            supported.
     """
     fields = _fields(find)
     if fields is None:
@@ -152,7 +159,10 @@ def read_tiling(find: Callable[[str], Path | None], side: int) -> Tiling:
 
 
 def _fields(find: Callable[[str], Path | None]) -> Fields | None:
-    """The image processor's settings: transformers 5 nests them, and prefers them nested."""
+    """The image processor's settings, or None.
+
+    transformers 5 nests them in processor_config.json, and prefers that file.
+    """
     path = find("processor_config.json")
     if path is not None:
         outer = Fields(str(path), read_json(path), _NEXT)
@@ -172,7 +182,7 @@ def _three(fields: Fields, key: str) -> Three:
 
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [1, 3, H, W] to [1, 3, height, width]."""
+    """Resize uint8 pixels [1, 3, H, W] to [1, 3, height, width]."""
     if pixels.shape[2:] == (height, width):
         return pixels
     return torch.nn.functional.interpolate(
@@ -181,7 +191,10 @@ def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _table(tiling: Tiling) -> Tensor:
-    """float32 [3, 256]: what each level of each channel becomes; each step rounds to bfloat16."""
+    """The normalised value of each uint8 level in each channel, float32 [3, 256].
+
+    Each step of the arithmetic rounds to bfloat16.
+    """
     levels = torch.arange(256).to(torch.bfloat16) * tiling.rescale
     mean, std = (
         torch.tensor(three, dtype=torch.bfloat16)[:, None] for three in (tiling.mean, tiling.std)

@@ -1,4 +1,4 @@
-"""Rows of tokens from a file: what calibration and evaluation run on."""
+"""Read sequences of tokens from a file, for calibration and evaluation."""
 
 import json
 from pathlib import Path
@@ -12,18 +12,20 @@ from moec.runtime.inputs.text import open_text
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 
-#: tokens of a row that is cut from a stream
+#: tokens of each sequence that is cut from a text
 WINDOW = 512
 
 
 def read_rows(source: str | Path | Tensor, spec: ModelSpec, folder: Path) -> Tensor:
-    """Rows int64 [rows, length] of token ids: a tensor, or a file.
+    """Read sequences of token ids, int64 [sequences, length], from a tensor or a file.
 
-    Files are .npy or .json with ids, .txt with text, which the tokenizer in `folder` encodes. Ids
-    without rows, and text, are cut into windows of 512 tokens; what is left at the end is dropped.
+    A file is .npy or .json with token ids, or .txt with text that the tokenizer in `folder`
+    encodes. A text or a single list of ids is cut into sequences of 512 tokens; a shorter rest at
+    the end is dropped.
 
     Raises:
-        MoecError: no such file, another kind of file, or tokens that are none of `spec`.
+        MoecError: there is no such file, it is of another kind, or it holds tokens that are not in
+            the vocabulary of `spec`.
     """
     if isinstance(source, Tensor):
         return _rows(source.cpu().numpy(), "tokens", spec)
@@ -37,7 +39,7 @@ def read_rows(source: str | Path | Tensor, spec: ModelSpec, folder: Path) -> Ten
             text = path.read_text(encoding="utf-8")
             values = np.asarray(open_text(folder).encode(text) if text else [])
         else:
-            raise ValueError(f"a {path.suffix or 'nameless'} file")
+            raise ValueError(f"a {path.suffix} file" if path.suffix else "a file without a suffix")
     except (OSError, ValueError, RecursionError) as error:
         refuse(path, " ".join(str(error).split()), _EXPECTED, _FIX)
     return _rows(values, path, spec)
@@ -56,5 +58,6 @@ def _rows(values: np.ndarray[Any, Any], where: object, spec: ModelSpec) -> Tenso
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= spec.text.vocab:
         bad = low if low < 0 else high
-        refuse(where, f"token {bad}", f"0 to {spec.text.vocab - 1}", "use its tokenizer")
+        expected = f"tokens from 0 to {spec.text.vocab - 1}"
+        refuse(where, f"token {bad}", expected, "use the tokenizer of the checkpoint")
     return torch.from_numpy(values.astype(np.int64))

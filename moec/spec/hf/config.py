@@ -1,7 +1,7 @@
-"""`config.json` in the released (transformers 4.51) and the 5.x style, to a spec and back.
+"""Read a Llama 4 `config.json`, in the released style (transformers 4.51) or the 5.x style.
 
-Nothing is guessed. Fields that released checkpoints leave out have their published meaning in
-`PUBLISHED`; any other missing field is an error that names it, and so is a field nobody knows.
+The reader guesses nothing. `PUBLISHED` holds the values of fields that released checkpoints leave
+out. Any other missing field is an error that names it, and so is an unknown field.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from moec.spec.errors import refuse
 from moec.spec.fields import REQUIRED, Fields, read_json
 from moec.spec.frozen import DType
-from moec.spec.hf.quantization import read_scheme, write_scheme
+from moec.spec.hf.quantization import read_scheme
 from moec.spec.model import (
     Experts,
     ModelSpec,
@@ -22,7 +22,7 @@ from moec.spec.model import (
     VisionSpec,
 )
 
-#: What a field means where a released config leaves it out (transformers' Llama4TextConfig).
+#: The values of fields that released configs leave out (from transformers' Llama4TextConfig).
 PUBLISHED = {
     "no_rope_layer_interval": 4,
     "attn_temperature_tuning": True,
@@ -31,7 +31,7 @@ PUBLISHED = {
     "attention_bias": False,
 }
 
-#: Training, bookkeeping and generation fields: no effect on what the model computes.
+#: Fields for training, bookkeeping and generation, which do not change what the model computes.
 INERT = frozenset(
     """
     _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout
@@ -49,12 +49,18 @@ INERT = frozenset(
     """.split()
 )
 
-#: `torch_dtype` (4.x) or `dtype` (5.x) to ours.
-_DTYPES: dict[str, DType] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+#: The values of `torch_dtype` (4.x) or `dtype` (5.x), and our names for them.
+DTYPES: dict[str, DType] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def read_config(path: Path) -> ModelSpec:
-    """The spec of a checkpoint's `config.json`: `llama4`, or the text-only `llama4_text`."""
+    """Read the spec from a checkpoint's `config.json`, of type `llama4` or `llama4_text`.
+
+    The folder's name becomes the spec's name.
+
+    Raises:
+        MoecError: the file cannot be read, or a field is missing, unknown or not supported.
+    """
     raw = read_json(path)
     top = Fields(str(path), raw)
     kind = top.take("model_type", str)
@@ -84,7 +90,7 @@ def read_config(path: Path) -> ModelSpec:
                 tokens=_tokens(top, raw_text, image=REQUIRED),
             )
             top.require("tie_word_embeddings", spec.text.tie_embeddings, default=False)
-            # Copies of the text config's ids that some writers put at the top level.
+            # Some writers repeat the text config's token ids at the top level.
             top.finish(INERT | {"bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"})
             return _with_scheme(spec, quantization, path)
     except ValidationError as error:
@@ -108,8 +114,8 @@ def _text(at: Fields) -> TextSpec:
     layers = at.size("num_hidden_layers", 4096)
     at.require("hidden_act", "silu")
     theta, scaling = _rope(at, "default", "llama3")
-    rope = _layer_flags(at, layers)
-    mask = _masks(at, layers, rope)
+    rope = _rope_layers(at, layers)
+    mask = _local_layers(at, layers, rope)
     qk_norm = at.take("use_qk_norm", bool)
     # Launch-week configs hold the int 4 here.
     temperature = bool(
@@ -132,7 +138,7 @@ def _text(at: Fields) -> TextSpec:
         rope="".join("R" if on else "N" for on in rope),
         qk_norm="".join("Q" if on and qk_norm else "-" for on in rope),
         temperature="".join("T" if temperature and not on else "-" for on in rope),
-        ffn="".join("M" if moe else "D" for moe in _moe(at, layers)),
+        ffn="".join("M" if moe else "D" for moe in _moe_layers(at, layers)),
         chunk=chunk,
         rope_theta=theta,
         rope_scaling=scaling,
@@ -150,20 +156,21 @@ def _text(at: Fields) -> TextSpec:
     return text
 
 
-def _layer_flags(at: Fields, layers: int) -> list[bool]:
-    """Which layers rotate. `no_rope_layers` is named the wrong way round: 1 means RoPE."""
+def _rope_layers(at: Fields, layers: int) -> list[bool]:
+    """Which layers have RoPE. In `no_rope_layers`, despite its name, 1 means RoPE."""
     interval = at.take("no_rope_layer_interval", int, default=PUBLISHED["no_rope_layer_interval"])
     if interval < 1:
         raise at.error("no_rope_layer_interval", str(interval), "at least 1")
     listed = at.take("no_rope_layers", list, default=[])
-    if not listed:  # released Scout holds []: the default pattern
+    if not listed:  # released Scout has [], which stands for the default pattern
         return [bool((index + 1) % interval) for index in range(layers)]
     if len(listed) < layers or any(type(flag) is not int or flag not in (0, 1) for flag in listed):
         raise at.error("no_rope_layers", f"{len(listed)} values", f"{layers} values, each 0 or 1")
     return [bool(flag) for flag in listed[:layers]]
 
 
-def _masks(at: Fields, layers: int, rope: list[bool]) -> list[bool]:
+def _local_layers(at: Fields, layers: int, rope: list[bool]) -> list[bool]:
+    """Which layers have a chunked mask: as `layer_types` says, or else those with RoPE."""
     types = at.take("layer_types", list, default=None)
     if types is None:
         return rope
@@ -171,13 +178,14 @@ def _masks(at: Fields, layers: int, rope: list[bool]) -> list[bool]:
     if len(types) != layers or kinds - {"chunked_attention", "full_attention"}:
         raise at.error(
             "layer_types",
-            f"{len(types)} of {sorted(kinds)}",
-            f"{layers} of 'chunked_attention' or 'full_attention'",
+            f"{len(types)} values of {sorted(kinds)}",
+            f"{layers} values, each 'chunked_attention' or 'full_attention'",
         )
     return [kind == "chunked_attention" for kind in types]
 
 
-def _moe(at: Fields, layers: int) -> list[bool]:
+def _moe_layers(at: Fields, layers: int) -> list[bool]:
+    """Which layers are MoE: as `moe_layers` says, or else every `interleave_moe_layer_step`-th."""
     step = at.take("interleave_moe_layer_step", int)
     listed = at.take("moe_layers", list, default=None)
     if listed is None:
@@ -190,7 +198,10 @@ def _moe(at: Fields, layers: int) -> list[bool]:
 
 
 def _rope(at: Fields, *kinds: str) -> tuple[float, RopeScaling | None]:
-    """RoPE base and scaling: `rope_theta` + `rope_scaling`, or 5.x's `rope_parameters`."""
+    """Read RoPE's base and scaling.
+
+    They are in `rope_theta` and `rope_scaling`, or in `rope_parameters` in the 5.x style.
+    """
     if "rope_parameters" in at:
         inner = Fields(f"{at.where}.rope_parameters", at.take("rope_parameters", dict))
         theta = inner.take("rope_theta", float)
@@ -224,7 +235,7 @@ def _vision(at: Fields) -> VisionSpec:
     at.require("multi_modal_projector_bias", False, default=False)
     ratio = at.take("pixel_shuffle_ratio", float)
     if not 1e-3 < ratio <= 1 or round(1 / ratio) * ratio != 1:
-        raise at.error("pixel_shuffle_ratio", str(ratio), "1/n for a whole n, such as 0.5")
+        raise at.error("pixel_shuffle_ratio", str(ratio), "1/n for a whole number n, such as 0.5")
     theta, _ = _rope(at, "default")
     out = at.size("projector_output_dim")
     at.require("vision_output_dim", out)
@@ -253,10 +264,10 @@ def _dtype(top: Fields, text: Fields) -> DType:
         if (value := fields.take(key, str, default=None)) is not None
     ]
     if not found:
-        raise top.error("torch_dtype", "no such field", " or ".join(_DTYPES))
-    if len(set(found)) > 1 or found[0] not in _DTYPES:
-        raise top.error("torch_dtype", str(found), f"one of {', '.join(_DTYPES)}")
-    return _DTYPES[found[0]]
+        raise top.error("torch_dtype", "no such field", " or ".join(DTYPES))
+    if len(set(found)) > 1 or found[0] not in DTYPES:
+        raise top.error("torch_dtype", str(found), f"one of {', '.join(DTYPES)}")
+    return DTYPES[found[0]]
 
 
 def _tokens(top: Fields, text: dict[str, Any], image: Any) -> Tokens:
@@ -287,106 +298,3 @@ def _notes(text: dict[str, Any]) -> tuple[str, ...]:
             "corrected Scout to 16 and 1. They are used as they stand: check the model card.",
         )
     return ()
-
-
-def write_config(spec: ModelSpec) -> dict[str, Any]:
-    """The released-style `config.json` of `spec`; `read_config` gives the same spec back.
-
-    Raises:
-        MoecError: the spec has patterns that no Llama 4 config can say.
-    """
-    text, experts = spec.text, spec.text.experts
-    layers = text.all_layers
-    say = {
-        "qk_norm": any(layer.qk_norm for layer in layers),
-        "temperature": any(layer.temperature for layer in layers),
-    }
-    if (
-        any(layer.qk_norm != (layer.rope and say["qk_norm"]) for layer in layers)
-        or any(layer.temperature != (say["temperature"] and not layer.rope) for layer in layers)
-        or experts.hidden != experts.shared_hidden
-    ):
-        refuse(
-            f"spec {spec.name}",
-            "QK-norm off a RoPE layer, temperature on one, or experts of two widths",
-            "what a Llama 4 config.json can say",
-            "keep the model as a spec file (moec spec show)",
-        )
-    dtype = {short: long for long, short in _DTYPES.items()}[spec.dtype]
-    scaling = text.rope_scaling
-    text_config = {
-        "model_type": "llama4_text",
-        "attention_bias": text.attention_bias,
-        "attention_chunk_size": text.chunk,
-        "attn_scale": text.temperature_scale,
-        "attn_temperature_tuning": say["temperature"],
-        "bos_token_id": spec.tokens.bos,
-        "eos_token_id": list(spec.tokens.eos),
-        "pad_token_id": spec.tokens.pad,
-        "floor_scale": text.temperature_floor,
-        "head_dim": text.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": text.dim,
-        "interleave_moe_layer_step": len(text.ffn) if text.ffn.strip("D") == "M" else 1,
-        "intermediate_size": experts.hidden,
-        "intermediate_size_mlp": text.dense_hidden,
-        "layer_types": [
-            "full_attention" if layer.chunk is None else "chunked_attention" for layer in layers
-        ],
-        "max_position_embeddings": text.max_positions,
-        "moe_layers": [layer.index for layer in layers if layer.moe],
-        "no_rope_layers": [int(layer.rope) for layer in layers],
-        "num_attention_heads": text.heads,
-        "num_experts_per_tok": experts.top_k,
-        "num_hidden_layers": text.layers,
-        "num_key_value_heads": text.kv_heads,
-        "num_local_experts": experts.count,
-        "rms_norm_eps": text.norm_eps,
-        "rope_scaling": scaling
-        and {
-            "factor": scaling.factor,
-            "high_freq_factor": scaling.high,
-            "low_freq_factor": scaling.low,
-            "original_max_position_embeddings": scaling.original_positions,
-            "rope_type": "llama3",
-        },
-        "rope_theta": text.rope_theta,
-        "tie_word_embeddings": text.tie_embeddings,
-        "torch_dtype": dtype,
-        "use_qk_norm": say["qk_norm"],
-        "vocab_size": text.vocab,
-    }
-    scheme = {"quantization_config": write_scheme(spec)} if spec.scheme else {}
-    if spec.vision is None:
-        return {"architectures": ["Llama4ForCausalLM"], **text_config, **scheme}
-    vision = spec.vision
-    return {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        **scheme,
-        "boi_token_index": spec.tokens.image_start,
-        "eoi_token_index": spec.tokens.image_end,
-        "image_token_index": spec.tokens.image,
-        "model_type": "llama4",
-        "text_config": text_config,
-        "tie_word_embeddings": text.tie_embeddings,
-        "torch_dtype": dtype,
-        "vision_config": {
-            "model_type": "llama4_vision_model",
-            "hidden_act": "gelu",
-            "hidden_size": vision.dim,
-            "image_size": vision.image,
-            "intermediate_size": vision.hidden,
-            "multi_modal_projector_bias": False,
-            "num_attention_heads": vision.heads,
-            "num_channels": vision.channels,
-            "num_hidden_layers": vision.layers,
-            "patch_size": vision.patch,
-            "pixel_shuffle_ratio": 1 / vision.shuffle,
-            "projector_input_dim": vision.adapter_hidden,
-            "projector_output_dim": vision.adapter_out,
-            "rope_theta": vision.rope_theta,
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "default",
-            "vision_output_dim": vision.adapter_out,
-        },
-    }

@@ -1,8 +1,9 @@
-"""Our names to checkpoint keys: one table, used in both directions.
+"""Our tensor names and the keys of a Hugging Face checkpoint: one table, used in both directions.
 
-`{i}` stands for a layer. Keys are those of the Hugging Face layout; every row is a view, so that no
-byte is copied: our linear weights are [out, in] and our fused experts [expert, in, out], as theirs.
-Quantised weights have the same keys, their scales those of the scheme's layout.
+`{i}` stands for the index of a layer and `{e}` for that of an expert. Our tensors have the shapes
+of the checkpoint's (linear weights [out, in], stacked experts [expert, in, out]), so that they can
+be read in place. A quantised weight has the key of the plain weight. The keys of its scales depend
+on the scheme's layout.
 """
 
 import re
@@ -85,19 +86,22 @@ _CACHE_SCALES: dict[Layout, str] = {
 
 
 def keys(spec: ModelSpec) -> dict[str, str]:
-    """The key of every tensor of `spec`: multimodal (`language_model.` prefix) or text only."""
+    """The checkpoint key of every tensor of `spec`, by our name.
+
+    A model with a vision tower has the prefix `language_model.` on the keys of its decoder.
+    """
     prefix = "language_model." if spec.vision else ""
     layout = spec.scheme.layout if spec.scheme else "moec"
     return {name: prefixed(key_of(name, layout), prefix) for name in tensors(spec)}
 
 
 def prefixed(key: str, prefix: str) -> str:
-    """`key` of a multimodal checkpoint: that of the tower and the projector has no prefix."""
+    """`key` with `prefix`, unless it belongs to the vision tower or the projector."""
     return key if key.startswith(("vision_model.", "multi_modal_projector.")) else prefix + key
 
 
 def key_of(name: str, layout: Layout = "moec") -> str:
-    """The key of one tensor, without prefix; `layout` is asked for scales alone."""
+    """The checkpoint key of the tensor `name`, without prefix. `layout` matters for scales only."""
     fused = "_weight_scale" if layout == "modelopt" else "_scale"
     for ours, weight, theirs in (
         (".weight_scale", ".weight", "_scale"),

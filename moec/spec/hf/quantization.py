@@ -1,7 +1,7 @@
-"""`quantization_config` of a checkpoint, or `hf_quant_config.json`, to a scheme.
+"""Read a checkpoint's `quantization_config` or `hf_quant_config.json` into a scheme, and write it.
 
-Read are FP8 checkpoints of compressed-tensors, ModelOpt and transformers' fbgemm layout. What a
-config leaves out of quantisation is a list of module names or patterns; each format has its own.
+The supported formats are FP8 of compressed-tensors, of ModelOpt and of transformers' fbgemm layout.
+Each format lists the modules that it does not quantise, by names or by patterns of its own kind.
 """
 
 import re
@@ -17,11 +17,11 @@ from moec.spec.model import ModelSpec
 from moec.spec.scheme import Layout, Scheme
 from moec.spec.tensors import eligible, quantized, separate
 
-#: ModelOpt's own file; newer exports say the same in config.json
+#: ModelOpt's own file; newer exports have the same fields in config.json
 HF_QUANT = "hf_quant_config.json"
 
-#: whether a module, by its checkpoint name, is quantised
-_Chosen = Callable[[str], bool]
+#: says whether a module, given by its checkpoint name, is quantised
+_IsQuantised = Callable[[str], bool]
 
 _INERT = frozenset(
     """
@@ -32,10 +32,15 @@ _INERT = frozenset(
 
 
 def read_scheme(raw: Any, config: Path, spec: ModelSpec) -> Scheme | None:
-    """The scheme that `config`, with `quantization_config` `raw`, gives the wide `spec`.
+    """Read the scheme of a checkpoint; None if it is not quantised.
+
+    Args:
+        raw: the value of `quantization_config` in `config`, or None.
+        config: path of `config.json`; `hf_quant_config.json` is looked up beside it.
+        spec: the model without a scheme.
 
     Raises:
-        MoecError: an unknown quant_method, or one of its fields has a value that is not supported.
+        MoecError: the quant_method is unknown, or a field has a value that is not supported.
     """
     where = f"{config}: quantization_config"
     if raw is None:
@@ -69,24 +74,25 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
     (name,) = groups
     group = Fields(f"{at.where}.config_groups", groups, _NEXT).inner(name)
     group.require("format", "float-quantized", default="float-quantized")
-    weights = _number(group.inner("weights"), False, ("channel", "tensor"))
+    weights = _e4m3_strategy(group.inner("weights"), False, ("channel", "tensor"))
     inputs = "input_activations" in group
     if inputs:
-        _number(group.inner("input_activations"), True, ("token",))
-    targets, ignored = _names(group, "targets", REQUIRED), _names(at, "ignore")
-    _checked(group, "targets", targets)
-    _checked(at, "ignore", ignored)
+        _e4m3_strategy(group.inner("input_activations"), True, ("token",))
+    targets, ignored = _strings(group, "targets", REQUIRED), _strings(at, "ignore")
+    _check_expressions(group, "targets", targets)
+    _check_expressions(at, "ignore", ignored)
     cache = "kv_cache_scheme" in at
     if cache:
-        _number(at.inner("kv_cache_scheme"), False, ("tensor",), default="tensor")
+        _e4m3_strategy(at.inner("kv_cache_scheme"), False, ("tensor",), default="tensor")
     for each, key in ((group, "output_activations"), (at, "transform_config")):
-        if said := each.take(key, dict, default={}):
-            raise each.error(key, str(said)[:80], "nothing: it would change the arithmetic")
+        if value := each.take(key, dict, default={}):
+            expected = "no such field, because it would change the arithmetic"
+            raise each.error(key, str(value)[:80], expected)
     sparse = Fields(
         f"{at.where}.sparsity_config", at.take("sparsity_config", dict, default={}), _NEXT
     )
     sparse.require("format", "dense", default="dense")
-    group.finish(_INERT | {"input_activations"})  # null where there is none
+    group.finish(_INERT | {"input_activations"})  # null where inputs are not quantised
     at.finish(_INERT | {"kv_cache_scheme"})
     weight = "expert" if weights == "tensor" else "channel"
     return _scheme(
@@ -94,16 +100,21 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
         "ignore",
         "compressed-tensors",
         spec,
-        lambda module: _listed(module, targets, _regex) and not _listed(module, ignored, _regex),
+        lambda module: (
+            _is_listed(module, targets, _matches_compressed_tensors)
+            and not _is_listed(module, ignored, _matches_compressed_tensors)
+        ),
         weight,
         "token" if inputs else "none",
         cache=cache,
-        scales=spec.dtype,  # as the library writes them; weights have the last word
+        scales=spec.dtype,  # the library's default; the stored tensors may have another type
     )
 
 
-def _number(at: Fields, dynamic: bool, strategies: tuple[str, ...], default: Any = REQUIRED) -> str:
-    """The strategy of a symmetric E4M3 number, which is one of `strategies`."""
+def _e4m3_strategy(
+    at: Fields, dynamic: bool, strategies: tuple[str, ...], default: Any = REQUIRED
+) -> str:
+    """Read the strategy of symmetric E4M3 values; it must be one of `strategies`."""
     at.require("num_bits", 8)
     at.require("type", "float")
     at.require("symmetric", True, default=True)
@@ -120,21 +131,25 @@ def _modelopt(at: Fields, spec: ModelSpec) -> Scheme:
     cache = at.take("kv_cache_quant_algo", str, default=None)
     if cache not in (None, "FP8"):
         raise at.error("kv_cache_quant_algo", repr(cache), "'FP8' or none")
-    said = at.take("kv_cache_scheme", dict, default=None)  # the same, where config.json says it
-    if said is not None and (said.get("num_bits"), said.get("type")) != (8, "float"):
-        raise at.error("kv_cache_scheme", str(said), "num_bits 8 and type 'float', or none")
+    # config.json has kv_cache_scheme where hf_quant_config.json has kv_cache_quant_algo.
+    cache_scheme = at.take("kv_cache_scheme", dict, default=None)
+    if cache_scheme is not None and (cache_scheme.get("num_bits"), cache_scheme.get("type")) != (
+        8,
+        "float",
+    ):
+        raise at.error("kv_cache_scheme", str(cache_scheme), "num_bits 8 and type 'float', or none")
     names = "exclude_modules" if "exclude_modules" in at else "ignore"
-    excluded = _names(at, "exclude_modules") + _names(at, "ignore")
+    excluded = _strings(at, "exclude_modules") + _strings(at, "ignore")
     at.finish(_INERT | {"config_groups", "group_size"})
     return _scheme(
         at,
         names,
         "modelopt",
         spec,
-        lambda module: not _listed(module, excluded, fnmatchcase),
+        lambda module: not _is_listed(module, excluded, fnmatchcase),
         "tensor",
         "tensor",
-        cache=bool(cache or said),
+        cache=bool(cache or cache_scheme),
     )
 
 
@@ -142,15 +157,16 @@ def _fbgemm(at: Fields, spec: ModelSpec) -> Scheme:
     bound = at.take("activation_scale_ub", float, default=1200.0)
     if not bound > 0:
         raise at.error("activation_scale_ub", str(bound), "above 0")
-    kept = _names(at, "modules_to_not_convert", ["lm_head"])  # transformers leaves it wide
-    _checked(at, "modules_to_not_convert", [f"re:{each}" for each in kept])
+    # By default transformers does not quantise the head.
+    kept = _strings(at, "modules_to_not_convert", ["lm_head"])
+    _check_expressions(at, "modules_to_not_convert", [f"re:{each}" for each in kept])
     at.finish(_INERT)
     return _scheme(
         at,
         "modules_to_not_convert",
         "fbgemm_fp8",
         spec,
-        lambda module: not _listed(module, kept, _prefix),
+        lambda module: not _is_listed(module, kept, _matches_transformers),
         "channel",
         "token",
         bound=bound,
@@ -165,40 +181,41 @@ _READERS: dict[str, Callable[[Fields, ModelSpec], Scheme]] = {
 
 
 def write_scheme(spec: ModelSpec) -> dict[str, Any]:
-    """The `quantization_config` that `read_scheme` reads back as the scheme of `spec`.
+    """Write the `quantization_config` that `read_scheme` reads back as the scheme of `spec`.
 
     Raises:
-        MoecError: the scheme is an artefact's own, or otherwise what no checkpoint format can say.
+        MoecError: the scheme is an artefact's own, or its checkpoint format cannot express it.
     """
-    said = _said(spec)
+    config = _quantization_config(spec)
     wide = spec.model_copy(update={"scheme": None})
-    found = spec.model_copy(update={"scheme": read_scheme(said, Path("config.json"), wide)})
-    if _meaning(found) != _meaning(spec):
+    found = spec.model_copy(update={"scheme": read_scheme(config, Path("config.json"), wide)})
+    if _effect(found) != _effect(spec):
         assert spec.scheme is not None
         refuse(
             f"spec {spec.name}",
             f"scheme {spec.scheme.name}",
-            f"what {spec.scheme.layout} can say of weights, inputs and caches",
-            "keep the model as a spec file",
+            f"a scheme for weights, inputs and caches that {spec.scheme.layout} can express",
+            "keep the model as a spec file (moec spec show)",
         )
-    return said
+    return config
 
 
-def _meaning(spec: ModelSpec) -> object:
+def _effect(spec: ModelSpec) -> object:
+    """What the scheme of `spec` does, in a form that can be compared."""
     scheme = spec.scheme
     assert scheme is not None
     rules = {name: (rule.weight, rule.inputs) for name, rule in quantized(spec).items()}
     return rules, scheme.cache, scheme.bound
 
 
-def _said(spec: ModelSpec) -> dict[str, Any]:
+def _quantization_config(spec: ModelSpec) -> dict[str, Any]:
     scheme, rules = spec.scheme, quantized(spec)
     if scheme is None or scheme.layout == "moec":
         refuse(
             f"spec {spec.name}",
             f"scheme {scheme and scheme.name}",
             "the scheme of an FP8 checkpoint",
-            "keep the model as a spec file",
+            "keep the model as a spec file (moec spec show)",
         )
     kept = [
         module
@@ -237,42 +254,49 @@ def _said(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _listed(module: str, patterns: Iterable[Any], matches: Callable[[str, str], bool]) -> bool:
-    """Whether a pattern is for `module`; writers disagree on what stands before `model.`."""
+def _is_listed(module: str, patterns: Iterable[Any], matches: Callable[[str, str], bool]) -> bool:
+    """Whether one of `patterns` is for `module`.
+
+    The libraries that write these lists disagree on the prefix before `model.`.
+    """
     bare = module.removeprefix("language_model.")
     names = (module, bare, f"model.{module}", f"model.language_model.{bare}")
     return any(matches(name, str(pattern)) for name in names for pattern in patterns)
 
 
-def _regex(module: str, pattern: str) -> bool:
-    """As compressed-tensors has it: a class, a module, or `re:` and an expression."""
+def _matches_compressed_tensors(module: str, pattern: str) -> bool:
+    """Match as compressed-tensors does: by a class, by a module, or by `re:` and an expression."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
     return pattern in ("Linear", module)
 
 
-def _prefix(module: str, pattern: str) -> bool:
-    """As transformers has it: the start of a name up to a dot, an expression, or its end."""
+def _matches_transformers(module: str, pattern: str) -> bool:
+    """Match as transformers does: by the end of the name, or by an expression for its start.
+
+    The expression must end at a dot or at the end of the name.
+    """
     border = r"(?:(?<=\.)|(?=\.|$))"
     return module.endswith(pattern) or re.match(f"(?:{pattern}){border}", module) is not None
 
 
-def _names(at: Fields, key: str, default: Any = ()) -> list[str]:
+def _strings(at: Fields, key: str, default: Any = ()) -> list[str]:
     found: list[str] = list(at.take(key, list, default=default))
     for each in found:
         if not isinstance(each, str):
-            raise at.error(key, repr(each), "names or patterns")
+            raise at.error(key, repr(each), "a list of module names or patterns")
     return found
 
 
-def _checked(at: Fields, key: str, patterns: Iterable[str]) -> None:
-    """Refuse expressions that cannot be compiled."""
+def _check_expressions(at: Fields, key: str, patterns: Iterable[str]) -> None:
+    """Refuse `re:` patterns that are not valid regular expressions."""
     for each in patterns:
         if each.startswith("re:"):
             try:
                 re.compile(each[3:])
             except (re.error, OverflowError, RecursionError) as error:
-                raise at.error(key, f"{each[3:83]!r}: {error}", "expressions") from None
+                expected = "valid regular expressions"
+                raise at.error(key, f"{each[3:83]!r}: {error}", expected) from None
 
 
 def _scheme(
@@ -280,44 +304,46 @@ def _scheme(
     field: str,
     layout: Layout,
     spec: ModelSpec,
-    chosen: _Chosen,
+    is_quantised: _IsQuantised,
     weight: str,
     inputs: str,
     **more: Any,
 ) -> Scheme:
+    """A scheme with one scheme rule, for the weights whose modules are all quantised."""
     names = eligible(spec)
-    separated = layout == "compressed-tensors"
-    kept = [name for name in names if _is_chosen(name, spec, chosen, separated)]
-    if not kept:
-        raise at.error(field, "all linear layers are left out", "at least one that is FP8")
+    separate_experts = layout == "compressed-tensors"
+    chosen = [
+        name for name in names if all(map(is_quantised, _modules(name, spec, separate_experts)))
+    ]
+    if not chosen:
+        raise at.error(field, "all linear layers are left out", "at least one FP8 linear layer")
     return Scheme.model_validate(
         {
             "name": layout,
             "layout": layout,
-            "rules": [{"of": _patterns(kept, names), "weight": weight, "inputs": inputs}],
+            "rules": [{"of": _patterns(chosen, names), "weight": weight, "inputs": inputs}],
             **more,
         }
     )
 
 
-def _is_chosen(name: str, spec: ModelSpec, chosen: _Chosen, separated: bool) -> bool:
-    return all(map(chosen, _modules(name, spec, separated)))
-
-
-def _modules(name: str, spec: ModelSpec, separated: bool) -> list[str]:
-    """The modules that hold a parameter: a linear layer, all experts together, or each apart."""
+def _modules(name: str, spec: ModelSpec, separate_experts: bool) -> list[str]:
+    """The checkpoint's modules that hold a parameter: one, or one for each separate expert."""
     parts = [name]
-    if separated and not name.endswith(".weight"):
+    if separate_experts and not name.endswith(".weight"):
         parts = [part for e in range(spec.text.experts.count) for part in separate(name, e)]
     prefix = "language_model." if spec.vision else ""
     return [prefixed(key_of(part), prefix).rpartition(".")[0] for part in parts]
 
 
-def _patterns(kept: list[str], names: list[str]) -> list[str]:
-    """`kept` as patterns: one for all layers where they agree, single names elsewhere."""
+def _patterns(chosen: list[str], names: list[str]) -> list[str]:
+    """Patterns that match `chosen` and no other of `names`.
+
+    Where all layers agree, one pattern stands for all of them; elsewhere single names do.
+    """
 
     def family(name: str) -> str:
         return re.sub(r"layers\.\d+\.", "layers.*.", name)
 
-    partial = {family(name) for name in set(names) - set(kept)}
-    return list(dict.fromkeys(n if family(n) in partial else family(n) for n in kept))
+    partial = {family(name) for name in set(names) - set(chosen)}
+    return list(dict.fromkeys(n if family(n) in partial else family(n) for n in chosen))

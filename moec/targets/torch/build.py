@@ -10,7 +10,7 @@ from moec.artefact.placement import Bound
 from moec.exporters.builder import Builder, Wanted
 from moec.exporters.torch.program import Program, graphs_of, load, program_of
 from moec.graph_builder.passes.torch_support import check_fusible
-from moec.weights.joined import fused_packings
+from moec.weights.joined import joined_packings
 from moec.weights.packing import Packing
 
 
@@ -53,7 +53,7 @@ BUILDER = Builder(
     check=check,
     graphs=graphs,
     lower=lower,
-    packings=fused_packings,
+    packings=joined_packings,
     save_unbound=save_unbound,
     save_bound=save_bound,
     ports=ports_of,

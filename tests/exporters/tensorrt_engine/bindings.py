@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moec.exporters.tensorrt.api import aim, architectures, new_builder
+from moec.exporters.tensorrt.api import architectures, new_builder, select_architectures
 from moec.exporters.tensorrt.callbacks import new_log, new_monitor, new_writer
 from moec.spec.errors import MoecError
 
@@ -132,8 +132,8 @@ def refusals(module: Any) -> dict[str, Any]:
     log = new_log(module, lambda text: None)
     for name, call in (
         ("builder", lambda: new_builder(module, log)),
-        ("aim", lambda: aim(module, object(), ("SM89",))),
-        ("here", lambda: aim(module, object(), ())),
+        ("aim", lambda: select_architectures(module, object(), ("SM89",))),
+        ("here", lambda: select_architectures(module, object(), ())),
     ):
         try:
             call()

@@ -157,10 +157,10 @@ def test_the_gpu_here(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_gpu_here", lambda: gpu)
     config = trt.Builder(new_log(trt, print)).create_builder_config()
     if gpu == "SM90":
-        error = refusal(lambda: api.aim(trt, config, ()), "the GPU here")
+        error = refusal(lambda: api.select_architectures(trt, config, ()), "the GPU here")
         assert "SM90, which TensorRT-RTX" in error.found and "9.0" in error.expected
     else:
-        api.aim(trt, config, ())
+        api.select_architectures(trt, config, ())
         assert config.num_compute_capabilities == 1
         assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
 

@@ -23,7 +23,7 @@ from moec.runtime.session import Session
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
-from moec.weights.joined import fused_tensors
+from moec.weights.joined import joined_tensors
 from moec.weights.packed_file import PACKED
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import STORED
@@ -139,10 +139,10 @@ def test_taps_are_of_the_graph_that_was_written(art: Path, golden: dict[str, Ten
 def test_loaded_weights_are_the_stored_pieces(art: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artefact = open_artefact(art)
     whole = load(artefact)
-    fused = fused_tensors(artefact.manifest.spec)
+    fused = joined_tensors(artefact.manifest.spec)
     kinds = {name: (each.shape, STORED[each.dtype]) for name, each in fused.items()}
     assert {name: (tuple(t.shape), t.dtype) for name, t in whole.items()} == kinds
-    monkeypatch.setattr("moec.runtime.engines.weights.PIECE", 1000)
+    monkeypatch.setattr("moec.runtime.engines.weights.BLOCK", 1000)
     for name, tensor in load(artefact).items():
         assert torch.equal(tensor.view(torch.uint8), whole[name].view(torch.uint8)), name
     # Experts as the reference reads them: [expert, in, out], the shared one apart.

@@ -1,7 +1,7 @@
-"""The plugin library of a model: sources and programs in a folder, compiled where that is possible.
+"""Write the sources of the MoE plugin for a model to a folder, and compile them if possible.
 
-The folder is enough to compile it elsewhere: its build.sh wants a C++ compiler, TensorRT's headers
-and CUDA's.
+The folder has all that is needed to compile the plugin elsewhere. Its build.sh needs a C++
+compiler, and the headers of TensorRT and CUDA.
 """
 
 import os
@@ -29,9 +29,9 @@ SOURCES = (
     "moe_plugin.cpp",
     "programs.S",
 )
-#: a header -> the variable that says which folder it is in
+#: the headers, and the environment variables that name their folders
 HEADERS = {"NvInferRuntime.h": "TENSORRT_INCLUDE", "cuda.h": "CUDA_INCLUDE"}
-#: where headers are installed
+#: the folders where headers usually are
 USUAL = (
     "/usr/include",
     "/usr/include/x86_64-linux-gnu",
@@ -40,8 +40,9 @@ USUAL = (
     "/usr/local/tensorrt/include",
 )
 COMMAND = """#!/bin/sh
-# Compiles {library}. TENSORRT_INCLUDE is the folder that has NvInferRuntime.h of the TensorRT 11 or
-# TensorRT-RTX that is to load it, CUDA_INCLUDE the one that has cuda.h of CUDA 12 or newer.
+# Compiles {library}. TENSORRT_INCLUDE names the folder with NvInferRuntime.h of TensorRT 11 or
+# TensorRT-RTX, whichever will load the library. CUDA_INCLUDE names the folder with cuda.h of CUDA
+# 12 or newer.
 cd "$(dirname "$0")" || exit 1
 exec "${{CXX:-g++}}" -std=c++17 -O2 -shared -fPIC -fvisibility=hidden \\
     -I"${{TENSORRT_INCLUDE:?}}" -I"${{CUDA_INCLUDE:?}}" \\
@@ -51,9 +52,10 @@ exec "${{CXX:-g++}}" -std=c++17 -O2 -shared -fPIC -fvisibility=hidden \\
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """What came of it. Without a `library`, `why` it was not compiled; `command` is what does it.
+    """A plugin that was written to `folder`, and compiled if possible.
 
-    `programs` has the SHA-256 of each size's program, which an engine keeps.
+    If `library` is None, `why` says why it was not compiled. `command` compiles it. `programs` has
+    the SHA-256 of each size's program, which a TensorRT engine records.
     """
 
     folder: Path
@@ -70,13 +72,14 @@ def compile_plugin(
     out: Path,
     include: Path | None = None,
 ) -> Plugin:
-    """The plugin of a model whose MoE layers have these sizes, in the folder `out`.
+    """Write the plugin for MoE layers of these `sizes` to the folder `out`, and compile it.
 
-    Layers run more than `max_tokens` tokens in parts. `include` is the folder of TensorRT's
-    headers; without one it is TENSORRT_INCLUDE, or where such headers usually are.
+    A layer runs at most `max_tokens` tokens at once and splits larger calls. `include` is the
+    folder of TensorRT's headers; by default it is TENSORRT_INCLUDE or a usual folder.
 
     Raises:
-        MoecError: no kernels for these sizes or architectures; no room on the disk is an OSError.
+        MoecError: there are no kernels for these sizes or architectures.
+        OSError: the files cannot be written.
     """
     made = {each: build_program(each, max_tokens, architectures) for each in dict.fromkeys(sizes)}
     out.mkdir(parents=True, exist_ok=True)
@@ -92,14 +95,14 @@ def compile_plugin(
 
 
 def _compile(out: Path, include: Path | None) -> tuple[Path | None, str, str]:
-    """(library, why there is none, command)."""
+    """Compile the library; return its path or None, why it is None, and the command."""
     (out / LIBRARY).unlink(missing_ok=True)
     asked = {name: os.environ.get(name) for name in HEADERS.values()}
     if include:
         asked["TENSORRT_INCLUDE"] = str(include)
     found = {name: _folder(header, asked[name]) for header, name in HEADERS.items()}
     if not asked["CUDA_INCLUDE"] and not found["CUDA_INCLUDE"]:
-        found["CUDA_INCLUDE"] = _triton()
+        found["CUDA_INCLUDE"] = _triton_include()
     given = {name: str(found[name] or f"FOLDER-OF-{header}") for header, name in HEADERS.items()}
     assigned = [f"{name}={shlex.quote(each)}" for name, each in given.items()]
     command = " ".join((*assigned, shlex.quote(str((out / SCRIPT).resolve()))))
@@ -122,14 +125,14 @@ def _compile(out: Path, include: Path | None) -> tuple[Path | None, str, str]:
 
 
 def _folder(header: str, asked: str | None) -> Path | None:
-    """The folder with `header`: the one asked for and no other, or else a usual one."""
+    """The folder with `header`: `asked` if given, or else one of the usual folders."""
     folders = [asked] if asked else USUAL
     found = next((Path(each) for each in folders if Path(each, header).is_file()), None)
     return found and found.resolve()
 
 
-def _triton() -> Path | None:
-    """Triton brings CUDA's headers along."""
+def _triton_include() -> Path | None:
+    """The folder of CUDA's headers inside the package triton, which has a copy of them."""
     spec = find_spec("triton")
     if spec is None or spec.origin is None:
         return None

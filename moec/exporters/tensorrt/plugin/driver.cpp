@@ -12,7 +12,7 @@ namespace {
 void* find(void* library, char const* name) {
     void* const found = dlsym(library, name);
     if (!found)
-        throw refusal("NVIDIA's driver", std::string("no ") + name, "one for CUDA 12 or newer",
+        throw refusal("NVIDIA's driver", std::string("no ") + name, "a driver for CUDA 12 or newer",
                       "update the driver");
     return found;
 }
@@ -22,7 +22,7 @@ Driver opened() {
     if (!library)
         throw refusal("NVIDIA's driver", dlerror(), "libcuda.so.1", "run where there is a GPU");
     Driver found;
-// The header may map a name to a newer one: the text is taken after that.
+// cuda.h may define a name as a macro for a newer one. The name is made a string after that.
 #define MOEC_TEXT(NAME) #NAME
 #define MOEC_FIND(NAME) \
     found.NAME = reinterpret_cast<decltype(&::NAME)>(find(library, MOEC_TEXT(NAME)));
@@ -43,7 +43,7 @@ void Driver::check(CUresult result, char const* what) const {
 }
 
 Driver const& driver() {
-    static Driver const found = opened();  // tried again where it throws
+    static Driver const found = opened();  // if opened() throws, the next call tries again
     return found;
 }
 

@@ -1,4 +1,4 @@
-// NVIDIA's driver, opened when it is needed: so that the library loads where there is none.
+// NVIDIA's driver. It is opened at its first use, so that the plugin also loads without a driver.
 #pragma once
 
 #include <cuda.h>
@@ -23,11 +23,11 @@ struct Driver {
     MOEC_DRIVER(MOEC_MEMBER)
 #undef MOEC_MEMBER
 
-    /// Throws Failure, with `what` was tried and the driver's own words, unless it went well.
+    /// Throws Failure if `result` is an error, with the call `what` and the driver's message.
     void check(CUresult result, char const* what) const;
 };
 
-/// Throws Failure where there is no driver, or one that is too old.
+/// The opened driver. Throws Failure if there is none, or if it is too old.
 Driver const& driver();
 
 }  // namespace moec

@@ -10,10 +10,10 @@ namespace moec {
 
 namespace {
 
-/// What a kernel may have without asking.
+/// The shared memory in bytes that a kernel may use without a function attribute.
 constexpr int64_t kSharedByDefault = 48 * 1024;
 
-/// The calling thread's context, by a number that is never used again, and its GPU.
+/// The calling thread's CUDA context, by an id that is never reused, and its GPU.
 struct Here {
     unsigned long long context{};
     int64_t architecture{}, multiprocessors{};
@@ -23,7 +23,7 @@ struct Here {
         CUcontext current = nullptr;
         cuda.check(cuda.cuCtxGetCurrent(&current), "cuCtxGetCurrent");
         if (!current)
-            throw refusal("this thread", "no CUDA context", "a current one",
+            throw refusal("this thread", "no CUDA context", "a current CUDA context",
                           "select a device before running the layer");
         cuda.check(cuda.cuCtxGetId(current, &context), "cuCtxGetId");
         CUdevice device = 0;
@@ -39,12 +39,13 @@ struct Here {
     }
 };
 
-/// A kernel's parameters, and where the driver finds each.
+/// The values of a kernel's parameters, and a pointer to each for the driver.
 class Values {
 public:
     Values(Launch const& launch, std::vector<CUdeviceptr> const& slots, int64_t tokens) {
         std::size_t const count = launch.parameters.size();
-        mWords.resize(count + 2);  // the last two stay null: Triton's scratch, which none uses
+        // The last two stay null. They stand for Triton's scratch memory, which no kernel uses.
+        mWords.resize(count + 2);
         mMaps.resize(count);
         for (std::size_t i = 0; i < count; ++i) {
             Parameter const& each = launch.parameters[i];
@@ -56,7 +57,7 @@ public:
             mWords[i] = each.kind == Parameter::kNumber ? each.value.at(tokens)
                         : each.slot < 0                 ? 0
                                                         : static_cast<int64_t>(slots[each.slot]);
-            pointers.push_back(&mWords[i]);  // little-endian: a narrower number is its first bytes
+            pointers.push_back(&mWords[i]);  // little-endian: a narrower number is the first bytes
         }
         pointers.push_back(&mWords[count]);
         pointers.push_back(&mWords[count + 1]);
@@ -67,7 +68,7 @@ public:
 private:
     static void encode(Parameter const& each, CUdeviceptr matrix, int64_t tokens,
                        CUtensorMap& into) {
-        // The driver has the inner dimension first, and no stride for it.
+        // The driver wants the innermost dimension first, and no stride for it.
         std::array<cuuint64_t, 2> const extents{static_cast<cuuint64_t>(each.columns),
                                                 static_cast<cuuint64_t>(each.value.at(tokens))};
         cuuint64_t const stride = static_cast<cuuint64_t>(each.columns * each.elementBytes);
@@ -85,14 +86,14 @@ private:
     }
 
     std::vector<int64_t> mWords;
-    std::vector<CUtensorMap> mMaps;  // aligned to 64, as the driver wants them
+    std::vector<CUtensorMap> mMaps;  // CUtensorMap is aligned to 64 bytes, as the driver requires
 };
 
-/// Kernels read 16 bytes at a time, and so does who copies tiles.
+/// Kernels and tensor maps read 16 bytes at once, so that every pointer must be aligned to 16.
 void checkPointer(std::string const& name, CUdeviceptr pointer) {
     if (!pointer || pointer % 16)
         throw refusal(name, pointer ? "a pointer that is not aligned" : "a null pointer",
-                      "one aligned to 16 bytes", "give it memory of its own");
+                      "a pointer aligned to 16 bytes", "allocate memory for it");
 }
 
 }  // namespace
@@ -103,7 +104,7 @@ CUfunction Launcher::function(unsigned long long context, int64_t kernel) {
     if (found != mLoaded.end()) return found->second;
     Driver const& cuda = driver();
     Kernel const& each = mProgram.kernels[kernel];
-    CUmodule module = nullptr;  // stays loaded: its context may end before this does
+    CUmodule module = nullptr;  // never unloaded, because its context may end before this object
     cuda.check(cuda.cuModuleLoadData(&module, each.cubin), "cuModuleLoadData");
     CUfunction made = nullptr;
     cuda.check(cuda.cuModuleGetFunction(&made, module, each.name.c_str()), "cuModuleGetFunction");
@@ -111,7 +112,7 @@ CUfunction Launcher::function(unsigned long long context, int64_t kernel) {
         constexpr auto kShared = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         cuda.check(cuda.cuFuncSetAttribute(made, kShared, static_cast<int>(each.shared)),
                    "cuFuncSetAttribute");
-        // As Triton does: what the first-level cache takes would leave room for fewer at a time.
+        // Triton does this too. With a larger L1 cache fewer blocks would fit at once.
         cuda.check(cuda.cuFuncSetCacheConfig(made, CU_FUNC_CACHE_PREFER_SHARED),
                    "cuFuncSetCacheConfig");
     }

@@ -17,18 +17,19 @@ public:
 
     Program const& program() const noexcept { return mProgram; }
 
-    /// Loads all that this thread's GPU may need, which a CUDA graph's capture would not allow.
-    /// Throws Failure: no driver, no context, no kernels for this GPU.
+    /// Loads all kernels for the calling thread's GPU. Call it before the capture of a CUDA graph,
+    /// which does not allow loading. Throws Failure if there is no driver, no CUDA context or no
+    /// kernel for this GPU.
     void prepare();
 
-    /// Starts the layer for `tokens` rows on `stream`. `given` are pointers in the program's order;
-    /// `workspace` has `room` bytes. All are aligned to 16 bytes. Any number of threads may run at
-    /// a time, with a workspace each. Throws Failure.
+    /// Starts the layer for `tokens` tokens on `stream`. `given` holds pointers to GPU memory, in
+    /// the order of the program. `workspace` has `room` bytes. All pointers are aligned to 16
+    /// bytes. Several threads may call this at once if each has its own workspace. Throws Failure.
     void run(int64_t tokens, CUdeviceptr const* given, CUdeviceptr workspace, int64_t room,
              CUstream stream);
 
 private:
-    /// A kernel loaded for a context.
+    /// The kernel with index `kernel`, loaded for a CUDA context.
     CUfunction function(unsigned long long context, int64_t kernel);
 
     Program mProgram;

@@ -1,11 +1,13 @@
-// The node "MoecMoe": one MoE layer, top-1, with a shared expert. It runs where there is no Python.
+// The TensorRT plugin "MoecMoe": one MoE layer, top-1, with a shared expert. It needs no Python.
 //
 //     x bf16 [T, D], router bf16 [E, D],
 //     gate_up FP8 [E + 1, 2F, D], gate_up_scale fp32 [E + 1, 2F],
 //     down FP8 [E + 1, D, F], down_scale fp32 [E + 1, D]  ->  bf16 [T, D]
 //
-// The shared expert is last; T alone may be dynamic. A plugin keeps sizes and SHA-256 of its
-// program in the engine, and takes no other program when that is read again.
+// T is the number of tokens, D the model's width, F the width of an expert, E the number of routed
+// experts. The shared expert comes last. Only T may be dynamic. The plugin stores the sizes and the
+// SHA-256 of its program in the TensorRT engine. When the engine is read again, the plugin refuses
+// any other program.
 #include <NvInferRuntime.h>
 
 #include <dlfcn.h>
@@ -37,7 +39,7 @@ struct Tensor {
     int32_t rank;
 };
 
-/// Inputs in order, then the output.
+/// The inputs in their order, then the output.
 constexpr Tensor kTensors[kInputs + 1] = {
     {"x", DataType::kBF16, 2},
     {"router", DataType::kBF16, 2},
@@ -48,11 +50,11 @@ constexpr Tensor kTensors[kInputs + 1] = {
     {"out", DataType::kBF16, 2},
 };
 
-// -- what is said ---------------------------------------------------------------------------------
+// -- messages -------------------------------------------------------------------------------------
 
 std::atomic<ILoggerFinder*> gFinder{nullptr};
 
-/// Libraries whose logger is asked for where no one said how to find it.
+/// Without a logger finder, the logger of the first of these libraries that is loaded is used.
 constexpr char const* kLibraries[] = {"libnvinfer.so.11", "libtensorrt_rtx.so.1"};
 
 ILogger* logger() {
@@ -64,22 +66,22 @@ ILogger* logger() {
     return nullptr;
 }
 
-/// To TensorRT's logger, or to stderr where there is none.
-void say(std::string const& text) noexcept {
+/// Writes an error to TensorRT's logger, or to stderr if there is none.
+void report(std::string const& text) noexcept {
     if (ILogger* const found = logger())
         found->log(ILogger::Severity::kERROR, text.c_str());
     else
         std::fprintf(stderr, "%s\n", text.c_str());
 }
 
-/// 0, or what TensorRT takes for a failure after `call` threw: what it threw has then been said.
+/// Runs `call`. Returns 0, or after an exception reports it and returns TensorRT's failure code.
 template <class Call>
 int32_t guarded(Call call) noexcept {
     try {
         call();
         return 0;
     } catch (std::exception const& error) {
-        say(std::string(kName) + ": " + error.what());
+        report(std::string(kName) + ": " + error.what());
         return kFailed;
     }
 }
@@ -131,7 +133,7 @@ moec::Launcher& launcherFor(int64_t dim, int64_t hidden, int64_t experts) {
                         known, "load the library that was exported with this model");
 }
 
-/// What is refused of an input, and why.
+/// The failure for an input of another shape or type than expected.
 moec::Failure wrong(int32_t input, std::string const& found, std::string const& expected) {
     return moec::refusal(std::string("input ") + kTensors[input].name, found, expected,
                          "export the model again");
@@ -139,11 +141,11 @@ moec::Failure wrong(int32_t input, std::string const& found, std::string const& 
 
 void checkCount(int32_t count) {
     if (count != kInputs)
-        throw moec::refusal("inputs", std::to_string(count), std::to_string(kInputs),
+        throw moec::refusal("inputs", std::to_string(count) + " inputs", std::to_string(kInputs),
                             "export the model again");
 }
 
-/// The launcher for inputs of these shapes; -1 stands for any number of tokens.
+/// The launcher for inputs of these shapes. A size of -1 stands for any number of tokens.
 moec::Launcher& launcherFor(Dims const* const* dims, int32_t count) {
     checkCount(count);
     for (int32_t i = 0; i < kInputs; ++i)
@@ -180,7 +182,7 @@ class Plugin final : public IPluginV3,
                      public IPluginV3OneBuild,
                      public IPluginV3OneRuntime {
 public:
-    /// `launcher` is null until shapes say which.
+    /// `launcher` is null until the shapes of the inputs are known.
     Plugin(moec::Launcher* launcher, TensorRTPhase phase) : mLauncher(launcher), mPhase(phase) {}
 
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
@@ -245,7 +247,7 @@ public:
                 throw moec::refusal("shapes", found.program().sizes(), mLauncher->program().sizes(),
                                     "give the engine the weights that it was built for");
             mLauncher = &found;
-            // Where engines are built there may be no GPU; where they run, modules are loaded now.
+            // A machine that builds engines may have no GPU. One that runs them loads kernels now.
             if (mPhase == TensorRTPhase::kRUNTIME) found.prepare();
         });
     }
@@ -289,7 +291,7 @@ private:
     PluginFieldCollection mCollection{};
 };
 
-// -- its creator ----------------------------------------------------------------------------------
+// -- the plugin's creator -------------------------------------------------------------------------
 
 class Creator final : public IPluginCreatorV3One {
 public:
@@ -306,7 +308,7 @@ public:
     AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
 
 private:
-    /// The launcher that an engine was built with; null in a model that is to become an engine.
+    /// The launcher that a TensorRT engine was built with; null while an engine is being built.
     static moec::Launcher* known(PluginFieldCollection const& fields, TensorRTPhase phase) {
         int64_t dim = 0, hidden = 0, experts = 0;
         std::string sha;
@@ -320,7 +322,7 @@ private:
         }
         if (sha.empty() && phase == TensorRTPhase::kBUILD) return nullptr;
         if (sha.empty())
-            throw moec::refusal("the engine", "no program's SHA-256", "one", "build it again");
+            throw moec::refusal("the engine", "no program's SHA-256", "a SHA-256", "build it again");
         moec::Launcher& found = launcherFor(dim, hidden, experts);
         if (found.program().sha != sha)
             throw moec::refusal("its plugin library", "program " + found.program().sha, sha,

@@ -23,11 +23,11 @@ std::string hexadecimal(uint8_t const* bytes, std::size_t count) {
 }
 
 Failure broken(std::string const& found) {
-    return refusal("a moec program", found, "what moec writes",
+    return refusal("a moec program", found, "a program that this version of moec wrote",
                    "export again with one version of moec");
 }
 
-/// Reads integers one after the other, and what they point at in the data.
+/// Reads one integer after another, and the data that integers point to.
 class Reader {
 public:
     Reader(uint8_t const* bytes, std::size_t room) {
@@ -37,7 +37,7 @@ public:
         if (head[0] != kVersion) throw broken("version " + std::to_string(head[0]));
         auto const left = static_cast<int64_t>(room - kHead);
         if (head[1] < 0 || head[2] < 0 || head[1] > left / 8 || head[2] > left - 8 * head[1])
-            throw broken("fewer bytes than it says");
+            throw broken("fewer bytes than its head says");
         mIntegers = bytes + kHead;
         mEnd = mIntegers + 8 * head[1];
         mData = mEnd;
@@ -190,7 +190,7 @@ int64_t Program::workspace(int64_t tokens) const noexcept {
     int64_t const end = std::min(tokens, most);
     for (Target const& target : targets)
         for (Variant const& variant : target.variants)
-            if (variant.first <= end)  // within a variant, more tokens need no less
+            if (variant.first <= end)  // within a variant, more tokens never need less
                 found = std::max(found, placed(variant, std::min(end, variant.last)).back());
     return found;
 }

@@ -1,4 +1,5 @@
-// A program as read from its bytes: what runs one MoE layer. moec/kernels/ahead_of_time/plugin_program.py writes them.
+// A program: the kernels and launches that run one MoE layer, read from bytes.
+// moec/kernels/ahead_of_time/plugin_program.py writes them.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,7 @@
 
 namespace moec {
 
-/// What goes wrong, in one line: where, what was found, what was expected, what to do next.
+/// An error in one line: where it is, what was found, what was expected, what to do next.
 struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -18,7 +19,8 @@ struct Failure : std::runtime_error {
 Failure refusal(std::string const& where, std::string const& found, std::string const& expected,
                 std::string const& next);
 
-/// What follows from a number of tokens: add, and the sum of mul * ((tokens + shift) / period).
+/// A number that depends on the number of tokens:
+/// add + the sum of mul * ((tokens + shift) / period) over the terms (mul, shift).
 struct Quantity {
     int64_t add{};
     int64_t period{1};
@@ -30,10 +32,10 @@ struct Quantity {
 struct Parameter {
     enum Kind : int64_t { kPointer = 0, kNumber = 1, kMap = 2 };
     Kind kind{};
-    int64_t slot{};     // of a pointer or a map
-    int64_t bytes{};    // of a number
-    Quantity value;     // a number's value, or the rows of a map's matrix
-    int64_t columns{};  // of a map's matrix; the rest says how it is cut into tiles
+    int64_t slot{};     // of a pointer or a tensor map
+    int64_t bytes{};    // size of a number
+    Quantity value;     // value of a number, or rows of a tensor map's matrix
+    int64_t columns{};  // of a tensor map's matrix; the rest says how the map cuts it into tiles
     int64_t tileRows{}, tileColumns{}, swizzle{}, element{}, elementBytes{};
 };
 
@@ -62,42 +64,42 @@ struct Target {
 
 struct Kernel {
     std::string name;
-    uint8_t const* cubin{};  // in the program's bytes
+    uint8_t const* cubin{};  // points into the program's bytes
     int64_t threads{}, shared{};
 };
 
 struct Given {
     std::string name;
-    int64_t rowBytes{};  // 0: the same memory for all tokens
+    int64_t rowBytes{};  // bytes for each token; 0 for memory that all tokens share
 };
 
-/// A grid's axis that stands for as many programs as the GPU has multiprocessors.
+/// The size of a grid's axis that stands for the GPU's number of multiprocessors.
 constexpr int64_t kEvery = -1;
-/// Buffers start at multiples of this from where a workspace starts.
+/// Buffers start at multiples of this many bytes in the workspace.
 constexpr int64_t kAlignment = 256;
 
 struct Program {
     int64_t dim{}, hidden{}, experts{}, most{};
-    std::string sha;    // of its bytes, in hexadecimal
-    std::size_t size{}; // bytes, with which the next one starts
+    std::string sha;    // SHA-256 of its bytes, in hexadecimal
+    std::size_t size{}; // in bytes; the next program follows
     std::vector<Given> given;
     std::vector<Kernel> kernels;
     std::vector<Target> targets;
 
-    /// Throws Failure where `bytes` is not a whole program. Cubins are read where they are.
+    /// Throws Failure if `bytes` is not a whole program. Cubins are not copied.
     Program(uint8_t const* bytes, std::size_t room);
 
-    /// Bytes that any GPU needs for up to so many tokens.
+    /// The bytes of workspace for up to `tokens` tokens on any GPU.
     int64_t workspace(int64_t tokens) const noexcept;
-    /// The target of a compute capability; throws Failure where there is none.
+    /// The target of a compute capability, such as 89. Throws Failure if there is none.
     Target const& target(int64_t architecture) const;
     std::string sizes() const;
 };
 
-/// The variant for so many tokens, 1 to the program's most.
+/// The variant for `tokens` tokens, from 1 to the program's `most`.
 Variant const& variantFor(Target const& target, int64_t tokens);
 
-/// Offsets of a variant's buffers, and behind the last of them what they take together.
+/// The offsets of a variant's buffers in bytes, and as the last number the size of them all.
 std::vector<int64_t> placed(Variant const& variant, int64_t tokens);
 
 }  // namespace moec

@@ -1,4 +1,4 @@
-/* The programs of all sizes, one after the other, as part of the library. */
+/* The programs of all sizes, one after another, as data of the library. */
     .section .rodata
     .balign 64
     .globl moec_programs
@@ -8,4 +8,4 @@ moec_programs:
     .globl moec_programs_end
     .hidden moec_programs_end
 moec_programs_end:
-    .section .note.GNU-stack,"",%progbits  /* nothing here is to be executed on the stack */
+    .section .note.GNU-stack,"",%progbits  /* the stack is not executable */

@@ -1,5 +1,5 @@
-// The launcher for callers in other languages. Functions that may fail write a message and return
-// null, or not 0.
+// The launcher's C interface, for callers in other languages. A function that fails writes a
+// message and returns null or a number other than 0.
 #include <cstring>
 
 #include "launcher.h"
@@ -24,7 +24,7 @@ int guarded(char* message, std::size_t room, Call call) noexcept {
 
 }  // namespace
 
-/// A launcher of the program in `bytes`, which have to stay as long as it does.
+/// Makes a launcher for the program in `bytes`, which must live as long as the launcher.
 MOEC_PUBLIC void* moec_open(void const* bytes, std::size_t size, char* message, std::size_t room) {
     moec::Launcher* made = nullptr;
     guarded(message, room, [&] {
@@ -35,17 +35,17 @@ MOEC_PUBLIC void* moec_open(void const* bytes, std::size_t size, char* message, 
 
 MOEC_PUBLIC void moec_close(void* launcher) { delete static_cast<moec::Launcher*>(launcher); }
 
-/// Bytes of workspace that up to so many tokens need.
+/// The bytes of workspace for up to `tokens` tokens.
 MOEC_PUBLIC int64_t moec_workspace(void const* launcher, int64_t tokens) {
     return static_cast<moec::Launcher const*>(launcher)->program().workspace(tokens);
 }
 
-/// Loads all that this thread's GPU may need: before a CUDA graph is captured.
+/// Loads all kernels for the calling thread's GPU. Call it before a CUDA graph is captured.
 MOEC_PUBLIC int moec_prepare(void* launcher, char* message, std::size_t room) {
     return guarded(message, room, [&] { static_cast<moec::Launcher*>(launcher)->prepare(); });
 }
 
-/// Starts the layer. `given`: pointers on the GPU in the program's order, as for `Launcher::run`.
+/// Starts the layer. `given` holds pointers to GPU memory, as for `Launcher::run`.
 MOEC_PUBLIC int moec_run(void* launcher, int64_t tokens, uint64_t const* given, uint64_t workspace,
                          int64_t workspaceBytes, void* stream, char* message, std::size_t room) {
     return guarded(message, room, [&] {

@@ -1,4 +1,4 @@
-"""What the parser made of a graph, held against what the graph meant, before anything is built."""
+"""Check, before a build, that TensorRT's parser kept the meaning of the graph."""
 
 from collections import Counter
 from typing import Any
@@ -10,10 +10,11 @@ _UNUSED = "Unused Input: "
 
 
 def check_network(trt: Any, network: Any, job: Job) -> None:
-    """Refuse a network that is not the graph of `job`.
+    """Refuse a network that differs from the graph of `job`.
 
     Raises:
-        MoecError: inputs, outputs or attention layers are not as they were written.
+        MoecError: inputs, outputs or attention layers are not as they were written, or no layer
+            uses an input (exit code 1).
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
@@ -26,25 +27,28 @@ def check_network(trt: Any, network: Any, job: Job) -> None:
 
 
 def check_used(job: Job, unused: list[str]) -> None:
-    """Refuse inputs that nothing reads: the parser drops what it does not know."""
+    """Refuse a network with inputs that no layer uses; the parser drops what it does not know."""
     if unused:
         raise _changed(
             f"{job.onnx}: input {unused[0]}",
             f"nothing reads it ({len(unused)} such inputs)",
-            "every input to matter",
+            "a network that uses every input",
         )
 
 
 def unused_of(warnings: list[str]) -> list[str]:
-    """The inputs that TensorRT itself found to be unused, which it says while it builds."""
+    """The unused inputs that TensorRT names in its warnings during a build."""
     return [each.removeprefix(_UNUSED) for each in warnings if each.startswith(_UNUSED)]
 
 
 def check_profiles(network: Any, job: Job) -> None:
-    """Refuse profiles that do not fit the inputs; TensorRT ignores a name that is no input.
+    """Refuse optimisation profiles that do not fit the inputs.
+
+    TensorRT itself ignores a name that is not an input.
 
     Raises:
-        MoecError: a profile spans too little, too much or what is fixed.
+        MoecError: a profile lacks an input, names one that does not exist, or has shapes that do
+            not fit it; or an input is a shape tensor.
     """
     shapes = {}
     for index in range(network.num_inputs):
@@ -53,20 +57,21 @@ def check_profiles(network: Any, job: Job) -> None:
         if tensor.is_shape_tensor:
             refuse(
                 f"{job.onnx}: input {tensor.name}",
-                "its numbers decide about shapes",
-                "shapes that come from shapes",
-                "take sizes from the inputs' shapes",
+                "a shape tensor: its numbers decide about shapes",
+                "sizes that come from the shapes of inputs only",
+                "take the sizes from the inputs' shapes",
             )
     open_ended = [name for name, shape in shapes.items() if -1 in shape]
     if open_ended and not job.profiles:
-        raise _bad_profile(job, open_ended[0], "no profile", f"a span of {shapes[open_ended[0]]}")
+        expected = f"a profile with shapes for {shapes[open_ended[0]]}"
+        raise _bad_profile(job, open_ended[0], "no profile", expected)
     for number, profile in enumerate(job.profiles):
         for name in (*open_ended, *profile):
             where, shape = f"{name}, profile {number}", shapes.get(name)
             if shape is None:
                 raise _bad_profile(job, where, "no such input", " or ".join(shapes))
             if name not in profile:
-                raise _bad_profile(job, where, "not in the profile", f"a span of {shape}")
+                raise _bad_profile(job, where, "not in the profile", f"shapes for {shape}")
             if not _fits(profile[name], shape):
                 raise _bad_profile(job, where, profile[name], f"min <= opt <= max in {shape}")
 
@@ -82,7 +87,7 @@ def _fits(span: Span, shape: tuple[int, ...]) -> bool:
 
 
 def summary(layers: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """How many layers of each kind there are, and how many outputs of each dtype."""
+    """Count the layers of each kind, and the outputs of each type."""
     kinds, dtypes = Counter[str](), Counter[str]()
     for layer in layers:
         kinds[layer.type.name] += 1
@@ -98,7 +103,7 @@ def _check_ports(job: Job, kind: str, tensors: list[Any], wanted: dict[str, str]
         raise _changed(
             f"{job.onnx}: {kind} {name}",
             "not in the network" if name in wanted else "in the network, not in the graph",
-            ", ".join(wanted),
+            f"the {kind}s of the graph: {', '.join(wanted)}",
         )
     for name, dtype in wanted.items():
         if found[name] != DTYPES.get(dtype):
@@ -130,9 +135,9 @@ def _check_attentions(trt: Any, layers: list[Any], job: Job) -> None:
 
 
 def _live(layers: list[Any], wanted: set[str]) -> set[str]:
-    """The tensors that the tensors `wanted` come from, or the control flow of loops and branches.
+    """The tensors from which the tensors `wanted` and the conditions of control flow are computed.
 
-    Names need not be unique: a tensor counts as made by every layer that gives one of its name.
+    Names need not be unique. A tensor counts as made by every layer that has an output of its name.
     """
     makers: dict[str, list[Any]] = {}
     stack = list(wanted)
@@ -140,7 +145,7 @@ def _live(layers: list[Any], wanted: set[str]) -> set[str]:
         for index in range(layer.num_outputs):
             tensor = layer.get_output(index)
             makers.setdefault(tensor.name, []).append(layer)
-        if not layer.num_outputs:  # a loop's trip limit, a branch's condition
+        if not layer.num_outputs:  # the trip limit of a loop, or the condition of a branch
             stack += _reads(layer)
     live = set(stack)
     while stack:
@@ -158,9 +163,11 @@ def _reads(layer: Any) -> list[str]:
 
 def _changed(where: str, found: object, expected: object) -> MoecError:
     return MoecError(
-        where, found, expected, "report it: TensorRT changed the graph without an error", 1
+        where, found, expected, "report a bug: TensorRT changed the graph without an error", 1
     )
 
 
 def _bad_profile(job: Job, where: str, found: object, expected: object) -> MoecError:
-    return MoecError(f"{job.onnx}: input {where}", found, expected, "correct the profiles")
+    return MoecError(
+        f"{job.onnx}: input {where}", found, expected, "correct the optimisation profiles"
+    )

@@ -1,8 +1,8 @@
-"""The process that builds one engine: a job in, lines of JSON out.
+"""The child process that builds one TensorRT engine, because TensorRT may end its process.
 
-TensorRT ends the process on some errors, so a process of its own is what it gets. Standard input is
-a `Job`; standard output has a line for each event, {"progress": [stage, done, total]},
-{"error": TensorRT's words}, and at the end {"built": a Built} or {"refused": a MoecError}.
+It reads a `Job` as JSON from standard input. It writes one line of JSON for each event to standard
+output: {"progress": [stage, done, total]}, {"error": a message of TensorRT}, and at the end
+{"built": a Built} or {"refused": the arguments of a MoecError}.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from moec.artefact.engine_job import PARTIAL, Built, Job
 from moec.artefact.process_memory import memory
-from moec.exporters.tensorrt.api import add_plugins, aim, load, new_builder
+from moec.exporters.tensorrt.api import add_plugins, load, new_builder, select_architectures
 from moec.exporters.tensorrt.callbacks import new_log, new_monitor, new_writer
 from moec.exporters.tensorrt.failures import failure
 from moec.exporters.tensorrt.process.checks import (
@@ -30,16 +30,17 @@ from moec.exporters.tensorrt.process.checks import (
 from moec.exporters.tensorrt.process.parse import parse
 from moec.spec.errors import MoecError
 
-#: (kind of event, what it says)
+#: called with the kind of an event and its content
 Tell = Callable[[str, Any], None]
 _PR_SET_PDEATHSIG = 1
 
 
 def build(job: Job, file: BinaryIO, tell: Tell) -> Built:
-    """Build the engine of `job` into `file`.
+    """Build the TensorRT engine of `job` into `file`, and call `tell` with each event.
 
     Raises:
-        MoecError: the package, the model, the job or the disk is not up to it.
+        MoecError: the package is missing, the model or the job is not supported, or TensorRT fails.
+        OSError: the file cannot be written.
     """
     seconds = dict[str, float]()
 
@@ -56,7 +57,7 @@ def build(job: Job, file: BinaryIO, tell: Tell) -> Built:
         log = new_log(trt, lambda text: tell("error", text))
         builder = new_builder(trt, log)
         config = builder.create_builder_config()
-        aim(trt, config, job.architectures)
+        select_architectures(trt, config, job.architectures)
         add_plugins(trt, job.plugins, log)
     with stage("parse"):
         network = builder.create_network()
@@ -79,7 +80,7 @@ def build(job: Job, file: BinaryIO, tell: Tell) -> Built:
     if not done or not writer.size:
         raise failure(job.onnx, job, log.errors)
     check_used(job, unused_of(log.warnings))
-    del weights  # TensorRT read them until now
+    del weights  # TensorRT reads the mapped weights until the engine is built
     return Built(
         package=job.package,
         version=trt.__version__,
@@ -103,14 +104,14 @@ def _add_profiles(builder: Any, config: Any, job: Job) -> None:
 
 
 def _flush(file: BinaryIO, writer: Any) -> None:
-    """Raise what kept the engine from the disk."""
+    """Write out `file`; raise the error of an earlier write that failed."""
     if writer.error:
         raise writer.error
     file.flush()
 
 
 def _die_with_parent() -> None:
-    """A killed parent must not leave a build behind, which may hold all memory for an hour."""
+    """Let Linux kill this process with its parent: a build may hold all memory for an hour."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -119,7 +120,7 @@ def main() -> None:
     """Build the job on standard input."""
     _die_with_parent()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not get between the events
+    os.dup2(2, 1)  # libraries that print to standard output now print to standard error
 
     def tell(kind: str, what: Any) -> None:
         out.write(json.dumps({kind: what}) + "\n")
@@ -139,11 +140,11 @@ def main() -> None:
                 job.engine,
                 error.strerror or str(error),
                 "a file that can be written, with room on the disk",
-                "choose another place, or make room",
+                "choose another path, or make room on the disk",
                 2,
             ),
         )
-    os._exit(0)  # all is said: TensorRT's destructors have nothing to add
+    os._exit(0)  # the result is out; skip TensorRT's destructors
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""An ONNX file into a TensorRT network; external data goes in by address, from wherever it lies.
+"""Parse an ONNX file into a TensorRT network, with external data in any folder.
 
-TensorRT by itself takes external data only from below the model's own folder.
+TensorRT itself reads external data only from below the model's folder. This module maps the files
+and gives TensorRT the addresses.
 """
 
 import os
@@ -22,10 +23,11 @@ _Bytes = np.ndarray[Any, Any]
 def parse(parser: Any, job: Job, log: Any) -> list[_Bytes]:
     """Parse `job.onnx` into the parser's network.
 
-    Returns the mapped weights, which must be held until the engine is built.
+    Returns:
+        The mapped weights. The caller must keep them until the TensorRT engine is built.
 
     Raises:
-        MoecError: the model is not one for TensorRT, or its weights are not all there.
+        MoecError: TensorRT does not support the model, or weights are missing.
     """
     model = check_source(job.onnx)
     root = Path(job.weights or os.path.dirname(os.path.abspath(job.onnx)))
@@ -45,12 +47,13 @@ def parse(parser: Any, job: Job, log: Any) -> list[_Bytes]:
 
 
 def _mapped(files: dict[Path, _Bytes], path: Path, name: str, entry: dict[str, str]) -> _Bytes:
-    """The bytes of weight `name`, mapped, not read."""
+    """Map the bytes of the weight `name`, without reading them."""
     try:
         if path not in files:
             files[path] = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:  # ValueError: an empty file
-        refuse(f"{path}: weight {name}", error, "the file of weights", "bind the weights again")
+        expected = "the file that holds the weight"
+        refuse(f"{path}: weight {name}", error, expected, "bind the weights again")
     whole = files[path]
     start = int(entry.get("offset", 0))
     end = start + int(entry.get("length", whole.size - start))
@@ -58,14 +61,14 @@ def _mapped(files: dict[Path, _Bytes], path: Path, name: str, entry: dict[str, s
         refuse(
             f"{path}: weight {name}",
             f"{whole.size} bytes",
-            f"at least {end}",
+            f"at least {end} bytes",
             "bind the weights again",
         )
     return whole[start:end]
 
 
 def _refused(parser: Any, job: Job, log: Any) -> MoecError:
-    """The parser's first error, which alone says what is wrong."""
+    """The error that the parser reported first; the later ones follow from it."""
     where, found = job.onnx, list(log.errors)
     if parser.num_errors:
         error = parser.get_error(0)

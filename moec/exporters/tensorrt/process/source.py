@@ -1,7 +1,7 @@
-"""What an ONNX file may not hold, because TensorRT's parser would silently make something else.
+"""Refuse ONNX files whose meaning TensorRT's parser would silently change.
 
-The parser takes a node by its operator alone, whatever the domain; it ignores attributes and inputs
-that it does not know, and widens some dtypes.
+The parser recognises a node by its operator and ignores the domain. It ignores attributes and
+inputs that it does not know, and it converts some types to wider ones.
 """
 
 from collections.abc import Iterator
@@ -16,33 +16,36 @@ from moec.spec.errors import refuse
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What the parser reads of a node: the first `inputs`, and `attributes`, None: as ONNX has."""
+    """What the parser reads of a node: the first `inputs` inputs, and these `attributes`.
+
+    None stands for the attributes of ONNX's own operator.
+    """
 
     inputs: int
     attributes: frozenset[str] | None = None
 
 
-#: attention's lengths have moved between versions: the mask alone says what may be seen
+#: The inputs with lengths differ between versions of Attention, so that only the mask may limit it.
 _READS = {
     "Attention": Reads(inputs=4),
     "TRT_Attention": Reads(4, frozenset({"causal_kind", "TRT_decomposable"})),
 }
-#: attributes that the parser knows beside those of ONNX
+#: attributes that the parser knows in addition to those of ONNX
 _OWN = {"Attention": frozenset({"TRT_decomposable"})}
-#: and those that it reads of any node, to find a plugin
+#: attributes that the parser reads of any node, to find a plugin
 _ANY = frozenset({"plugin_version", "plugin_namespace"})
 
 
 def check_source(path: str) -> onnx.ModelProto:
-    """The model at `path`, without external data.
+    """Load the model at `path` without external data, and check it.
 
     Raises:
-        MoecError: it is no model, or holds what TensorRT would take for something else.
+        MoecError: the file is not an ONNX model, or TensorRT would change its meaning.
     """
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
-        refuse(path, error, "an ONNX model", "build it again")
+        refuse(path, error, "an ONNX model", "build the artefact again")
     local = {each.name for each in model.functions}
     versions = {each.domain: each.version for each in model.opset_import}
     for graph in graphs(model.graph):
@@ -55,7 +58,7 @@ def check_source(path: str) -> onnx.ModelProto:
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """`graph` and all that its nodes hold."""
+    """`graph` and all subgraphs inside it."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -78,8 +81,8 @@ def _check_dtype(path: str, held: onnx.TensorProto | onnx.ValueInfoProto) -> Non
         refuse(
             f"{path}: {'weight' if is_weight else 'input'} {held.name}",
             f"{dtype}, which TensorRT lacks or widens",
-            ", ".join(DTYPES),
-            "give bytes as int8 or float8e4m3fn",
+            f"one of {', '.join(DTYPES)}",
+            "store bytes as int8 or float8e4m3fn",
         )
 
 
@@ -92,7 +95,7 @@ def _check_node(path: str, node: onnx.NodeProto, opset: int) -> None:
                 where,
                 f"input {index}, {name}, which TensorRT may ignore",
                 f"{reads.inputs} inputs: queries, keys, values, mask",
-                "put what it says into the mask",
+                "express the limits of attention in the mask",
                 exit_code=1,
             )
     known = reads.attributes if reads and reads.attributes else _attributes(node.op_type, opset)
@@ -101,7 +104,7 @@ def _check_node(path: str, node: onnx.NodeProto, opset: int) -> None:
             refuse(
                 where,
                 f"attribute {attribute.name}, which TensorRT would ignore",
-                ", ".join(sorted(known)),
+                f"only the attributes {', '.join(sorted(known))}",
                 "leave the attribute out",
                 exit_code=1,
             )
@@ -111,7 +114,7 @@ def _check_node(path: str, node: onnx.NodeProto, opset: int) -> None:
 
 
 def _attributes(op: str, opset: int) -> frozenset[str] | None:
-    """The attributes of ONNX's own operator `op`; None where there is no such operator."""
+    """The attributes of ONNX's operator `op`; None if ONNX has no such operator."""
     try:
         schema = onnx.defs.get_schema(op, opset)
     except onnx.defs.SchemaError:

@@ -25,7 +25,7 @@ from moec.artefact.artefact import Artefact
 from moec.artefact.engine_job import DTYPES, Built, Job
 from moec.artefact.manifest import Engine as Recorded
 from moec.exporters.tensorrt.build import job_of
-from moec.exporters.tensorrt.onnx_model import is_fed
+from moec.exporters.tensorrt.onnx_model import is_data
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.runtime.engines.interpreter import interpreter
 from moec.runtime.engines.tensorrt_fit import KINDS
@@ -245,7 +245,7 @@ class Context:
             return self.trt.says("execute: no profile, or not the memory that it needs")
         tensors = self.plan.tensors
         for name, each in tensors.items():
-            unset = each.given and is_fed(name) and name not in self.shapes
+            unset = each.given and is_data(name) and name not in self.shapes
             if unset or -1 in self.get_tensor_shape(name):
                 return self.trt.says(f"execute: {name} has no shape")
             if name not in (self.addresses if name in self.plan.weights else self.fresh):
@@ -262,7 +262,7 @@ class Context:
         self.fresh.clear()
         self.plan.calls.append((self.profile, dict(self.shapes)))
         self.plan.streams.append(stream_handle)
-        feeds = {name: self._view(name) for name, each in tensors.items() if is_fed(name)}
+        feeds = {name: self._view(name) for name, each in tensors.items() if is_data(name)}
         feeds = {name: x for name, x in feeds.items() if tensors[name].given}
         apart = {name for name, each in tensors.items() if name.startswith("present.")
                  and not each.alias}  # fmt: skip
@@ -327,7 +327,7 @@ def plan_of(artefact: Artefact, part: str = "model") -> Plan:
             tensors[name] = Tensor_(given, DTYPES[kinds[name]], shape)
             if name.startswith("present."):
                 tensors[name].alias = name.replace("present", "past", 1)
-    bindings = [name for name, each in tensors.items() if each.given and not is_fed(name)]
+    bindings = [name for name, each in tensors.items() if each.given and not is_data(name)]
     parts = weights_of(manifest, artefact.stored(), bindings)
     weights = {
         name: b"".join(view(e).flatten().view(torch.uint8).numpy().tobytes() for e in entries)

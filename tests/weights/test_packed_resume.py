@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,10 +223,11 @@ def test_a_name_that_was_cut_off_has_not_landed(folder: Path) -> None:
 
 #: the real command line, but packing stops half way, says so, and waits for its parent
 COMMAND = """
-import contextlib, signal, sys
+import contextlib, os, signal, sys
 import moec.cli, moec.tables, moec.weights.packed_file
 
 moec.weights.packed_file.JOURNAL_BYTES = 1
+os.fsync = lambda file: None  # a kill leaves what the system was given; a busy disk takes seconds
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell that ignores it
 
 @contextlib.contextmanager
@@ -255,10 +257,18 @@ def _stopped(checkpoint: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     )  # fmt: skip
     try:
         assert process.stdout and process.stdout.readline() == "reached\n"
+        _wait_for_journal(out.parent / f".{out.name}.moec-partial-{process.pid}" / JOURNAL)
         yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def _wait_for_journal(journal: Path) -> None:
+    """Until the thread that keeps it has nothing more to write."""
+    size = -1
+    while size != (size := journal.stat().st_size) or not size:
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module", params=[signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])

@@ -500,9 +500,13 @@ def eager_session(
     precision: str,
     artefact: Artefact | None = None,
     taps: Sequence[str] = (),
+    near: float | None = None,
 ) -> Session:
-    """The eager reference on the weights `entries`; `taps` as in `ort_session`."""
-    run = eager_engine(spec, entries, precision, taps)
+    """The eager reference on the weights `entries`; `taps` as in `ort_session`.
+
+    `near` is as in `eager_engine`.
+    """
+    run = eager_engine(spec, entries, precision, taps, near=near)
     vision = once(partial(eager_engine, spec, entries, precision, part="vision"))
     return Session(spec, precision, "eager", run, artefact, vision)
 

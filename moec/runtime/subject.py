@@ -74,10 +74,10 @@ class Subject:
             return torch_engine(self.artefact, self.device, taps, "vision")
         return ort_engine(self.artefact, self.preset, taps, "vision", self.device)
 
-    def reference(self, taps: Sequence[str] = ()) -> Session:
-        """The float32 eager reference on the same weights."""
+    def reference(self, taps: Sequence[str] = (), near: float | None = None) -> Session:
+        """The float32 eager reference on the same weights; `near` is as in `eager_engine`."""
         return eager_session(
-            self.artefact.manifest.spec, self.artefact.entries(), "fp32", taps=taps
+            self.artefact.manifest.spec, self.artefact.entries(), "fp32", taps=taps, near=near
         )
 
     def reference_from(

@@ -6,6 +6,7 @@ What each check means and where the limits come from: docs/numerics.md.
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from moec.exporters.onnx.fused_experts import BLOCK
 from moec.exporters.presets import EXACT
 from moec.kernels.sizes import SMALLEST
 from moec.runtime.calibrate import calibrate
+from moec.runtime.choices import choices, following, settled, watched
 from moec.runtime.compare import (
     FAST_PRODUCTS,
     FP8_NOISE,
@@ -232,7 +234,9 @@ def _ladder(
     chosen = {i: f"layers.{i}.moe.route.1" for i in routers}
     taps = [*hidden, *routers.values(), *chosen.values()]
     found = subject.session(taps).trace(ids, lengths, taps)
-    expected = subject.reference(taps).trace(ids, lengths, taps)
+    reference = subject.reference(taps, tolerance.near)
+    taken = {name: found[name] for name in choices(spec, tolerance)}
+    expected = following(reference, taken, lengths).trace(ids, lengths, taps)
     if spec.scheme:
         yield from _each_layer(subject, ids, lengths, found, hidden)
     own = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -241,11 +245,9 @@ def _ladder(
         if layer.moe:
             logits = expected[routers[layer.index]]
             k = spec.text.experts.top_k
-            margin = -logits.topk(min(k + 1, logits.shape[1])).values.diff()[:, -1:]
+            gaps = -logits.topk(min(k + 1, logits.shape[1])).values.diff()
             same = (found[chosen[layer.index]] == expected[chosen[layer.index]]).all(-1)
-            clear = (
-                margin[:, 0] > tolerance.error * logits.abs().max() if k < logits.shape[1] else same
-            )
+            clear = (gaps > tolerance.error * logits.abs().max()).all(-1)
             yield agreement(f"layers.{layer.index} router", same, clear, tolerance)
         name = f"layers.{layer.index}.out"
         yield error(f"layers.{layer.index}", found[name], expected[name], tolerance)
@@ -284,30 +286,36 @@ def _cached(
     subject: Subject, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Prefill in uneven pieces and decode around each chunk border, rows of different length."""
-    session = subject.session()
+    names = choices(subject.artefact.manifest.spec, tolerance)
+    session = subject.session(names)
+    reference = partial(subject.reference, near=tolerance.near)
     chunk = session.spec.text.chunk or 16
-    whole = session.logits(ids, lengths=lengths)
+    whole = session.trace(ids, lengths, names)
     cuts = {
         cut
         for border in range(chunk, ids.shape[1], chunk)
         for cut in (border - 2, border - 1, border, border + 1)
     } or {ids.shape[1] - 2, ids.shape[1] - 1}
     name = "prefill against decode"
-    yield in_pieces(name, session, ids, lengths, cuts, whole, tolerance)
-    short = int(lengths[1])
-    alone = session.logits(ids[1:2, :short])
-    yield error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
+    yield in_pieces(name, session, ids, lengths, cuts, whole, tolerance, reference)
+    row, short = ids[1:2, : lengths[1]], lengths[1:2]
+    within = {key: each[lengths[0] : lengths[:2].sum()] for key, each in whole.items()}
+    alone = settled(reference, row, short, within, session.trace(row, short, names))
+    yield error("ragged batch against row alone", within["logits"], alone, tolerance)
 
 
 def _greedy(subject: Subject, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Greedy tokens through the caches, and the reference's opinion of each."""
-    session = subject.session()
-    reference = subject.reference()
+    names = choices(subject.artefact.manifest.spec, tolerance)
+    session, seen = watched(subject.session(names), names)
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
     wanted = 32 if session.spec.scheme else 8  # of few, two that FP8 moved would be too many
     room = wanted if session.context is None else session.context - prompt.shape[1] + 1
     tokens = session.generate(prompt, max_new_tokens=min(wanted, room), stop=())
-    logits = reference.logits(tokens)[0, prompt.shape[1] - 1 : -1]
+    fed = tokens[:, :-1]
+    lengths, taken = torch.tensor([fed.shape[1]]), {n: torch.cat(each) for n, each in seen.items()}
+    reference = following(subject.reference((), tolerance.near), taken, lengths)
+    logits = reference.logits(fed)[0, prompt.shape[1] - 1 :]
     best = logits.max(-1).values
     given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]
     near = best - given <= tolerance.error * logits.abs().max()

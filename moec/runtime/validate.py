@@ -17,6 +17,7 @@ from moec.exporters.export import export
 from moec.exporters.manifest import Manifest
 from moec.exporters.onnx.fused_experts import BLOCK
 from moec.exporters.presets import EXACT
+from moec.graph_builder.passes.follow import taken
 from moec.kernels.sizes import SMALLEST
 from moec.runtime.calibrate import calibrate
 from moec.runtime.choices import choices, following, settled, watched
@@ -244,10 +245,8 @@ def _ladder(
     for layer in layers:
         if layer.moe:
             logits = expected[routers[layer.index]]
-            k = spec.text.experts.top_k
-            gaps = -logits.topk(min(k + 1, logits.shape[1])).values.diff()
-            same = (found[chosen[layer.index]] == expected[chosen[layer.index]]).all(-1)
-            clear = (gaps > tolerance.error * logits.abs().max()).all(-1)
+            ours, theirs = (each[chosen[layer.index]] for each in (expected, found))
+            same, clear = (theirs == ours).all(-1), _clear(logits, ours, theirs, tolerance)
             yield agreement(f"layers.{layer.index} router", same, clear, tolerance)
         name = f"layers.{layer.index}.out"
         yield error(f"layers.{layer.index}", found[name], expected[name], tolerance)
@@ -263,6 +262,17 @@ def _ladder(
         border = (at >= chunk) & ((at % chunk == 0) | (at % chunk == chunk - 1)) | (at == chunk - 1)
         detail = f"{int(border.sum())} positions beside {int((lengths.max() - 1) // chunk)} borders"
         yield error("logits, chunk borders", a[border], b[border], tolerance, detail)
+
+
+def _clear(logits: Tensor, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Tensor:
+    """bool [T]: where the reference's router logits [T, E] leave no other choice than `ours`.
+
+    ours and theirs [T, k] are the experts that the reference and the engine chose.
+    """
+    if tolerance.near is not None:
+        return (taken(logits, ours, theirs, tolerance.near) != theirs).any(-1)
+    best = logits.topk(min(ours.shape[1] + 1, logits.shape[1])).values
+    return (-best.diff() > tolerance.error * logits.abs().max()).all(-1)
 
 
 def _each_layer(

@@ -25,14 +25,14 @@ def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
         given.meta["default"] = torch.empty(0, top_k, dtype=torch.int64)
         tag(given, f"{name}.given", TensorType(("given", top_k), torch.int64))
         with graph.graph.inserting_after(own):
-            taken = graph.graph.call_function(_taken, (logits, own, given, limit))
-        tag(taken, f"{name}.taken", own.meta["type"])
-        own.replace_all_uses_with(taken, lambda user, taken=taken: user is not taken)
+            chosen = graph.graph.call_function(taken, (logits, own, given, limit))
+        tag(chosen, f"{name}.taken", own.meta["type"])
+        own.replace_all_uses_with(chosen, lambda user, chosen=chosen: user is not chosen)
     graph.recompile()
     return graph
 
 
-def _taken(logits: Tensor, own: Tensor, given: Tensor, limit: float) -> Tensor:
+def taken(logits: Tensor, own: Tensor, given: Tensor, limit: float) -> Tensor:
     """Experts [T, k]: those `given` where logits [T, E] allow it, else the graph's `own`."""
     if not len(given):
         return own

@@ -130,8 +130,12 @@ def eager_session(
     precision: str,
     artefact: Artefact | None = None,
     taps: Sequence[str] = (),
+    near: float | None = None,
 ) -> Session:
-    """The eager reference on the weights `entries`; `taps` as in `artefact_session`."""
-    run = eager_engine(spec, entries, precision, taps)
+    """The eager reference on the weights `entries`; `taps` as in `artefact_session`.
+
+    `near` is as in `eager_engine`.
+    """
+    run = eager_engine(spec, entries, precision, taps, near=near)
     vision = once(partial(eager_engine, spec, entries, precision, part="vision"))
     return Session(spec, precision, EAGER, run, artefact, vision)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 import moec
 from tests.conftest import ROOT, TINY
+from tests.proofs import assert_passed
 
 
 def _cli(*args: object, code: int = 0) -> str:
@@ -35,7 +36,8 @@ def test_build_proves_and_accounts(built: tuple[Path, str]) -> None:
     for word in ("model.onnx", "peak memory", "layers.7 router", "prefill against decode"):
         assert word in printed
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["parity"]["passed"] and manifest["weights"]["mode"] == "in-place"
+    assert_passed(manifest["parity"])
+    assert manifest["weights"]["mode"] == "in-place"
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
@@ -81,7 +83,8 @@ def test_validate_writes_json_and_html(built: tuple[Path, str], tmp_path: Path) 
     report = json.loads(
         _cli("validate", built[0], "--tokens", 140, "--seed", 3, "--json", "--html", page)
     )
-    assert report["passed"] and report["seed"] == 3
+    assert_passed(report)
+    assert report["seed"] == 3
     assert "<table>" in page.read_text()
 
 

@@ -18,6 +18,7 @@ from moec.spec.tensors import input_scale_of, scale_of
 from moec.weights.name_map import read_model
 from moec.weights.shard import TensorEntry
 from moec.weights.view import view
+from tests.proofs import assert_passed
 
 SOURCES = Path(__file__).parents[1] / "fp8_sources"
 #: script and its variant -> inputs of products, share of logits' norm that its own differ by
@@ -63,7 +64,7 @@ def test_a_checkpoint_of_another_library_means_what_it_says(
     art = moec.export(tmp_path / "fp8", out=tmp_path / "art")
     assert art.manifest.weights.mode == "in-place" and not art.manifest.rewritten
     report = moec.validate(art.path, tokens=200)
-    assert report.passed, [check for check in report.checks if not check.passed]
+    assert_passed(report)
 
 
 def _check_weights(

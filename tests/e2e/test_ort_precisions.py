@@ -15,6 +15,7 @@ from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
+from tests.proofs import assert_passed
 
 PERPLEXITY = 13.3217
 quantized = pytest.mark.skipif(
@@ -64,7 +65,7 @@ def test_the_proof_passes_and_generation_goes_on(
 ) -> None:
     path, _ = case
     report = moec.validate(path)
-    assert report.passed, [check for check in report.checks if not check.passed]
+    assert_passed(report)
     session = moec.open_session(path)
     prompt = golden["generate.2"][:9]
     tokens = session.generate(prompt[None], max_new_tokens=6)
@@ -83,7 +84,8 @@ def test_weightless_builds_are_proven_on_a_twin(precision: str, tmp_path: Path) 
         out=tmp_path / "a",
     )
     report = moec.validate(art.path)
-    assert report.passed and report.twin, [c for c in report.checks if not c.passed]
+    assert_passed(report)
+    assert report.twin
 
 
 @quantized
@@ -96,7 +98,7 @@ def test_a_tied_head_is_the_embedding_in_reference_and_engine(tmp_path: Path) ->
         moec.export(
             tmp_path / "weights", target="ort", precision=precision, weights=weights, out=out
         )
-        assert moec.validate(out).passed
+        assert_passed(moec.validate(out))
 
 
 @quantized
@@ -108,7 +110,7 @@ def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:
     art = moec.export(checkpoint, target="ort", precision="int4", out=tmp_path / "art")
     shutil.rmtree(checkpoint)
     (tmp_path / "art").rename(tmp_path / "moved")
-    assert moec.validate(tmp_path / "moved", tokens=20).passed
+    assert_passed(moec.validate(tmp_path / "moved", tokens=20))
     assert (
         art.manifest.build.bytes_packed == (tmp_path / "moved/weights.safetensors").stat().st_size
     )

@@ -20,6 +20,7 @@ from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES
 from moec.spec.tensors import quantized
 from moec.weights.random import write_random_checkpoint
+from tests.proofs import assert_passed
 from tests.strategies import schemes, specs
 
 
@@ -53,7 +54,7 @@ def test_every_layer_is_the_eager_graphs(data: st.DataObject, spec: ModelSpec, t
         assert sum(not check.passed for check in alone) <= 1, [c for c in alone if not c.passed]
         assert all(check.found < 5e-2 for check in alone), alone
         if scheme.rules[0].inputs == "none" and not scheme.cache:
-            assert report.passed, [check for check in report.checks if not check.passed]
+            assert_passed(report)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_static_scales_are_of_the_dtype_that_the_scheme_says(tiny: Path, tmp_pat
     scheme = SCHEMES["modelopt"].model_copy(update={"scales": "bf16"})
     art = export(tiny, precision="fp8", scheme=scheme, scales=scales, out=tmp_path / "art")
     assert art.stored()["layers.0.attn.k_scale"].dtype == "bf16"
-    assert moec.validate(art.path, tokens=20).passed
+    assert_passed(moec.validate(art.path, tokens=20))
 
 
 def test_a_single_expert_apart_is_no_fused_one(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_a_single_expert_apart_is_no_fused_one(tmp_path: Path) -> None:
     )
     write_random_checkpoint(spec, tmp_path / "weights")
     art = export(tmp_path / "weights", out=tmp_path / "art")
-    assert moec.validate(art.path).passed
+    assert_passed(moec.validate(art.path))
 
 
 def test_a_static_scale_that_its_dtype_cannot_hold_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -213,4 +214,4 @@ def test_the_twin_has_fp8_layers_although_the_models_first_ones_are_wide(tmp_pat
         assert {n for n in quantized(small) if "gate_up" in n} == {
             f"layers.{i}.moe.gate_up" for i in range(4)
         }
-        assert moec.validate(art.path).passed
+        assert_passed(moec.validate(art.path))

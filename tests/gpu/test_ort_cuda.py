@@ -16,6 +16,7 @@ from moec.spec.presets import PRESETS
 from moec.weights.checkpoint import read_checkpoint
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import TORCH_DTYPES, view
+from tests.proofs import assert_passed
 
 #: precision -> largest error of a logit over the largest logit, share of equal choices, perplexity
 LIMITS = {"fp16": (1e-2, 0.985, 0.005), "bf16": (6e-2, 0.95, 0.02)}
@@ -62,7 +63,7 @@ def _decode(session: Session, rows: list[list[int]], steps: Tensor) -> Tensor:
 def test_the_proof_passes(session: Session) -> None:
     assert session.artefact
     report = moec.validate(session.artefact.path, device="cuda")
-    assert report.passed, [check for check in report.checks if not check.passed]
+    assert_passed(report)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from moec.runtime.open import artefact_session, open_session
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
+from tests.proofs import assert_passed
 
 #: relative error of logits that rounding to FP8 in other places may make
 NOISE = 6e-2
@@ -111,14 +112,15 @@ def _decode(session: Session, rows: list[list[int]], steps: Tensor) -> Tensor:
 
 def test_the_proof_passes(built: Path) -> None:
     report = moec.validate(built, device="cuda")
-    assert report.passed, [check for check in report.checks if not check.passed]
+    assert_passed(report)
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_an_artefact_without_weights_is_proven_on_its_twin(name: str, tmp_path: Path) -> None:
     art = moec.export(name, target="torch", precision="fp8", out=tmp_path / "a")
     report = moec.validate(art.path, device="cuda")
-    assert report.twin and report.passed, [each for each in report.checks if not each.passed]
+    assert_passed(report)
+    assert report.twin
 
 
 @pytest.mark.parametrize("pattern", ["M", "DM"])

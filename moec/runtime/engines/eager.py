@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from moec.artefact.artefact import Entry
 from moec.graph_builder.parts import build_graph
+from moec.graph_builder.passes.follow import follow
 from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.tap import tap
 from moec.runtime.engines.engine import Run
@@ -22,10 +23,12 @@ def eager_engine(
     taps: Sequence[str] = (),
     part: str = "model",
     given: Sequence[str] = (),
+    near: float | None = None,
 ) -> Run:
     """Run a part of `spec`, "model" or "vision", in `precision` on the CPU.
 
-    `taps` names inner values to return as well, `given` those that callers feed: see `inject`.
+    `taps` names inner values to return as well, `given` those that callers feed: see `inject`. With
+    `near`, callers may feed choices of experts that count at near ties: see `follow`.
 
     Weights stay in their files and dtype; each op casts what it uses, so that memory holds one
     weight at a time. Packed weights are unpacked first, all of them.
@@ -33,6 +36,8 @@ def eager_engine(
     graph = build_graph(spec, precision, part)
     fill(graph, entries)
     inject(graph, given)
+    if near is not None:
+        follow(graph, near)
     if taps:
         tap(graph, taps)
     nodes = list(graph.graph.nodes)

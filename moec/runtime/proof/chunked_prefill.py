@@ -1,12 +1,13 @@
 """The same tokens in pieces through the caches, against one call without: an engine with itself."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from moec.runtime.proof.compare import Tolerance, error
+from moec.runtime.proof.near_ties import choices, settled
 from moec.runtime.proof.report import Check, spoken
 from moec.runtime.session import Session, features_within
 
@@ -17,26 +18,41 @@ def in_pieces(
     ids: Tensor,
     lengths: Tensor,
     cuts: Iterable[int],
-    whole: Tensor,
+    whole: Mapping[str, Tensor],
     tolerance: Tolerance,
+    reference: Callable[[], Session],
     features: Tensor | None = None,
 ) -> Check:
-    """Append ids [B, S] cut at columns `cuts`; compare each piece's end with `whole` [B, S, vocab].
+    """Append ids [B, S] cut at columns `cuts`; compare each piece's end with `whole`.
 
-    `features` [N, dim] are those of the rows' own image tokens.
+    `whole` is a trace of one call: logits, and the choices of experts that `session` shows. Where
+    the pieces choose others, `reference` opens what decides. `features` [N, dim] are those of the
+    rows' own image tokens.
     """
     images = session.image_mask(ids, lengths)
     edges = [0, *sorted({cut for cut in cuts if 0 < cut < ids.shape[1]}), ids.shape[1]]
     cache = session.new_cache(len(ids), 1)  # grows on the way
-    pairs = []
+    mine = torch.arange(ids.shape[1]) < lengths[:, None]
+    before = lengths.cumsum(0) - lengths  # own tokens of the rows above
+    names = choices(session.spec, tolerance)
+    chosen = {each: whole[each].new_zeros(*ids.shape, whole[each].shape[1]) for each in names}
+    found, places = [], []
     for start, end in pairwise(edges):
         own = (lengths - start).clamp(0, end - start)
         columns = slice(start, end)
         fused = (
             None if features is None else features_within(features, images, slice(None), columns)
         )
-        got = session.extend(ids[:, columns], own, cache, fused).cpu()
-        pairs += [(got[r], whole[r, start + n - 1]) for r, n in enumerate(own.tolist()) if n]
-    found, expected = (torch.stack(side) for side in zip(*pairs, strict=True))
+        last = torch.zeros(len(ids), session.spec.text.vocab)
+        for rows, part, out in session.walk(ids[:, columns], own, cache, fused, every=False):
+            ends = (own[rows] > part.start) & (own[rows] <= part.stop)
+            last[rows][ends] = out["logits"].cpu()[ends, 0]
+            for each, experts in chosen.items():
+                here = experts[rows, start + part.start : start + part.stop]
+                here.copy_(out[each].view_as(here))
+        found.append(last[own > 0])
+        places.append((before + start + own - 1)[own > 0])
+    own_chosen = {each: experts[mine] for each, experts in chosen.items()}
+    expected = settled(reference, ids, lengths, own_chosen, whole, features)[torch.cat(places)]
     detail = f"{len(edges) - 1} calls, rows of {spoken(lengths.tolist())} tokens"
-    return error(name, found, expected, tolerance, detail)
+    return error(name, torch.cat(found), expected, tolerance, detail)

@@ -9,6 +9,7 @@ from torch import Tensor
 from moec.runtime.engines.eager import eager_engine
 from moec.runtime.proof.chunked_prefill import in_pieces
 from moec.runtime.proof.compare import Tolerance, argmax_agreement, error
+from moec.runtime.proof.near_ties import choices, following
 from moec.runtime.proof.report import Check
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec.model import ModelSpec
@@ -80,26 +81,29 @@ def fusion(
 ) -> Iterator[Check]:
     """Images in text: the fused embeddings, the logits, and the same through the caches."""
     pixels = images.pixels[: images.placed]
-    spec, taps = subject.artefact.manifest.spec, ["fused"]
-    session = subject.session(taps)
-    features, results = [], []
-    for each in (session, subject.reference(taps)):
-        features.append(each.image_features(pixels))
-        results.append(each.trace(images.ids, lengths, taps, features[-1]))
+    spec = subject.artefact.manifest.spec
+    names = choices(spec, tolerance)
+    session = subject.session(["fused", *names])
+    features = session.image_features(pixels)
+    whole = session.trace(images.ids, lengths, ["fused", *names], features)
+    reference = subject.reference(["fused"], tolerance.near)
+    judged = following(reference, {name: whole[name] for name in names}, lengths).trace(
+        images.ids, lengths, ["fused"], reference.image_features(pixels)
+    )
     # Images alone: beside trained embeddings their features may be too small to show an error.
     own = torch.arange(images.ids.shape[1]) < lengths[:, None]
     seen = images.seen[own]
-    found, expected = (out["fused"][seen] for out in results)
+    found, expected = (out["fused"][seen] for out in (whole, judged))
     detail = f"{len(found)} image tokens of {images.placed} tiles"
     yield error("images: fused", found, expected, tolerance, detail)
-    found, expected = (out["logits"] for out in results)
+    found, expected = whole["logits"], judged["logits"]
     yield error("images: logits", found, expected, tolerance)
     yield argmax_agreement("images: argmax", found, expected, tolerance)
     cuts = set()  # that part images
     for row in images.seen:
         columns = row.nonzero()[:, 0].tolist()
         cuts |= {columns[len(columns) // 3], columns[len(columns) // 2]} if columns else set()
-    whole = torch.zeros(*images.ids.shape, spec.text.vocab)
-    whole[own] = results[0]["logits"]
-    name = "images: in pieces"
-    yield in_pieces(name, session, images.ids, lengths, cuts, whole, tolerance, features[0])
+    yield in_pieces(
+        "images: in pieces", session, images.ids, lengths, cuts, whole, tolerance,
+        lambda: reference, features,
+    )  # fmt: skip

@@ -54,10 +54,10 @@ class ArtefactUnderTest:
         """The vision tower alone."""
         return self.engine.open(self.artefact, "vision", self.device, self.options, taps)
 
-    def reference(self, taps: Sequence[str] = ()) -> Session:
-        """The float32 eager reference on the same weights."""
+    def reference(self, taps: Sequence[str] = (), near: float | None = None) -> Session:
+        """The float32 eager reference on the same weights; `near` is as in `eager_engine`."""
         return eager_session(
-            self.artefact.manifest.spec, self.artefact.entries(), "fp32", taps=taps
+            self.artefact.manifest.spec, self.artefact.entries(), "fp32", taps=taps, near=near
         )
 
     def reference_from(

@@ -7,6 +7,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from moec.artefact.manifest import Manifest
 from moec.artefact.session_options import EXACT
 from moec.artefact.targets import find_target
 from moec.exporters.export import export
+from moec.graph_builder.passes.follow import taken
 from moec.runtime.calibrate import calibrate
 from moec.runtime.proof.chunked_prefill import in_pieces
 from moec.runtime.proof.compare import (
@@ -33,6 +35,7 @@ from moec.runtime.proof.compare import (
 )
 from moec.runtime.proof.cost import cost
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
+from moec.runtime.proof.near_ties import choices, following, settled, watched
 from moec.runtime.proof.report import Check, Report
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec.errors import refuse
@@ -239,7 +242,9 @@ def _ladder(
     chosen = {i: f"layers.{i}.moe.route.1" for i in routers}
     taps = [*hidden, *routers.values(), *chosen.values()]
     found = subject.session(taps).trace(ids, lengths, taps)
-    expected = subject.reference(taps).trace(ids, lengths, taps)
+    reference = subject.reference(taps, tolerance.near)
+    taken = {name: found[name] for name in choices(spec, tolerance)}
+    expected = following(reference, taken, lengths).trace(ids, lengths, taps)
     if spec.scheme:
         yield from _each_layer(subject, ids, lengths, found, hidden)
     own = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -247,12 +252,8 @@ def _ladder(
     for layer in layers:
         if layer.moe:
             logits = expected[routers[layer.index]]
-            k = spec.text.experts.top_k
-            margin = -logits.topk(min(k + 1, logits.shape[1])).values.diff()[:, -1:]
-            same = (found[chosen[layer.index]] == expected[chosen[layer.index]]).all(-1)
-            clear = (
-                margin[:, 0] > tolerance.error * logits.abs().max() if k < logits.shape[1] else same
-            )
+            ours, theirs = (each[chosen[layer.index]] for each in (expected, found))
+            same, clear = (theirs == ours).all(-1), _clear(logits, ours, theirs, tolerance)
             yield agreement(f"layers.{layer.index} router", same, clear, tolerance)
         name = f"layers.{layer.index}.out"
         yield error(f"layers.{layer.index}", found[name], expected[name], tolerance)
@@ -268,6 +269,17 @@ def _ladder(
         border = (at >= chunk) & ((at % chunk == 0) | (at % chunk == chunk - 1)) | (at == chunk - 1)
         detail = f"{int(border.sum())} positions beside {int((lengths.max() - 1) // chunk)} borders"
         yield error("logits, chunk borders", a[border], b[border], tolerance, detail)
+
+
+def _clear(logits: Tensor, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Tensor:
+    """bool [T]: where the reference's router logits [T, E] leave no other choice than `ours`.
+
+    ours and theirs [T, k] are the experts that the reference and the engine chose.
+    """
+    if tolerance.near is not None:
+        return (taken(logits, ours, theirs, tolerance.near) != theirs).any(-1)
+    best = logits.topk(min(ours.shape[1] + 1, logits.shape[1])).values
+    return (-best.diff() > tolerance.error * logits.abs().max()).all(-1)
 
 
 def _each_layer(
@@ -295,32 +307,37 @@ def _cached(
     subject: ArtefactUnderTest, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Prefill in uneven pieces and decode around each chunk border, rows of different length."""
-    session = subject.session()
+    names = choices(subject.artefact.manifest.spec, tolerance)
+    session = subject.session(names)
+    reference = partial(subject.reference, near=tolerance.near)
     chunk = session.spec.text.chunk or 16
-    whole = session.logits(ids, lengths=lengths)
+    whole = session.trace(ids, lengths, names)
     cuts = {
         cut
         for border in range(chunk, ids.shape[1], chunk)
         for cut in (border - 2, border - 1, border, border + 1)
     } or {ids.shape[1] - 2, ids.shape[1] - 1}
     name = "prefill against decode"
-    yield in_pieces(name, session, ids, lengths, cuts, whole, tolerance)
-    short = int(lengths[1])
-    alone = session.logits(ids[1:2, :short])
-    yield error("ragged batch against row alone", whole[1, :short], alone[0], tolerance)
+    yield in_pieces(name, session, ids, lengths, cuts, whole, tolerance, reference)
+    row, short = ids[1:2, : lengths[1]], lengths[1:2]
+    within = {key: each[lengths[0] : lengths[:2].sum()] for key, each in whole.items()}
+    alone = settled(reference, row, short, within, session.trace(row, short, names))
+    yield error("ragged batch against row alone", within["logits"], alone, tolerance)
 
 
 def _greedy(subject: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Greedy tokens through the caches, and the reference's opinion of each."""
-    session = subject.session()
-    reference = subject.reference()
+    names = choices(subject.artefact.manifest.spec, tolerance)
+    session, seen = watched(subject.session(names), names)
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
     wanted = 32 if session.spec.scheme else 8  # of few, two that FP8 moved would be too many
-    room = (
-        wanted if session.limits.context is None else session.limits.context - prompt.shape[1] + 1
-    )
+    context = session.limits.context
+    room = wanted if context is None else context - prompt.shape[1] + 1
     tokens = session.generate(prompt, max_new_tokens=min(wanted, room), stop=())
-    logits = reference.logits(tokens)[0, prompt.shape[1] - 1 : -1]
+    fed = tokens[:, :-1]
+    lengths, taken = torch.tensor([fed.shape[1]]), {n: torch.cat(each) for n, each in seen.items()}
+    reference = following(subject.reference((), tolerance.near), taken, lengths)
+    logits = reference.logits(fed)[0, prompt.shape[1] - 1 :]
     best = logits.max(-1).values
     given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]
     near = best - given <= tolerance.error * logits.abs().max()

@@ -24,13 +24,15 @@ from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import view
+from tests.proofs import assert_passed
 from tests.refusals import refusal
 
 
 def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_path: Path) -> None:
     report = moec.validate(tiny_onnx)
     names = [check.name for check in report.checks]
-    assert report.passed and report.first_divergence is None
+    assert_passed(report)
+    assert report.first_divergence is None
     assert {"layers.0", "layers.7 router", "argmax", "logits, chunk borders"} <= set(names)
     assert {"prefill against decode", "ragged batch against row alone"} <= set(names)
     assert names[:3] == ["vision.tokens", "vision.layers.0", "vision.layers.1"]
@@ -48,7 +50,8 @@ def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_pat
 def test_a_weightless_build_is_proven_on_its_twin(name: str, tmp_path: Path) -> None:
     artefact = moec.export(name, out=tmp_path / "a")
     report = moec.validate(artefact.path)
-    assert report.passed and report.twin
+    assert_passed(report)
+    assert report.twin
     assert sum(check.name.startswith("layers.") for check in report.checks) == {
         "scout": 96, "maverick": 72,
     }[name]  # fmt: skip
@@ -73,7 +76,8 @@ def test_an_engine_for_few_tokens_is_proven_within_them(
     options = EngineOptions(context=context, batch=1, piece=context, build=False)
     art = moec.export(small, "tensorrt", "fp32", tmp_path / "a", options=options)
     report = moec.validate(art.path)
-    assert report.passed and report.tokens[0] == context
+    assert_passed(report)
+    assert report.tokens[0] == context
     (greedy,) = (check for check in report.checks if check.name == "greedy tokens")
     assert f"{min(8, context)}" in greedy.detail
 
@@ -87,7 +91,8 @@ def test_a_weightless_build_with_a_plugin_is_proven_on_its_twin(
     )
     assert art.manifest.dialect == "tensorrt-plugin"
     report = moec.validate(art.path, tokens=12)
-    assert report.passed and report.twin
+    assert_passed(report)
+    assert report.twin
 
 
 def test_a_device_that_is_none_is_refused(small: Path, tmp_path: Path) -> None:
@@ -129,7 +134,8 @@ def test_the_twin_of_target_torch_fits_every_kernel(
 def test_half_precision_is_proven_on_a_shallow_twin(name: str, tmp_path: Path) -> None:
     artefact = moec.export(name, precision="fp16", out=tmp_path / "a")
     report = moec.validate(artefact.path, seed=3)
-    assert report.passed and report.twin and "4 layers" in report.notes[-1]
+    assert_passed(report)
+    assert report.twin and "4 layers" in report.notes[-1]
     assert report.tokens == [101, 63]
 
 
@@ -147,7 +153,7 @@ def test_pieces_that_lose_an_image_are_noticed(
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7])
 def test_few_tokens_are_enough(tiny_onnx: Path, tokens: int) -> None:
-    assert moec.validate(tiny_onnx, tokens=tokens).passed
+    assert_passed(moec.validate(tiny_onnx, tokens=tokens))
 
 
 def test_a_flipped_token_is_left_out_of_a_half_precision_error_and_many_are_not() -> None:
@@ -375,6 +381,7 @@ def test_a_narrow_twin_of_short_rows_has_more_of_them(tmp_path: Path) -> None:
     """Among few tokens one that FP8 moved to another expert would be a large part of an error."""
     art = moec.export("scout", target="torch", precision="fp8", out=tmp_path / "a")
     report = moec.validate(art.path, tokens=9)
-    assert report.passed and report.tokens == [9, 5] * 10
+    assert_passed(report)
+    assert report.tokens == [9, 5] * 10
     details = {check.name: check.detail for check in report.checks}
     assert "rows of 10 x [9, 5] tokens" in details["prefill against decode"]

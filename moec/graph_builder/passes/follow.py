@@ -1,0 +1,42 @@
+"""Let a graph take the choices of experts that another engine made, where its own are near ties."""
+
+import torch
+from torch import Tensor, fx
+
+from moec.graph_builder.builder import tag
+from moec.graph_builder.types import TensorType
+
+
+def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
+    """`graph`, changed in place: each choice of experts NAME has an input "NAME.given" [T, k].
+
+    A token takes the given experts if their router logits lie within `limit` of its best ones, as a
+    share of the layer's largest logit. Without the input, and elsewhere, it takes its best experts.
+    The choices themselves are still the graph's own, for `tap` to make visible.
+    """
+    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    for own in list(graph.graph.nodes):
+        name = str(own.meta.get("name"))
+        if not name.endswith(".route.1"):
+            continue
+        logits, top_k = own.args[0].args
+        with graph.graph.inserting_before(first):
+            given = graph.graph.placeholder(f"{name.replace('.', '_')}_given")
+        given.meta["default"] = torch.empty(0, top_k, dtype=torch.int64)
+        tag(given, f"{name}.given", TensorType(("given", top_k), torch.int64))
+        with graph.graph.inserting_after(own):
+            chosen = graph.graph.call_function(taken, (logits, own, given, limit))
+        tag(chosen, f"{name}.taken", own.meta["type"])
+        own.replace_all_uses_with(chosen, lambda user, chosen=chosen: user is not chosen)
+    graph.recompile()
+    return graph
+
+
+def taken(logits: Tensor, own: Tensor, given: Tensor, limit: float) -> Tensor:
+    """Experts [T, k]: those `given` where logits [T, E] allow it, else the graph's `own`."""
+    if not len(given):
+        return own
+    known = given.clamp(0, logits.shape[1] - 1)  # a broken engine may name experts that are none
+    behind = logits.gather(1, own) - logits.gather(1, known)
+    near = (behind.abs() <= limit * logits.abs().max()) & (known == given)
+    return torch.where(near.all(1, keepdim=True), given, own)

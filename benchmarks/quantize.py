@@ -27,8 +27,8 @@ import moec
 from moec.spec.hf.config import write_config
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import INDEX
+from moec.weights.journal import PACKED
 from moec.weights.name_map import Row, rows
-from moec.weights.packed_file import PACKED
 from moec.weights.shard import nbytes
 
 LIMIT = 2e9  # bytes of memory that the build may hold

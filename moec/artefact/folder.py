@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moec.artefact.manifest import FORMAT, NAME
 from moec.spec.errors import refuse
-from moec.weights.packed_file import PACKED, under_way
+from moec.weights.journal import PACKED, under_way
 
 
 @contextmanager

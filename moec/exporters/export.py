@@ -42,8 +42,8 @@ from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
+from moec.weights.journal import PACKED, discard
 from moec.weights.name_map import read_model
-from moec.weights.packed_file import PACKED, discard
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED
 

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from moec.spec.errors import refuse
 from moec.spec.files import load_spec
+from moec.spec.frozen import DType
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.shard import TensorEntry
-from moec.weights.view import TORCH_DTYPES, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ def _with_scales(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     if spec.scheme is None:
         return spec
     found = (checkpoint.tensors.get(row.key) for row in rows(spec) if _is_scale(row.name))
-    dtype = next((each.dtype for each in found if each and each.dtype in TORCH_DTYPES), "fp32")
+    wide = get_args(DType)
+    dtype = next((each.dtype for each in found if each and each.dtype in wide), "fp32")
     return spec.model_copy(update={"scheme": spec.scheme.model_copy(update={"scales": dtype})})
 
 
@@ -100,6 +102,8 @@ def _checked_scale(row: Row, entry: TensorEntry) -> TensorEntry:
         return entry
     entry = replace(entry, shape=row.shape)
     if entry.dtype == row.dtype:
+        from moec.weights.view import view  # torch, which a wide checkpoint is read without
+
         values = view(entry).float()
         bad = values[~(values.isfinite() & (values > 0))]
         if len(bad):

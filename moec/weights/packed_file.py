@@ -16,12 +16,12 @@ from torch import Tensor
 
 from moec.spec.errors import refuse
 from moec.weights import fp8
-from moec.weights.packing import Packing, arrange, store
+from moec.weights.arrange import arrange, store
+from moec.weights.journal import journal_of, landed
+from moec.weights.packing import Packing
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
 from moec.weights.view import STORED, read_into, view
 
-#: the file's name in an artefact
-PACKED = "weights.safetensors"
 #: elements that are packed at once: bounds the memory of the arithmetic
 PIECE = 1 << 22
 #: bytes of experts that are held at once; of one, if it is larger
@@ -59,9 +59,9 @@ def write_packed(
     """
     constants = constants or {}
     header, offsets, size = _layout(packings, entries, constants)
-    journal = _journal(path)
+    journal = journal_of(path)
     fingerprint = _fingerprint(header, packings, entries)
-    done = _landed(path, journal, fingerprint, size, set(packings))
+    done = landed(path, journal, fingerprint, size, set(packings))
     total = sum(entries[p.source].nbytes for p in packings.values())
     before = at = sum(entries[packings[name].source].nbytes for name in done)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -304,39 +304,6 @@ def _fingerprint(
         status = file.stat()
         digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def discard(path: Path) -> None:
-    """Remove packed weights that were under way."""
-    for file in under_way(path):
-        file.unlink()
-
-
-def _journal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.journal")
-
-
-def under_way(path: Path) -> tuple[Path, ...]:
-    """What is needed to go on with `path`, if a call was cut off after something had landed."""
-    journal = _journal(path)
-    if path.is_file() and journal.is_file() and journal.read_bytes().count(b"\n") > 1:
-        return path, journal
-    return ()
-
-
-def _landed(path: Path, journal: Path, fingerprint: str, size: int, known: set[str]) -> set[str]:
-    """What an earlier call for the same file has written; anything else of it is removed."""
-    try:
-        first, *lines = journal.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        first, lines = "", []
-    done = set(lines[:-1])  # what follows the last line break was cut off
-    whole = path.is_file() and path.stat().st_size == size
-    if not whole or first != fingerprint or not done <= known:
-        done = set()
-    text = "".join(f"{line}\n" for line in (fingerprint, *sorted(done)))
-    journal.write_text(text, encoding="utf-8")
-    return done
 
 
 def _layout(

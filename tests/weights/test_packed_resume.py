@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import moec
 from moec.artefact.artefact import open_artefact, verify_files
 from moec.spec.errors import MoecError
-from moec.weights.packed_file import PACKED, write_packed
+from moec.weights.journal import PACKED
+from moec.weights.packed_file import write_packed
 from moec.weights.packing import Packing
 from moec.weights.random import write_random_checkpoint
 from moec.weights.shard import TensorEntry, read_shard

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: a thread each, 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-scout"
+
+
+#: seconds that a test without a mark should stay below
+FAST = 2.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out tests marked full or slow")
+    parser.addoption("--slow", action="store_true", help="run tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect tests by their marks. `./run check` says --fast, `./run test` says nothing."""
+    if config.getoption("--fast"):
+        left_out = {"full", "slow"}
+    else:
+        left_out = set() if config.getoption("--slow") else {"slow"}
+    kept, dropped = [], []
+    for item in items:
+        marked = any(mark.name in left_out for mark in item.iter_markers())
+        (dropped if marked else kept).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name the tests that made `--fast` wait. Their time depends on the machine: none fails."""
+    if not config.getoption("--fast"):
+        return
+    reports = [each for kind in ("", "passed") for each in terminalreporter.getreports(kind)]
+    late = [each for each in reports if each.when != "teardown" and each.duration > FAST]
+    for each in sorted(late, key=lambda report: -report.duration):
+        terminalreporter.line(
+            f"{each.duration:.1f} s: {each.when} of {each.nodeid}: make it fast, or mark it full"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
+import io
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -124,25 +126,38 @@ def artefact(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "art"))
 
 
-@pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Run the command line in this process: its exit code and what it says on stderr.
+def run_command(*args: object) -> tuple[int, str, str]:
+    """Run the command line in this process: its exit code, what it prints, what it says on stderr.
 
-    An error that would be a stack trace comes through and fails the test.
+    An error that would be a stack trace comes through and fails the test. A process of its own
+    would first import torch, for seconds.
     """
     from moec.cli import main
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            redirect_stdout(out),
+            redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            patch.setattr(sys, "argv", ["moec", *map(str, args)])
+            main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def cli() -> Callable[..., tuple[int, str]]:
+    """Run the command line in this process: its exit code and what it says on stderr."""
 
     def run(*args: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["moec", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, capsys.readouterr().err
+        code, _, err = run_command(*args)
+        return code, err
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run

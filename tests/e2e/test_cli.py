@@ -11,10 +11,11 @@ import yaml
 from tokenizers import Tokenizer
 
 import moec
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, run_command
 
 
-def _cli(*args: object, code: int = 0) -> str:
+def _process(*args: object, code: int = 0) -> str:
+    """What the command prints, in a process of its own as a user has it."""
     done = subprocess.run(
         [sys.executable, ROOT / "cli.py", *map(str, args)], capture_output=True, text=True, cwd=ROOT
     )
@@ -23,10 +24,17 @@ def _cli(*args: object, code: int = 0) -> str:
     return done.stdout
 
 
+def _cli(*args: object, code: int = 0) -> str:
+    """What the command prints, without waiting for a process to start."""
+    ended, out, err = run_command(*args)
+    assert ended == code, out + err
+    return out
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("cli") / "tiny"
-    return out, _cli("build", "--checkpoint", TINY, "--out", out)
+    return out, _process("build", "--checkpoint", TINY, "--out", out)
 
 
 def test_build_proves_and_accounts(built: tuple[Path, str]) -> None:
@@ -46,7 +54,7 @@ def test_build_variant_needs_no_checkpoint(name: str, tmp_path: Path) -> None:
 
 def test_generate_streams_the_golden_text(built: tuple[Path, str]) -> None:
     prompt = "import os\nimport sys\n\nclass "
-    text = _cli("generate", built[0], "--prompt", prompt, "--max-new-tokens", 20)
+    text = _process("generate", built[0], "--prompt", prompt, "--max-new-tokens", 20)
     assert text.startswith(prompt) and len(text) > len(prompt) + 20
     eager = _cli(
         "generate", built[0], "--prompt", prompt, "--max-new-tokens", 20, "--engine", "eager"
@@ -148,5 +156,5 @@ def test_plan_and_bench(built: tuple[Path, str]) -> None:
 
 
 def test_usage_errors_exit_with_2() -> None:
-    _cli("build", "--variant", "scout", "--surprise", code=2)
+    _process("build", "--variant", "scout", "--surprise", code=2)
     _cli("validate", code=2)

@@ -10,6 +10,8 @@ import torch
 import moec
 from tests.conftest import ROOT, TINY
 
+pytestmark = pytest.mark.full
+
 
 @pytest.mark.parametrize("page", ["README.md", "docs/formats.md"])
 def test_the_code_on_a_page_runs(

@@ -12,6 +12,8 @@ from moec.runtime.proof.cost import cost
 from moec.spec.calibration import Calibration
 from moec.spec.scheme import SCHEMES
 
+pytestmark = pytest.mark.full
+
 PERPLEXITY = 13.3217
 #: scheme, caches -> largest change of perplexity, largest share of tokens whose experts are others
 LIMITS = {

@@ -19,6 +19,8 @@ from moec.weights.name_map import read_model
 from moec.weights.shard import TensorEntry
 from moec.weights.view import view
 
+pytestmark = pytest.mark.full
+
 SOURCES = Path(__file__).parents[1] / "fp8_sources"
 #: script and its variant -> inputs of products, share of logits' norm that its own differ by
 FORMATS = {

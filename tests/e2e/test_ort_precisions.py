@@ -16,6 +16,8 @@ from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 
+pytestmark = pytest.mark.full
+
 PERPLEXITY = 13.3217
 quantized = pytest.mark.skipif(
     tuple(map(int, onnxruntime.__version__.split(".")[:2])) < QUANTIZED_FROM,

@@ -11,6 +11,8 @@ from torch.nn import functional
 import moec
 from moec.artefact.artefact import open_artefact
 
+pytestmark = pytest.mark.full
+
 PERPLEXITY = 13.3217
 
 

@@ -24,6 +24,8 @@ from tests.damage import SECOND, SPEC
 from tests.refusals import one_message
 from tests.trees import names, tree
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 JOURNAL = f"{PACKED}.journal"
 PACKINGS = {

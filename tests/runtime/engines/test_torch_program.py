@@ -26,6 +26,8 @@ from moec.weights.journal import PACKED
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import STORED
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def art(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

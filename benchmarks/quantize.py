@@ -28,7 +28,7 @@ from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import INDEX
 from moec.weights.name_map import CheckpointTensor, checkpoint_tensors
-from moec.weights.packed_file import PACKED
+from moec.weights.packed_journal import PACKED
 from moec.weights.shard import nbytes
 
 LIMIT = 2e9  # bytes of memory that the build may use

@@ -1,10 +1,13 @@
+import io
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +27,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: a thread each, 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-scout"
+
+
+#: seconds that a test without a mark should stay below
+FAST = 2.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out tests marked full or slow")
+    parser.addoption("--slow", action="store_true", help="run tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect tests by their marks. `./run check` says --fast, `./run test` says nothing."""
+    if config.getoption("--fast"):
+        left_out = {"full", "slow"}
+    else:
+        left_out = set() if config.getoption("--slow") else {"slow"}
+    kept, dropped = [], []
+    for item in items:
+        marked = any(mark.name in left_out for mark in item.iter_markers())
+        (dropped if marked else kept).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name the tests that made `--fast` wait. Their time depends on the machine: none fails."""
+    if not config.getoption("--fast"):
+        return
+    reports = [each for kind in ("", "passed") for each in terminalreporter.getreports(kind)]
+    late = [each for each in reports if each.when != "teardown" and each.duration > FAST]
+    for each in sorted(late, key=lambda report: -report.duration):
+        terminalreporter.line(
+            f"{each.duration:.1f} s: {each.when} of {each.nodeid}: make it fast, or mark it full"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -88,25 +126,38 @@ def artefact(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "art"))
 
 
-@pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Run the command line in this process: its exit code and what it says on stderr.
+def run_command(*args: object) -> tuple[int, str, str]:
+    """Run the command line in this process: its exit code, what it prints, what it says on stderr.
 
-    An error that would be a stack trace comes through and fails the test.
+    An error that would be a stack trace comes through and fails the test. A process of its own
+    would first import torch, for seconds.
     """
     from moec.cli import main
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            redirect_stdout(out),
+            redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            patch.setattr(sys, "argv", ["moec", *map(str, args)])
+            main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def cli() -> Callable[..., tuple[int, str]]:
+    """Run the command line in this process: its exit code and what it says on stderr."""
 
     def run(*args: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["moec", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, capsys.readouterr().err
+        code, _, err = run_command(*args)
+        return code, err
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from moec.artefact.manifest import FORMAT, NAME
 from moec.spec.errors import refuse
-from moec.weights.packed_file import PACKED
-from moec.weights.packed_journal import resumable_files
+from moec.weights.packed_journal import PACKED, resumable_files
 
 
 @contextmanager

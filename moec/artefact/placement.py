@@ -13,7 +13,8 @@ from torch import Tensor
 from moec.artefact.manifest import Manifest, ShardRef, TensorRef, WeightMode, Weights
 from moec.spec.errors import refuse
 from moec.weights.checkpoint import Checkpoint
-from moec.weights.packed_file import PACKED, write_packed
+from moec.weights.packed_file import write_packed
+from moec.weights.packed_journal import PACKED
 from moec.weights.shard import TensorEntry, read_shard
 
 #: files beside the weights that a runtime may want

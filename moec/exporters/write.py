@@ -20,8 +20,7 @@ from moec.exporters.builder import Model, builder_of
 from moec.exporters.stages import Stages
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
-from moec.weights.packed_file import PACKED
-from moec.weights.packed_journal import discard
+from moec.weights.packed_journal import PACKED, discard
 from moec.weights.shard import TensorEntry
 
 

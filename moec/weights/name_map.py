@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from moec.spec.errors import refuse
 from moec.spec.files import load_spec
+from moec.spec.frozen import DType
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.shard import TensorEntry
-from moec.weights.view import TORCH_DTYPES, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ def _with_scales(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
         return spec
     scales = (each for each in checkpoint_tensors(spec) if _is_scale(each.name))
     found = (checkpoint.tensors.get(each.key) for each in scales)
-    dtype = next((each.dtype for each in found if each and each.dtype in TORCH_DTYPES), "fp32")
+    wide = get_args(DType)
+    dtype = next((each.dtype for each in found if each and each.dtype in wide), "fp32")
     return spec.model_copy(update={"scheme": spec.scheme.model_copy(update={"scales": dtype})})
 
 
@@ -110,6 +112,8 @@ def _checked_scale(row: CheckpointTensor, entry: TensorEntry) -> TensorEntry:
         return entry
     entry = replace(entry, shape=row.shape)
     if entry.dtype == row.dtype:
+        from moec.weights.view import view  # torch, which a wide checkpoint is read without
+
         values = view(entry).float()
         bad = values[~(values.isfinite() & (values > 0))]
         if len(bad):

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from moec.spec.errors import refuse
 from moec.weights import fp8, packed_journal
-from moec.weights.packing import Packing, arrange, store
+from moec.weights.arrange import arrange, store
+from moec.weights.packing import Packing
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
 from moec.weights.view import STORED, read_into, view
 
-#: the file's name in an artefact
-PACKED = "weights.safetensors"
 #: elements that one thread packs at once, which bounds the memory of the arithmetic
 ELEMENTS_AT_ONCE = 1 << 22
 #: bytes of experts that are in memory at once; at least one expert is

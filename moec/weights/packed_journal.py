@@ -11,6 +11,9 @@ from pathlib import Path
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 
+#: the name of the packed file in an artefact
+PACKED = "weights.safetensors"
+
 
 def fingerprint(
     header: bytes, packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]

@@ -129,6 +129,7 @@ PROCESSES: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", PROCESSES)
 def test_the_real_command_refuses(checkpoint: Path, tmp_path: Path, case: str) -> None:
     damage, names = PROCESSES[case]

@@ -11,11 +11,15 @@ import yaml
 from tokenizers import Tokenizer
 
 import moec
-from tests.conftest import ROOT, TINY
+from moec.runtime.bench.bench import PEERS
+from tests.conftest import ROOT, TINY, run_command
 from tests.proofs import assert_passed
 
+pytestmark = pytest.mark.full
 
-def _cli(*args: object, code: int = 0) -> str:
+
+def _process(*args: object, code: int = 0) -> str:
+    """What the command prints, in a process of its own as a user has it."""
     done = subprocess.run(
         [sys.executable, ROOT / "cli.py", *map(str, args)], capture_output=True, text=True, cwd=ROOT
     )
@@ -24,10 +28,17 @@ def _cli(*args: object, code: int = 0) -> str:
     return done.stdout
 
 
+def _cli(*args: object, code: int = 0) -> str:
+    """What the command prints, without waiting for a process to start."""
+    ended, out, err = run_command(*args)
+    assert ended == code, out + err
+    return out
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("cli") / "tiny"
-    return out, _cli("build", "--checkpoint", TINY, "--out", out)
+    return out, _process("build", "--checkpoint", TINY, "--out", out)
 
 
 def test_build_proves_and_accounts(built: tuple[Path, str]) -> None:
@@ -40,7 +51,7 @@ def test_build_proves_and_accounts(built: tuple[Path, str]) -> None:
     assert manifest["weights"]["mode"] == "in-place"
 
 
-@pytest.mark.parametrize("name", ["scout", "maverick"])
+@pytest.mark.parametrize("name", ["scout", pytest.param("maverick", marks=pytest.mark.slow)])
 def test_build_variant_needs_no_checkpoint(name: str, tmp_path: Path) -> None:
     printed = _cli("build", "--variant", name, "--out", tmp_path / "a")
     assert "PASSED" in printed and "twin" in printed and "no weights yet" in printed
@@ -48,7 +59,7 @@ def test_build_variant_needs_no_checkpoint(name: str, tmp_path: Path) -> None:
 
 def test_generate_streams_the_golden_text(built: tuple[Path, str]) -> None:
     prompt = "import os\nimport sys\n\nclass "
-    text = _cli("generate", built[0], "--prompt", prompt, "--max-new-tokens", 20)
+    text = _process("generate", built[0], "--prompt", prompt, "--max-new-tokens", 20)
     assert text.startswith(prompt) and len(text) > len(prompt) + 20
     eager = _cli(
         "generate", built[0], "--prompt", prompt, "--max-new-tokens", 20, "--engine", "eager"
@@ -134,22 +145,28 @@ def test_build_for_onnxruntime_in_four_bits(tmp_path: Path) -> None:
     assert "main" in _cli("generate", out, "--prompt", "def main(", "--max-new-tokens", 4)
 
 
-def test_plan_and_bench(built: tuple[Path, str]) -> None:
+def test_plan() -> None:
     plan = json.loads(_cli("plan", "scout", "--precision", "fp8", "--device", "h200", "--json"))
     assert plan["fits"] is True
     assert "decode step" in _cli("plan", "maverick")
     assert (
         json.loads(_cli("plan", "scout", "--precision", "int4", "--json"))["weights_bytes"] < 7e10
     )
+
+
+@pytest.mark.parametrize("peers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_bench(built: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, peers: int) -> None:
+    names = ("transformers", "transformers, compiled")[:peers]  # a minute to compile
+    monkeypatch.setattr("moec.runtime.bench.bench.PEERS", PEERS[:peers])
     rows = json.loads(_cli("bench", built[0], "--new-tokens", 3, "--rounds", 1, "--json"))
     lanes = [(row["engine"], row["preset"]) for row in rows]
-    peers = [("transformers", ""), ("transformers, compiled", "")]
-    assert lanes == [("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", ""), *peers]
+    ours = [("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", "")]
+    assert lanes == [*ours, *((name, "") for name in names)]
     for row in rows:
         assert not row["error"] and row["decode_tokens_per_s"] > 0 and row["peak_bytes"] > 1e7
         assert 0 < row["bandwidth_share"] < 1
 
 
 def test_usage_errors_exit_with_2() -> None:
-    _cli("build", "--variant", "scout", "--surprise", code=2)
+    _process("build", "--variant", "scout", "--surprise", code=2)
     _cli("validate", code=2)

@@ -16,6 +16,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("example
 PATH = re.compile(r"`((?:moec|tests|benchmarks|docs|examples)/[\w./*-]*)`")
 #: the target of a link, without what follows `#`; not those with a scheme
 LINK = re.compile(r"\]\((?!\w+:)([^)#]+)(?:#[^)]*)?\)")
+pytestmark = pytest.mark.full
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/formats.md", "docs/api.md"])

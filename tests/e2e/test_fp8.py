@@ -13,6 +13,8 @@ from moec.spec.calibration import Calibration
 from moec.spec.scheme import SCHEMES
 from tests.proofs import assert_passed
 
+pytestmark = pytest.mark.full
+
 PERPLEXITY = 13.3217
 #: scheme, caches -> largest change of perplexity, largest share of tokens whose experts are others
 LIMITS = {

@@ -20,6 +20,8 @@ from moec.weights.shard import TensorEntry
 from moec.weights.view import view
 from tests.proofs import assert_passed
 
+pytestmark = pytest.mark.full
+
 SOURCES = Path(__file__).parents[1] / "fp8_sources"
 #: script and its variant -> inputs of products, share of logits' norm that its own differ by
 FORMATS = {

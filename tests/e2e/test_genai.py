@@ -9,6 +9,8 @@ from torch import Tensor
 import moec
 from tests.e2e.test_golden import PROMPTS
 
+pytestmark = pytest.mark.full
+
 og = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
 
 

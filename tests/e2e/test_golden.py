@@ -98,6 +98,7 @@ def test_all_continuations_in_one_ragged_batch(
         assert row[: len(expected)].tolist() == expected.tolist()
 
 
+@pytest.mark.full
 def test_perplexity_of_held_out_windows(session: Session, golden: dict[str, Tensor]) -> None:
     windows = golden["eval_ids"]
     logits = session.logits(windows[:, :-1])
@@ -139,6 +140,7 @@ def test_every_layer_and_router_choice(
         assert torch.equal(out[name].reshape(2, 300), golden[f"router_top1.{index:02}"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision, limit", [("fp16", 0.005)])
 def test_half_precision_keeps_the_perplexity(
     tiny: Path, golden: dict[str, Tensor], tmp_path: Path, precision: str, limit: float

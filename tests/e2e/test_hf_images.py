@@ -4,6 +4,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 from tests.oracle import relative, routers_are_clear, transformers_logits
 from tests.strategies import vision_specs
+
+pytestmark = pytest.mark.full
 
 RELATIVE = 1e-4
 #: a row of text: numbers of tokens, with an image of so many tiles before each but the first

@@ -24,6 +24,8 @@ from moec.weights.random import write_random_checkpoint
 from tests.oracle import relative, routers_are_clear, transformers_logits
 from tests.strategies import specs
 
+pytestmark = pytest.mark.full
+
 RELATIVE = 1e-4
 MAVERICK = twin(PRESETS["maverick"])
 MAVERICK = MAVERICK.model_copy(

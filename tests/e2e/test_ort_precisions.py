@@ -17,6 +17,8 @@ from moec.spec.reduced import twin
 from moec.weights.random import write_random_checkpoint
 from tests.proofs import assert_passed
 
+pytestmark = pytest.mark.full
+
 PERPLEXITY = 13.3217
 quantized = pytest.mark.skipif(
     tuple(map(int, onnxruntime.__version__.split(".")[:2])) < QUANTIZED_FROM,

@@ -30,6 +30,7 @@ TWO_LAYERS = {
 HEADERS = ROOT / "tests/exporters/tensorrt_plugin/include"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_tiny_scout_builds_for_two_gpus(
     precision: str, tmp_path: Path, cli: Callable[..., tuple[int, str]]
@@ -54,6 +55,7 @@ def test_tiny_scout_builds_for_two_gpus(
     assert len(art.manifest.engines["model"].bindings) == 2 * 8 * experts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name, precision", [("scout", "fp8"), ("scout", "bf16"), ("maverick", "fp8")]
 )
@@ -79,6 +81,7 @@ def narrow() -> ModelSpec:
     return PRESETS["tiny-scout"].model_copy(update={"text": text, "vision": None})
 
 
+@pytest.mark.full
 def test_experts_in_the_plugin_and_again_for_another_gpu(
     narrow: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_experts_in_the_plugin_and_again_for_another_gpu(
     verify_files(open_artefact(art.path))  # what was there stays
 
 
+@pytest.mark.full
 def test_the_plugin_wants_headers(
     narrow: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +117,7 @@ def test_the_plugin_wants_headers(
     assert not open_artefact(tmp_path / "art").manifest.engines, "all but the engine is there"
 
 
+@pytest.mark.full
 def test_engines_can_be_built_later_and_again(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +156,7 @@ def test_engines_can_be_built_later_and_again(
     verify_files(build_engines(art.path))
 
 
+@pytest.mark.full
 def test_an_engine_without_weights_serves_each_checkpoint(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +171,7 @@ def test_an_engine_without_weights_serves_each_checkpoint(
     assert bound.manifest.weights.mode == "in-place"
 
 
+@pytest.mark.full
 def test_binding_may_leave_the_engine_for_later(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +227,7 @@ def test_options_that_cannot_be_are_refused(
     assert not left or not open_artefact(tmp_path / "art").manifest.engines
 
 
+@pytest.mark.full
 def test_nothing_imports_tensorrt_at_start() -> None:
     code = "import sys, moec.exporters.export\n"
     code += "print([m for m in sys.modules if m.startswith('tensorrt')])"

@@ -12,6 +12,8 @@ import moec
 from moec.artefact.artefact import open_artefact
 from tests.proofs import assert_passed
 
+pytestmark = pytest.mark.full
+
 PERPLEXITY = 13.3217
 
 

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.full
 
 
 def test_the_wheel_builds_and_gives_the_command(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.proofs import assert_passed
 from tests.strategies import schemes, specs
 
 
+@pytest.mark.full
 @settings(
     max_examples=12, deadline=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # a smaller example would take minutes to find
@@ -67,6 +68,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_fp8_weights_stay_where_they_are(compressed: Path, tmp_path: Path) -> None:
     art = export(compressed, out=tmp_path / "art")
     build, weights = art.manifest.build, art.manifest.weights
@@ -79,6 +81,7 @@ def test_fp8_weights_stay_where_they_are(compressed: Path, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.full
 def test_an_unbound_artefact_of_the_same_scheme_binds_an_fp8_checkpoint(
     compressed: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +91,7 @@ def test_an_unbound_artefact_of_the_same_scheme_binds_an_fp8_checkpoint(
     assert bound.manifest.weights.mode == "in-place"
 
 
+@pytest.mark.full
 def test_wide_weights_bind_to_an_fp8_artefact_and_are_packed(tiny: Path, tmp_path: Path) -> None:
     art = export("tiny-scout", precision="fp8", scheme="dynamic", out=tmp_path / "art")
     assert set(art.manifest.packings) and art.manifest.weights.mode == "unbound"
@@ -98,6 +102,7 @@ def test_wide_weights_bind_to_an_fp8_artefact_and_are_packed(tiny: Path, tmp_pat
     assert bound.manifest.rewritten["layers.0.moe.down"].reason == "fp8, scales by channel"
 
 
+@pytest.mark.full
 def test_caches_are_fp8_or_wide_as_asked(tiny: Path, tmp_path: Path) -> None:
     scales = calibrate(tiny, torch.randint(0, 4096, (2, 40)))
     kinds = {}
@@ -162,6 +167,7 @@ def test_what_an_fp8_checkpoint_cannot_become_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_a_damaged_scale_fails_the_proof(tiny: Path, tmp_path: Path) -> None:
     art = export(tiny, precision="fp8", scheme="dynamic", out=tmp_path / "art")
     ref = open_artefact(art.path).manifest.weights.tensors["layers.2.moe.shared.up.weight_scale"]
@@ -175,6 +181,7 @@ def test_a_damaged_scale_fails_the_proof(tiny: Path, tmp_path: Path) -> None:
     assert not report.passed and broken[0] == "layers.2, same inputs"
 
 
+@pytest.mark.full
 def test_static_scales_are_of_the_dtype_that_the_scheme_says(tiny: Path, tmp_path: Path) -> None:
     scales = calibrate(tiny, torch.randint(0, 4096, (1, 40)))
     scheme = SCHEMES["modelopt"].model_copy(update={"scales": "bf16"})
@@ -183,6 +190,7 @@ def test_static_scales_are_of_the_dtype_that_the_scheme_says(tiny: Path, tmp_pat
     assert_passed(moec.validate(art.path, tokens=20))
 
 
+@pytest.mark.full
 def test_a_single_expert_apart_is_no_fused_one(tmp_path: Path) -> None:
     spec = twin(moec.load_spec("scout").model_copy(update={"vision": None}), 2)
     experts = spec.text.experts.model_copy(update={"count": 1})
@@ -203,6 +211,7 @@ def test_a_static_scale_that_its_dtype_cannot_hold_is_refused(tiny: Path, tmp_pa
         export(tiny, precision="fp8", scheme=scheme, scales=huge, out=tmp_path / "art")
 
 
+@pytest.mark.full
 def test_the_twin_has_fp8_layers_although_the_models_first_ones_are_wide(tmp_path: Path) -> None:
     late = ("layers.6.moe.gate_up", "layers.6.moe.down")
     rule = SCHEMES["meta"].rules[0].model_copy(update={"of": late})

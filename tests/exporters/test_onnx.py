@@ -34,6 +34,7 @@ def _all_nodes(model: ir.Model) -> list[ir.Node]:
     return list(ir.traversal.RecursiveGraphIterator(model.graph))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, precision", FULL_SIZE)
 def test_full_size_models_pass_the_checker_by_path(
     name: str, precision: str, tmp_path: Path
@@ -197,6 +198,7 @@ def test_initializers_point_at_the_checkpoints_own_bytes(tiny: Path, tmp_path: P
     assert {types[name] for name in external} == {onnx.TensorProto.BFLOAT16}
 
 
+@pytest.mark.full
 def test_bind_gives_a_weightless_build_its_weights(tiny: Path, tmp_path: Path) -> None:
     built = moec.export(moec.load_spec("tiny-scout"), out=tmp_path / "a")
     assert built.manifest.weights.mode == "unbound"
@@ -216,6 +218,7 @@ def test_bind_refuses_another_model(tiny: Path, tmp_path: Path) -> None:
     assert open_artefact(built.path).manifest.weights.mode == "unbound"
 
 
+@pytest.mark.full
 def test_a_bound_artefact_can_be_bound_anew(tiny: Path, tmp_path: Path) -> None:
     artefact = moec.export(tiny, out=tmp_path / "a")
     (tmp_path / "moved").mkdir()

@@ -27,11 +27,12 @@ def _operators(path: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "precision", "experts"),
     [
         ("scout", "fp32", None),
-        ("maverick", "fp32", None),
+        pytest.param("maverick", "fp32", None, marks=pytest.mark.slow),
         ("scout", "bf16", "MoE"),
         ("maverick", "int4", "QMoE"),
     ],
@@ -58,6 +59,7 @@ def test_full_size_models_pass_the_checker_by_path(
     assert len([p for p in art.manifest.rewritten.values() if p.bits == 8]) >= bytes_
 
 
+@pytest.mark.full
 def test_full_size_weights_stay_in_place(tmp_path: Path) -> None:
     """A sparse checkpoint of the full size: only headers are read, and no byte is copied."""
     write_sparse_checkpoint(PRESETS["scout"], tmp_path / "weights")
@@ -77,6 +79,7 @@ def test_full_size_weights_stay_in_place(tmp_path: Path) -> None:
     assert config["model"]["type"] == "decoder" and decoder["num_hidden_layers"] == 48
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "bf16"])
 def test_binding_later_gives_the_same_artefact(precision: str, tiny: Path, tmp_path: Path) -> None:
     at_once = moec.export(tiny, target="ort", precision=precision, out=tmp_path / "once")
@@ -93,6 +96,7 @@ def test_binding_later_gives_the_same_artefact(precision: str, tiny: Path, tmp_p
     assert ours == theirs
 
 
+@pytest.mark.full
 def test_placements_that_do_not_fit_the_graph_are_refused(tiny: Path, tmp_path: Path) -> None:
     spec = moec.load_spec(tiny)
     packed = moec.export(spec, target="ort", precision="int8", out=tmp_path / "packed").path

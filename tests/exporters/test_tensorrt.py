@@ -89,6 +89,7 @@ def test_caches_have_fixed_sizes(wide: Path) -> None:
     assert ports["past.3.key"] == ("batch", 2, 512, 32), "a global layer those of the context"
 
 
+@pytest.mark.full
 def test_it_computes_the_golden_logits(
     wide: Path, tiny: Path, tmp_path: Path, golden: dict[str, Tensor]
 ) -> None:
@@ -104,6 +105,7 @@ def test_it_computes_the_golden_logits(
         assert (plain - golden["mm_logits"]).abs().max() > 1, "without features all are tokens"
 
 
+@pytest.mark.full
 def test_decode_past_a_chunk_border_and_rows_of_different_lengths(
     wide: Path, golden: dict[str, Tensor]
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_damaged_file_is_refused(target: str, sound: Path, tmp_path: Path) -> 
         refusal(lambda: moec.validate(art.path), "build the artefact again", 1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("scheme", "cache", "dialect"),
     [
@@ -168,6 +171,7 @@ def test_each_layer_in_fp8_is_the_eager_layer(
         assert check.passed, check
 
 
+@pytest.mark.full
 @settings(
     max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
 )
@@ -208,6 +212,7 @@ def test_what_an_engine_is_given_can_be_chosen(bindings: str, sound: Path, tmp_p
     assert art.manifest.weights.mode == "in-place", "no byte of them is copied"
 
 
+@pytest.mark.full
 def test_scout_is_written_without_weights(tmp_path: Path) -> None:
     options = EngineOptions(build=False)
     art = export("scout", "tensorrt", "fp8", tmp_path / "a", options=options)
@@ -220,6 +225,7 @@ def test_scout_is_written_without_weights(tmp_path: Path) -> None:
         moec.open_session(art.path, engine="interpreter")
 
 
+@pytest.mark.full
 def test_binding_later_is_building_with_weights(tiny: Path, art: Path, tmp_path: Path) -> None:
     manifest = open_artefact(art).manifest
     scheme = manifest.spec.scheme
@@ -299,6 +305,7 @@ def test_sizes_that_the_plugin_has_no_kernels_for_are_refused(name: str, tmp_pat
     build(tmp_path / "a", scheme="static")
 
 
+@pytest.mark.full
 def test_a_build_of_other_targets_imports_no_triton() -> None:
     code = "import sys, moec.exporters.export; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -319,6 +326,7 @@ def test_options_without_engines_are_refused(sound: Path, tmp_path: Path) -> Non
         EngineOptions(context=8, piece=16)
 
 
+@pytest.mark.full
 def test_commands_for_trtexec(tiny: Path, tmp_path: Path, wide: Path) -> None:
     options = EngineOptions(context=256, batch=3, piece=64, build=False)
     art = export(tiny, "tensorrt", "fp8", tmp_path / "a", options=options)

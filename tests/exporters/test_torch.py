@@ -12,7 +12,7 @@ from moec.artefact.artefact import open_artefact, verify_files
 from moec.runtime.engines.weights import load
 from moec.spec.scheme import SCHEMES
 from moec.weights.name_map import read_model
-from moec.weights.packed_file import PACKED
+from moec.weights.packed_journal import PACKED
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import view
 from tests.refusals import refusal

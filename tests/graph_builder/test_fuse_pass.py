@@ -113,6 +113,7 @@ def _cut(chunk: int, sizes: list[int]) -> list[int]:
     return counts
 
 
+@pytest.mark.full
 @settings(
     max_examples=25, deadline=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # a smaller example would take minutes to find

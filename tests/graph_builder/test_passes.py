@@ -39,6 +39,7 @@ def _targets(graph: fx.GraphModule) -> set[Any]:
     return {node.target for node in graph.graph.nodes}
 
 
+@pytest.mark.full
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(spec=specs(), seed=st.integers(0, 2**31), data=st.data())
 def test_passes_keep_the_meaning(spec: ModelSpec, seed: int, data: st.DataObject) -> None:

@@ -111,6 +111,7 @@ def test_every_rule_agrees_with_eager(
             _check(graph, _pixels(spec, sizes[0]), {"tiles": sizes[0]})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_every_rule_agrees_with_fake_tensors_at_full_size(name: str) -> None:
     spec = PRESETS[name]
@@ -129,6 +130,7 @@ def _before_joining(spec: ModelSpec) -> list[fx.GraphModule]:
     return graphs
 
 
+@pytest.mark.full
 def test_the_vocabulary_is_what_graphs_use() -> None:
     used = {
         node.target

@@ -64,8 +64,9 @@ def launches(architecture: int, tokens: int) -> Iterator[Launch]:
     yield swiglu(2 * SCOUT.hidden, tokens, overlap)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", SHARED)
-@pytest.mark.parametrize("tokens", [1, 16, 64, 4096])
+@pytest.mark.parametrize("tokens", [1, pytest.param(16, marks=pytest.mark.slow), 64, 4096])
 def test_every_kernel_compiles_ahead_of_time(architecture: int, tokens: int) -> None:
     for launch in launches(architecture, tokens):
         found = compile_launch(launch, architecture)
@@ -81,6 +82,7 @@ def test_every_kernel_compiles_ahead_of_time(architecture: int, tokens: int) -> 
             assert max(each.rows, each.columns) <= 256
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_experts_of_maverick_compile_too(architecture: int, tokens: int) -> None:

@@ -22,6 +22,8 @@ from tests.exporters.tensorrt_plugin import expected
 from tests.exporters.tensorrt_plugin.expected import MULTIPROCESSORS
 from tests.exporters.tensorrt_plugin.reader import read
 
+pytestmark = pytest.mark.full
+
 SMALL = Sizes(dim=256, hidden=128, experts=20)
 MOST = 600
 

@@ -16,13 +16,16 @@ from safetensors.torch import load_file, save_file
 import moec
 from moec.artefact.artefact import open_artefact, verify_files
 from moec.spec.errors import MoecError
-from moec.weights.packed_file import PACKED, write_packed
+from moec.weights.packed_file import write_packed
+from moec.weights.packed_journal import PACKED
 from moec.weights.packing import Packing
 from moec.weights.random import write_random_checkpoint
 from moec.weights.shard import TensorEntry, read_shard
 from tests.damage import SECOND, SPEC
 from tests.refusals import one_message
 from tests.trees import names, tree
+
+pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parents[2]
 JOURNAL = f"{PACKED}.journal"

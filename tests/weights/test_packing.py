@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moec.spec.errors import MoecError
+from moec.weights.arrange import arrange, quantize, store, unpack
 from moec.weights.packed_file import write_packed
-from moec.weights.packing import Packed, Packing, arrange, quantize, store, unpack
+from moec.weights.packing import Packed, Packing
 from moec.weights.shard import read_shard
 
 ARRANGEMENTS = ("rows", "transpose", "interleave")

@@ -23,6 +23,8 @@ from moec.spec.errors import MoecError
 from tests.exporters.tensorrt_plugin.conftest import HERE, SIZES
 from tests.exporters.tensorrt_plugin.launcher import CUDA_INCLUDE
 
+pytestmark = pytest.mark.full
+
 TINY = Sizes(dim=64, hidden=64, experts=2)
 
 

@@ -16,6 +16,8 @@ from tests.exporters.tensorrt_plugin.conftest import HERE, MOST, SIZES
 from tests.exporters.tensorrt_plugin.drive import STREAM, WORKSPACE
 from tests.exporters.tensorrt_plugin.reader import programs, read
 
+pytestmark = pytest.mark.full
+
 ROOT = HERE.parents[2]
 EARLY = [[6, 1]]  # programmatic stream serialization, allowed
 

@@ -10,6 +10,8 @@ import pytest
 from moec.exporters.tensorrt.plugin.build import Plugin
 from tests.exporters.tensorrt_plugin.conftest import HERE, SIZES
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory: pytest.TempPathFactory, fake: Path) -> Path:

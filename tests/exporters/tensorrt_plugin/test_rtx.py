@@ -14,6 +14,8 @@ from tests.exporters.tensorrt_plugin.conftest import HERE, SIZES
 from tests.exporters.tensorrt_plugin.launcher import Launcher
 from tests.exporters.tensorrt_plugin.reader import programs
 
+pytestmark = pytest.mark.full
+
 ROOT = HERE.parents[2]
 LARGEST = 600  # tokens of the profile
 

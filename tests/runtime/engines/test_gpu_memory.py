@@ -15,6 +15,8 @@ from moec.runtime.engines.gpu import memory_for
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError
 
+pytestmark = pytest.mark.full
+
 FULL = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
     "which 4.00 GiB is free. Including non-PyTorch memory, this process has 75.11 GiB memory in "

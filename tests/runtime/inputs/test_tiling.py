@@ -202,6 +202,7 @@ tilings = st.builds(
 )
 
 
+@pytest.mark.full
 @settings(max_examples=4000, deadline=None)
 @given(sizes(), tilings)
 def test_shapes_equal_the_processor(size: tuple[int, int], tiling: Tiling) -> None:

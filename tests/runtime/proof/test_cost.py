@@ -13,6 +13,8 @@ from moec.runtime.proof.cost import cost
 from moec.spec.errors import MoecError
 from moec.weights.random import write_random_checkpoint
 
+pytestmark = pytest.mark.full
+
 
 def test_float32_costs_nothing(tiny_onnx: Path, golden: dict[str, Tensor]) -> None:
     found = cost(open_artefact(tiny_onnx), "bf16", golden["eval_ids"][:2, :90])

@@ -46,6 +46,7 @@ def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_pat
     assert open_artefact(tiny_onnx).manifest.parity == data
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_a_weightless_build_is_proven_on_its_twin(name: str, tmp_path: Path) -> None:
     artefact = moec.export(name, out=tmp_path / "a")
@@ -69,6 +70,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("context", [1, 2, 8, 9])
 def test_an_engine_for_few_tokens_is_proven_within_them(
     context: int, small: Path, tmp_path: Path
@@ -82,6 +84,7 @@ def test_an_engine_for_few_tokens_is_proven_within_them(
     assert f"{min(8, context)}" in greedy.detail
 
 
+@pytest.mark.full
 def test_a_weightless_build_with_a_plugin_is_proven_on_its_twin(
     tmp_path: Path,
 ) -> None:
@@ -102,7 +105,8 @@ def test_a_device_that_is_none_is_refused(small: Path, tmp_path: Path) -> None:
     refusal(lambda: moec.validate(art.path, device="cuda"), "cuda", 3)
 
 
-@pytest.mark.parametrize("name", ["scout", "maverick"])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["scout", pytest.param("maverick", marks=pytest.mark.slow)])
 def test_the_twin_of_target_torch_fits_every_kernel(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +134,7 @@ def test_the_twin_of_target_torch_fits_every_kernel(
     ModelSpec.model_validate(small.model_dump())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["tiny-scout", "scout", "maverick"])
 def test_half_precision_is_proven_on_a_shallow_twin(name: str, tmp_path: Path) -> None:
     artefact = moec.export(name, precision="fp16", out=tmp_path / "a")
@@ -139,6 +144,7 @@ def test_half_precision_is_proven_on_a_shallow_twin(name: str, tmp_path: Path) -
     assert report.tokens == [101, 63]
 
 
+@pytest.mark.full
 def test_pieces_that_lose_an_image_are_noticed(
     tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +157,7 @@ def test_pieces_that_lose_an_image_are_noticed(
     assert report.first_divergence == "images: in pieces"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7])
 def test_few_tokens_are_enough(tiny_onnx: Path, tokens: int) -> None:
     assert_passed(moec.validate(tiny_onnx, tokens=tokens))
@@ -244,6 +251,7 @@ def _zero(model: ir.Model) -> ir.Value:
     return value
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "damage, first",
     [
@@ -279,6 +287,7 @@ def test_a_wrong_graph_fails_at_the_layer_that_is_wrong(
     assert (report.first_divergence or "").removesuffix(" router") == first
 
 
+@pytest.mark.full
 def test_nan_weights_are_reported_where_they_are(tiny: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
@@ -308,6 +317,7 @@ def _layers(report: Report) -> dict[str, bool]:
     return {each.name: each.passed for each in report.checks if each.name.endswith(ends)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [2, 8])
 def test_a_tie_that_flips_a_router_fails_no_layer(seed: int, fp8_twin: Path) -> None:
     """With seed 8 three of 32 tokens of layer 1 go to another expert."""
@@ -323,6 +333,7 @@ def fp8_twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return moec.export(spec, target="torch", precision="fp8", out=out).path
 
 
+@pytest.mark.full
 def test_a_wrong_scale_of_a_program_fails_its_layer(
     fp8_twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +342,7 @@ def test_a_wrong_scale_of_a_program_fails_its_layer(
     assert [name for name, passed in checks.items() if not passed] == ["layers.1, same inputs"]
 
 
+@pytest.mark.full
 def test_one_wrong_expert_fails_its_layer(fp8_twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sixteenth of the tokens is no half, and too few for the limit of most."""
     _damage(monkeypatch, "layers.1.moe.down", lambda down: torch.cat([down[1:2], down[1:]]))
@@ -349,6 +361,7 @@ def _damage(
     monkeypatch.setattr(torch_engine, "load", changed)
 
 
+@pytest.mark.full
 def test_a_scale_three_per_cent_off_fails_its_layer(tiny: Path, tmp_path: Path) -> None:
     artefact = moec.export(tiny, precision="fp8", scheme="dynamic", out=tmp_path / "a")
     scale = view(artefact.stored()["layers.2.attn.o.weight_scale"])
@@ -377,6 +390,7 @@ def test_the_worst_expert_is_the_error_of_a_layer() -> None:
     assert not worst_error("x", found, expected, chosen, limits).passed
 
 
+@pytest.mark.full
 def test_a_narrow_twin_of_short_rows_has_more_of_them(tmp_path: Path) -> None:
     """Among few tokens one that FP8 moved to another expert would be a large part of an error."""
     art = moec.export("scout", target="torch", precision="fp8", out=tmp_path / "a")

@@ -118,12 +118,12 @@ def build(
             target,
             precision,
             out,
-            weights,
-            progress,
-            scheme,
-            scales,
-            cache,
-            _options(chosen),
+            weights=weights,
+            progress=progress,
+            scheme=scheme,
+            scales=scales,
+            cache=cache,
+            options=_options(chosen),
         )
     artefact_tables(console, art)
     if check:
@@ -180,7 +180,15 @@ def bind(
     from moec.tables import artefact_tables, bar
 
     with bar(console) as progress:
-        art = moec.bind(artefact, checkpoint, out, weights, progress, scales, engine)
+        art = moec.bind(
+            artefact,
+            checkpoint,
+            out,
+            weights=weights,
+            progress=progress,
+            scales=scales,
+            engine=engine,
+        )
     artefact_tables(console, art)
 
 
@@ -306,7 +314,7 @@ def generate(
             sys.stdout.write(stream.send(token) if stream else f"{token} ")
             sys.stdout.flush()
 
-    session = moec.open_session(artefact, device, engine, preset)
+    session = moec.open_session(artefact, device, engine=engine, session_options=preset)
     if prompt and not chat:
         sys.stdout.write(prompt)
     session.generate(

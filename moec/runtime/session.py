@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
@@ -12,7 +14,7 @@ from moec.runtime.batching import buffered_calls, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache, spans
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.engines.gpu import on_host
-from moec.runtime.inputs.arrays import Ids, Pixels, check_ids, read_ids, read_tiles
+from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.sampling import check_sampling, sample
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
@@ -59,12 +61,28 @@ class Session:
     device: str = "cpu"
     queues: bool = False
 
+    @overload
+    def logits(
+        self, input_ids: Tensor, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def logits(
+        self, input_ids: Arrays, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
+    ) -> NDArray[np.float32]: ...
+
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
-    ) -> Any:
-        """int64 [B, S] -> float32 [B, S, vocab]; no cache involved.
+    ) -> Tensor | NDArray[np.float32]:
+        """Run whole sequences without a cache: int64 [B, S] -> float32 [B, S, vocab].
 
-        Positions past a row's length hold no meaning.
+        Args:
+            input_ids: a tensor, an array or lists of token ids; the result is a tensor if this is.
+            pixel_values: float32 [tiles, channels, height, width], for the image tokens.
+            lengths: the tokens of each sequence, if they differ; logits past them mean nothing.
+
+        Raises:
+            MoecError: token ids, lengths or image tiles that do not fit the model.
         """
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
@@ -227,6 +245,38 @@ class Session:
             cache.lengths[rows] += own
             yield rows, columns, out
 
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Pixels | None = None,
+        max_new_tokens: int = 64,
+        *,
+        lengths: Ids | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[int] | None = None,
+        stream: Callable[[list[int | None]], None] | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: Arrays,
+        pixel_values: Pixels | None = None,
+        max_new_tokens: int = 64,
+        *,
+        lengths: Ids | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[int] | None = None,
+        stream: Callable[[list[int | None]], None] | None = None,
+    ) -> NDArray[np.int64]: ...
+
     def generate(
         self,
         input_ids: Ids,
@@ -240,16 +290,26 @@ class Session:
         seed: int | None = None,
         stop: Sequence[int] | None = None,
         stream: Callable[[list[int | None]], None] | None = None,
-    ) -> Any:
-        """Continue each row; the prompt is included, rows that end early are padded on the right.
+    ) -> Tensor | NDArray[np.int64]:
+        """Continue each sequence: int64 [B, S] -> int64 [B, S + new tokens], prompt included.
+
+        Sequences that end early are padded on the right.
 
         Args:
-            max_new_tokens: tokens to add at most.
-            temperature: 0 is greedy.
-            top_k, top_p: keep the k likeliest tokens, or the likeliest that reach share p.
-            seed: of the sampling.
-            stop: tokens that end a row; default the model's own.
-            stream: called with each step's tokens, None for rows that have ended.
+            input_ids: a tensor, an array or lists of token ids; the result is a tensor if this is.
+            pixel_values: float32 [tiles, channels, height, width], for the image tokens.
+            max_new_tokens: the most tokens to add to each sequence.
+            lengths: the tokens of each sequence, if they differ.
+            temperature: the sampling temperature; 0 takes the likeliest token (greedy).
+            top_k: sample from the k likeliest tokens only.
+            top_p: sample from the likeliest tokens that reach this probability only.
+            seed: the seed of the sampling.
+            stop: tokens that end a sequence; default the model's own.
+            stream: called after each step with its tokens, None for sequences that have ended.
+
+        Raises:
+            MoecError: token ids, image tiles or settings that do not fit the model, or more tokens
+                than the engine was built for.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
@@ -369,5 +429,6 @@ def features_within(features: Tensor, images: Tensor, rows: slice, columns: slic
     return features[order[rows, columns][images[rows, columns]]]
 
 
-def _like(given: object, result: Tensor) -> Any:
+def _like(given: object, result: Tensor) -> Tensor | NDArray[Any]:
+    """`result` as a tensor if the caller gave one, else as a numpy array."""
     return result if isinstance(given, Tensor) else result.numpy()

@@ -284,4 +284,6 @@ def open_lane(lane: Lane) -> Engine:
         return open_transformers(
             manifest.checkpoint or "", lane.engine, manifest.compute, lane.device
         )
-    return open_session(lane.path, lane.device, lane.engine, lane.preset or "lean")
+    return open_session(
+        lane.path, lane.device, engine=lane.engine, session_options=lane.preset or "lean"
+    )

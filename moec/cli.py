@@ -152,15 +152,15 @@ def engine(
     ] = False,
 ) -> None:
     """Build the engines of an artefact whose ONNX was built with --no-engine, or elsewhere."""
-    from moec.exporters.engines import build_engines, trtexec_commands
+    import moec
     from moec.tables import artefact_tables, bar
 
     if trtexec:
-        for line in trtexec_commands(artefact):
+        for line in moec.trtexec_commands(artefact):
             sys.stdout.write(f"{line}\n")
         return
     with bar(console) as progress:
-        art = build_engines(artefact, tuple(architectures or ()), progress)
+        art = moec.build_engines(artefact, architectures=architectures or (), progress=progress)
     artefact_tables(console, art)
 
 
@@ -213,7 +213,7 @@ def calibrate(
             "choose another",
         )
     with bar(console) as progress:
-        found = moec.calibrate(checkpoint, tokens, percentile, progress)
+        found = moec.calibrate(checkpoint, tokens, percentile=percentile, progress=progress)
     try:
         out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
     except OSError as error:
@@ -351,7 +351,15 @@ def plan(
     import moec
     from moec.tables import plan_table
 
-    result = moec.plan(model, precision, context, batch, device, tiles, scheme)
+    result = moec.plan(
+        model,
+        precision,
+        context=context,
+        batch=batch,
+        device=device,
+        tiles=tiles,
+        scheme=scheme,
+    )
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -395,10 +403,17 @@ def bench(
     ONNX Runtime by preset, the eager reference, transformers eager and compiled: each in a process
     of its own, in turns.
     """
-    from moec.runtime.bench.bench import bench as measure
+    import moec
     from moec.tables import bench_table
 
-    rows = measure(artefact, batch, prompt_tokens, new_tokens, device, rounds)
+    rows = moec.bench(
+        artefact,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        device=device,
+        rounds=rounds,
+    )
     if as_json:
         _print_json([row.to_dict() for row in rows])
     else:
@@ -469,7 +484,16 @@ def _prove(
     from moec.tables import bar, report_table
 
     with bar(console, quiet=as_json) as progress:
-        report = moec.validate(artefact, tokens, seed, on_twin, progress, device, reference, rows)
+        report = moec.validate(
+            artefact,
+            tokens=tokens,
+            seed=seed,
+            reduced=on_twin,
+            progress=progress,
+            device=device,
+            reference=reference,
+            rows=rows,
+        )
     record(artefact, report)
     if html:
         try:

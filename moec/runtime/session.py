@@ -15,6 +15,7 @@ from moec.runtime.cache import Cache, grow, new_cache, spans
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.engines.gpu import on_host
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, read_ids, read_tiles
+from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
 from moec.runtime.sampling import check_sampling, sample
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
@@ -222,7 +223,9 @@ class Session:
         self._check_context(needed)
         if cache.capacity and needed > cache.capacity:
             grow(self.spec, cache, max(needed, 2 * cache.capacity))
-        images = self._checked(features, ids, lengths)
+        if features is not None:
+            images = images_for(self.spec, ids, lengths, features)
+            features = features.to(TORCH_DTYPES[self.precision])
         calls = (
             buffered_calls(cache.lengths, lengths, width, chunk, self.limits.prefill_chunk)
             if self.limits.layout == "buffers"
@@ -236,8 +239,8 @@ class Session:
                 if every
                 else (own - 1).clamp(min=0)[:, None]
             )
-            fused = None if images is None else features_within(*images, rows, columns)
-            out = self._step(piece, own, index, cache, rows, fused)
+            near = None if features is None else features_within(features, images, rows, columns)
+            out = self._step(piece, own, index, cache, rows, near)
             if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
                     cache.tensors[name] = out[name.replace("past", "present", 1)]
@@ -368,34 +371,17 @@ class Session:
         if features is not None:
             # The graph counts image tokens in padding too: put another token there.
             image = self.spec.tokens.image
-            padding = (ids == image) & ~self.image_mask(ids, lengths)
+            padding = (ids == image) & ~image_mask(self.spec, ids, lengths)
             feeds["input_ids"] = ids.masked_fill(padding, int(image == 0))
             feeds["image_features"] = features
         return self.run(feeds)
-
-    def image_mask(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """The rows' own image tokens: bool [B, S]; none without a vision tower."""
-        if self.spec.vision is None:
-            return torch.zeros_like(ids, dtype=torch.bool)
-        own = torch.arange(ids.shape[1]) < lengths[:, None]
-        return own & (ids == self.spec.tokens.image)
 
     def _features(self, ids: Tensor, lengths: Tensor, pixel_values: Pixels | None) -> Tensor | None:
         """Image features for the image tokens of `ids`, after a check that they fit."""
         if pixel_values is None:
             return None
         tiles = read_tiles(pixel_values, self.spec)
-        assert self.spec.vision is not None
-        each, counts = self.spec.vision.tokens, self.image_mask(ids, lengths).sum(1)
-        if int(counts.sum()) != each * len(tiles) or bool((counts % each).any()):
-            rows = f", by row {counts.tolist()}" if len(ids) > 1 else ""
-            refuse(
-                "input_ids",
-                f"{int(counts.sum())} image tokens (id {self.spec.tokens.image}) for {len(tiles)} "
-                f"tiles of pixel_values{rows}",
-                f"{each * len(tiles)}, which is {each} for each tile, and whole tiles in each row",
-                "build both from one prompt and its images: moec.encode",
-            )
+        check_tiles(self.spec, ids, lengths, tiles)
         return self._see(tiles)
 
     def _see(self, tiles: Tensor) -> Tensor:
@@ -404,29 +390,6 @@ class Session:
         options = self.artefact and self.artefact.manifest.options
         pieces = torch.split(tiles, min(TILES, options.tiles) if options else TILES)
         return torch.cat([run({"pixel_values": piece})["image_features"].cpu() for piece in pieces])
-
-    def _checked(
-        self, features: Tensor | None, ids: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """`features` in the graph's dtype, and the image tokens [B, S] that they stand for."""
-        if features is None:
-            return None
-        images = self.image_mask(ids, lengths)
-        expected = (int(images.sum()), self.spec.text.dim)
-        if self.spec.vision is None or tuple(features.shape) != expected:
-            refuse(
-                "features",
-                f"{list(features.shape)}",
-                f"{list(expected)}, one for each image token, and a model with a vision tower",
-                "take them from Session.image_features",
-            )
-        return features.to(TORCH_DTYPES[self.precision]), images
-
-
-def features_within(features: Tensor, images: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Of features [N, dim], one for each True of images [B, S], those of some rows and columns."""
-    order = (images.flatten().cumsum(0) - 1).view_as(images)
-    return features[order[rows, columns][images[rows, columns]]]
 
 
 def _like(given: object, result: Tensor) -> Tensor | NDArray[Any]:

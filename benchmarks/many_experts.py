@@ -103,7 +103,7 @@ def write_unrolled(built: Artefact, folder: Path) -> Path:
 def open_moec(path: Path, preset: str) -> Figures:
     """Open the artefact at `path` and decode some tokens. It runs in its own process."""
     start = time.perf_counter()
-    session = moec.open_session(path, preset=preset)
+    session = moec.open_session(path, session_options=preset)
     opened = time.perf_counter() - start
     logits, cache = session.prefill(PROMPT, capacity=2 * PROMPT.shape[1])
     return figures(opened, lambda: session.decode(logits.argmax(-1), cache), PROMPT.shape[1])

@@ -26,11 +26,11 @@ from rich.table import Table
 from torch import Tensor
 
 import moec
+from moec.cli.tables import size
 from moec.runtime.bench.bench import Engine, Lane, Timing, open_lane, race
 from moec.runtime.bench.transformers import ENGINES
 from moec.spec.model import ModelSpec, Tokens
 from moec.spec.presets import PRESETS
-from moec.tables import size
 from moec.weights.random import write_random_checkpoint
 
 PROMPT, NEW = 256, 32

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moec
+from moec.cli.tables import size
 from moec.exporters.onnx import write
 from moec.exporters.onnx.expert_branches import guarded, lower_branches, tree
 from moec.exporters.onnx.experts import lower_moe
@@ -31,7 +32,6 @@ from moec.graph_builder import ops
 from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.genai import genai_inputs
 from moec.runtime.bench.bench import Lane, race
-from moec.tables import size
 from moec.weights.random import write_random_checkpoint
 
 #: for each way: target, precision, placement, a replacement for the `ort` dialect, session options

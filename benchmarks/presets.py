@@ -13,13 +13,11 @@ import json
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
 import moec
+from moec.cli.tables import bench_table
 from moec.runtime.bench.bench import Lane, race
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.tables import bench_table
 from moec.weights.random import write_random_checkpoint
 
 WAYS = (("onnxruntime", "lean"), ("onnxruntime", "fast"), ("eager", ""))
@@ -46,7 +44,7 @@ def main() -> None:
         report = moec.validate(artefact.path, tokens=24)
         lanes = [Lane(str(artefact.path), *way) for way in WAYS]
         rows = race(lanes, prompt_tokens=128, new_tokens=32)
-    bench_table(Console(), rows)
+    bench_table(rows)
     verdict = "PASSED" if report.passed else "FAILED"
     print(f"parity with the eager reference before timing: {verdict}")
     if options.json:

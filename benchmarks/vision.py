@@ -95,7 +95,7 @@ def moec_engine(folder: str, engine: str, preset: str = "lean") -> Run:
     """Open the vision tower in a session."""
     import moec
 
-    session = moec.open_session(Path(folder, "artefact"), engine=engine, preset=preset)
+    session = moec.open_session(Path(folder, "artefact"), engine=engine, session_options=preset)
     return lambda tiles: session.image_features(pixels(tiles))
 
 

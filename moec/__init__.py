@@ -1,24 +1,50 @@
 """moec: a declarative compiler for Llama 4. Everything public is here, imported on first use."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moec.artefact.artefact import Artefact
+    from moec.artefact.engine_options import EngineOptions
+    from moec.artefact.manifest import Manifest
+    from moec.exporters.engines import build_engines, trtexec_commands
     from moec.exporters.export import bind, export
     from moec.graph_builder.parts import build_graph
+    from moec.runtime.bench.bench import Timing, bench
+    from moec.runtime.cache import Cache
     from moec.runtime.calibrate import calibrate
-    from moec.runtime.inputs.prompt import encode
+    from moec.runtime.inputs.prompt import Prompt, encode
     from moec.runtime.open import open_session
+    from moec.runtime.proof.report import Check, Report
     from moec.runtime.proof.validate import validate
+    from moec.runtime.session import Session
+    from moec.spec.calibration import Calibration
     from moec.spec.errors import MoecError
     from moec.spec.files import load_spec
-    from moec.spec.plan import plan
+    from moec.spec.model import ModelSpec
+    from moec.spec.plan import Plan, plan
+    from moec.spec.scheme import Scheme
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Artefact",
+    "Cache",
+    "Calibration",
+    "Check",
+    "EngineOptions",
+    "Manifest",
+    "ModelSpec",
     "MoecError",
+    "Plan",
+    "Prompt",
+    "Report",
+    "Scheme",
+    "Session",
+    "Timing",
+    "bench",
     "bind",
+    "build_engines",
     "build_graph",
     "calibrate",
     "encode",
@@ -26,12 +52,28 @@ __all__ = [
     "load_spec",
     "open_session",
     "plan",
+    "trtexec_commands",
     "validate",
 ]
 
 _HOMES = {
+    "Artefact": "moec.artefact.artefact",
+    "Cache": "moec.runtime.cache",
+    "Calibration": "moec.spec.calibration",
+    "Check": "moec.runtime.proof.report",
+    "EngineOptions": "moec.artefact.engine_options",
+    "Manifest": "moec.artefact.manifest",
+    "ModelSpec": "moec.spec.model",
     "MoecError": "moec.spec.errors",
+    "Plan": "moec.spec.plan",
+    "Prompt": "moec.runtime.inputs.prompt",
+    "Report": "moec.runtime.proof.report",
+    "Scheme": "moec.spec.scheme",
+    "Session": "moec.runtime.session",
+    "Timing": "moec.runtime.bench.bench",
+    "bench": "moec.runtime.bench.bench",
     "bind": "moec.exporters.export",
+    "build_engines": "moec.exporters.engines",
     "build_graph": "moec.graph_builder.parts",
     "calibrate": "moec.runtime.calibrate",
     "encode": "moec.runtime.inputs.prompt",
@@ -39,13 +81,18 @@ _HOMES = {
     "load_spec": "moec.spec.files",
     "open_session": "moec.runtime.open",
     "plan": "moec.spec.plan",
+    "trtexec_commands": "moec.exporters.engines",
     "validate": "moec.runtime.proof.validate",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import torch and onnx on first use: `spec list` should not wait for them."""
     if name not in _HOMES:
         raise AttributeError(f"module 'moec' has no attribute {name!r}")
-    module, _, attribute = _HOMES[name].partition(":")
-    return getattr(import_module(module), attribute or name)
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Name what is public, imported or not, so that editors and `help` find it."""
+    return sorted({*globals(), *__all__})

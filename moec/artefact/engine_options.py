@@ -14,15 +14,15 @@ ARCHITECTURES = ("SM89", "SM120")
 
 
 #: a field -> what the command line calls it, where that is another name
-_OPTIONS = {"architectures": "--sm"}
+_OPTIONS = {"architectures": "--sm", "piece": "--prefill-chunk"}
 
 
 class EngineOptions(Frozen):
     """Sizes that an engine is compiled for, and how.
 
     An engine's caches have `context` slots in each row, less in chunked layers. A call takes up to
-    `batch` rows of one token each, or up to `piece` tokens of a prompt, row by row; the tower up to
-    `tiles` image tiles.
+    `batch` rows of one token each, or a prefill chunk of up to `piece` tokens of one prompt; the
+    vision tower takes up to `tiles` image tiles.
     """
 
     context: int = Field(
@@ -30,7 +30,10 @@ class EngineOptions(Frozen):
     )
     batch: int = Field(default=8, ge=1, le=1 << 12, description="rows at most")
     piece: int = Field(
-        default=512, ge=1, le=1 << 16, description="tokens of a prompt in one call at most"
+        default=512,
+        ge=1,
+        le=1 << 16,
+        description="prefill chunk: tokens of a prompt in one call at most",
     )
     tiles: int = Field(default=8, ge=1, le=1 << 10, description="image tiles in one call at most")
     architectures: tuple[Annotated[str, Field(pattern=r"^SM\d+$")], ...] = Field(
@@ -44,7 +47,7 @@ class EngineOptions(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.piece > self.context:
-            raise ValueError(f"piece {self.piece} is above context {self.context}")
+            raise ValueError(f"prefill chunk {self.piece} is above context {self.context}")
         if len(set(self.architectures)) < len(self.architectures):
             raise ValueError(f"architectures {', '.join(self.architectures)}: one is there twice")
         return self

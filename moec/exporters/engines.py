@@ -1,6 +1,7 @@
 """The engines of an artefact, which may be built with it, or later, elsewhere, again."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,22 +17,31 @@ from moec.spec.errors import refuse
 
 def build_engines(
     artefact: str | Path | Artefact,
-    architectures: tuple[str, ...] = (),
+    *,
+    architectures: Sequence[str] = (),
     progress: Progress = lambda stage, done, total: None,
 ) -> Artefact:
-    """Build the engines of an artefact as it lies there, for others of `architectures` if given.
+    """Build the engines of an artefact that has only their ONNX, or build them again.
 
-    They and the plugin are the folder `engine`, which is replaced as a whole, or stays.
+    The engines and their plugin are the artefact's folder `engine`. It is replaced as a whole; if a
+    build fails, the old one stays.
+
+    Args:
+        artefact: an artefact, or its folder, of target "tensorrt" or "tensorrt-rtx".
+        architectures: for target "tensorrt-rtx", the compute capabilities to build for, such as
+            "SM89"; default those that the artefact was built for.
+        progress: called with (stage, done, total).
 
     Raises:
-        MoecError: not an artefact of a target with engines, or what builds engines is missing.
+        MoecError: an artefact of a target without engines, an engine that cannot be built, or a
+            package that is not installed (exit code 3).
     """
     built = artefact if isinstance(artefact, Artefact) else open_artefact(artefact)
     compiler, options = _compiler_of(built)
     manifest, builder = built.manifest, builder_for(built)
     options = options.model_copy(update={"build": True})
     if architectures:
-        chosen = {**options.model_dump(), "architectures": architectures}
+        chosen = {**options.model_dump(), "architectures": tuple(architectures)}
         options = compiler.check(engine_options(chosen), manifest.dialect)
     compiler.need()
     if manifest.weights.mode != "unbound":
@@ -67,10 +77,11 @@ def build_engines(
 
 
 def trtexec_commands(artefact: str | Path) -> list[str]:
-    """What a user types to build the same engines without moec, where the target has such a way.
+    """Return the shell commands that build an artefact's engines by trtexec, without moec.
 
     Raises:
-        MoecError: not an artefact of such a target, or weights that the commands would not find.
+        MoecError: an artefact of another target than tensorrt, or weights that the commands would
+            not find.
     """
     built = open_artefact(artefact)
     compiler, _ = _compiler_of(built)

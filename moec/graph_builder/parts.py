@@ -16,15 +16,20 @@ def parts_of(spec: ModelSpec) -> tuple[str, ...]:
     return ("model", "vision") if spec.vision else ("model",)
 
 
-def build_graph(spec: ModelSpec, precision: str = "fp32", part: str = "model") -> fx.GraphModule:
-    """A part of `spec`, computing in `precision`, weights on meta as they are stored.
+def build_graph(spec: ModelSpec, precision: str = "fp32", *, part: str = "model") -> fx.GraphModule:
+    """Build the torch.fx graph of a model, with its weights on the meta device.
 
-    The decoder's inputs and outputs are in `moec.graph_builder.decoder`. With a scheme, FP8 codes
-    and scales stand in place of the weights that it names.
+    The decoder's inputs and outputs are in `moec.graph_builder.decoder`. If the spec has an FP8
+    scheme, FP8 values and their scales stand in place of the weights that it names.
+
+    Args:
+        spec: the model.
+        precision: what the graph computes in: "fp32", "fp16" or "bf16".
+        part: "model" (the decoder) or "vision" (the vision tower).
     """
     return quantize(_BUILDERS[part](spec, precision), spec)
 
 
 def build_parts(spec: ModelSpec, precision: str = "fp32") -> dict[str, fx.GraphModule]:
     """Every graph of `spec`, by part."""
-    return {part: build_graph(spec, precision, part) for part in parts_of(spec)}
+    return {part: build_graph(spec, precision, part=part) for part in parts_of(spec)}

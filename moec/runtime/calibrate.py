@@ -100,6 +100,7 @@ class _Observer(fx.Interpreter):
 def calibrate(
     checkpoint: str | Path,
     tokens: str | Path | Tensor,
+    *,
     percentile: float = 100.0,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     batch: int = 4,

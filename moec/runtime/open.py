@@ -1,5 +1,6 @@
 """Open a session: an artefact in an engine of its target, or the eager reference."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache as once
 from functools import partial
@@ -21,7 +22,12 @@ EAGER = "eager"
 
 
 def open_session(
-    path: str | Path, device: str = "cpu", engine: str | None = None, preset: str = "lean"
+    path: str | Path,
+    device: str = "cpu",
+    *,
+    engine: str | None = None,
+    session_options: str = "lean",
+    preset: str | None = None,
 ) -> Session:
     """Open an artefact, or a checkpoint folder, which only the eager reference runs.
 
@@ -32,18 +38,23 @@ def open_session(
         engine: what runs it; default as its target has it: "onnxruntime" for targets onnx and ort,
             "torch" for torch, "tensorrt" for tensorrt and tensorrt-rtx. The ONNX of these two runs
             in ONNX's "interpreter" too, and any artefact in the "eager" reference.
-        preset: session options of ONNX Runtime: "lean" (weights stay mapped) or "fast" (constants
-            are folded and weights prepacked).
+        session_options: settings of ONNX Runtime: "lean" (weights stay mapped from their files),
+            "fast" (constants are folded and weights prepacked) or, for int8 and int4, "exact"
+            (products are computed in float32).
+        preset: the old name of `session_options`; it works for one more version.
 
     Raises:
         MoecError: no artefact, no weights, changed weights (exit code 2), or a device or package
             that is not there (3).
     """
+    if preset is not None:
+        warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=2)
+        session_options = preset
     path = Path(path)
     for name, given, known in (
         ("device", device, ("cpu", "cuda")),
         ("engine", engine, (None, *engines())),
-        ("preset", preset, (*SETS, EXACT)),
+        ("session options", session_options, (*SETS, EXACT)),
     ):
         if given not in known:
             expected = " or ".join(filter(None, known))
@@ -70,7 +81,7 @@ def open_session(
     if engine == EAGER:
         manifest = artefact.manifest
         return eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)
-    return artefact_session(artefact, device, preset, engine=engine)
+    return artefact_session(artefact, device, session_options, engine=engine)
 
 
 def engines() -> tuple[str, ...]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
@@ -12,7 +14,8 @@ from moec.runtime.batching import buffered_calls, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache, spans
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.engines.gpu import on_host
-from moec.runtime.inputs.arrays import Ids, Pixels, check_ids, read_ids, read_tiles
+from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, read_ids, read_tiles
+from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
 from moec.runtime.sampling import check_sampling, sample
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
@@ -59,12 +62,28 @@ class Session:
     device: str = "cpu"
     queues: bool = False
 
+    @overload
+    def logits(
+        self, input_ids: Tensor, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def logits(
+        self, input_ids: Arrays, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
+    ) -> NDArray[np.float32]: ...
+
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
-    ) -> Any:
-        """int64 [B, S] -> float32 [B, S, vocab]; no cache involved.
+    ) -> Tensor | NDArray[np.float32]:
+        """Run whole sequences without a cache: int64 [B, S] -> float32 [B, S, vocab].
 
-        Positions past a row's length hold no meaning.
+        Args:
+            input_ids: a tensor, an array or lists of token ids; the result is a tensor if this is.
+            pixel_values: float32 [tiles, channels, height, width], for the image tokens.
+            lengths: the tokens of each sequence, if they differ; logits past them mean nothing.
+
+        Raises:
+            MoecError: token ids, lengths or image tiles that do not fit the model.
         """
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
@@ -204,7 +223,9 @@ class Session:
         self._check_context(needed)
         if cache.capacity and needed > cache.capacity:
             grow(self.spec, cache, max(needed, 2 * cache.capacity))
-        images = self._checked(features, ids, lengths)
+        if features is not None:
+            images = images_for(self.spec, ids, lengths, features)
+            features = features.to(TORCH_DTYPES[self.precision])
         calls = (
             buffered_calls(cache.lengths, lengths, width, chunk, self.limits.prefill_chunk)
             if self.limits.layout == "buffers"
@@ -218,14 +239,46 @@ class Session:
                 if every
                 else (own - 1).clamp(min=0)[:, None]
             )
-            fused = None if images is None else features_within(*images, rows, columns)
-            out = self._step(piece, own, index, cache, rows, fused)
+            near = None if features is None else features_within(features, images, rows, columns)
+            out = self._step(piece, own, index, cache, rows, near)
             if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
                     cache.tensors[name] = out[name.replace("past", "present", 1)]
             cache.lengths = cache.lengths.clone()
             cache.lengths[rows] += own
             yield rows, columns, out
+
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Pixels | None = None,
+        max_new_tokens: int = 64,
+        *,
+        lengths: Ids | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[int] | None = None,
+        stream: Callable[[list[int | None]], None] | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: Arrays,
+        pixel_values: Pixels | None = None,
+        max_new_tokens: int = 64,
+        *,
+        lengths: Ids | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[int] | None = None,
+        stream: Callable[[list[int | None]], None] | None = None,
+    ) -> NDArray[np.int64]: ...
 
     def generate(
         self,
@@ -240,16 +293,26 @@ class Session:
         seed: int | None = None,
         stop: Sequence[int] | None = None,
         stream: Callable[[list[int | None]], None] | None = None,
-    ) -> Any:
-        """Continue each row; the prompt is included, rows that end early are padded on the right.
+    ) -> Tensor | NDArray[np.int64]:
+        """Continue each sequence: int64 [B, S] -> int64 [B, S + new tokens], prompt included.
+
+        Sequences that end early are padded on the right.
 
         Args:
-            max_new_tokens: tokens to add at most.
-            temperature: 0 is greedy.
-            top_k, top_p: keep the k likeliest tokens, or the likeliest that reach share p.
-            seed: of the sampling.
-            stop: tokens that end a row; default the model's own.
-            stream: called with each step's tokens, None for rows that have ended.
+            input_ids: a tensor, an array or lists of token ids; the result is a tensor if this is.
+            pixel_values: float32 [tiles, channels, height, width], for the image tokens.
+            max_new_tokens: the most tokens to add to each sequence.
+            lengths: the tokens of each sequence, if they differ.
+            temperature: the sampling temperature; 0 takes the likeliest token (greedy).
+            top_k: sample from the k likeliest tokens only.
+            top_p: sample from the likeliest tokens that reach this probability only.
+            seed: the seed of the sampling.
+            stop: tokens that end a sequence; default the model's own.
+            stream: called after each step with its tokens, None for sequences that have ended.
+
+        Raises:
+            MoecError: token ids, image tiles or settings that do not fit the model, or more tokens
+                than the engine was built for.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
@@ -308,34 +371,17 @@ class Session:
         if features is not None:
             # The graph counts image tokens in padding too: put another token there.
             image = self.spec.tokens.image
-            padding = (ids == image) & ~self.image_mask(ids, lengths)
+            padding = (ids == image) & ~image_mask(self.spec, ids, lengths)
             feeds["input_ids"] = ids.masked_fill(padding, int(image == 0))
             feeds["image_features"] = features
         return self.run(feeds)
-
-    def image_mask(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """The rows' own image tokens: bool [B, S]; none without a vision tower."""
-        if self.spec.vision is None:
-            return torch.zeros_like(ids, dtype=torch.bool)
-        own = torch.arange(ids.shape[1]) < lengths[:, None]
-        return own & (ids == self.spec.tokens.image)
 
     def _features(self, ids: Tensor, lengths: Tensor, pixel_values: Pixels | None) -> Tensor | None:
         """Image features for the image tokens of `ids`, after a check that they fit."""
         if pixel_values is None:
             return None
         tiles = read_tiles(pixel_values, self.spec)
-        assert self.spec.vision is not None
-        each, counts = self.spec.vision.tokens, self.image_mask(ids, lengths).sum(1)
-        if int(counts.sum()) != each * len(tiles) or bool((counts % each).any()):
-            rows = f", by row {counts.tolist()}" if len(ids) > 1 else ""
-            refuse(
-                "input_ids",
-                f"{int(counts.sum())} image tokens (id {self.spec.tokens.image}) for {len(tiles)} "
-                f"tiles of pixel_values{rows}",
-                f"{each * len(tiles)}, which is {each} for each tile, and whole tiles in each row",
-                "build both from one prompt and its images: moec.encode",
-            )
+        check_tiles(self.spec, ids, lengths, tiles)
         return self._see(tiles)
 
     def _see(self, tiles: Tensor) -> Tensor:
@@ -345,29 +391,7 @@ class Session:
         pieces = torch.split(tiles, min(TILES, options.tiles) if options else TILES)
         return torch.cat([run({"pixel_values": piece})["image_features"].cpu() for piece in pieces])
 
-    def _checked(
-        self, features: Tensor | None, ids: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """`features` in the graph's dtype, and the image tokens [B, S] that they stand for."""
-        if features is None:
-            return None
-        images = self.image_mask(ids, lengths)
-        expected = (int(images.sum()), self.spec.text.dim)
-        if self.spec.vision is None or tuple(features.shape) != expected:
-            refuse(
-                "features",
-                f"{list(features.shape)}",
-                f"{list(expected)}, one for each image token, and a model with a vision tower",
-                "take them from Session.image_features",
-            )
-        return features.to(TORCH_DTYPES[self.precision]), images
 
-
-def features_within(features: Tensor, images: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Of features [N, dim], one for each True of images [B, S], those of some rows and columns."""
-    order = (images.flatten().cumsum(0) - 1).view_as(images)
-    return features[order[rows, columns][images[rows, columns]]]
-
-
-def _like(given: object, result: Tensor) -> Any:
+def _like(given: object, result: Tensor) -> Tensor | NDArray[Any]:
+    """`result` as a tensor if the caller gave one, else as a numpy array."""
     return result if isinstance(given, Tensor) else result.numpy()

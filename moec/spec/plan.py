@@ -8,7 +8,6 @@ that large copies and matrix products reached on it.
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from moec.spec.errors import MoecError
 from moec.spec.files import load_scheme, load_spec
@@ -67,7 +66,7 @@ class Plan:
     vision_flops: int
     vision_ms: float | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The plan as plain data, for JSON."""
         return asdict(self)
 
@@ -75,6 +74,7 @@ class Plan:
 def plan(
     spec: str | Path | ModelSpec,
     precision: str | None = None,
+    *,
     context: int = 8192,
     batch: int = 1,
     device: str | None = None,

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 #: the real command line, but progress stops at a stage, says so, and waits for its parent
 COMMAND = """
 import contextlib, signal, sys
-import moec.cli, moec.tables
+import moec.cli, moec.cli.artefacts
 
 stage = sys.argv.pop(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell that ignores it
@@ -35,7 +35,7 @@ def bar(*args, **kwargs):
 
     yield progress
 
-moec.tables.bar = bar
+moec.cli.artefacts.bar = bar
 moec.cli.main()
 """
 

@@ -94,7 +94,7 @@ def test_experts_in_the_plugin_and_again_for_another_gpu(
     assert engine.plugins == ("engine/plugin/libmoec_plugin.so",)
     assert engine.built.layer_types["PLUGIN_V3"] == 2
     assert {"engine/model.engine", "engine/plugin/build.sh"} <= set(engine.files)
-    again = build_engines(art.path, ("SM120",))
+    again = build_engines(art.path, architectures=["SM120"])
     verify_files(open_artefact(art.path))
     assert again.manifest.engines["model"].files != engine.files
 
@@ -124,13 +124,13 @@ def test_engines_can_be_built_later_and_again(
     options = EngineOptions(context=64, piece=64, build=False)
     art = moec.export(sound, "tensorrt-rtx", "bf16", tmp_path / "art", options=options)
     assert not art.manifest.engines
-    done = build_engines(art.path, ("SM86",))
+    done = build_engines(art.path, architectures=["SM86"])
     verify_files(open_artefact(art.path))
     assert done.manifest == open_artefact(art.path).manifest
     engine = done.manifest.engines["model"]
     assert engine.built.architectures == ("SM86",) and (art.path / engine.file).is_file()
     with pytest.raises(MoecError, match="SM90") as caught:
-        build_engines(art.path, ("SM90",))
+        build_engines(art.path, architectures=["SM90"])
     assert caught.value.exit_code == 2
     assert open_artefact(art.path).manifest == done.manifest, "the old engine stays"
 
@@ -143,7 +143,7 @@ def test_engines_can_be_built_later_and_again(
 
     monkeypatch.setattr(build, "build_engine", second_fails)
     with pytest.raises(KeyboardInterrupt):
-        build_engines(art.path, ("SM89",))
+        build_engines(art.path, architectures=["SM89"])
     verify_files(open_artefact(art.path))
     assert not [each for each in art.path.iterdir() if each.name.startswith(".")]
     monkeypatch.undo()

@@ -119,7 +119,9 @@ def test_sampling_filters_keep_what_they_say() -> None:
 def test_presets_of_session_options_give_the_same_numbers(tiny_onnx: Path, preset: str) -> None:
     ids = torch.randint(0, 4096, (2, 140))
     eager = moec.open_session(tiny_onnx, engine="eager").logits(ids)
-    assert torch.allclose(moec.open_session(tiny_onnx, preset=preset).logits(ids), eager, atol=2e-4)
+    assert torch.allclose(
+        moec.open_session(tiny_onnx, session_options=preset).logits(ids), eager, atol=2e-4
+    )
 
 
 def test_a_checkpoint_opens_in_eager(tiny: Path, session: Session) -> None:

@@ -21,7 +21,7 @@ from moec.spec.presets import PRESETS
 def test_decode_bounds(
     model: str, precision: str, batch: int, context: int, milliseconds: float
 ) -> None:
-    found = plan(model, precision, context, batch, "h200")
+    found = plan(model, precision, context=context, batch=batch, device="h200")
     assert found.decode_ms == pytest.approx(milliseconds, rel=2e-3)  # scales: 0.1 %
 
 
@@ -29,13 +29,12 @@ def test_decode_bounds(
     "precision, context, milliseconds", [("bf16", 8192, 355.0), ("fp8", 8192, 206.7)]
 )
 def test_prefill_bounds(precision: str, context: int, milliseconds: float) -> None:
-    assert plan("scout", precision, context, 1, "h200").prefill_ms == pytest.approx(
-        milliseconds, abs=0.5
-    )
+    found = plan("scout", precision, context=context, device="h200")
+    assert found.prefill_ms == pytest.approx(milliseconds, abs=0.5)
 
 
 def test_rings_keep_the_cache_of_chunked_layers_fixed() -> None:
-    found = plan("scout", "bf16", 1_048_576)
+    found = plan("scout", "bf16", context=1_048_576)
     assert found.full_cache_bytes == pytest.approx(206.16e9, rel=1e-3)
     assert found.cache_bytes == pytest.approx(52.75e9, rel=1e-3)
 
@@ -78,7 +77,8 @@ def test_tiles_take_memory_and_context() -> None:
     contexts = range(700_000, 800_000, 1000)
 
     def most(tiles: int) -> int:
-        return max(c for c in contexts if plan(spec, "fp8", c, 1, "h200", tiles).fits)
+        sizes = {"device": "h200", "tiles": tiles}
+        return max(c for c in contexts if plan(spec, "fp8", context=c, **sizes).fits)
 
     assert contexts[0] < most(tiles=1) < most(tiles=0) < contexts[-1]
     with pytest.raises(MoecError, match="144 tokens"):

@@ -332,7 +332,7 @@ def test_weights_and_caches_of_a_small_model(name: str | None) -> None:
 
 
 def test_scout_by_scheme() -> None:
-    cost = {name: plan("scout", "fp8", 1_048_576, scheme=name) for name in SCHEMES}
+    cost = {name: plan("scout", "fp8", context=1_048_576, scheme=name) for name in SCHEMES}
     routed, linear = 96_636_764_160, 105_696_460_800
     others = 108_641_793_536 - 850_960_896 - 20_971_520 - linear
     gate_up, down = 48 * 16 * 2 * 8192, 48 * 16 * 5120

@@ -227,7 +227,7 @@ def test_a_name_that_was_cut_off_has_not_landed(folder: Path) -> None:
 #: the real command line, but packing stops half way, says so, and waits for its parent
 COMMAND = """
 import contextlib, os, signal, sys
-import moec.cli, moec.tables, moec.weights.packed_file
+import moec.cli, moec.cli.artefacts, moec.weights.packed_file
 
 moec.weights.packed_file.JOURNAL_BYTES = 1
 os.fsync = lambda file: None  # a kill leaves what the system was given; a busy disk takes seconds
@@ -245,7 +245,7 @@ def bar(*args, **kwargs):
 
     yield progress
 
-moec.tables.bar = bar
+moec.cli.artefacts.bar = bar
 moec.cli.main()
 """
 

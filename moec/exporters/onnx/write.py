@@ -63,7 +63,7 @@ def graphs_of(spec: ModelSpec, precision: str, dialect: str) -> dict[str, fx.Gra
     passes = DIALECTS[dialect].passes
     graphs = {}
     for part in (*parts_of(spec), *(each for each in passes if each == GENAI)):
-        graphs[part] = build_graph(spec, precision, "model" if part == GENAI else part)
+        graphs[part] = build_graph(spec, precision, part="model" if part == GENAI else part)
         for change in passes.get(part, ()):
             graphs[part] = change(graphs[part])
     return graphs

@@ -35,7 +35,7 @@ def graphs_of(
     spec: ModelSpec, precision: str, dialect: str, options: EngineOptions
 ) -> dict[str, fx.GraphModule]:
     """Every graph of a TensorRT artefact, by part."""
-    graphs = {part: build_graph(spec, precision, part) for part in parts_of(spec)}
+    graphs = {part: build_graph(spec, precision, part=part) for part in parts_of(spec)}
     if dialect == "tensorrt-plugin":
         wide = build_decoder(unquantised(spec, spec.dtype), precision)
         graphs["model"] = quantize(fuse_experts(wide, spec), spec)

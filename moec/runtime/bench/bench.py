@@ -70,7 +70,7 @@ class Timing:
     bandwidth_share: float | None = None
     error: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The figures as plain data, for JSON."""
         return asdict(self)
 
@@ -104,24 +104,31 @@ def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
 
 def bench(
     path: str | Path,
+    *,
     batch: int = 1,
     prompt_tokens: int = 64,
     new_tokens: int = 32,
     device: str = "cpu",
     rounds: int = 3,
 ) -> list[Timing]:
-    """Time all lanes of an artefact on random tokens, decoded greedily.
+    """Time an artefact in its engine, in the eager reference and in transformers: `lanes_of`.
+
+    Each lane is a process of its own that opens the model, prefills random prompts and decodes
+    greedily. The calling script needs `if __name__ == "__main__":`, since the processes import it.
 
     Args:
         path: the artefact's folder.
-        batch: sequences.
-        prompt_tokens: tokens of each prompt.
-        new_tokens: tokens to decode for each sequence.
+        batch: the number of sequences.
+        prompt_tokens: the prompt tokens of each sequence.
+        new_tokens: the tokens to add to each sequence.
         device: "cpu" or "cuda".
-        rounds: turns of each lane.
+        rounds: how often each lane is timed; figures are medians.
+
+    Returns:
+        One timing for each lane; a lane that fails says why in its `error`.
 
     Raises:
-        MoecError: `path` is not an artefact. If a lane fails, its `error` says why.
+        MoecError: `path` is no artefact.
     """
     if device != "cpu":
         artefact = open_artefact(path)
@@ -284,4 +291,6 @@ def open_lane(lane: Lane) -> Engine:
         return open_transformers(
             manifest.checkpoint or "", lane.engine, manifest.compute, lane.device
         )
-    return open_session(lane.path, lane.device, lane.engine, lane.preset or "lean")
+    return open_session(
+        lane.path, lane.device, engine=lane.engine, session_options=lane.preset or "lean"
+    )

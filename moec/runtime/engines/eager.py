@@ -33,7 +33,7 @@ def eager_engine(
     Weights stay in their files and dtype; each op casts what it uses, so that memory holds one
     weight at a time. Packed weights are unpacked first, all of them.
     """
-    graph = build_graph(spec, precision, part)
+    graph = build_graph(spec, precision, part=part)
     fill(graph, entries)
     inject(graph, given)
     if near is not None:

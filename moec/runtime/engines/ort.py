@@ -44,7 +44,7 @@ def ort_engine(
     _check_version(artefact, onnxruntime.__version__)
     if options_name not in manifest.presets:
         refuse(
-            f"preset {options_name}",
+            f"session options {options_name}",
             "no such preset in the artefact's manifest",
             " or ".join(manifest.presets) or "presets: an older version of moec built it",
             "choose one of them" if manifest.presets else "build the artefact again",

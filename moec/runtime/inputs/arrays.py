@@ -10,7 +10,9 @@ from torch import Tensor
 from moec.spec.errors import MoecError, refuse
 from moec.spec.model import ModelSpec
 
-Ids = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]] | Sequence[int]
+#: token ids that are no tensor: an array, rows, or one row
+Arrays = np.ndarray[Any, Any] | Sequence[Sequence[int]] | Sequence[int]
+Ids = Tensor | Arrays
 Pixels = Tensor | np.ndarray[Any, Any]
 
 _NO_IDS = (torch.bool, torch.complex64, torch.complex128)

@@ -40,7 +40,7 @@ class Prompt:
     notes: tuple[str, ...]
 
 
-def encode(path: str | Path, text: str, images: Images = (), chat: bool = False) -> Prompt:
+def encode(path: str | Path, text: str, images: Images = (), *, chat: bool = False) -> Prompt:
     """Turn `text` and `images` into token ids and image tiles.
 
     Args:

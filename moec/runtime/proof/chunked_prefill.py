@@ -6,10 +6,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moec.runtime.inputs.image_tokens import features_within, image_mask
 from moec.runtime.proof.compare import Tolerance, error
 from moec.runtime.proof.near_ties import choices, settled
 from moec.runtime.proof.report import Check, spoken
-from moec.runtime.session import Session, features_within
+from moec.runtime.session import Session
 
 
 def in_pieces(
@@ -29,7 +30,7 @@ def in_pieces(
     the pieces choose others, `reference` opens what decides. `features` [N, dim] are those of the
     rows' own image tokens.
     """
-    images = session.image_mask(ids, lengths)
+    images = image_mask(session.spec, ids, lengths)
     edges = [0, *sorted({cut for cut in cuts if 0 < cut < ids.shape[1]}), ids.shape[1]]
     cache = session.new_cache(len(ids), 1)  # grows on the way
     mine = torch.arange(ids.shape[1]) < lengths[:, None]

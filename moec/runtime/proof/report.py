@@ -22,7 +22,7 @@ class Check:
         """False for NaN either way."""
         return self.found <= self.limit if self.kind == "error" else self.found >= self.limit
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data; a figure that is not finite is None, which JSON can say."""
         found = self.found if math.isfinite(self.found) else None
         return {**asdict(self), "found": found, "passed": self.passed}
@@ -42,7 +42,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
-    cost: dict[str, Any] | None = None
+    cost: dict[str, object] | None = None
 
     @property
     def passed(self) -> bool:
@@ -54,7 +54,7 @@ class Report:
         """The earliest value of the graph that is off, or None."""
         return next((check.name for check in self.checks if not check.passed), None)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data, for JSON and for the manifest."""
         return {
             **asdict(self),

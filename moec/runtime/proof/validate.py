@@ -5,6 +5,7 @@ What each check means and where the limits come from: docs/numerics.md.
 
 import secrets
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -62,31 +63,43 @@ Progress = Callable[[str, int, int], None]
 
 def validate(
     path: str | Path,
+    *,
     tokens: int | None = None,
     seed: int | None = None,
-    on_twin: bool = False,
+    reduced: bool = False,
     progress: Progress = lambda stage, done, total: None,
     device: str = "cpu",
     reference: str | None = None,
     rows: Tensor | str | Path | None = None,
+    on_twin: bool | None = None,
 ) -> Report:
     """Compare an artefact in its engine with the float32 eager reference on the same weights.
 
-    An artefact without weights is proven on its twin: the same spec shrunk in width, random
-    weights, lowered by the same tables.
+    An artefact without weights is proven on a reduced-size model: the same layers and patterns,
+    fewer and narrower, with random weights, built for the same target.
 
     Args:
-        tokens: length of the longest row; default three chunks and a bit, at most 512.
-        seed: of the token draw; default fresh, and in the report.
-        on_twin: prove the twin although there are weights, because they are too many to run here.
+        path: the artefact's folder.
+        tokens: the length of the longest sequence; default three chunks and a few tokens more, at
+            most 512.
+        seed: the seed that the tokens are drawn from; default a fresh one. The report has it.
+        reduced: prove a reduced-size model although the artefact has weights, for models that are
+            too large to run here.
         progress: called with (stage, done, total).
-        device: where the artefact runs, as in `open_session`; the reference runs on the cpu.
-        reference: also say what the precision costs, against these wide weights: see `cost`.
-        rows: tokens for that.
+        device: where the artefact runs, as in `open_session`; the reference runs on the CPU.
+        reference: also measure what the precision costs, against these wide weights: "bf16", "fp16"
+            or "fp32" for those that the artefact was built from, or a checkpoint folder.
+        rows: the tokens to measure that on, int64 [rows, length] or a file; default drawn from the
+            reference.
+        on_twin: the old name of `reduced`; it works for one more version.
 
     Raises:
-        MoecError: not an artefact, weights gone or changed, or a package is missing.
+        MoecError: `path` is no artefact, its weights are gone or changed, or a package is missing
+            (exit code 3).
     """
+    if on_twin is not None:
+        warnings.warn("on_twin is now reduced", DeprecationWarning, stacklevel=2)
+        reduced = on_twin
     if not (tokens is None or tokens >= 1) or not (seed is None or 0 <= seed < 2**63):
         refuse(
             "validate",
@@ -100,10 +113,10 @@ def validate(
     if reference is None and rows is not None:
         refuse("--eval", "no --reference", "a reference", "add --reference bf16")
     if reference is not None:
-        if unbound or on_twin:
+        if unbound or reduced:
             refuse(
                 f"--reference {reference}",
-                "a proof of the twin, whose weights are random",
+                "a proof of the reduced-size model (the twin), whose weights are random",
                 "an artefact with weights",
                 "leave --reference out, or bind a checkpoint",
             )
@@ -111,20 +124,20 @@ def validate(
         report = _validate(artefact, tokens, seed, progress, device)
         report.cost = found.to_dict()
         return report
-    if not unbound and not on_twin:
+    if not unbound and not reduced:
         return _validate(artefact, tokens, seed, progress, device)
     ArtefactUnderTest(artefact, device, "lean").check_device()
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = TWINS.get(artefact.manifest.precision, (None, None))
         small = twin(artefact.manifest.spec, layers, **_sizes(artefact.manifest))
-        progress("twin", 0, 1)
+        progress("reduced-size model", 0, 1)
         built = _build_twin(artefact, small, Path(folder), seed)
         least = TWIN_TOKENS if longest else 1
         report = _validate(built, tokens or longest, seed, progress, device, least)
-        report.twin, report.subject = True, f"{artefact.path} (its twin)"
+        report.twin, report.subject = True, f"{artefact.path} (reduced-size model)"
         report.notes.append(
             f"The artefact's {'weights are not bound' if unbound else 'own weights were not run'}: "
-            f"proven on its twin, {small.text.layers} layers of width "
+            f"proven on its reduced-size model (twin), {small.text.layers} layers of width "
             f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}."
         )
     return report
@@ -345,7 +358,7 @@ def _greedy(subject: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> It
 
 
 def _fast(subject: ArtefactUnderTest, ids: Tensor, lengths: Tensor) -> Iterator[Check]:
-    """The preset that users run, whose products round activations to int8, against `exact`."""
+    """What users run, whose products round activations to int8, against options `exact`."""
     exact, fast = (
         replace(subject, options=options).session().trace(ids, lengths, [])["logits"]
         for options in (subject.options, "lean")

@@ -68,4 +68,4 @@ def test_references_that_are_none_are_refused(tiny: Path, tmp_path: Path) -> Non
     with pytest.raises(MoecError, match="--reference bf16"):
         moec.validate(art.path, rows=[[1, 2]])
     with pytest.raises(MoecError, match="twin"):
-        moec.validate(art.path, on_twin=True, reference="bf16")
+        moec.validate(art.path, reduced=True, reference="bf16")

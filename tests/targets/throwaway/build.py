@@ -23,7 +23,7 @@ def check(wanted: Wanted) -> None:
 
 def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:
     spec, compute = wanted.spec, wanted.compute
-    return {part: build_graph(spec, compute, part) for part in parts_of(spec)}
+    return {part: build_graph(spec, compute, part=part) for part in parts_of(spec)}
 
 
 def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[Any, dict[str, Packing]]:

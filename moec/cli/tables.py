@@ -1,15 +1,13 @@
-"""What the command line prints: tables and progress bars."""
+"""The tables that commands print, and the lines below them."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moec.cli.output import console, say
 from moec.runtime.proof.report import cells, cost_cells, spoken
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import counts
@@ -21,19 +19,8 @@ if TYPE_CHECKING:
     from moec.runtime.bench.bench import Timing
 
 
-@contextmanager
-def bar(console: Console, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback: one bar, relabelled by stage; nothing where nobody watches."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task("start", total=1)
-        yield lambda stage, done, total: progress.update(
-            task, description=stage, completed=done, total=total
-        )
-
-
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """A number of bytes as people read it."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -41,11 +28,11 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def artefact_tables(console: Console, art: "Artefact") -> None:
+def artefact_tables(art: "Artefact") -> None:
     """Files and costs of a build."""
     manifest = art.manifest
     for note in manifest.spec.notes:
-        console.print(f"note: {note}", highlight=False)
+        say(f"note: {note}")
     table = Table(
         title=f"{art.path}: {manifest.spec.name}, {manifest.target}, {manifest.precision}"
     )
@@ -63,34 +50,31 @@ def artefact_tables(console: Console, art: "Artefact") -> None:
         table.add_row(name, size(shard.size), origin[manifest.weights.mode])
     console.print(table)
     if manifest.weights.folder:
-        console.print(f"weights in {manifest.weights.folder}", highlight=False, soft_wrap=True)
+        say(f"weights in {manifest.weights.folder}")
     build = manifest.build
     stages = " · ".join(f"{name} {seconds:.2f} s" for name, seconds in build.seconds.items())
-    console.print(f"stages: {stages}", highlight=False)
+    say(f"stages: {stages}")
     total, tower = counts(manifest.spec), manifest.spec.vision
-    console.print(
+    say(
         f"{total['text']:,} parameters in the text model ({total['active_text']:,} active)"
         + (f", {total['vision'] + total['projector']:,} in the vision tower" if tower else ""),
-        highlight=False,
     )
-    console.print(
+    say(
         f"weights {manifest.weights.mode} · {len(manifest.rewritten)} rewritten · "
         f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied"
         + (f", {size(build.bytes_packed)} rewritten" if build.bytes_packed else "")
         + _rate(build)
         + " · "
         f"peak memory {size(build.peak_bytes)}",
-        highlight=False,
-        soft_wrap=True,
     )
     for engine in manifest.engines.values():
-        console.print(_engine(engine), highlight=False, soft_wrap=True)
+        say(_engine(engine))
         for message in engine.built.messages:
-            console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+            say(f"warning: {message}", "yellow")
     if manifest.options and not manifest.engines:
-        console.print(f"no engine yet: moec engine {art.path}", highlight=False)
+        say(f"no engine yet: moec engine {art.path}")
     if manifest.weights.mode == "unbound":
-        console.print(f"no weights yet: moec bind {art.path} --checkpoint DIR", highlight=False)
+        say(f"no weights yet: moec bind {art.path} --checkpoint DIR")
 
 
 def _engine(engine: "Engine") -> str:
@@ -112,7 +96,7 @@ def _rate(build: "Build") -> str:
     return f" from {size(build.bytes_read)} at {size(build.bytes_read / seconds)}/s"
 
 
-def report_table(console: Console, report: dict[str, Any]) -> None:
+def report_table(report: dict[str, Any]) -> None:
     """A proof: the layers, then the checks on the whole. Many layers that pass become two rows."""
     table = Table(
         title=f"{report['engine']} ({report['precision']}) against {report['reference']}: "
@@ -124,18 +108,17 @@ def report_table(console: Console, report: dict[str, Any]) -> None:
         table.add_row(*cells(check), style=None if check["passed"] else "bold red")
     console.print(table)
     if report.get("cost"):
-        cost_table(console, report["cost"])
+        cost_table(report["cost"])
     for note in report["notes"]:
-        console.print(f"note: {note}", highlight=False)
+        say(f"note: {note}")
     verdict = "PASSED" if report["passed"] else f"FAILED, first at {report['first_divergence']}"
-    console.print(
+    say(
         f"{verdict} · rows of {spoken(report['tokens'])} tokens · seed {report['seed']}",
         style="green" if report["passed"] else "bold red",
-        highlight=False,
     )
 
 
-def cost_table(console: Console, cost: dict[str, Any]) -> None:
+def cost_table(cost: dict[str, Any]) -> None:
     """What a precision costs: perplexity, KL, routers, and the error of each layer's output."""
     table = Table(title=f"against {cost['reference']}: {cost['tokens']:,} tokens, {cost['text']}")
     table.add_column("")
@@ -169,7 +152,7 @@ def _folded(checks: list[dict[str, Any]], most: int = 12) -> list[dict[str, Any]
     return checks
 
 
-def plan_table(console: Console, plan: Plan) -> None:
+def plan_table(plan: Plan) -> None:
     """The costs of one setting."""
     table = Table(
         title=f"{plan.model}, {plan.precision}, batch {plan.batch}, context {plan.context:,}"
@@ -205,7 +188,7 @@ def plan_table(console: Console, plan: Plan) -> None:
     console.print(table)
 
 
-def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
+def bench_table(rows: "Iterable[Timing]") -> None:
     """Lanes side by side."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     columns = ("engine", "open", "first token", "tokens/s", "bandwidth", "own memory", "peak")
@@ -229,10 +212,10 @@ def bench_table(console: Console, rows: "Iterable[Timing]") -> None:
         )
     console.print(table)
     for line in failed:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
 
-def spec_table(console: Console, specs: Iterable[ModelSpec]) -> None:
+def spec_table(specs: Iterable[ModelSpec]) -> None:
     """Presets side by side."""
     specs = list(specs)
     table = Table()
@@ -257,16 +240,14 @@ def spec_table(console: Console, specs: Iterable[ModelSpec]) -> None:
     console.print(table)
     for spec in specs:
         for note in spec.notes:
-            console.print(f"{spec.name}: {note}", highlight=False)
+            say(f"{spec.name}: {note}")
 
 
-def diff_table(
-    console: Console, left: str, right: str, rows: Iterable[tuple[str, Any, Any]]
-) -> None:
+def diff_table(left: str, right: str, rows: Iterable[tuple[str, Any, Any]]) -> None:
     """The fields in which two specs differ."""
     table = Table()
     for column in ("field", left, right):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for path, a, b in rows:
         table.add_row(path, str(a), str(b))
     console.print(table)

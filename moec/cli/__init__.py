@@ -1,0 +1,124 @@
+"""The command line. It parses arguments, calls the API and prints.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 a needed package or device is missing.
+"""
+
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, NoReturn
+
+import typer
+
+from moec.cli.artefacts import bind, build, calibrate, engine
+from moec.cli.looks import inspect, plan, spec_diff, spec_list, spec_schema, spec_show
+from moec.cli.output import error_line
+from moec.cli.proofs import validate
+from moec.cli.renamed import current_spelling
+from moec.cli.runs import bench, generate
+from moec.spec.errors import MoecError
+
+#: command -> examples that its help ends with
+COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
+    build: (
+        "moec build --checkpoint examples/tiny-scout --out build/tiny",
+        "moec build --variant scout",
+        "moec build --variant scout --target tensorrt --precision fp8 --no-engine",
+    ),
+    engine: (
+        "moec engine build/scout-tensorrt-fp8",
+        "moec engine build/scout-tensorrt-fp8 --trtexec",
+    ),
+    bind: ("moec bind build/scout-onnx-fp32 --checkpoint DIR",),
+    calibrate: ("moec calibrate DIR --tokens text.txt --out scales.json",),
+    validate: (
+        "moec validate build/tiny --html report.html",
+        "moec validate build/tiny --reduced",
+    ),
+    generate: (
+        'moec generate build/tiny --prompt "def main(argv=None):"',
+        'moec generate build/tiny --image photo.jpg --prompt "What is this?" --chat',
+    ),
+    plan: (
+        "moec plan scout",
+        "moec plan scout --precision fp8 --context 1000000 --device h200",
+    ),
+    inspect: ("moec inspect build/tiny --verify",),
+    bench: ("moec bench build/tiny --new-tokens 64",),
+}
+
+#: the same for the commands below `moec spec`, by name
+SPEC_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "list": (spec_list, "moec spec list"),
+    "show": (spec_show, "moec spec show scout --format config"),
+    "schema": (spec_schema, "moec spec schema"),
+    "diff": (spec_diff, "moec spec diff scout maverick"),
+}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+specs = typer.Typer(no_args_is_help=True)
+
+
+def _epilog(*examples: str) -> str:
+    """Examples, a line each, as Typer wants them."""
+    return "\n\n".join(("Examples:" if len(examples) > 1 else "Example:", *examples))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import moec
+
+        typer.echo(f"moec {moec.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _moec(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Compile Llama 4 checkpoints to artefacts, and prove that they compute the same numbers."""
+
+
+for _command, _examples in COMMANDS.items():
+    app.command(epilog=_epilog(*_examples))(_command)
+for _name, (_command, _example) in SPEC_COMMANDS.items():
+    specs.command(_name, epilog=_epilog(_example))(_command)
+app.add_typer(specs, name="spec", help="List, show, compare and describe model specs.")
+
+
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; Typer would give a KeyboardInterrupt its own message and exit code."""
+
+
+def _stop(*_: object) -> NoReturn:
+    raise _Stopped
+
+
+def main() -> None:
+    """Run the command line and exit; a user's mistake is a message, never a stack trace."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    # Pillow warns of odd metadata and of large images; an image that matters raises an error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    arguments, notes = current_spelling(sys.argv[1:])
+    try:
+        app(arguments, prog_name="moec")
+    except MoecError as error:
+        error_line(f"error: {error}", "red")
+        sys.exit(error.exit_code)
+    except _Stopped:
+        error_line(
+            "stopped: no unfinished artefact is left behind; weights that were packed are kept "
+            "for the next build with the same --out",
+            "yellow",
+        )
+        sys.exit(2)
+    finally:  # after what the command prints, where people see them
+        for note in notes:
+            error_line(f"note: {note}")

@@ -1,0 +1,239 @@
+"""Commands that write artefacts, and what artefacts need: build, bind, engine, calibrate."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moec.cli.options import Architectures, Build, Placement, Scales
+from moec.cli.output import bar, say
+from moec.cli.proofs import prove
+from moec.spec.errors import refuse
+
+#: weights above this many bytes are not run after a build: it is proven on a reduced-size model
+PROVE_ON_WEIGHTS = 4 * 10**9
+
+
+def build(
+    variant: Annotated[
+        str | None, typer.Option(help="The name of a preset; `moec spec list` shows them.")
+    ] = None,
+    spec: Annotated[Path | None, typer.Option(help="A spec file, .yaml or .json.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint folder: config.json and safetensors files.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="What to build for: onnx, ort, torch, tensorrt or tensorrt-rtx.")
+    ] = "onnx",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, fp16, bf16, fp8, int8 or int4. Default: fp8 if the weights are fp8 or the "
+            "target is torch, bf16 for TensorRT, else fp32."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write. Default: build/NAME-TARGET-PRECISION."),
+    ] = None,
+    weights: Placement = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="How weights are quantised to fp8: meta, dynamic, mixed, static, modelopt, "
+            "deepseek, or a .yaml or .json file. Default: dynamic for torch, mixed for tensorrt, "
+            "static for tensorrt-rtx, else meta."
+        ),
+    ] = None,
+    scales: Scales = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="How keys and values are stored: fp8 or wide. Default: by the scheme."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Engines only: the most tokens in a sequence, prompt included."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Engines only: the most sequences in a batch.")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="Engines only: the most prompt tokens that one call takes.")
+    ] = None,
+    architectures: Architectures = None,
+    bindings: Annotated[
+        str | None,
+        typer.Option(
+            help="Engines only: the weights that the engine takes as inputs and does not hold: "
+            "experts, all or none."
+        ),
+    ] = None,
+    engine: Build = True,
+    check: Annotated[
+        bool, typer.Option("--validate/--no-validate", help="Check the numbers after the build.")
+    ] = True,
+) -> None:
+    """Build an artefact from one of --variant, --spec and --checkpoint, and prove its numbers.
+
+    Without a checkpoint the artefact has no weights; `moec bind` adds them later.
+    Such an artefact is proven on a reduced-size model with the same layers,
+    and so is one with over 4 GB of weights.
+    """
+    given = [source for source in (variant, spec, checkpoint) if source is not None]
+    if len(given) != 1:
+        refuse(
+            "build",
+            f"{len(given)} sources",
+            "exactly one of --variant, --spec, --checkpoint",
+            "moec build --variant scout",
+        )
+    _check_source(variant, spec, checkpoint)
+    import moec
+    from moec.cli.tables import artefact_tables
+
+    chosen: dict[str, Any] = {
+        "context": context,
+        "batch": batch,
+        "piece": prefill_chunk,
+        "bindings": bindings,
+        "architectures": architectures,
+        "build": None if engine else False,
+    }
+    with bar() as progress:
+        art = moec.export(
+            given[0],
+            target,
+            precision,
+            out,
+            weights=weights,
+            progress=progress,
+            scheme=scheme,
+            scales=scales,
+            cache=cache,
+            options=_engine_options(chosen),
+        )
+    artefact_tables(art)
+    if check:
+        size = sum(shard.size for shard in art.manifest.weights.shards.values())
+        prove(art.path, reduced=size > PROVE_ON_WEIGHTS)
+
+
+def engine(
+    artefact: Annotated[Path, typer.Argument(help="The artefact's folder.")],
+    architectures: Architectures = None,
+    trtexec: Annotated[
+        bool,
+        typer.Option(
+            "--trtexec", help="Build nothing; print the commands that do it without moec."
+        ),
+    ] = False,
+) -> None:
+    """Build the engines of an artefact that has only their ONNX, or build them again.
+
+    Use it after `moec build --no-engine`, or on the machine whose GPU will run them.
+    """
+    import moec
+    from moec.cli.tables import artefact_tables
+
+    if trtexec:
+        for line in moec.trtexec_commands(artefact):
+            typer.echo(line)
+        return
+    with bar() as progress:
+        art = moec.build_engines(artefact, architectures=architectures or (), progress=progress)
+    artefact_tables(art)
+
+
+def bind(
+    artefact: Annotated[Path, typer.Argument(help="The artefact's folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder of the same model.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write. Default: the artefact's own, which is replaced."),
+    ] = None,
+    weights: Placement = None,
+    scales: Scales = None,
+    engine: Build = True,
+) -> None:
+    """Attach a checkpoint to an artefact that was built without weights, or attach another one."""
+    import moec
+    from moec.cli.tables import artefact_tables
+
+    with bar() as progress:
+        art = moec.bind(
+            artefact,
+            checkpoint,
+            out,
+            weights=weights,
+            progress=progress,
+            scales=scales,
+            engine=engine,
+        )
+    artefact_tables(art)
+
+
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder with wide weights.")],
+    tokens: Annotated[
+        Path, typer.Option(help="The tokens to run: token ids (.npy, .json) or text (.txt).")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write, .json.")],
+    percentile: Annotated[
+        float,
+        typer.Option(help="The percentile of the magnitudes to keep; 100 is the largest."),
+    ] = 100.0,
+) -> None:
+    """Find static scales: run a checkpoint on some tokens and record how large its values get.
+
+    The values are the inputs of each matrix product, and the keys and values of the caches.
+    """
+    import moec
+
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        refuse(
+            f"--out {out}",
+            "a folder, or a file in a folder that does not exist",
+            "a file to write",
+            "choose another",
+        )
+    with bar() as progress:
+        found = moec.calibrate(checkpoint, tokens, percentile=percentile, progress=progress)
+    try:
+        out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+    except OSError as error:
+        refuse(f"--out {out}", error.strerror, "a file that can be written", "choose another")
+    sites = len(found.inputs) + len(found.caches)
+    say(f"{out}: {sites} sites of {found.model} over {found.tokens:,} tokens")
+    if found.unseen:
+        say(
+            f"warning: {len(found.unseen)} experts saw no token, and got the largest magnitude of "
+            f"their layer: {', '.join(found.unseen[:8])}{', ...' if found.unseen[8:] else ''}",
+            "yellow",
+        )
+
+
+def _engine_options(chosen: dict[str, Any]) -> Any:
+    """Options of engines; None where the user chose none, since most targets have no engines."""
+    given = {name: each for name, each in chosen.items() if each is not None}
+    if not given:
+        return None
+    from moec.artefact.engine_options import engine_options
+
+    return engine_options(given)
+
+
+def _check_source(variant: str | None, spec: Path | None, checkpoint: Path | None) -> None:
+    """Refuse a source of another kind than its option says: a typo must not change the kind."""
+    from moec.spec.presets import PRESETS
+
+    if variant is not None and variant not in PRESETS:
+        refuse(f"--variant {variant}", "no such preset", ", ".join(PRESETS), "moec spec list")
+    if spec is not None and not spec.is_file():
+        refuse(f"--spec {spec}", "no such file", "a spec file", "moec spec schema")
+    if checkpoint is not None and not checkpoint.is_dir():
+        refuse(
+            f"--checkpoint {checkpoint}",
+            "no such folder",
+            "a folder with config.json",
+            "check the path, or build without weights: moec build --variant scout",
+        )

@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Device = Annotated[str, typer.Option(help="The device to run on: cpu or cuda.")]
+Placement = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the weights go: in-place (nothing is copied), link (hard links beside the "
+        "model), copy, or pack (rewritten once: quantised, or in the layout that ONNX Runtime "
+        "runs fastest). Default: in-place if the precision allows it, else pack."
+    ),
+]
+Scales = Annotated[
+    Path | None,
+    typer.Option(help="The file that `moec calibrate` wrote, for schemes with static scales."),
+]
+Build = Annotated[
+    bool,
+    typer.Option("--engine/--no-engine", help="Build the engines, or write only their ONNX files."),
+]
+Architectures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sm",
+        help="tensorrt-rtx only: a GPU architecture to build for, such as SM89 or SM120. Repeat "
+        "the option for more. Default: both of these, or what the artefact was built for.",
+    ),
+]

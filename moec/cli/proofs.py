@@ -1,0 +1,98 @@
+"""The command `validate`, and the proof that `build` ends with."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moec.cli.options import Device, Json
+from moec.cli.output import bar, print_json
+from moec.spec.errors import refuse
+
+
+def validate(
+    artefact: Annotated[Path, typer.Argument(help="The artefact's folder.")],
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="The length of the longest sequence. Default: chosen by chunk size."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The seed that the tokens are drawn from. Default: fresh.")
+    ] = None,
+    reduced: Annotated[
+        bool,
+        typer.Option(
+            "--reduced",
+            help="Prove a reduced-size model with the same layers and random weights, and do not "
+            "run the artefact's own weights.",
+        ),
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the report as a web page.")] = None,
+    device: Device = "cpu",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure what the precision costs, against bf16 (the weights that the "
+            "artefact was built from) or a folder of wide weights."
+        ),
+    ] = None,
+    eval_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            help="The tokens to measure that on, in a file as for `moec calibrate`. Default: "
+            "drawn from the reference.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare an artefact with the eager reference, layer by layer; exit code 1 if they differ.
+
+    The report goes into the artefact's manifest, where `moec inspect` finds it.
+    """
+    prove(artefact, tokens, seed, reduced, html, as_json, device, reference, eval_file)
+
+
+def prove(
+    artefact: Path,
+    tokens: int | None = None,
+    seed: int | None = None,
+    reduced: bool = False,
+    html: Path | None = None,
+    as_json: bool = False,
+    device: str = "cpu",
+    reference: str | None = None,
+    rows: Path | None = None,
+) -> None:
+    """Prove an artefact, store the report in its manifest and print it.
+
+    Raises:
+        typer.Exit: exit code 1, if a check failed.
+    """
+    import moec
+    from moec.cli.tables import report_table
+    from moec.runtime.proof.validate import record
+
+    with bar(quiet=as_json) as progress:
+        report = moec.validate(
+            artefact,
+            tokens=tokens,
+            seed=seed,
+            reduced=reduced,
+            progress=progress,
+            device=device,
+            reference=reference,
+            rows=rows,
+        )
+    record(artefact, report)
+    if html:
+        try:
+            report.to_html(html)
+        except OSError as error:
+            refuse(f"--html {html}", error.strerror, "a file that can be written", "choose another")
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        report_table(report.to_dict())
+    if not report.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,148 @@
+"""Commands that run an artefact: generate and bench."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moec.cli.options import Device, Json
+from moec.cli.output import error_line, print_json
+from moec.spec.errors import refuse
+
+
+def generate(
+    artefact: Annotated[Path, typer.Argument(help="The artefact's folder.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    ids: Annotated[
+        str | None, typer.Option(help="Token ids to continue instead of text, such as 1,2,3.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image file. Repeat the option for more images.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user's message, by the template.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The most tokens to add to the prompt.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="The sampling temperature; 0 takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from the k likeliest tokens only.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens that reach this probability only."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of the sampling.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs it: onnxruntime, torch, tensorrt, interpreter or eager. Default: the "
+            "engine of the artefact's target."
+        ),
+    ] = None,
+    session_options: Annotated[
+        str,
+        typer.Option(
+            help="Settings of ONNX Runtime: lean (weights stay mapped from their files) or fast "
+            "(weights are copied and prepacked)."
+        ),
+    ] = "lean",
+    device: Device = "cpu",
+) -> None:
+    """Continue a prompt of text and images, and print each token as it comes.
+
+    `<|image|>` in the text marks where an image belongs.
+    If the text has no mark, the images come first.
+    """
+    if (prompt is None) == (ids is None):
+        refuse("generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT")
+    if image and prompt is None:
+        refuse("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
+    import moec
+    from moec.artefact.artefact import open_artefact
+    from moec.runtime.inputs.prompt import compose
+    from moec.runtime.inputs.text import open_text
+
+    stream: Any = None
+    row, pixels = [], None
+    if prompt is None:
+        row = _numbers(ids or "")
+    else:
+        opened = open_artefact(artefact)
+        text = open_text(opened)
+        composed = compose(text, opened.manifest.spec, prompt, image or (), chat)
+        row, pixels = composed.input_ids, composed.pixel_values
+        for note in composed.notes:
+            error_line(f"note: {note}")
+        stream = text.stream()
+        next(stream)
+
+    def show(step: list[int | None]) -> None:
+        token = step[0]
+        if token is not None:
+            sys.stdout.write(stream.send(token) if stream else f"{token} ")
+            sys.stdout.flush()
+
+    session = moec.open_session(artefact, device, engine=engine, session_options=session_options)
+    if prompt and not chat:
+        sys.stdout.write(prompt)
+    session.generate(
+        [row],
+        pixels,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stream=show,
+    )
+    sys.stdout.write("\n")
+
+
+def bench(
+    artefact: Annotated[Path, typer.Argument(help="The artefact's folder.")],
+    batch: Annotated[int, typer.Option(min=1, help="The number of sequences.")] = 1,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="The prompt tokens of each sequence.")
+    ] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="The tokens to add to each sequence.")
+    ] = 32,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often to time each engine; the medians are printed.")
+    ] = 3,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time opening, first token and decode, beside transformers if it is installed.
+
+    It times the artefact's engine (ONNX Runtime with each set of options),
+    the eager reference, and transformers, eager and compiled.
+    Each runs in a process of its own, and they take turns.
+    """
+    import moec
+    from moec.cli.tables import bench_table
+
+    rows = moec.bench(
+        artefact,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        device=device,
+        rounds=rounds,
+    )
+    if as_json:
+        print_json([row.to_dict() for row in rows])
+    else:
+        bench_table(rows)
+
+
+def _numbers(ids: str) -> list[int]:
+    try:
+        return [int(part) for part in ids.split(",")]
+    except ValueError:
+        refuse(f"--ids {ids}", "not integers", "1,2,3", "correct --ids")

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.spec.frozen import DType, Frozen
-from moec.spec.tensors import scale_of, scale_shape
+from moec.spec.names import scale_of
+from moec.spec.tensors import scale_shape
 from moec.weights.shard import TensorEntry
 from moec.weights.view import TORCH_DTYPES, view
 

@@ -14,7 +14,7 @@ from moec.graph_builder.passes.buffers import without_unused
 from moec.graph_builder.passes.torch_support import check_fusible
 from moec.graph_builder.types import TensorType
 from moec.spec.model import LayerSpec, ModelSpec
-from moec.spec.tensors import scale_of
+from moec.spec.names import scale_of
 from moec.weights.joined import joined_tensors
 from moec.weights.view import STORED, TORCH_DTYPES
 

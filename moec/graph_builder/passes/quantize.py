@@ -9,8 +9,9 @@ from moec.graph_builder import ops
 from moec.graph_builder.builder import call, submodule, tag
 from moec.graph_builder.types import TensorType
 from moec.spec.model import ModelSpec
+from moec.spec.names import input_scale_of, scale_of, separate
 from moec.spec.scheme import STATIC, Rule, Scheme
-from moec.spec.tensors import input_scale_of, quantized, scale_of, separate, tensors
+from moec.spec.tensors import quantized, tensors
 from moec.weights.view import STORED, TORCH_DTYPES
 
 

@@ -35,6 +35,7 @@ from moec.runtime.proof.cost import cost
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.report import Check, Report
 from moec.runtime.proof.under_test import ArtefactUnderTest
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.reduced import twin
@@ -210,7 +211,7 @@ def _validate(
     ]
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
-        narrow = any(name.startswith("vision.") for name in quantized(manifest.spec))
+        narrow = any(names.of_vision(name) for name in quantized(manifest.spec))
         limits = tolerance if narrow else TOLERANCES[subject.compute]
         stages.insert(0, ("vision tower", lambda: tower(subject, images.pixels, limits)))
         if images.placed:
@@ -234,16 +235,16 @@ def _ladder(
     """Every layer's output and routing, then the logits, of one call without a cache."""
     spec = subject.artefact.manifest.spec
     layers = spec.text.all_layers
-    routers = {i: f"layers.{i}.moe.router" for i in (la.index for la in layers if la.moe)}
-    hidden = ["embed", *(f"layers.{layer.index}.out" for layer in layers)]
-    chosen = {i: f"layers.{i}.moe.route.1" for i in routers}
+    routers = {i: names.router(i) for i in (la.index for la in layers if la.moe)}
+    hidden = [names.EMBED, *(names.out(layer.index) for layer in layers)]
+    chosen = {i: names.chosen(i) for i in routers}
     taps = [*hidden, *routers.values(), *chosen.values()]
     found = subject.session(taps).trace(ids, lengths, taps)
     expected = subject.reference(taps).trace(ids, lengths, taps)
     if spec.scheme:
         yield from _each_layer(subject, ids, lengths, found, hidden)
     own = torch.arange(ids.shape[1]) < lengths[:, None]
-    yield error("embed", found["embed"], expected["embed"], tolerance)
+    yield error("embed", found[names.EMBED], expected[names.EMBED], tolerance)
     for layer in layers:
         if layer.moe:
             logits = expected[routers[layer.index]]
@@ -253,9 +254,9 @@ def _ladder(
             clear = (
                 margin[:, 0] > tolerance.error * logits.abs().max() if k < logits.shape[1] else same
             )
-            yield agreement(f"layers.{layer.index} router", same, clear, tolerance)
-        name = f"layers.{layer.index}.out"
-        yield error(f"layers.{layer.index}", found[name], expected[name], tolerance)
+            yield agreement(f"{names.layer(layer.index)} router", same, clear, tolerance)
+        name = names.out(layer.index)
+        yield error(names.layer(layer.index), found[name], expected[name], tolerance)
     a, b = found["logits"], expected["logits"]
     yield error("logits, all positions", a, b, tolerance)
     if not spec.scheme:  # few tokens: roundings to FP8 may have moved all to other experts
@@ -285,8 +286,9 @@ def _each_layer(
     expected = subject.reference_from(ids, lengths, given, hidden)
     compute = subject.compute
     for name in (*hidden[1:], "logits"):
-        label, a, b = name.removesuffix(".out"), found[name], expected[name]
-        chosen = found.get(f"{label}.moe.route.1")
+        label, a, b = names.title(name), found[name], expected[name]
+        index = names.layer_of(name)
+        chosen = None if index is None else found.get(names.chosen(index))
         yield worst_error(f"{label}, same inputs", a, b, chosen, SAME_INPUTS[compute])
         yield error(f"{label}, most tokens", a, b, SAME_INPUTS_MOST[compute])
 

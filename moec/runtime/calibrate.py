@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from moec.graph_builder import ops
 from moec.graph_builder.ops.moe import over_chosen
 from moec.graph_builder.parts import build_graph
+from moec.graph_builder.roles import cached
 from moec.runtime.cache import new_cache
 from moec.runtime.engines.eager import fill
 from moec.runtime.inputs.token_file import read_rows
@@ -72,8 +73,7 @@ class _Observer(fx.Interpreter):
         if n.target == ops.linear.target:
             self._site(n.args[1], 1)[0].add(args[0])
         elif n.target == ops.cache_append.target:
-            name = str(n.meta["name"]).removesuffix(".seen")
-            self.caches.setdefault(name, self.new()).add(args[1])
+            self.caches.setdefault(cached(n, "calibrate"), self.new()).add(args[1])
         elif n.target == ops.moe.target:
             return self._moe(n, *args)
         return super().run_node(n)

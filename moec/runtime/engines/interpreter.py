@@ -65,7 +65,8 @@ def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model
 def show_routers(graph: ir.Graph) -> None:
     """Add nodes for the router's logits and choice, which the MoE plugin does not return."""
     for node in [node for node in graph if node.op_type == "MoecMoe"]:
-        index = names.layer_of(str(node.outputs[0].name))
+        experts = node.inputs[2]
+        index = names.layer_of(str(experts.name)) if experts else None
         assert index is not None, node
         logits = ir.Node("", "Gemm", node.inputs[:2], [ir.AttrInt64("transB", 1)])
         chosen = ir.Node("", "ArgMax", logits.outputs, [ir.AttrInt64("axis", 1)])

@@ -43,6 +43,7 @@ from moec.runtime.cache import Cache
 from moec.runtime.engines.eager import eager_engine
 from moec.runtime.engines.ort import ort_engine
 from moec.runtime.session import Session
+from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
@@ -174,8 +175,7 @@ def step(session: Session, token: Tensor, cache: Cache) -> Tensor:
 def stacked(built: Artefact) -> Stacked:
     entries = built.entries()
     return {
-        i: (entries[f"layers.{i}.moe.gate_up"], entries[f"layers.{i}.moe.down"])
-        for i in moe_layers(built.manifest.spec)
+        i: tuple(entries[name] for name in names.routed(i)) for i in moe_layers(built.manifest.spec)
     }
 
 
@@ -185,14 +185,14 @@ def moe_layers(spec: ModelSpec) -> list[int]:
 
 def chosen_experts(built: Artefact, token: Tensor, cache: Cache) -> Chosen:
     """The experts that a decode step chooses in the eager reference."""
-    taps = {i: f"layers.{i}.moe.route.1" for i in moe_layers(built.manifest.spec)}
+    taps = {i: names.chosen(i) for i in moe_layers(built.manifest.spec)}
     run = eager_engine(built.manifest.spec, built.entries(), taps=list(taps.values()))
     found = run(
         {
-            "input_ids": token[:, None],
-            "past_lengths": cache.lengths,
-            "lengths": torch.ones(1, dtype=torch.int64),
-            "logit_index": torch.zeros(1, 1, dtype=torch.int64),
+            names.INPUT_IDS: token[:, None],
+            names.PAST_LENGTHS: cache.lengths,
+            names.LENGTHS: torch.ones(1, dtype=torch.int64),
+            names.LOGIT_INDEX: torch.zeros(1, 1, dtype=torch.int64),
             **cache.tensors,
         }
     )

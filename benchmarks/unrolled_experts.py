@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.weights.shard import TensorEntry
 
@@ -44,10 +45,11 @@ def unrolled_experts(spec: ModelSpec, entries: Mapping[str, TensorEntry], root: 
     zero = constant("zero", np.array(0, np.float32))
     ids = [constant(f"expert.{e}", np.array(e)) for e in range(spec.text.experts.count)]
     for layer in (layer for layer in spec.text.all_layers if layer.moe):
-        at = f"layers.{layer.index}.moe"
-        scale = weight(entries[f"layers.{layer.index}.ffn.norm.weight"])
+        gate_up_name, down_name = names.routed(layer.index)
+        scale = weight(entries[names.dense(layer.index, "norm", "weight")])
         normed = op("RMSNormalization", x, scale, axis=-1, epsilon=spec.text.norm_eps)
-        logits = op("Gemm", normed, weight(entries[f"{at}.router.weight"]), transB=1)
+        router = weight(entries[names.moe(layer.index, "router", "weight")])
+        logits = op("Gemm", normed, router, transB=1)
         best, chosen = tape.op_multi_out("TopK", [logits, one], {"axis": -1}, num_outputs=2)
         scaled = op("Mul", normed, op("Sigmoid", best))
         chosen = op("Reshape", chosen, flat)
@@ -55,12 +57,12 @@ def unrolled_experts(spec: ModelSpec, entries: Mapping[str, TensorEntry], root: 
         for e, expert in enumerate(ids):
             rows = op("Transpose", op("NonZero", op("Equal", chosen, expert)), perm=[1, 0])
             mine = op("GatherND", scaled, rows)
-            h = op("MatMul", mine, weight(entries[f"{at}.gate_up"][e]))
+            h = op("MatMul", mine, weight(entries[gate_up_name][e]))
             gate, up = tape.op_multi_out(
                 "Split", [h], {"axis": -1, "num_outputs": 2}, num_outputs=2
             )
             act = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
-            down = op("MatMul", act, weight(entries[f"{at}.down"][e]))
+            down = op("MatMul", act, weight(entries[down_name][e]))
             total = op("ScatterND", total, rows, down)
         x = op("Add", x, total)
     x.name, x.type, x.shape = "y", graph_in.type, graph_in.shape

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from moec.spec.errors import refuse
 from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
+from moec.spec.names import GLOBAL, RING, slots
 
 #: what TensorRT-RTX calls the compute capabilities that it compiles FP8 and bf16 for
 ARCHITECTURES = ("SM89", "SM120")
@@ -55,7 +56,7 @@ class EngineOptions(Frozen):
     def slots(self, spec: ModelSpec) -> dict[str, int]:
         """Slots of the caches by the names that the decoder has for them."""
         chunk = spec.text.chunk or self.context
-        return {"global_slots": self.context, "ring_slots": min(chunk, self.context)}
+        return {slots(GLOBAL): self.context, slots(RING): min(chunk, self.context)}
 
 
 def engine_options(chosen: Mapping[str, Any]) -> EngineOptions:

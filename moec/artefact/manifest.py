@@ -9,6 +9,7 @@ from moec.artefact.engine_options import EngineOptions
 from moec.artefact.targets import find_target
 from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
+from moec.spec.names import is_past
 from moec.weights.packing import Packing
 
 FORMAT = "moec/1"
@@ -154,7 +155,7 @@ class Manifest(Frozen):
     @property
     def buffered(self) -> bool:
         """Whether caches are buffers [batch, kv_heads, slots, head_dim] that a call writes into."""
-        return any(len(port.shape) == 4 for port in self.inputs if port.name.startswith("past."))
+        return any(len(port.shape) == 4 for port in self.inputs if is_past(port.name))
 
     @property
     def rewritten(self) -> dict[str, Packing]:

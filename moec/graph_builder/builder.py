@@ -8,14 +8,15 @@ import torch
 from torch import fx, nn
 
 from moec.graph_builder.ops import Op
+from moec.graph_builder.roles import Place
 from moec.graph_builder.types import TensorType
 
 
 class Builder:
-    """An fx graph under construction. Each node carries its `name` and `type` in `node.meta`.
+    """An fx graph under construction. Each node has its `name` and its `type` in `node.meta`.
 
-    fx node names cannot hold dots, so `meta["name"]` is the name that users see: in the ONNX graph,
-    in reports, in errors.
+    The names of fx nodes cannot hold dots. So `meta["name"]` is the name that users see in the ONNX
+    graph, in reports and in errors. Passes go by `meta["role"]`: see `moec.graph_builder.roles`.
     """
 
     def __init__(self, parameters: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
@@ -51,15 +52,23 @@ class Builder:
             self._known[name] = tag(node, name, TensorType(shape, self._dtype))
         return self._known[name]
 
-    def emit(self, op: Op, *args: Any, name: str) -> fx.Node:
-        """Call `op`, after its shape rule has agreed to the operands."""
-        return call(self._graph, op, *args, name=name)
+    def emit(self, op: Op, *args: Any, name: str, place: Place | None = None) -> fx.Node:
+        """Call `op`, after its shape rule has agreed to the operands.
 
-    def emit_pair(self, op: Op, *args: Any, name: str) -> tuple[fx.Node, fx.Node]:
+        `place` is the role of the node, for the passes that look for it.
+        """
+        node = call(self._graph, op, *args, name=name)
+        return node if place is None else _placed(node, place)
+
+    def emit_pair(
+        self, op: Op, *args: Any, name: str, places: Sequence[Place] = ()
+    ) -> tuple[fx.Node, fx.Node]:
         """`emit` for an op with two outputs: `name.0` and `name.1`."""
         first, second = call_each(
             self._graph, op, *args, name=name, each=(f"{name}.0", f"{name}.1")
         )
+        for node, place in zip((first, second), places, strict=False):
+            _placed(node, place)
         return first, second
 
     def output(self, outputs: dict[str, fx.Node]) -> fx.GraphModule:
@@ -86,9 +95,32 @@ def call_each(
     )
 
 
+def replace(
+    graph: fx.Graph, old: Sequence[fx.Node], op: Op, *args: Any, name: str
+) -> tuple[fx.Node, ...]:
+    """`call_each` for an op whose outputs, in order, take the places of the nodes `old`."""
+    new = call_each(graph, op, *args, name=name, each=[node.meta["name"] for node in old])
+    for before, after in zip(old, new, strict=True):
+        stand_in(after, before)
+    return new
+
+
+def stand_in(new: fx.Node, old: fx.Node) -> None:
+    """Put `new` in the place of `old`: it takes its name, its role and all its users."""
+    new.meta["name"] = old.meta["name"]
+    if "role" in old.meta:
+        _placed(new, old.meta["role"])
+    old.replace_all_uses_with(new)
+
+
 def tag(node: fx.Node, name: str, kind: Any) -> fx.Node:
     """`node`, with its name and its type or types."""
     node.meta["name"], node.meta["type"] = name, kind
+    return node
+
+
+def _placed(node: fx.Node, place: Place) -> fx.Node:
+    node.meta["role"] = place
     return node
 
 

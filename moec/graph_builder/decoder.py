@@ -20,9 +20,22 @@ from torch import fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.builder import Builder
+from moec.graph_builder.roles import Place, Role
+from moec.spec import names
 from moec.spec.model import LayerSpec, ModelSpec, TextSpec
 from moec.spec.parameters import text_parameters
 from moec.weights.view import TORCH_DTYPES
+
+#: part of a weight's name -> role of the product with it
+_PRODUCTS = {
+    "q": Role.QUERY,
+    "k": Role.KEY,
+    "v": Role.VALUE,
+    "o": Role.ATTENTION_OUT,
+    "gate": Role.GATE,
+    "up": Role.UP,
+    "down": Role.DOWN,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,47 +53,51 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
     """The decoder of `spec`, computing in `precision`, weights on meta in their stored dtype."""
     text = spec.text
     b = Builder(text_parameters(spec), TORCH_DTYPES[spec.dtype])
-    ids = b.input("input_ids", ("batch", "sequence"), torch.int64)
-    past = b.input("past_lengths", ("batch",), torch.int64)
-    new = b.input("lengths", ("batch",), torch.int64)
-    logit_index = b.input("logit_index", ("batch", "logits"), torch.int64)
+    ids = b.input(names.INPUT_IDS, ("batch", "sequence"), torch.int64)
+    past = b.input(names.PAST_LENGTHS, ("batch",), torch.int64)
+    new = b.input(names.LENGTHS, ("batch",), torch.int64)
+    logit_index = b.input(names.LOGIT_INDEX, ("batch", "logits"), torch.int64)
     caches = [
         tuple(
             b.input(
-                f"past.{layer.index}.{kind}",
-                ("batch", slots_name(layer), text.kv_width),
+                names.past(layer.index, kind),
+                ("batch", names.slots(names.cache_kind(layer.chunk)), text.kv_width),
                 TORCH_DTYPES[precision],
             )
-            for kind in ("key", "value")
+            for kind in names.CACHED
         )
         for layer in text.all_layers
     ]
     shared = _shared(b, text, ids, past, new, [key for key, _ in caches])
 
-    x = b.emit(ops.embedding, ids, b.parameter("embed.weight"), precision, name="embed")
+    x = b.emit(
+        ops.embedding,
+        ids,
+        b.parameter(names.EMBED_WEIGHT),
+        precision,
+        name=names.EMBED,
+        place=Place(Role.EMBEDDING),
+    )
     if spec.vision:
         none = torch.zeros(0, text.dim, dtype=TORCH_DTYPES[precision])
-        features = b.input("image_features", ("image_tokens", text.dim), none.dtype, default=none)
-        x = b.emit(ops.fuse, x, ids, features, spec.tokens.image, name="fused")
+        features = b.input(
+            names.IMAGE_FEATURES, ("image_tokens", text.dim), none.dtype, default=none
+        )
+        x = b.emit(ops.fuse, x, ids, features, spec.tokens.image, name=names.WITH_IMAGES)
     outputs: dict[str, fx.Node] = {}
     for layer, cache in zip(text.all_layers, caches, strict=True):
         x, kept = _layer(b, text, layer, shared, x, cache)
-        outputs |= {f"present.{layer.index}.{kind}": node for kind, node in kept.items()}
+        outputs |= {names.present(layer.index, kind): node for kind, node in kept.items()}
 
     x = b.emit(ops.unpack, x, ids, name="rows")
     x = b.emit(ops.select, x, logit_index, name="selected")
-    x = b.emit(ops.rms_norm, x, b.parameter("norm.weight"), text.norm_eps, name="norm")
-    head = "embed.weight" if text.tie_embeddings else "head.weight"
-    x = b.emit(ops.linear, x, b.parameter(head), None, name="head")
+    x = b.emit(ops.rms_norm, x, b.parameter(names.NORM_WEIGHT), text.norm_eps, name="norm")
+    head = b.parameter(names.EMBED_WEIGHT if text.tie_embeddings else names.HEAD_WEIGHT)
+    x = b.emit(ops.linear, x, head, None, name="head", place=Place(Role.HEAD))
     if precision != "fp32":
         x = b.emit(ops.to_float32, x, name="head.float32")
-    x = b.emit(ops.unpack, x, logit_index, name="logits")
-    return b.output({"logits": x, **outputs})
-
-
-def slots_name(layer: LayerSpec) -> str:
-    """The symbol for a layer's cache slots: rings if chunked, all positions if global."""
-    return "global_slots" if layer.chunk is None else "ring_slots"
+    x = b.emit(ops.unpack, x, logit_index, name=names.LOGITS)
+    return b.output({names.LOGITS: x, **outputs})
 
 
 def _shared(
@@ -96,9 +113,9 @@ def _shared(
             if scaling
             else []
         )
-        rope = b.emit_pair(
-            ops.rope_table, positions, text.head_dim, text.rope_theta, factors, name="rope"
-        )
+        table = (text.head_dim, text.rope_theta, factors)
+        places = (Place(Role.ROPE_COS), Place(Role.ROPE_SIN))
+        rope = b.emit_pair(ops.rope_table, positions, *table, name="rope", places=places)
     if any(layer.temperature for layer in layers):
         temperature = b.emit(
             ops.temperature,
@@ -106,11 +123,12 @@ def _shared(
             text.temperature_floor,
             text.temperature_scale,
             name="temperature",
+            place=Place(Role.TEMPERATURE),
         )
     masks, indices = {}, {}
     for layer, key in zip(layers, keys, strict=True):
         if layer.chunk not in masks:
-            at = "global" if layer.chunk is None else "ring"
+            at = names.cache_kind(layer.chunk)
             held = b.emit(ops.key_positions, key, past, positions, name=f"{at}.key_positions")
             masks[layer.chunk] = b.emit(
                 ops.attention_mask, positions, held, layer.chunk, name=f"{at}.mask"
@@ -127,15 +145,17 @@ def _layer(
     x: fx.Node,
     cache: tuple[fx.Node, ...],
 ) -> tuple[fx.Node, dict[str, fx.Node]]:
-    at = f"layers.{layer.index}"
-    norm = b.parameter(f"{at}.attn.norm.weight")
-    h = b.emit(ops.rms_norm, x, norm, text.norm_eps, name=f"{at}.attn.norm")
+    i = layer.index
+    h = _norm(b, text, names.attention(i, "norm"), x)
     h, kept = _attention(b, text, layer, shared, h, cache)
-    x = b.emit(ops.add, x, h, name=f"{at}.attn.residual")
-    norm = b.parameter(f"{at}.ffn.norm.weight")
-    h = b.emit(ops.rms_norm, x, norm, text.norm_eps, name=f"{at}.ffn.norm")
-    h = _moe(b, text, f"{at}.moe", h) if layer.moe else _swiglu(b, f"{at}.ffn", h)
-    return b.emit(ops.add, x, h, name=f"{at}.out"), kept
+    x = b.emit(ops.add, x, h, name=names.attention(i, "residual"))
+    h = _norm(b, text, names.dense(i, "norm"), x)
+    h = _moe(b, text, i, h) if layer.moe else _swiglu(b, i, names.dense(i), h)
+    return b.emit(ops.add, x, h, name=names.out(i)), kept
+
+
+def _norm(b: Builder, text: TextSpec, name: str, x: fx.Node) -> fx.Node:
+    return b.emit(ops.rms_norm, x, b.parameter(f"{name}.weight"), text.norm_eps, name=name)
 
 
 def _attention(
@@ -146,11 +166,13 @@ def _attention(
     x: fx.Node,
     cache: tuple[fx.Node, ...],
 ) -> tuple[fx.Node, dict[str, fx.Node]]:
-    at = f"layers.{layer.index}.attn"
+    i, at = layer.index, names.attention(layer.index)
 
     def project(x: fx.Node, part: str) -> fx.Node:
-        bias = b.parameter(f"{at}.{part}.bias") if text.attention_bias else None
-        return b.emit(ops.linear, x, b.parameter(f"{at}.{part}.weight"), bias, name=f"{at}.{part}")
+        weight = b.parameter(names.attention(i, part, "weight"))
+        bias = b.parameter(names.attention(i, part, "bias")) if text.attention_bias else None
+        place = Place(_PRODUCTS[part], i)
+        return b.emit(ops.linear, x, weight, bias, name=f"{at}.{part}", place=place)
 
     heads = {"q": text.heads, "k": text.kv_heads}
     rows = {
@@ -172,11 +194,12 @@ def _attention(
         )
     index = shared.indices[layer.chunk]
     seen, kept = {}, {}
-    for kind, part, past in (("key", "k", cache[0]), ("value", "v", cache[1])):
-        seen[part] = b.emit(ops.cache_append, past, rows[part], name=f"{at}.{part}.seen")
-        kept[kind] = b.emit(
-            ops.cache_write, seen[part], index, name=f"present.{layer.index}.{kind}"
-        )
+    for kind, part, role, past in zip(
+        names.CACHED, "kv", (Role.KEYS, Role.VALUES), cache, strict=True
+    ):
+        name = f"{at}.{part}.seen"
+        seen[part] = b.emit(ops.cache_append, past, rows[part], name=name, place=Place(role, i))
+        kept[kind] = b.emit(ops.cache_write, seen[part], index, name=names.present(i, kind))
     out = b.emit(
         ops.attention,
         rows["q"],
@@ -186,23 +209,33 @@ def _attention(
         text.heads,
         text.kv_heads,
         name=f"{at}.mix",
+        place=Place(Role.ATTENTION, i),
     )
     return project(b.emit(ops.pack, out, name=f"{at}.mix.packed"), "o"), kept
 
 
-def _moe(b: Builder, text: TextSpec, at: str, x: fx.Node) -> fx.Node:
-    router = b.parameter(f"{at}.router.weight")
-    logits = b.emit(ops.linear, x, router, None, name=f"{at}.router")
-    scores, experts = b.emit_pair(ops.route, logits, text.experts.top_k, name=f"{at}.route")
-    gate_up, down = b.parameter(f"{at}.gate_up"), b.parameter(f"{at}.down")
-    routed = b.emit(ops.moe, x, scores, experts, gate_up, down, name=f"{at}.routed")
-    return b.emit(ops.add, _swiglu(b, f"{at}.shared", x), routed, name=f"{at}.out")
-
-
-def _swiglu(b: Builder, at: str, x: fx.Node) -> fx.Node:
-    gate, up = (
-        b.emit(ops.linear, x, b.parameter(f"{at}.{part}.weight"), None, name=f"{at}.{part}")
-        for part in ("gate", "up")
+def _moe(b: Builder, text: TextSpec, i: int, x: fx.Node) -> fx.Node:
+    weight = b.parameter(names.moe(i, "router", "weight"))
+    place = Place(Role.ROUTER, i)
+    logits = b.emit(ops.linear, x, weight, None, name=names.router(i), place=place)
+    scores, experts = b.emit_pair(
+        ops.route,
+        logits,
+        text.experts.top_k,
+        name=names.moe(i, "route"),
+        places=(Place(Role.SCORES, i), Place(Role.CHOICE, i)),
     )
-    act = b.emit(ops.swiglu, gate, up, name=f"{at}.act")
-    return b.emit(ops.linear, act, b.parameter(f"{at}.down.weight"), None, name=f"{at}.down")
+    gate_up, down = map(b.parameter, names.routed(i))
+    routed = b.emit(ops.moe, x, scores, experts, gate_up, down, name=names.moe(i, "routed"))
+    shared, place = _swiglu(b, i, names.shared(i), x), Place(Role.EXPERTS, i)
+    return b.emit(ops.add, shared, routed, name=names.moe(i, "out"), place=place)
+
+
+def _swiglu(b: Builder, i: int, at: str, x: fx.Node) -> fx.Node:
+    def project(x: fx.Node, part: str) -> fx.Node:
+        weight = b.parameter(f"{at}.{part}.weight")
+        place = Place(_PRODUCTS[part], i)
+        return b.emit(ops.linear, x, weight, None, name=f"{at}.{part}", place=place)
+
+    act = b.emit(ops.swiglu, project(x, "gate"), project(x, "up"), name=f"{at}.act")
+    return project(act, "down")

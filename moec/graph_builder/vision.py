@@ -14,6 +14,7 @@ from torch import fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.builder import Builder
+from moec.spec import names
 from moec.spec.model import ModelSpec, VisionSpec
 from moec.spec.parameters import vision_parameters
 from moec.weights.view import TORCH_DTYPES
@@ -27,36 +28,37 @@ def build_vision(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
 
     `spec` must have a vision tower. Weights are on meta in their stored dtype.
     """
-    vision = spec.vision
+    vision, at = spec.vision, names.vision
     assert vision is not None
     b = Builder(vision_parameters(spec), TORCH_DTYPES[spec.dtype])
     shape = ("tiles", vision.channels, vision.image, vision.image)
-    pixels = b.input("pixel_values", shape, torch.float32)
+    pixels = b.input(names.PIXEL_VALUES, shape, torch.float32)
 
-    patches = b.emit(ops.patches, pixels, vision.patch, precision, name="vision.pixels")
-    x = b.emit(ops.pack, patches, name="vision.pixels.packed")
-    x = b.emit(ops.linear, x, b.parameter("vision.patch.weight"), None, name="vision.patch")
-    x = b.emit(ops.unpack, x, patches, name="vision.patch.rows")
-    extra = b.parameter("vision.class_token"), b.parameter("vision.positions")
-    x = b.emit(ops.tile_tokens, x, *extra, name="vision.tokens")
-    x = b.emit(ops.pack, x, name="vision.tokens.packed")
-    x = _norm(b, "vision.pre", x)
+    patches = b.emit(ops.patches, pixels, vision.patch, precision, name=at("pixels"))
+    x = b.emit(ops.pack, patches, name=at("pixels", "packed"))
+    x = b.emit(ops.linear, x, b.parameter(names.PATCH_WEIGHT), None, name=at("patch"))
+    x = b.emit(ops.unpack, x, patches, name=at("patch", "rows"))
+    extra = b.parameter(names.CLASS_TOKEN), b.parameter(names.POSITIONS)
+    x = b.emit(ops.tile_tokens, x, *extra, name=at("tokens"))
+    x = b.emit(ops.pack, x, name=at("tokens", "packed"))
+    x = _norm(b, at("pre"), x)
 
     table = (vision.side, vision.head_dim, vision.rope_theta)
-    rope = b.emit_pair(ops.patch_rope_table, patches, *table, name="vision.rope")
+    rope = b.emit_pair(ops.patch_rope_table, patches, *table, name=at("rope"))
     for index in range(vision.layers):
-        x = _layer(b, vision, f"vision.layers.{index}", rope, x)
+        x = _layer(b, vision, names.vision_layer(index), rope, x)
 
-    x = _norm(b, "vision.post", x)
-    x = b.emit(ops.unpack, x, rope[0], name="vision.post.rows")
-    x = b.emit(ops.pixel_shuffle, x, vision.side, vision.shuffle, name="vision.shuffle")
-    x = b.emit(ops.pack, x, name="vision.shuffle.packed")
+    x = _norm(b, at("post"), x)
+    x = b.emit(ops.unpack, x, rope[0], name=at("post", "rows"))
+    x = b.emit(ops.pixel_shuffle, x, vision.side, vision.shuffle, name=at("shuffle"))
+    x = b.emit(ops.pack, x, name=at("shuffle", "packed"))
     for part in ("fc1", "fc2"):  # GELU after both
-        weight = b.parameter(f"vision.adapter.{part}.weight")
-        x = b.emit(ops.linear, x, weight, None, name=f"vision.adapter.{part}")
-        x = b.emit(ops.gelu, x, name=f"vision.adapter.{part}.act")
-    x = b.emit(ops.linear, x, b.parameter("projector.weight"), None, name="image_features")
-    return b.output({"image_features": x})
+        weight = b.parameter(at("adapter", part, "weight"))
+        x = b.emit(ops.linear, x, weight, None, name=at("adapter", part))
+        x = b.emit(ops.gelu, x, name=at("adapter", part, "act"))
+    projector = b.parameter(names.PROJECTOR_WEIGHT)
+    x = b.emit(ops.linear, x, projector, None, name=names.IMAGE_FEATURES)
+    return b.output({names.IMAGE_FEATURES: x})
 
 
 def _layer(

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from moec.runtime.engines.engine import Layout
 from moec.runtime.engines.gpu import memory_for
+from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.weights.view import STORED, TORCH_DTYPES
 
@@ -56,11 +57,11 @@ def new_cache(
 
     with memory_for(f"caches of {batch} x {capacity} positions"):
         tensors = {
-            f"past.{layer.index}.{kind}": torch.zeros(
+            names.past(layer.index, kind): torch.zeros(
                 shape(layer.chunk), dtype=dtype, device=device
             )
             for layer in text.all_layers
-            for kind in ("key", "value")
+            for kind in names.CACHED
         }
     return Cache(torch.zeros(batch, dtype=torch.int64), tensors, capacity)
 
@@ -74,8 +75,8 @@ def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
     with memory_for(f"caches of {len(cache.lengths)} x {capacity} positions"):
         for layer in spec.text.all_layers:
             wanted = slots(layer.chunk, capacity)
-            for kind in ("key", "value"):
-                name = f"past.{layer.index}.{kind}"
+            for kind in names.CACHED:
+                name = names.past(layer.index, kind)
                 tensor = cache.tensors[name]
                 more = wanted - tensor.shape[-2]  # a call before may have failed half-way
                 if more > 0:
@@ -89,7 +90,6 @@ def spans(chunk: int | None, past: Tensor, count: int) -> dict[str, Tensor]:
     `ring.*` are those of chunked layers, `global.*` of the others: the slot of each row's last
     token, int32 [B], and how many slots are in use at most, an int32 scalar.
     """
-    last = {"global": past + count - 1, "ring": past % (chunk or 1) + count - 1}
-    totals = {at: (slot.max() + 1).int() for at, slot in last.items()}
-    ends = {f"{at}.last": slot.int() for at, slot in last.items()}
-    return ends | {f"{at}.total": total for at, total in totals.items()}
+    last = {names.GLOBAL: past + count - 1, names.RING: past % (chunk or 1) + count - 1}
+    ends = {names.last(kind): slot.int() for kind, slot in last.items()}
+    return ends | {names.total(kind): (slot.max() + 1).int() for kind, slot in last.items()}

@@ -13,9 +13,11 @@ from torch import Tensor, fx
 from moec.graph_builder import ops
 from moec.graph_builder.ops.moe import over_chosen
 from moec.graph_builder.parts import build_graph
+from moec.graph_builder.roles import cached
 from moec.runtime.cache import new_cache
 from moec.runtime.engines.eager import fill
 from moec.runtime.inputs.token_file import read_rows
+from moec.spec import names
 from moec.spec.calibration import Calibration
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
@@ -71,8 +73,7 @@ class _Observer(fx.Interpreter):
         if n.target == ops.linear.target:
             self._site(n.args[1], 1)[0].add(args[0])
         elif n.target == ops.cache_append.target:
-            name = str(n.meta["name"]).removesuffix(".seen")
-            self.caches.setdefault(name, self.new()).add(args[1])
+            self.caches.setdefault(cached(n, "calibrate"), self.new()).add(args[1])
         elif n.target == ops.moe.target:
             return self._moe(n, *args)
         return super().run_node(n)
@@ -146,10 +147,10 @@ def _feeds(spec: ModelSpec, graph: fx.GraphModule, ids: Tensor) -> list[Tensor]:
     count, length = ids.shape
     cache = new_cache(spec, "fp32", count, 0)
     given = {
-        "input_ids": ids,
-        "past_lengths": cache.lengths,
-        "lengths": torch.full((count,), length),
-        "logit_index": torch.full((count, 1), length - 1),
+        names.INPUT_IDS: ids,
+        names.PAST_LENGTHS: cache.lengths,
+        names.LENGTHS: torch.full((count,), length),
+        names.LOGIT_INDEX: torch.full((count, 1), length - 1),
         **cache.tensors,
     }
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -175,7 +176,7 @@ def _result(model: str, observer: _Observer, tokens: int, percentile: float) -> 
             continue
         most = max(size for size in found if size is not None)
         inputs[name] = tuple(most if size is None else size for size in found)
-        unseen += [f"{name}[{i}]" for i, size in enumerate(found) if size is None]
+        unseen += [names.expert_of(name, i) for i, size in enumerate(found) if size is None]
     caches = {name: site.found for name, site in observer.caches.items()}
     return Calibration(
         model=model,

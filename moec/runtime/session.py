@@ -17,6 +17,7 @@ from moec.runtime.engines.gpu import on_host
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
 from moec.runtime.sampling import check_sampling, sample
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.view import TORCH_DTYPES
@@ -243,7 +244,7 @@ class Session:
             out = self._step(piece, own, index, cache, rows, near)
             if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
-                    cache.tensors[name] = out[name.replace("past", "present", 1)]
+                    cache.tensors[name] = out[names.present_of(name)]
             cache.lengths = cache.lengths.clone()
             cache.lengths[rows] += own
             yield rows, columns, out
@@ -360,10 +361,10 @@ class Session:
         features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         feeds = {
-            "input_ids": ids.contiguous(),
-            "past_lengths": cache.lengths[rows],
-            "lengths": lengths,
-            "logit_index": logit_index,
+            names.INPUT_IDS: ids.contiguous(),
+            names.PAST_LENGTHS: cache.lengths[rows],
+            names.LENGTHS: lengths,
+            names.LOGIT_INDEX: logit_index,
             **cache.of(rows),
         }
         if self.limits.layout == "buffers":
@@ -372,8 +373,8 @@ class Session:
             # The graph counts image tokens in padding too: put another token there.
             image = self.spec.tokens.image
             padding = (ids == image) & ~image_mask(self.spec, ids, lengths)
-            feeds["input_ids"] = ids.masked_fill(padding, int(image == 0))
-            feeds["image_features"] = features
+            feeds[names.INPUT_IDS] = ids.masked_fill(padding, int(image == 0))
+            feeds[names.IMAGE_FEATURES] = features
         return self.run(feeds)
 
     def _features(self, ids: Tensor, lengths: Tensor, pixel_values: Pixels | None) -> Tensor | None:
@@ -389,7 +390,9 @@ class Session:
         run = self.vision()
         options = self.artefact and self.artefact.manifest.options
         pieces = torch.split(tiles, min(TILES, options.tiles) if options else TILES)
-        return torch.cat([run({"pixel_values": piece})["image_features"].cpu() for piece in pieces])
+        return torch.cat(
+            [run({names.PIXEL_VALUES: piece})[names.IMAGE_FEATURES].cpu() for piece in pieces]
+        )
 
 
 def _like(given: object, result: Tensor) -> Tensor | NDArray[Any]:

@@ -6,12 +6,13 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from moec.spec import names
 from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import read_json
 from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import LARGEST, STATIC
-from moec.spec.tensors import input_scale_of, quantized, scale_of
+from moec.spec.tensors import quantized
 
 _NEXT = "moec calibrate CHECKPOINT --tokens FILE --out scales.json"
 
@@ -79,21 +80,21 @@ def static_scales(
     for name, rule in quantized(spec).items():
         if rule.inputs in STATIC:
             sizes = _magnitudes(calibration.inputs.get(name), name, calibration)
-            experts = spec.text.experts.count if _is_stacked(name) else 1
+            experts = spec.text.experts.count if names.is_routed(name) else 1
             if len(sizes) != experts:
                 raise _other_model(
                     name, f"{len(sizes)} magnitudes", f"{experts} magnitudes", calibration
                 )
-            per_expert = rule.inputs == "expert" and _is_stacked(name)
-            found[input_scale_of(name)] = (
+            per_expert = rule.inputs == "expert" and names.is_routed(name)
+            found[names.input_scale_of(name)] = (
                 tuple(map(_scale, sizes)) if per_expert else _scale(max(sizes))
             )
     if scheme.cache:
         for layer in spec.text.all_layers:
             for part in "kv":
-                name = f"layers.{layer.index}.attn.{part}"
+                name = names.attention(layer.index, part)
                 (size,) = _magnitudes(calibration.caches.get(name), name, calibration)
-                found[scale_of(name)] = _scale(size)
+                found[names.scale_of(name)] = _scale(size)
     return found
 
 
@@ -108,11 +109,6 @@ def _magnitudes(
 
 def _scale(size: float) -> float:
     return size / LARGEST if size else 1.0
-
-
-def _is_stacked(name: str) -> bool:
-    """Whether the weight `name` holds all experts of a layer."""
-    return name.endswith((".gate_up", ".down")) and ".moe." in name
 
 
 def _other_model(name: str, found: object, expected: str, source: Calibration) -> MoecError:

@@ -6,6 +6,7 @@ Parameter counts, the graph and the weights all use this list.
 import math
 from collections.abc import Iterator
 
+from moec.spec import names
 from moec.spec.model import LayerSpec, ModelSpec, TextSpec, VisionSpec
 
 Shape = tuple[int, ...]
@@ -33,37 +34,38 @@ def vision_parameters(spec: ModelSpec) -> dict[str, Shape]:
     if spec.vision is None:
         return {}
     projector = (spec.text.dim, spec.vision.adapter_out)
-    return {**dict(_vision(spec.vision)), "projector.weight": projector}
+    return {**dict(_vision(spec.vision)), names.PROJECTOR_WEIGHT: projector}
 
 
 def _text(text: TextSpec) -> Iterator[tuple[str, Shape]]:
-    yield "embed.weight", (text.vocab, text.dim)
+    yield names.EMBED_WEIGHT, (text.vocab, text.dim)
     for layer in text.all_layers:
         yield from _layer(text, layer)
-    yield "norm.weight", (text.dim,)
+    yield names.NORM_WEIGHT, (text.dim,)
     if not text.tie_embeddings:
-        yield "head.weight", (text.vocab, text.dim)
+        yield names.HEAD_WEIGHT, (text.vocab, text.dim)
 
 
 def _layer(text: TextSpec, layer: LayerSpec) -> Iterator[tuple[str, Shape]]:
-    at = f"layers.{layer.index}"
-    yield f"{at}.attn.norm.weight", (text.dim,)
+    i = layer.index
+    yield names.attention(i, "norm", "weight"), (text.dim,)
     widths = {"q": text.q_width, "k": text.kv_width, "v": text.kv_width}
-    for name, width in widths.items():
-        yield f"{at}.attn.{name}.weight", (width, text.dim)
-    yield f"{at}.attn.o.weight", (text.dim, text.q_width)
+    for part, width in widths.items():
+        yield names.attention(i, part, "weight"), (width, text.dim)
+    yield names.attention(i, "o", "weight"), (text.dim, text.q_width)
     if text.attention_bias:
-        for name, width in (*widths.items(), ("o", text.dim)):
-            yield f"{at}.attn.{name}.bias", (width,)
-    yield f"{at}.ffn.norm.weight", (text.dim,)
+        for part, width in (*widths.items(), ("o", text.dim)):
+            yield names.attention(i, part, "bias"), (width,)
+    yield names.dense(i, "norm", "weight"), (text.dim,)
     if layer.moe:
         count, hidden = text.experts.count, text.experts.hidden
-        yield f"{at}.moe.router.weight", (count, text.dim)
-        yield f"{at}.moe.gate_up", (count, text.dim, 2 * hidden)  # gate first, then up
-        yield f"{at}.moe.down", (count, hidden, text.dim)
-        yield from _swiglu(f"{at}.moe.shared", text.dim, text.experts.shared_hidden)
+        gate_up, down = names.routed(i)
+        yield names.moe(i, "router", "weight"), (count, text.dim)
+        yield gate_up, (count, text.dim, 2 * hidden)  # gate first, then up
+        yield down, (count, hidden, text.dim)
+        yield from _swiglu(names.shared(i), text.dim, text.experts.shared_hidden)
     else:
-        yield from _swiglu(f"{at}.ffn", text.dim, text.dense_hidden)
+        yield from _swiglu(names.dense(i), text.dim, text.dense_hidden)
 
 
 def _swiglu(at: str, dim: int, hidden: int) -> Iterator[tuple[str, Shape]]:
@@ -79,21 +81,24 @@ def _vision(vision: VisionSpec) -> Iterator[tuple[str, Shape]]:
         yield f"{name}.weight", shape
         yield f"{name}.bias", shape[:1]
 
-    yield "vision.patch.weight", (dim, vision.patch_width)
-    yield "vision.class_token", (dim,)
-    yield "vision.positions", (vision.side**2 + 1, dim)
-    yield from biased("vision.pre", dim)
-    yield from biased("vision.post", dim)
+    yield names.PATCH_WEIGHT, (dim, vision.patch_width)
+    yield names.CLASS_TOKEN, (dim,)
+    yield names.POSITIONS, (vision.side**2 + 1, dim)
+    yield from biased(names.vision("pre"), dim)
+    yield from biased(names.vision("post"), dim)
     for index in range(vision.layers):
-        at = f"vision.layers.{index}"
-        yield from biased(f"{at}.attn.norm", dim)
-        for name in "qkvo":
-            yield from biased(f"{at}.attn.{name}", dim, dim)
-        yield from biased(f"{at}.mlp.norm", dim)
-        yield from biased(f"{at}.mlp.fc1", vision.hidden, dim)
-        yield from biased(f"{at}.mlp.fc2", dim, vision.hidden)
-    yield "vision.adapter.fc1.weight", (vision.adapter_hidden, vision.shuffled_dim)
-    yield "vision.adapter.fc2.weight", (vision.adapter_out, vision.adapter_hidden)
+        yield from biased(names.vision_layer(index, "attn", "norm"), dim)
+        for part in "qkvo":
+            yield from biased(names.vision_layer(index, "attn", part), dim, dim)
+        yield from biased(names.vision_layer(index, "mlp", "norm"), dim)
+        yield from biased(names.vision_layer(index, "mlp", "fc1"), vision.hidden, dim)
+        yield from biased(names.vision_layer(index, "mlp", "fc2"), dim, vision.hidden)
+    adapter = {
+        "fc1": (vision.adapter_hidden, vision.shuffled_dim),
+        "fc2": (vision.adapter_out, vision.adapter_hidden),
+    }
+    for part, shape in adapter.items():
+        yield names.vision("adapter", part, "weight"), shape
 
 
 def counts(spec: ModelSpec) -> dict[str, int]:
@@ -104,12 +109,9 @@ def counts(spec: ModelSpec) -> dict[str, int]:
     tower and the projector.
     """
     sizes = {name: math.prod(shape) for name, shape in parameters(spec).items()}
-
-    def total(prefix: str) -> int:
-        return sum(size for name, size in sizes.items() if name.startswith(prefix))
-
-    vision, projector = total("vision."), total("projector.")
-    routed = sum(n for name, n in sizes.items() if name.endswith((".moe.gate_up", ".moe.down")))
+    vision = sum(size for name, size in sizes.items() if names.of_vision(name))
+    projector = sizes.get(names.PROJECTOR_WEIGHT, 0)
+    routed = sum(size for name, size in sizes.items() if names.is_routed(name))
     text = sum(sizes.values()) - vision - projector
     experts = spec.text.experts
     idle = routed // experts.count * (experts.count - experts.top_k)

@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moec.spec import names
 from moec.spec.errors import MoecError
 from moec.spec.files import load_scheme, load_spec
 from moec.spec.model import ModelSpec
@@ -140,10 +141,10 @@ def plan(
         element = 1
     per_key = 2 * text.kv_width * element * batch
 
-    stepped = [name for name in sizes if text.tie_embeddings or name != "embed.weight"]
-    share = {name: 1.0 if not _routed(name) else read / count for name in stepped}
+    stepped = [name for name in sizes if text.tie_embeddings or name != names.EMBED_WEIGHT]
+    share = {name: 1.0 if not names.is_routed(name) else read / count for name in stepped}
     decode_read = sum(sizes[n] * width[n] * share[n] for n in stepped) + per_key * sum(kept)
-    active = sum(sizes[n] * (k / count if _routed(n) else 1) for n in stepped)
+    active = sum(sizes[n] * (k / count if names.is_routed(n) else 1) for n in stepped)
     head = text.vocab * text.dim
     decode_attention = 4 * text.q_width * sum(kept)
     decode_flops = batch * (2 * active + decode_attention)
@@ -152,9 +153,9 @@ def plan(
     attention = sum(4 * text.q_width * _pairs(context, la.chunk) for la in text.all_layers)
     chosen = count * (1 - (1 - k / count) ** context)
     prefill_read = sum(
-        sizes[n] * width[n] * (chosen / count if _routed(n) else 1)
+        sizes[n] * width[n] * (chosen / count if names.is_routed(n) else 1)
         for n in stepped
-        if n != "head.weight"
+        if n != names.HEAD_WEIGHT
     )
     total = round(sum(sizes[n] * width[n] for n in sizes))
     tower = {"fp8": "bf16", "int8": "fp32", "int4": "fp32"}.get(precision, precision)
@@ -205,25 +206,22 @@ def _tile_flops(spec: ModelSpec) -> int:
     rows = vision.side**2 + 1  # patches and the class token
     linear = 0
     for name, shape in vision_parameters(spec).items():
-        if name == "vision.patch.weight":
+        if name == names.PATCH_WEIGHT:
             linear += 2 * math.prod(shape) * (rows - 1)
-        elif len(shape) == 2 and name != "vision.positions":
+        elif len(shape) == 2 and name != names.POSITIONS:
             linear += 2 * math.prod(shape) * (rows if ".layers." in name else vision.tokens)
     return linear + 4 * rows * rows * vision.dim * vision.layers
-
-
-def _routed(name: str) -> bool:
-    return name.endswith((".moe.gate_up", ".moe.down"))
 
 
 def _width(name: str, precision: str) -> float:
     if precision not in _WIDE:
         return _BYTES[precision]
-    if name.endswith(("norm.weight", "router.weight", "bias")) or name.startswith("embed"):
+    small = names.is_norm(name) or names.is_router(name) or names.is_bias(name)
+    if small or name == names.EMBED_WEIGHT:
         return _WIDE[precision]
-    if name.startswith("head"):
+    if name == names.HEAD_WEIGHT:
         return _BYTES["int8"]
-    return _BYTES["int8" if precision == "int4" and ".attn." in name else precision]
+    return _BYTES["int8" if precision == "int4" and names.of_attention(name) else precision]
 
 
 def _fp8_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:

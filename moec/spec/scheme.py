@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from moec.spec import names
 from moec.spec.frozen import DType, Frozen
 
 #: the largest E4M3 number; larger values saturate
@@ -38,10 +39,10 @@ STATIC = ("tensor", "expert")
 Layout = Literal["moec", "compressed-tensors", "modelopt", "fbgemm_fp8"]
 
 #: patterns over parameter names, for the groups of weights that schemes name
-EXPERTS = ("layers.*.moe.gate_up", "layers.*.moe.down")
-SHARED = ("layers.*.moe.shared.*.weight",)
-DENSE = tuple(f"layers.*.ffn.{part}.weight" for part in ("gate", "up", "down"))
-ATTENTION = tuple(f"layers.*.attn.{part}.weight" for part in "qkvo")
+EXPERTS = names.routed("*")
+SHARED = (names.shared("*", "*", "weight"),)
+DENSE = tuple(names.dense("*", part, "weight") for part in ("gate", "up", "down"))
+ATTENTION = tuple(names.attention("*", part, "weight") for part in "qkvo")
 
 
 class Rule(Frozen):

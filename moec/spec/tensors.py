@@ -12,6 +12,7 @@ Scales have these shapes, for a linear layer and for stacked experts:
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import Shape, parameters
@@ -41,7 +42,8 @@ def tensors(spec: ModelSpec) -> dict[str, Kind]:
     if spec.scheme and spec.scheme.cache:
         for layer in spec.text.all_layers:
             for part in "kv":
-                found[f"layers.{layer.index}.attn.{part}_scale"] = Kind((), spec.scheme.scales)
+                name = names.scale_of(names.attention(layer.index, part))
+                found[name] = Kind((), spec.scheme.scales)
     return found
 
 
@@ -55,17 +57,17 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
     scheme = spec.scheme
     if scheme is None:
         return {}
-    names = eligible(spec)
+    known = eligible(spec)
     for rule in scheme.rules:
-        if not any(map(rule.matches, names)):
+        if not any(map(rule.matches, known)):
             refuse(
                 f"scheme {scheme.name}: {', '.join(rule.of)}",
                 f"these patterns match no weight of {spec.name}",
-                f"patterns that match weights such as {', '.join(names[:3])}",
+                f"patterns that match weights such as {', '.join(known[:3])}",
                 "correct the scheme",
             )
-    found = {name: each for name in names if (each := scheme.rule(name))}
-    static = [n for n, each in found.items() if each.inputs in STATIC and n.startswith("vision.")]
+    found = {name: each for name in known if (each := scheme.rule(name))}
+    static = [n for n, each in found.items() if each.inputs in STATIC and names.of_vision(n)]
     if static and scheme.layout == "moec":
         refuse(
             f"scheme {scheme.name}: {static[0]}",
@@ -74,10 +76,10 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
             "write `inputs: token` in the scheme rule for the vision tower",
         )
     for layer in spec.text.all_layers:
-        both = [found.get(f"layers.{layer.index}.moe.{part}") for part in ("gate_up", "down")]
+        both = [found.get(name) for name in names.routed(layer.index)]
         if len({each and each.inputs for each in both}) > 1:
             refuse(
-                f"scheme {scheme.name}: layers.{layer.index}.moe",
+                f"scheme {scheme.name}: {names.moe(layer.index)}",
                 "different input scales for gate_up and down",
                 "scheme rules with the same `inputs` for both, or for neither",
                 "correct the scheme",
@@ -90,28 +92,8 @@ def eligible(spec: ModelSpec) -> list[str]:
 
     The embedding is not among them, and neither is a head that shares the embedding's weight.
     """
-    others = ("embed.weight", "vision.positions", "vision.patch.weight")
+    others = (names.EMBED_WEIGHT, names.POSITIONS, names.PATCH_WEIGHT)
     return [n for n, shape in parameters(spec).items() if len(shape) > 1 and n not in others]
-
-
-def scale_of(parameter: str) -> str:
-    """The name of the tensor that holds a parameter's scales."""
-    return f"{parameter}_scale"
-
-
-def input_scale_of(parameter: str) -> str:
-    """The name of the tensor that holds the static scale of a parameter's input."""
-    stem = parameter.removesuffix(".weight")
-    return f"{stem}.input_scale" if stem != parameter else f"{parameter}_input_scale"
-
-
-def separate(parameter: str, expert: int) -> tuple[str, ...]:
-    """The names of one expert's own matrices, [out, in], for the stacked expert weight `parameter`.
-
-    "layers.0.moe.gate_up" gives two names, gate and up; "layers.0.moe.down" gives one.
-    """
-    stem, _, fused = parameter.rpartition(".")
-    return tuple(f"{stem}.experts.{expert}.{part}.weight" for part in fused.split("_"))
 
 
 def _stored(spec: ModelSpec, name: str, shape: Shape, rule: Rule) -> Iterator[tuple[str, Kind]]:
@@ -120,20 +102,20 @@ def _stored(spec: ModelSpec, name: str, shape: Shape, rule: Rule) -> Iterator[tu
     if len(shape) == 3 and scheme.separate_experts:
         count, inner, outer = shape
         for expert in range(count):
-            parts = separate(name, expert)
+            parts = names.separate(name, expert)
             for part in parts:
                 matrix = (outer // len(parts), inner)
                 yield part, Kind(matrix, "fp8")
                 yield (
-                    scale_of(part),
+                    names.scale_of(part),
                     Kind(scale_shape(matrix, rule.weight, scheme.block), scheme.scales),
                 )
         return
     yield name, Kind(shape, "fp8")
-    yield scale_of(name), Kind(scale_shape(shape, rule.weight, scheme.block), scheme.scales)
+    yield names.scale_of(name), Kind(scale_shape(shape, rule.weight, scheme.block), scheme.scales)
     if rule.inputs in STATIC:
         each = shape[:1] if rule.inputs == "expert" and len(shape) == 3 else ()
-        yield input_scale_of(name), Kind(each, scheme.scales)
+        yield names.input_scale_of(name), Kind(each, scheme.scales)
 
 
 def scale_shape(shape: Shape, weight: str, block: int) -> Shape:

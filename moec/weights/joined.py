@@ -14,9 +14,9 @@ same way. Every other tensor is a stored tensor.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moec.spec import names
 from moec.spec.model import ModelSpec, TextSpec
 from moec.spec.parameters import Shape, parameters, text_parameters, vision_parameters
-from moec.spec.tensors import scale_of
 from moec.weights.packing import Packing
 
 
@@ -48,7 +48,8 @@ def joined_tensors(spec: ModelSpec, wide: str = "bf16", part: str = "model") -> 
     }
     for name, shape, sources in _joined(spec.text):
         found[name] = Joined(shape, "fp8", sources)
-        found[scale_of(name)] = Joined(shape[:-1], "fp32", tuple(map(scale_of, sources)))
+        scales = tuple(map(names.scale_of, sources))
+        found[names.scale_of(name)] = Joined(shape[:-1], "fp32", scales)
     return found
 
 
@@ -84,16 +85,19 @@ def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
     dim, hidden = text.dim, text.experts.hidden
     count = text.experts.count + 1
     for layer in text.all_layers:
-        at = f"layers.{layer.index}"
-        qkv = tuple(f"{at}.attn.{part}.weight" for part in "qkv")
-        yield f"{at}.attn.qkv.weight", (text.q_width + 2 * text.kv_width, dim), qkv
-        yield f"{at}.attn.o.weight", (dim, text.q_width), (f"{at}.attn.o.weight",)
-        ffn = f"{at}.moe.shared" if layer.moe else f"{at}.ffn"
-        gate_up, down = (f"{ffn}.gate.weight", f"{ffn}.up.weight"), (f"{ffn}.down.weight",)
+        i = layer.index
+        qkv = tuple(names.attention(i, part, "weight") for part in "qkv")
+        width = text.q_width + 2 * text.kv_width
+        yield names.attention(i, "qkv", "weight"), (width, dim), qkv
+        o = names.attention(i, "o", "weight")
+        yield o, (dim, text.q_width), (o,)
+        swiglu = names.shared if layer.moe else names.dense
+        gate_up = tuple(swiglu(i, part, "weight") for part in ("gate", "up"))
+        down = swiglu(i, "down", "weight")
         if layer.moe:
-            moe = f"{at}.moe.gate_up", f"{at}.moe.down"
-            yield moe[0], (count, 2 * hidden, dim), (moe[0], *gate_up)
-            yield moe[1], (count, dim, hidden), (moe[1], *down)
+            routed = names.routed(i)
+            yield routed[0], (count, 2 * hidden, dim), (routed[0], *gate_up)
+            yield routed[1], (count, dim, hidden), (routed[1], down)
         else:
-            yield f"{ffn}.gate_up.weight", (2 * text.dense_hidden, dim), gate_up
-            yield f"{ffn}.down.weight", (dim, text.dense_hidden), down
+            yield names.dense(i, "gate_up", "weight"), (2 * text.dense_hidden, dim), gate_up
+            yield down, (dim, text.dense_hidden), (down,)

@@ -9,6 +9,7 @@ from moec.spec.files import load_spec
 from moec.spec.frozen import DType
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
+from moec.spec.names import is_scale
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.shard import TensorEntry
@@ -45,7 +46,7 @@ def _with_scales(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     """`spec` with the type of the checkpoint's scales, which no config contains."""
     if spec.scheme is None:
         return spec
-    scales = (each for each in checkpoint_tensors(spec) if _is_scale(each.name))
+    scales = (each for each in checkpoint_tensors(spec) if is_scale(each.name))
     found = (checkpoint.tensors.get(each.key) for each in scales)
     wide = get_args(DType)
     dtype = next((each.dtype for each in found if each and each.dtype in wide), "fp32")
@@ -70,7 +71,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 f"{row.dtype} {list(row.shape)}",
                 "download the missing shard, or compare config.json with the weights",
             )
-        if _is_scale(row.name):
+        if is_scale(row.name):
             entry = _checked_scale(row, entry)
         if (entry.dtype, entry.shape) != (row.dtype, row.shape):
             refuse(
@@ -78,9 +79,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 f"{entry.dtype} {list(entry.shape)}",
                 f"{row.dtype} {list(row.shape)}, "
                 + (
-                    "because all scales have one type"
-                    if _is_scale(row.name)
-                    else "from config.json"
+                    "because all scales have one type" if is_scale(row.name) else "from config.json"
                 ),
                 "compare config.json with the weights: they are not of one model",
             )
@@ -88,7 +87,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     if found:
         name = min(found)
         what = "tensor"
-        if _is_scale(name):
+        if is_scale(name):
             what = "scale, of something that config.json does not quantise"
         refuse(
             f"{found[name].file}: {name}",
@@ -97,10 +96,6 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
             "compare config.json with the weights: they are not of one model",
         )
     return entries
-
-
-def _is_scale(name: str) -> bool:
-    return name.endswith("_scale")
 
 
 def _checked_scale(row: CheckpointTensor, entry: TensorEntry) -> TensorEntry:

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moec.spec import names
 from moec.spec.hf.config_writer import write_config
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.scheme import LARGEST
-from moec.spec.tensors import quantized, scale_of, separate, tensors
+from moec.spec.tensors import quantized, tensors
 from moec.weights import fp8
 from moec.weights.view import STORED, TORCH_DTYPES
 
@@ -48,13 +49,13 @@ def _draw_all(spec: ModelSpec, generator: torch.Generator) -> Iterator[tuple[str
             yield name, weight
         elif spec.scheme and spec.scheme.separate_experts and len(shape) == 3:
             for expert, own in enumerate(weight):
-                parts = separate(name, expert)
+                parts = names.separate(name, expert)
                 for part, matrix in zip(parts, own.t().chunk(len(parts)), strict=True):
                     yield from _quantised(spec, part, matrix, rules[name].weight)
         else:
             yield from _quantised(spec, name, weight, rules[name].weight)
     for name, kind in tensors(spec).items():
-        if name.endswith((".input_scale", "_input_scale", ".k_scale", ".v_scale")):
+        if names.is_input_scale(name) or names.is_cache_scale(name):
             dtype = STORED[kind.dtype]
             yield name, torch.full(kind.shape, LARGEST_INPUT / LARGEST, dtype=dtype)
 
@@ -75,17 +76,18 @@ def _quantised(
     for matrix, own, out in zip(matrices, scale, values if stacked else [values], strict=True):
         fp8.quantise(matrix, own.float(), along, block, out)
     yield name, values
-    yield scale_of(name), (scale if stacked and grid != "tensor" else scale[0]).contiguous()
+    yield names.scale_of(name), (scale if stacked and grid != "tensor" else scale[0]).contiguous()
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     noise = torch.randn(shape, generator=generator, device=generator.device)
-    if name.endswith(("norm.weight", "vision.pre.weight", "vision.post.weight")):
+    if names.is_norm(name):
         return 1 + 0.1 * noise
-    if name.endswith("bias") or len(shape) == 1:
+    if names.is_bias(name) or len(shape) == 1:
         return 0.1 * noise
     # Stacked experts are [expert, in, out], linear weights [out, in].
     fan_in = shape[-2] if len(shape) == 3 else shape[-1]
-    gain = {"embed.weight": math.sqrt(fan_in), "router.weight": 2.0}
-    scale = next((g for end, g in gain.items() if name.endswith(end)), 1.0)
+    scale = 2.0 if names.is_router(name) else 1.0
+    if name == names.EMBED_WEIGHT:
+        scale = math.sqrt(fan_in)
     return noise * scale / math.sqrt(fan_in)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from moec.spec.errors import refuse
+from moec.spec.names import expert_of
 
 #: the types of safetensors: our name, and bytes per element
 DTYPES = {
@@ -55,7 +56,7 @@ class TensorEntry:
         size = self.nbytes // self.shape[0]
         return replace(
             self,
-            name=f"{self.name}[{index}]",
+            name=expert_of(self.name, index),
             shape=self.shape[1:],
             offset=self.offset + index * size,
             nbytes=size,

@@ -14,7 +14,7 @@ from moec.graph_builder.ops.fp8 import dequantize, expert_weight, fp8_moe, round
 from moec.runtime.open import eager_session
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
-from moec.spec.tensors import input_scale_of, scale_of
+from moec.spec.names import input_scale_of, scale_of
 from moec.weights.name_map import read_model
 from moec.weights.shard import TensorEntry
 from moec.weights.view import view

@@ -13,11 +13,12 @@ from moec.graph_builder import ops
 from moec.graph_builder.parts import build_graph
 from moec.runtime.cache import new_cache
 from moec.spec.model import ModelSpec
+from moec.spec.names import scale_of, separate
 from moec.spec.parameters import parameters
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import twin
 from moec.spec.scheme import SCHEMES, STATIC, Scheme
-from moec.spec.tensors import quantized, scale_of, separate, tensors
+from moec.spec.tensors import quantized, tensors
 from tests.strategies import fp8_specs
 
 few = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))

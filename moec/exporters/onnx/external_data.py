@@ -7,6 +7,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from moec.spec.errors import refuse
+from moec.spec.names import split_expert
 from moec.weights.shard import TensorEntry
 
 _DTYPES = {
@@ -64,6 +65,6 @@ def entry_of(name: str, entries: Mapping[str, TensorEntry]) -> TensorEntry | Non
 
     `name` is a parameter, or one expert of a stacked parameter: "PARAMETER[INDEX]".
     """
-    parameter, _, index = name.partition("[")
+    parameter, index = split_expert(name)
     entry = entries.get(parameter)
-    return entry[int(index.rstrip("]"))] if entry and index else entry
+    return entry if entry is None or index is None else entry[index]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.artefact.manifest import Manifest
+from moec.spec import names
 from moec.spec.model import ModelSpec
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -64,15 +65,15 @@ def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> di
                 "num_key_value_heads": text.kv_heads,
                 "num_hidden_layers": text.layers,
                 "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past.%d.key",
-                    "past_value_names": "past.%d.value",
+                    "input_ids": names.INPUT_IDS,
+                    "attention_mask": names.ATTENTION_MASK,
+                    "past_key_names": names.past("%d", "key"),
+                    "past_value_names": names.past("%d", "value"),
                 },
                 "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "logits": names.LOGITS,
+                    "present_key_names": names.present("%d", "key"),
+                    "present_value_names": names.present("%d", "value"),
                 },
             },
         },

@@ -19,6 +19,7 @@ from torch import fx
 from moec.graph_builder.ops import Op
 from moec.graph_builder.types import TensorType
 from moec.spec.errors import MoecError
+from moec.spec.names import expert_of
 from moec.weights.packing import Packing
 from moec.weights.view import TORCH_DTYPES
 
@@ -68,7 +69,7 @@ class Weights:
 
     def slice(self, stacked: ir.Value, index: int) -> ir.Value:
         """Expert `index` of a stacked weight [expert, in, out], as a weight [in, out]."""
-        name, kind = f"{stacked.name}[{index}]", type_of(stacked)
+        name, kind = expert_of(str(stacked.name), index), type_of(stacked)
         return self.values.setdefault(name, value(name, kind.like(*kind.shape[1:])))
 
 

@@ -16,9 +16,11 @@ from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype
 from moec.exporters.onnx.ort_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops
+from moec.graph_builder.roles import ATTENTION_PRODUCTS, Role, place_of
 from moec.graph_builder.types import TensorType
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
+from moec.spec.names import EMBED_WEIGHT
 
 _INT64 = torch.int64
 #: added to the scores of masked keys: finite in float16, and low enough to leave no weight
@@ -128,7 +130,7 @@ def _is_not_quantised(node: fx.Node) -> bool:
     of the embedding, which is not quantised.
     """
     weight = cast(fx.Node, node.args[1]).meta["name"]
-    return str(node.meta["name"]).endswith(".router") or weight == "embed.weight"
+    return _role(node) == Role.ROUTER or weight == EMBED_WEIGHT
 
 
 def _is_sensitive(node: fx.Node) -> bool:
@@ -137,8 +139,11 @@ def _is_sensitive(node: fx.Node) -> bool:
     A token reads an eighth of its weights there, but most of the error of four bits comes from
     them.
     """
-    name = str(node.meta["name"])
-    return name == "head" or ".attn." in name
+    return _role(node) in (*ATTENTION_PRODUCTS, Role.HEAD)
+
+
+def _role(node: fx.Node) -> Role:
+    return place_of(node, "ONNX Runtime's quantised dialects").role
 
 
 def check_sizes(spec: ModelSpec, bits: int | None) -> None:

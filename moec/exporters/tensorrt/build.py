@@ -14,9 +14,9 @@ from moec.artefact.manifest import Engine
 from moec.artefact.placement import Progress
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.exporters.tensorrt.engine import build_engine
-from moec.exporters.tensorrt.onnx_model import is_data
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
+from moec.spec.names import RING, is_input, slots
 
 if TYPE_CHECKING:
     from moec.exporters.tensorrt.plugin.build import Plugin
@@ -99,7 +99,7 @@ def build_engines(
 
 def weight_inputs_of(model: ir.Model) -> tuple[str, ...]:
     """The names of the weights that are inputs of `model`."""
-    return tuple(str(each.name) for each in model.graph.inputs if not is_data(str(each.name)))
+    return tuple(str(each.name) for each in model.graph.inputs if not is_input(str(each.name)))
 
 
 def wants_plugin_library(model: ir.Model) -> bool:
@@ -184,7 +184,7 @@ def profiles_of(
     """
     if part == "vision":
         return (_spans(model, {"tiles": (1, 1, options.tiles)}),)
-    chunk = min(options.piece, options.slots(spec)["ring_slots"])
+    chunk = min(options.piece, options.slots(spec)[slots(RING)])
     decode = {"sequence": (1, 1, 1), "logits": (1, 1, 1), "image_tokens": (0, 0, 0)}
     decode["batch"] = (1, 1, options.batch)
     prefill = {"sequence": (1, chunk, chunk), "logits": (1, 1, chunk), "batch": (1, 1, 1)}

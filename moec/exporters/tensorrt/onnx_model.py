@@ -19,6 +19,7 @@ from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.fuse import fuse_experts
 from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.static import make_static
+from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.weights.joined import joined_packings, unquantised
 from moec.weights.packing import Packing
@@ -26,9 +27,6 @@ from moec.weights.shard import TensorEntry
 
 #: the first runs the experts with ONNX operators, the second with the MoE plugin
 DIALECTS = ("tensorrt", "tensorrt-plugin")
-#: the inputs of the graphs that are not weights: names, and beginnings of names
-_DATA = ("input_ids", "past_lengths", "logit_index", "image_features", "pixel_values")
-_CACHES = ("past.", "global.", "ring.")
 
 
 def graphs_of(
@@ -53,7 +51,7 @@ def packings_of(spec: ModelSpec) -> dict[str, Packing]:
         found |= {
             name: each
             for name, each in joined_packings(spec).items()
-            if ".moe." in name and each.fp8
+            if names.of_moe(name) and each.fp8
         }
     return found
 
@@ -80,7 +78,7 @@ def save_bound(
         name: entry
         for name, entry in entries.items()
         if bindings != "all"
-        and not (bindings == "experts" and is_expert(name))
+        and not (bindings == "experts" and names.holds_routed(name))
         and shapes.get(name, entry.shape)
         == entry.shape  # else `entry` is one of several joined tensors
     }
@@ -88,21 +86,7 @@ def save_bound(
     ir.save(model, path)
 
 
-def is_expert(weight: str) -> bool:
-    """Whether a stored tensor holds routed experts.
-
-    The scales of experts do not count. They are small, and need not be inputs.
-    """
-    part = weight.partition(".moe.")[2]
-    return bool(part) and not part.startswith(("router.", "shared.")) and "scale" not in part
-
-
-def is_data(name: str) -> bool:
-    """Whether an input of a graph is data or a cache, and not a weight."""
-    return name in _DATA or name.startswith(_CACHES)
-
-
 def ports_of(model: ir.Model) -> Ports:
     """The inputs and outputs of a caller, without weight inputs."""
-    data = [each for each in model.graph.inputs if is_data(str(each.name))]
+    data = [each for each in model.graph.inputs if names.is_input(str(each.name))]
     return Ports(inputs=ports(data), outputs=ports(model.graph.outputs))

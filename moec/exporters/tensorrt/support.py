@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from moec.kernels.sizes import SMALLEST
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
+from moec.spec.names import of_moe, routed
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
 from moec.weights.joined import fp8_parameters
 
 #: names of experts, for which a scheme has rules
-_EXPERTS = ("layers.0.moe.gate_up", "layers.0.moe.down")
+_EXPERTS = routed(0)
 #: where, found, expected, next: the four parts of an error
 Unsupported = tuple[str, object, str, str]
 #: attention in half precision needs a width of a head that is a multiple of this
@@ -48,7 +49,7 @@ def _unsupported_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[Unsupported
         expected = "unquantised caches, because TensorRT cannot update FP8 caches"
         yield f"{at}: cache", "FP8 keys and values", expected, "add --cache wide"
     plugin = wants_plugin(scheme)
-    inside = {name for name in fp8_parameters(spec) if ".moe." in name} if plugin else set()
+    inside = {name for name in fp8_parameters(spec) if of_moe(name)} if plugin else set()
     for name, rule in quantized(spec).items():
         if name in inside:
             continue

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from moec.artefact.manifest import Manifest
 from moec.exporters.onnx.external_data import entry_of
+from moec.spec.names import of_moe
 from moec.weights.joined import joined_tensors
 from moec.weights.shard import TensorEntry
 
@@ -38,5 +39,5 @@ def _joined_inputs(manifest: Manifest) -> dict[str, tuple[str, ...]]:
     return {
         name: tuple(as_stored.get(source, source) for source in each.sources)
         for name, each in joined_tensors(spec).items()
-        if ".moe." in name and len(each.sources) > 1
+        if of_moe(name) and len(each.sources) > 1
     }

@@ -6,8 +6,10 @@ import torch
 from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call_each, tag
+from moec.graph_builder.builder import replace, tag
+from moec.graph_builder.roles import find_input
 from moec.graph_builder.types import TensorType
+from moec.spec import names
 
 
 def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
@@ -17,29 +19,28 @@ def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
     Inputs `ring.last` [batch] and `ring.total`, of chunked layers, and `global.last` and
     `global.total` say where tokens go. `lengths` goes: every token of a call is its row's own.
     """
-    nodes = list(graph.graph.nodes)
-    after = next(n for n in nodes if n.meta.get("name") == "lengths")
+    after = find_input(graph.graph, names.LENGTHS, "keep_buffers")
     batch = after.meta["type"].shape
     spans: dict[int | None, tuple[fx.Node, fx.Node]] = {}
-    for node in nodes:
+    for node in list(graph.graph.nodes):
         if node.target != ops.attention.target or node.args[3] is None:
             continue
         q, seen_k, seen_v, mask, heads, kv_heads = node.args
         (key, k), (value, v), chunk = seen_k.args, seen_v.args, mask.args[2]
         if chunk not in spans:
-            at = "global" if chunk is None else "ring"
+            kind = names.cache_kind(chunk)
             spans[chunk] = (
-                _input(graph, after, f"{at}.last", batch),
-                _input(graph, after, f"{at}.total", ()),
+                _input(graph, after, names.last(kind), batch),
+                _input(graph, after, names.total(kind), ()),
             )
         for buffer in (key, value):
             buffer.meta["type"] = _by_head(buffer.meta["type"], kv_heads)
-        writes = [next(u for u in seen.users if u is not node) for seen in (seen_k, seen_v)]
-        kept = (node, *writes)
-        names = [each.meta["name"] for each in kept]
+        users = [*seen_k.users, *seen_v.users]
+        writes = [user for user in users if user.target == ops.cache_write.target]
         with graph.graph.inserting_before(node):
-            results = call_each(
+            replace(
                 graph.graph,
+                (node, *writes),
                 ops.buffered_attention,
                 q,
                 k,
@@ -51,12 +52,9 @@ def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
                 chunk,
                 heads,
                 kv_heads,
-                name=f"{names[0]}.buffered",
-                each=names,
+                name=f"{node.meta['name']}.buffered",
             )
-        for old, new in zip(kept, results, strict=True):
-            old.replace_all_uses_with(new)
-    return without_unused(graph, "lengths")
+    return without_unused(graph, names.LENGTHS)
 
 
 def _input(graph: fx.GraphModule, after: fx.Node, name: str, shape: tuple[Any, ...]) -> fx.Node:

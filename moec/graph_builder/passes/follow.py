@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, fx
 
 from moec.graph_builder.builder import tag
+from moec.graph_builder.roles import Role
 from moec.graph_builder.types import TensorType
+from moec.spec import names
 
 
 def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
@@ -16,14 +18,14 @@ def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
     """
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
     for own in list(graph.graph.nodes):
-        name = str(own.meta.get("name"))
-        if not name.endswith(".route.1"):
+        if "role" not in own.meta or own.meta["role"].role != Role.CHOICE:
             continue
+        name = own.meta["name"]
         logits, top_k = own.args[0].args
         with graph.graph.inserting_before(first):
             given = graph.graph.placeholder(f"{name.replace('.', '_')}_given")
         given.meta["default"] = torch.empty(0, top_k, dtype=torch.int64)
-        tag(given, f"{name}.given", TensorType(("given", top_k), torch.int64))
+        tag(given, names.given(name), TensorType(("given", top_k), torch.int64))
         with graph.graph.inserting_after(own):
             chosen = graph.graph.call_function(taken, (logits, own, given, limit))
         tag(chosen, f"{name}.taken", own.meta["type"])

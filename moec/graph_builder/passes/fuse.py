@@ -9,12 +9,13 @@ import torch
 from torch import fx, nn
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call, call_each, submodule, tag
+from moec.graph_builder.builder import call, call_each, stand_in, submodule, tag
 from moec.graph_builder.passes.buffers import without_unused
 from moec.graph_builder.passes.torch_support import check_fusible
+from moec.graph_builder.roles import Role, find_input, finder
 from moec.graph_builder.types import TensorType
+from moec.spec import names
 from moec.spec.model import LayerSpec, ModelSpec
-from moec.spec.tensors import scale_of
 from moec.weights.joined import joined_tensors
 from moec.weights.view import STORED, TORCH_DTYPES
 
@@ -34,15 +35,14 @@ def fuse(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
     for layer in spec.text.all_layers:
         rewrite.attention(layer)
         if layer.moe:
-            rewrite.moe(f"layers.{layer.index}.moe")
+            rewrite.moe(layer.index)
         else:
-            rewrite.dense(f"layers.{layer.index}.ffn")
+            rewrite.dense(layer.index)
     output = list(graph.graph.nodes)[-1]
-    names = output.meta["outputs"]
     kept = {
-        n: node
-        for n, node in zip(names, output.args[0], strict=True)
-        if not n.startswith("present.")
+        name: node
+        for name, node in zip(output.meta["outputs"], output.args[0], strict=True)
+        if not names.is_present(name)
     }
     output.args, output.meta["outputs"] = (tuple(kept.values()),), tuple(kept)
     without_unused(graph)
@@ -58,33 +58,35 @@ def fuse_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
     rewrite = _Rewrite(graph, spec)
     for layer in spec.text.all_layers:
         if layer.moe:
-            rewrite.moe(f"layers.{layer.index}.moe")
+            rewrite.moe(layer.index)
     without_unused(graph)
     graph.delete_all_unused_submodules()
     return graph
 
 
 class _Rewrite:
-    """One run of the pass over `graph`; nodes are known by the names that the decoder gave them."""
+    """One run of the pass over `graph`."""
 
     def __init__(self, graph: fx.GraphModule, spec: ModelSpec) -> None:
         self.root, self.graph, self.text = graph, graph.graph, spec.text
         self.kinds = joined_tensors(spec)
-        self.nodes: dict[Any, Any] = {n.meta.get("name"): n for n in graph.graph.nodes}
-        wide = self.nodes["embed"].meta["type"].dtype
+        self.find = finder(self.graph, "fuse")
+        wide = self.find(Role.EMBEDDING).meta["type"].dtype
         self.dtype = next(name for name, each in TORCH_DTYPES.items() if each == wide)
 
     def attention(self, layer: LayerSpec) -> None:
-        at, nodes = f"layers.{layer.index}.attn", self.nodes
-        old = nodes[f"{at}.mix.buffered"]
-        _, _, _, key, value, last, total, _, _, heads, kv_heads = old.args
-        rope = (nodes["rope.0"], nodes["rope.1"]) if layer.rope else (None, None)
-        temperature = nodes["temperature"] if layer.temperature else None
+        i, at, find = layer.index, names.attention(layer.index), self.find
+        mixed, out = find(Role.ATTENTION, i), find(Role.ATTENTION_OUT, i)
+        buffered: Any = mixed.args[0]  # its first output is the mix
+        _, _, _, key, value, last, total, _, _, heads, kv_heads = buffered.args
+        rope = (find(Role.ROPE_COS), find(Role.ROPE_SIN)) if layer.rope else (None, None)
+        temperature = find(Role.TEMPERATURE) if layer.temperature else None
         eps = self.text.norm_eps if layer.qk_norm else None
-        x = nodes[f"{at}.q"].args[0]
-        with self.graph.inserting_before(old):
+        x: Any = find(Role.QUERY, i).args[0]
+        ids = find_input(self.graph, names.INPUT_IDS, "fuse")
+        with self.graph.inserting_before(buffered):
             qkv = self.product(self.encode(x), f"{at}.qkv")
-            rows = self.call(ops.unpack, qkv, nodes["input_ids"], name=f"{at}.qkv.rows")
+            rows = self.call(ops.unpack, qkv, ids, name=f"{at}.qkv.rows")
             q = self.call(
                 ops.rope_append,
                 rows,
@@ -101,28 +103,27 @@ class _Rewrite:
             buffers = (key, value, last, total)
             mix = self.call(ops.attend, q, *buffers, heads, kv_heads, name=f"{at}.mix")
             mix = self.call(ops.pack, mix, name=f"{at}.mix.packed")
-            out = self.product(self.encode(mix), f"{at}.o")
-        nodes[f"{at}.o"].replace_all_uses_with(out)
+            stand_in(self.product(self.encode(mix), f"{at}.o"), out)
 
-    def moe(self, at: str) -> None:
-        router, old = self.nodes[f"{at}.router"], self.nodes[f"{at}.out"]
+    def moe(self, layer: int) -> None:
+        router, old = self.find(Role.ROUTER, layer), self.find(Role.EXPERTS, layer)
         with self.graph.inserting_before(old):
             weights = [
                 self.parameter(name)
-                for part in ("gate_up", "down")
-                for name in (f"{at}.{part}", scale_of(f"{at}.{part}"))
+                for routed in names.routed(layer)
+                for name in (routed, names.scale_of(routed))
             ]
-            new = self.call(ops.moe_layer, *router.args[:2], *weights, name=f"{at}.out")
-        old.replace_all_uses_with(new)
+            out = names.moe(layer, "out")
+            stand_in(self.call(ops.moe_layer, *router.args[:2], *weights, name=out), old)
 
-    def dense(self, at: str) -> None:
-        old, x = self.nodes[f"{at}.down"], self.nodes[f"{at}.gate"].args[0]
+    def dense(self, layer: int) -> None:
+        at, old = names.dense(layer), self.find(Role.DOWN, layer)
+        x: Any = self.find(Role.GATE, layer).args[0]
         with self.graph.inserting_before(old):
             gate_up = self.product(self.encode(x), f"{at}.gate_up")
             each = f"{at}.act.codes", f"{at}.act.scale"
             act = call_each(self.graph, ops.swiglu_fp8, gate_up, name=f"{at}.act", each=each)
-            new = self.product(act, f"{at}.down")
-        old.replace_all_uses_with(new)
+            stand_in(self.product(act, f"{at}.down"), old)
 
     def encode(self, x: fx.Node) -> tuple[fx.Node, ...]:
         name = x.meta["name"]
@@ -131,7 +132,7 @@ class _Rewrite:
 
     def product(self, codes: tuple[fx.Node, ...], name: str) -> fx.Node:
         weight = f"{name}.weight"
-        weights = self.parameter(weight), self.parameter(scale_of(weight))
+        weights = self.parameter(weight), self.parameter(names.scale_of(weight))
         return self.call(ops.fp8_linear, *codes, *weights, self.dtype, name=name)
 
     def call(self, op: ops.Op, *args: Any, name: str) -> fx.Node:

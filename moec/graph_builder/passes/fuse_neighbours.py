@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call_each
+from moec.graph_builder.builder import replace
 
 _LATTER = (ops.attend_fp8.target, ops.moe_layer.target)
 
@@ -56,7 +56,4 @@ def _join(
 ) -> None:
     """`op` in place of `node`; its results in that of `old`, in order."""
     with graph.inserting_before(node):
-        names = [each.meta["name"] for each in old]
-        new = call_each(graph, op, *args, name=f"{node.meta['name']}.joined", each=names)
-    for each, by in zip(old, new, strict=True):
-        each.replace_all_uses_with(by)
+        replace(graph, old, op, *args, name=f"{node.meta['name']}.joined")

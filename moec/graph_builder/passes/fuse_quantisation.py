@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call_each
+from moec.graph_builder.builder import replace
 
 #: who makes values -> the op that makes codes and scale of them instead, from the same operands
 _JOINS = {
@@ -28,17 +28,9 @@ def join_encodes(graph: fx.GraphModule) -> fx.GraphModule:
         old = list(encode.users)  # codes, scale
         if maker.target == ops.skip_norm.target:
             old += [user for user in maker.users if user.args[1] == 1]  # the sum
-        names = [node.meta["name"] for node in old]
         with graph.graph.inserting_before(maker):
-            new = call_each(
-                graph.graph,
-                _JOINS[maker.target],
-                *maker.args,
-                name=encode.meta["name"],
-                each=names,
-            )
-        for each, by in zip(old, new, strict=True):
-            each.replace_all_uses_with(by)
+            op = _JOINS[maker.target]
+            replace(graph.graph, old, op, *maker.args, name=encode.meta["name"])
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -8,7 +8,9 @@ from torch import fx
 from moec.graph_builder import ops
 from moec.graph_builder.builder import call, call_each, tag
 from moec.graph_builder.passes.buffers import without_unused
+from moec.graph_builder.roles import find_input
 from moec.graph_builder.types import TensorType
+from moec.spec import names
 
 
 def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
@@ -18,12 +20,13 @@ def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
     token gets logits. All buffers hold all positions, because genai may call across chunk borders,
     so chunked layers get a mask.
     """
-    nodes = {n.meta["name"]: n for n in graph.graph.nodes if n.op == "placeholder"}
-    ids = nodes["input_ids"]
+    ids = find_input(graph.graph, names.INPUT_IDS, "genai_inputs")
+    inputs = {n.meta["name"]: n for n in graph.graph.nodes if n.op == "placeholder"}
     with graph.graph.inserting_after(ids):
-        mask = graph.graph.placeholder("attention_mask")
+        mask = graph.graph.placeholder(names.ATTENTION_MASK)
         mask.meta["default"] = None
-        tag(mask, "attention_mask", TensorType((ids.meta["type"].shape[0], "total"), torch.int64))
+        shape = (ids.meta["type"].shape[0], "total")
+        tag(mask, names.ATTENTION_MASK, TensorType(shape, torch.int64))
     first = next(n for n in graph.graph.nodes if n.op != "placeholder")
     masks: dict[Any, fx.Node] = {}
     with graph.graph.inserting_before(first):
@@ -33,9 +36,9 @@ def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
             mask,
             ids,
             name="spans",
-            each=("past_lengths", "last", "total"),
+            each=(names.PAST_LENGTHS, "last", "total"),
         )
-        index = call(graph.graph, ops.columns, ids, name="logit_index")
+        index = call(graph.graph, ops.columns, ids, name=names.LOGIT_INDEX)
         positions = call(graph.graph, ops.positions, ids, past, name="query_positions")
         keys = call(graph.graph, ops.columns, mask, name="key_positions")
         for node in graph.graph.nodes:
@@ -45,16 +48,14 @@ def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
                         graph.graph, ops.attention_mask, positions, keys, chunk, name="chunk_mask"
                     )
                 node.args = (*node.args[:7], masks[chunk], None, *node.args[9:])
-    given = {"past_lengths": past, "logit_index": index}
-    given |= {
-        f"{at}.{what}": each
-        for at in ("ring", "global")
-        for what, each in (("last", last), ("total", total))
-    }
-    for name, node in nodes.items():
+    given = {names.PAST_LENGTHS: past, names.LOGIT_INDEX: index}
+    for kind in (names.RING, names.GLOBAL):
+        given |= {names.last(kind): last, names.total(kind): total}
+    for name, node in inputs.items():
         if name in given:
             node.replace_all_uses_with(given[name])
-        if name.startswith("past."):
+        if names.is_past(name):
             batch, heads, _, size = node.meta["type"].shape
-            node.meta["type"] = node.meta["type"].like(batch, heads, "global_slots", size)
+            slots = names.slots(names.GLOBAL)
+            node.meta["type"] = node.meta["type"].like(batch, heads, slots, size)
     return without_unused(graph, *given)

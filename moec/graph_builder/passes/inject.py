@@ -6,6 +6,7 @@ from torch import fx
 
 from moec.graph_builder.builder import tag
 from moec.spec.errors import refuse
+from moec.spec.names import given
 
 
 def inject(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
@@ -22,9 +23,9 @@ def inject(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
         if node.op == "placeholder" or node.meta.get("name") not in wanted:
             continue
         with graph.graph.inserting_before(first):
-            given = graph.graph.placeholder(f"{node.meta['name'].replace('.', '_')}_given")
-        given.meta["default"] = None
-        tag(given, f"{node.meta['name']}.given", node.meta["type"])
-        node.replace_all_uses_with(given)
+            replacement = graph.graph.placeholder(given(node.meta["name"]).replace(".", "_"))
+        replacement.meta["default"] = None
+        tag(replacement, given(node.meta["name"]), node.meta["type"])
+        node.replace_all_uses_with(replacement)
     graph.recompile()
     return graph

@@ -7,10 +7,12 @@ from torch import fx, nn
 
 from moec.graph_builder import ops
 from moec.graph_builder.builder import call, submodule, tag
+from moec.graph_builder.roles import cached
 from moec.graph_builder.types import TensorType
+from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import STATIC, Rule, Scheme
-from moec.spec.tensors import input_scale_of, quantized, scale_of, separate, tensors
+from moec.spec.tensors import quantized, tensors
 from moec.weights.view import STORED, TORCH_DTYPES
 
 
@@ -58,7 +60,7 @@ class _Rewrite:
         args: Any = node.args
         x, old, bias = args
         rule, dtype = self.rules[weight], _name(x)
-        scale = self.parameter(scale_of(weight))
+        scale = self.parameter(names.scale_of(weight))
         wide = self.dequantize(self.parameter(weight), scale, 0, f"{weight}.wide", dtype)
         node.args = (self.rounded(x, weight, rule), wide, bias)
         self.forget(old)
@@ -72,7 +74,7 @@ class _Rewrite:
         if key not in self.inputs:
             name = weight.removesuffix(".weight") if static else f"{x.meta['name']}.{rule.inputs}"
             if static:
-                scale = self.parameter(input_scale_of(weight))
+                scale = self.parameter(names.input_scale_of(weight))
             else:
                 group = self.scheme.block if rule.inputs == "group" else 0
                 scale = call(
@@ -90,14 +92,16 @@ class _Rewrite:
         *routed, gate_up, down = args
         weights: list[object] = []
         for old in (gate_up, down):
-            names = self.parts(old.meta["name"])
+            parts = self.parts(old.meta["name"])
             weights += [
-                [self.parameter(each) for each in names],
-                [self.parameter(scale_of(each)) for each in names],
+                [self.parameter(each) for each in parts],
+                [self.parameter(names.scale_of(each)) for each in parts],
             ]
         rule = self.rules[gate_up.meta["name"]]
         inputs = [
-            self.parameter(input_scale_of(old.meta["name"])) if rule.inputs in STATIC else None
+            self.parameter(names.input_scale_of(old.meta["name"]))
+            if rule.inputs in STATIC
+            else None
             for old in (gate_up, down)
         ]
         new = call(
@@ -119,23 +123,24 @@ class _Rewrite:
         """The tensors that hold fused experts."""
         if not self.scheme.separate_experts:
             return (fused,)
-        return tuple(part for e in range(self.experts) for part in separate(fused, e))
+        return tuple(part for e in range(self.experts) for part in names.separate(fused, e))
 
     def append(self, node: fx.Node) -> None:
         """FP8 caches: what is seen is rounded, old and new, and what is kept is codes."""
         args: Any = node.args
         past, new = args
-        label = node.meta["name"].removesuffix(".seen")  # layers.{i}.attn.k
-        scale, dtype = self.parameter(scale_of(label)), _name(new)
+        label = cached(node, "quantize")
+        scale, dtype = self.parameter(names.scale_of(label)), _name(new)
         past.meta["type"] = TensorType(past.meta["type"].shape, ops.FP8)
         wide = self.dequantize(past, scale, 0, f"{label}.cache.past", dtype)
         node.args = (wide, self.on_grid(new, scale, f"{label}.cache"))
-        write = next(user for user in node.users if user.target == ops.cache_write.target)
-        kept = write.meta["name"]
-        write.meta["name"] = f"{label}.cache.kept"
-        with self.graph.inserting_after(write):
-            codes = self.quantize(write, scale, kept)
-        write.replace_all_uses_with(codes, lambda user: user is not codes)
+        for write in [user for user in node.users if user.target == ops.cache_write.target]:
+            kept = write.meta["name"]
+            write.meta["name"], users = f"{label}.cache.kept", list(write.users)
+            with self.graph.inserting_after(write):
+                codes = self.quantize(write, scale, kept)
+            for user in users:
+                user.replace_input_with(write, codes)
 
     def quantize(self, x: fx.Node, scale: fx.Node, name: str) -> fx.Node:
         return call(self.graph, ops.quantize, x, scale, 0, self.scheme.block, name=name)

@@ -3,7 +3,7 @@
 from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call_each
+from moec.graph_builder.builder import replace
 
 
 def join_skip_norms(graph: fx.GraphModule) -> fx.GraphModule:
@@ -12,21 +12,18 @@ def join_skip_norms(graph: fx.GraphModule) -> fx.GraphModule:
         if norm.target != ops.rms_norm.target or norm.args[0].target != ops.add.target:
             continue
         total, weight, eps = norm.args
-        names = [norm.meta["name"], total.meta["name"]]
         with graph.graph.inserting_before(total):
             # The weight is a node of its own, made where the norm was: the sum needs it earlier.
             weight = _moved(graph.graph, weight)
-            results = call_each(
+            replace(
                 graph.graph,
+                (norm, total),
                 ops.skip_norm,
                 *total.args,
                 weight,
                 eps,
-                name=f"{names[0]}.skip",
-                each=names,
+                name=f"{norm.meta['name']}.skip",
             )
-        for old, new in zip((norm, total), results, strict=True):
-            old.replace_all_uses_with(new)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -8,7 +8,9 @@ from torch import fx
 from moec.graph_builder import ops
 from moec.graph_builder.builder import call
 from moec.graph_builder.passes.buffers import without_unused
+from moec.graph_builder.roles import find_input
 from moec.graph_builder.types import TensorType
+from moec.spec import names
 
 
 def make_static(graph: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModule:
@@ -17,19 +19,18 @@ def make_static(graph: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModu
     Each kind of buffer gets one mask, that all its layers share. No input may be left out, and
     `ring.total` and `global.total`, of which the masks know nothing, go.
     """
+    ids = find_input(graph.graph, names.INPUT_IDS, "make_static")
     masks: dict[fx.Node, fx.Node] = {}  # by the input that says where tokens go
     for node in list(graph.graph.nodes):
         if "type" in node.meta:
             node.meta["type"] = _sized(node.meta["type"], sizes)
         if node.op == "placeholder":
             node.meta["default"] = None
-            if node.meta["name"] == "input_ids":
-                ids = node
         elif node.target == ops.buffered_attention.target:
-            *operands, key, value, last, total, _, _, heads, kv_heads = node.args
+            *operands, key, value, last, total, _, chunk, heads, kv_heads = node.args
             if last not in masks:
                 with graph.graph.inserting_before(node):
-                    name = str(last.meta["name"]).replace(".last", ".mask")
+                    name = f"{names.cache_kind(chunk)}.mask"
                     masks[last] = call(graph.graph, ops.slot_mask, ids, last, key, name=name)
             node.args = (*operands, key, value, last, total, masks[last], None, heads, kv_heads)
     return without_unused(graph)

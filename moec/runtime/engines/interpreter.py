@@ -22,6 +22,7 @@ from moec.exporters.onnx.lowering import type_of
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.graph_builder import ops
 from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.weights.view import view
 
@@ -47,15 +48,15 @@ def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model
     evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[Attention, MoecMoe])
     given = [str(each.name) for each in model.graph.inputs if each.name not in weights]
     outputs = [str(each.name) for each in model.graph.outputs]
-    no_images = {"image_features": torch.zeros(0, artefact.manifest.spec.text.dim)}
+    no_images = {names.IMAGE_FEATURES: torch.zeros(0, artefact.manifest.spec.text.dim)}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fed = no_images | dict(feeds)
         values = {name: _array(fed[name]) for name in given}
         results = map(_tensor, evaluator.run(None, weights | values))
         found = dict(zip(outputs, results, strict=True))
-        for name in [name for name in found if name.startswith("present.")]:
-            feeds[name.replace("present", "past", 1)].copy_(found.pop(name))  # as engines do
+        for name in filter(names.is_present, outputs):
+            feeds[names.past_of(name)].copy_(found.pop(name))  # as engines do
         return found
 
     return run
@@ -64,12 +65,14 @@ def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model
 def show_routers(graph: ir.Graph) -> None:
     """Add nodes for the router's logits and choice, which the MoE plugin does not return."""
     for node in [node for node in graph if node.op_type == "MoecMoe"]:
-        at = str(node.outputs[0].name).removesuffix(".out")
+        experts = node.inputs[2]
+        index = names.layer_of(str(experts.name)) if experts else None
+        assert index is not None, node
         logits = ir.Node("", "Gemm", node.inputs[:2], [ir.AttrInt64("transB", 1)])
         chosen = ir.Node("", "ArgMax", logits.outputs, [ir.AttrInt64("axis", 1)])
         for each, name, dtype in (
-            (logits, f"{at}.router", _FLOAT),
-            (chosen, f"{at}.route.1", ir.DataType.INT64),
+            (logits, names.router(index), _FLOAT),
+            (chosen, names.chosen(index), ir.DataType.INT64),
         ):
             each.outputs[0].name, each.outputs[0].type = name, ir.TensorType(dtype)
             graph.append(each)

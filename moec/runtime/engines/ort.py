@@ -13,6 +13,7 @@ from moec.exporters.onnx.external_data import load_onnx
 from moec.exporters.onnx.lowering import DTYPES
 from moec.graph_builder.ops import FP8
 from moec.runtime.engines.engine import Engine, Limits, Run
+from moec.spec import names
 from moec.spec.errors import refuse
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -84,7 +85,7 @@ def ort_engine(
         for i, dim in enumerate(shape)
         if isinstance(dim, str)
     }
-    kept = {n: n.replace("present", "past", 1) for n in outputs if n.startswith("present.")}
+    kept = {n: names.past_of(n) for n in outputs if names.is_present(n)}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = inputs | (optional & feeds.keys())
@@ -246,7 +247,7 @@ def _with_outputs(file: Path, taps: Sequence[str]) -> str | bytes:
     narrow = [
         i
         for i, each in enumerate(outputs)
-        if each.dtype == ir.DataType.BFLOAT16 and not str(each.name).startswith("present.")
+        if each.dtype == ir.DataType.BFLOAT16 and not names.is_present(str(each.name))
     ]
     if not taps and not narrow:
         return str(file)

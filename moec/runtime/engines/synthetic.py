@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moec.spec.model import ModelSpec
+from moec.spec.names import EMBED_WEIGHT, is_router, scale_of
 from moec.spec.scheme import LARGEST
-from moec.spec.tensors import scale_of
 from moec.weights.joined import joined_tensors
 from moec.weights.view import STORED
 
@@ -47,6 +47,7 @@ def _unquantised(name: str, shape: tuple[int, ...], generator: torch.Generator) 
     noise = torch.randn(shape, generator=generator, device=generator.device)
     if len(shape) == 1:
         return 0.1 * noise + ("norm" in name)
-    gain = {"embed.weight": shape[-1] ** 0.5, "router.weight": 2.0}
-    size = next((g for end, g in gain.items() if name.endswith(end)), 1.0)
+    size = 2.0 if is_router(name) else 1.0
+    if name == EMBED_WEIGHT:
+        size = shape[-1] ** 0.5
     return noise.mul_(size * float(shape[-1]) ** -0.5)

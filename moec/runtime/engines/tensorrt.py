@@ -17,7 +17,6 @@ from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
 from moec.runtime.engines.gpu import memory_for
 from moec.runtime.engines.tensorrt_fit import (
-    cache_of,
     check_gpu,
     check_version,
     engine_of,
@@ -27,6 +26,7 @@ from moec.runtime.engines.tensorrt_fit import (
 from moec.runtime.engines.tensorrt_open import ALIGNED, OpenEngine, open_engine
 from moec.runtime.engines.torch_program import MOVING
 from moec.spec.errors import refuse
+from moec.spec.names import IMAGE_FEATURES, INPUT_IDS, past_of
 
 
 def tensorrt_engine(
@@ -52,12 +52,12 @@ def tensorrt_engine(
     with memory_for(f"engine of {part}: {artefact.path}"):
         opened = open_engine(trt, artefact, part, device)
     capture = opened.steady and opened.stream is not None
-    outputs = [name for name, io in opened.ios.items() if not io.given and not cache_of(name)]
+    outputs = [name for name, io in opened.ios.items() if not io.given and not past_of(name)]
     replays: Replays | None = None
     defaults = {
         name: torch.empty(0, *io.shape[1:], dtype=io.dtype, device=device)
         for name, io in opened.ios.items()
-        if name == "image_features" and io.given and io.shape
+        if name == IMAGE_FEATURES and io.given and io.shape
     }
 
     def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -74,7 +74,7 @@ def tensorrt_engine(
 
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        decode = capture and feeds["input_ids"].shape[1] == 1 and "image_features" not in feeds
+        decode = capture and feeds[INPUT_IDS].shape[1] == 1 and IMAGE_FEATURES not in feeds
         first = next(iter(feeds))
         with memory_for(f"a call with {first} {list(feeds[first].shape)}"):
             return dict(zip(outputs, step(feeds) if decode else call(feeds), strict=True))
@@ -109,8 +109,8 @@ def _call(opened: OpenEngine, part: str, feeds: Mapping[str, Tensor]) -> tuple[T
         )
         opened.must(context.set_tensor_address(name, results[name].data_ptr()), name)
     opened.must(_execute(opened, context), "the call failed")
-    for name in [name for name in results if cache_of(name)]:
-        given, written = feeds[cache_of(name)], results.pop(name)
+    for name in [name for name in results if past_of(name)]:
+        given, written = feeds[past_of(name)], results.pop(name)
         if written is not given:  # its address was not aligned, or the engine writes elsewhere
             given.copy_(written)
     return tuple(results.values())

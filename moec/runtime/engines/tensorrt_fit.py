@@ -12,6 +12,7 @@ from moec.artefact.manifest import Engine, Ports
 from moec.exporters.onnx.lowering import DTYPES as ONNX_DTYPES
 from moec.exporters.tensorrt.api import PACKAGES
 from moec.spec.errors import MoecError, refuse
+from moec.spec.names import past_of
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED
 
@@ -169,17 +170,12 @@ def check_aliases(where: object, aliases: Mapping[str, str]) -> None:
         MoecError: the message names the output (exit code 1).
     """
     for name, over in aliases.items():
-        if over != cache_of(name):
+        if over != past_of(name):
             raise _another(
                 f"{where}: {name}",
                 f"written over {over}",
-                f"written over {cache_of(name)}" if cache_of(name) else "memory of its own",
+                f"written over {past_of(name)}" if past_of(name) else "memory of its own",
             )
-
-
-def cache_of(output: str) -> str:
-    """The name of the input that holds the same cache as `output`; "" for other outputs."""
-    return output.replace("present", "past", 1) if output.startswith("present.") else ""
 
 
 def _another(where: str, found: object, expected: object) -> MoecError:

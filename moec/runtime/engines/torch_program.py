@@ -19,10 +19,17 @@ from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
+from moec.spec import names
 from moec.spec.errors import refuse
 
 #: what differs from one decode step to the next
-MOVING = ("input_ids", "past_lengths", "logit_index", "ring.last", "global.last")
+MOVING = (
+    names.INPUT_IDS,
+    names.PAST_LENGTHS,
+    names.LOGIT_INDEX,
+    names.last(names.RING),
+    names.last(names.GLOBAL),
+)
 
 
 def torch_engine(
@@ -55,13 +62,13 @@ def torch_engine(
     flat = {_flat(name): each for name, each in given.items()}
     ports = artefact.manifest.ports(part).inputs
     known = {_flat(port.name): port.name for port in ports}
-    names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
-    values: list[Any] = [flat.get(name) for name in names]
-    fed = [(i, known[name]) for i, name in enumerate(names) if name not in flat]
+    taken = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+    values: list[Any] = [flat.get(name) for name in taken]
+    fed = [(i, known[name]) for i, name in enumerate(taken) if name not in flat]
     defaults = {
         port.name: torch.empty(0, port.shape[1], dtype=getattr(torch, port.dtype), device=device)  # type: ignore[arg-type]
         for port in ports
-        if port.name == "image_features"
+        if port.name == names.IMAGE_FEATURES
     }
 
     def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -71,14 +78,16 @@ def torch_engine(
             if value is None:
                 raise KeyError(name)
             # How many slots are in use, the host has to know.
-            own[i] = value if name.endswith(".total") else value.to(device)
+            own[i] = value if names.is_total(name) else value.to(device)
         return tuple(graph(*own))
 
     steps = Replays(call, MOVING) if device == "cuda" and part == "model" and not taps else None
 
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        decode = steps and feeds["input_ids"].shape[1] == 1 and "image_features" not in feeds
+        decode = (
+            steps and feeds[names.INPUT_IDS].shape[1] == 1 and names.IMAGE_FEATURES not in feeds
+        )
         first = next(iter(feeds))
         with memory_for(f"a call with {first} {list(feeds[first].shape)}"):
             results = steps(feeds) if steps and decode else call(feeds)

@@ -35,8 +35,8 @@ def in_pieces(
     cache = session.new_cache(len(ids), 1)  # grows on the way
     mine = torch.arange(ids.shape[1]) < lengths[:, None]
     before = lengths.cumsum(0) - lengths  # own tokens of the rows above
-    names = choices(session.spec, tolerance)
-    chosen = {each: whole[each].new_zeros(*ids.shape, whole[each].shape[1]) for each in names}
+    routes = choices(session.spec, tolerance)
+    chosen = {each: whole[each].new_zeros(*ids.shape, whole[each].shape[1]) for each in routes}
     found, places = [], []
     for start, end in pairwise(edges):
         own = (lengths - start).clamp(0, end - start)

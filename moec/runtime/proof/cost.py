@@ -14,6 +14,7 @@ from moec.runtime.inputs.token_file import read_rows
 from moec.runtime.open import eager_session
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.runtime.session import Session
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.files import diff
 from moec.weights.name_map import read_model
@@ -86,9 +87,8 @@ def cost(
             f"{odd[0][2]}, as in {artefact.path}",
             "name the checkpoint of the same model",
         )
-    taps = [f"layers.{layer.index}.out" for layer in spec.text.all_layers]
-    moe = [layer.index for layer in spec.text.all_layers if layer.moe]
-    routes = [f"layers.{index}.moe.route.1" for index in moe]
+    taps = [names.out(layer.index) for layer in spec.text.all_layers]
+    routes = [names.chosen(layer.index) for layer in spec.text.all_layers if layer.moe]
     wide = eager_session(spec, entries, "fp32", taps=[*taps, *routes])
     narrow = ArtefactUnderTest(artefact, device, "lean").session([*taps, *routes])
     text = "given rows"
@@ -151,8 +151,8 @@ def _draw(session: Session, seed: int) -> Tensor:
     return rows
 
 
-def _trace(session: Session, row: Tensor, names: list[str]) -> dict[str, Tensor]:
-    return session.trace(row[None], torch.tensor([len(row)]), names)
+def _trace(session: Session, row: Tensor, taps: list[str]) -> dict[str, Tensor]:
+    return session.trace(row[None], torch.tensor([len(row)]), taps)
 
 
 class _Sums:
@@ -185,7 +185,7 @@ class _Sums:
 
     def cost(self, reference: str, text: str) -> Cost:
         kl = torch.cat(self.kl)
-        short = {name: name.rpartition(".moe.")[0] for name in self.routes}
+        short = {name: names.layer(names.layer_of(name) or 0) for name in self.routes}
         return Cost(
             reference=reference,
             text=text,
@@ -198,7 +198,7 @@ class _Sums:
             router_flips=sum(self.flips.values()) / max(1, self.tokens * len(self.routes)),
             flips={short[name]: count / self.tokens for name, count in self.flips.items()},
             layers={
-                name.removesuffix(".out"): math.sqrt(off / max(size, 1e-300))
+                names.title(name): math.sqrt(off / max(size, 1e-300))
                 for name, (off, size) in self.error.items()
             },
         )

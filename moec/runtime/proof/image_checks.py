@@ -12,6 +12,7 @@ from moec.runtime.proof.compare import Tolerance, argmax_agreement, error
 from moec.runtime.proof.near_ties import choices, following
 from moec.runtime.proof.report import Check
 from moec.runtime.proof.under_test import ArtefactUnderTest
+from moec.spec import names
 from moec.spec.model import ModelSpec
 
 #: tiles that the rows of the drawn text hold, where they fit
@@ -56,23 +57,23 @@ def tower(subject: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> I
     spec, entries = subject.artefact.manifest.spec, subject.artefact.entries()
     assert spec.vision is not None
     shown = {
-        "vision.tokens": "vision.tokens",
-        **{f"vision.layers.{i}": f"vision.layers.{i}.out" for i in range(spec.vision.layers)},
-        "vision.post": "vision.post",
-        "vision.shuffle": "vision.shuffle",
-        "vision.adapter": "vision.adapter.fc2.act",
-        "image_features": "image_features",
+        names.vision("tokens"): names.vision("tokens"),
+        **{names.vision_layer(i): names.vision_layer(i, "out") for i in range(spec.vision.layers)},
+        names.vision("post"): names.vision("post"),
+        names.vision("shuffle"): names.vision("shuffle"),
+        names.vision("adapter"): names.vision("adapter", "fc2", "act"),
+        names.IMAGE_FEATURES: names.IMAGE_FEATURES,
     }
-    taps = [name for name in shown.values() if name != "image_features"]
+    taps = [name for name in shown.values() if name != names.IMAGE_FEATURES]
     found, expected = (
-        {name: each.cpu() for name, each in run({"pixel_values": pixels}).items()}
+        {name: each.cpu() for name, each in run({names.PIXEL_VALUES: pixels}).items()}
         for run in (
             subject.tower(taps),
             eager_engine(spec, entries, "fp32", taps, "vision"),
         )
     )
     for name, tap in shown.items():
-        detail = f"{len(pixels)} tiles" if name == "image_features" else ""
+        detail = f"{len(pixels)} tiles" if name == names.IMAGE_FEATURES else ""
         yield error(name, found[tap], expected[tap], tolerance, detail)
 
 
@@ -82,18 +83,18 @@ def fusion(
     """Images in text: the fused embeddings, the logits, and the same through the caches."""
     pixels = images.pixels[: images.placed]
     spec = subject.artefact.manifest.spec
-    names = choices(spec, tolerance)
-    session = subject.session(["fused", *names])
+    routes = choices(spec, tolerance)
+    session = subject.session([names.WITH_IMAGES, *routes])
     features = session.image_features(pixels)
-    whole = session.trace(images.ids, lengths, ["fused", *names], features)
-    reference = subject.reference(["fused"], tolerance.near)
-    judged = following(reference, {name: whole[name] for name in names}, lengths).trace(
-        images.ids, lengths, ["fused"], reference.image_features(pixels)
+    whole = session.trace(images.ids, lengths, [names.WITH_IMAGES, *routes], features)
+    reference = subject.reference([names.WITH_IMAGES], tolerance.near)
+    judged = following(reference, {name: whole[name] for name in routes}, lengths).trace(
+        images.ids, lengths, [names.WITH_IMAGES], reference.image_features(pixels)
     )
     # Images alone: beside trained embeddings their features may be too small to show an error.
     own = torch.arange(images.ids.shape[1]) < lengths[:, None]
     seen = images.seen[own]
-    found, expected = (out["fused"][seen] for out in (whole, judged))
+    found, expected = (out[names.WITH_IMAGES][seen] for out in (whole, judged))
     detail = f"{len(found)} image tokens of {images.placed} tiles"
     yield error("images: fused", found, expected, tolerance, detail)
     found, expected = whole["logits"], judged["logits"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moec.runtime.proof.compare import Tolerance
 from moec.runtime.session import Session
+from moec.spec import names
 from moec.spec.model import ModelSpec
 
 
@@ -19,7 +20,7 @@ def choices(spec: ModelSpec, tolerance: Tolerance) -> list[str]:
     """Names of the choices [tokens, k] that the reference follows; none if flips are tolerated."""
     if tolerance.near is None:
         return []
-    return [f"layers.{layer.index}.moe.route.1" for layer in spec.text.all_layers if layer.moe]
+    return [names.chosen(layer.index) for layer in spec.text.all_layers if layer.moe]
 
 
 def following(reference: Session, chosen: Mapping[str, Tensor], lengths: Tensor) -> Session:
@@ -32,16 +33,16 @@ def following(reference: Session, chosen: Mapping[str, Tensor], lengths: Tensor)
         own = (torch.arange(feeds["input_ids"].shape[1]) < lengths[:, None]).flatten()
         given = {}
         for name, experts in chosen.items():
-            rows = given[f"{name}.given"] = experts.new_zeros(len(own), experts.shape[1])
+            rows = given[names.given(name)] = experts.new_zeros(len(own), experts.shape[1])
             rows[own] = experts
         return reference.run({**feeds, **given})
 
     return replace(reference, run=run)
 
 
-def watched(session: Session, names: list[str]) -> tuple[Session, dict[str, list[Tensor]]]:
-    """`session`, and the inner values `names` of each call that it will make."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+def watched(session: Session, taps: list[str]) -> tuple[Session, dict[str, list[Tensor]]]:
+    """`session`, and the inner values `taps` of each call that it will make."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in taps}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out = session.run(feeds)

@@ -13,6 +13,7 @@ from moec.runtime.engines.eager import eager_engine
 from moec.runtime.engines.engine import Engine, Run
 from moec.runtime.open import artefact_session, eager_session, find_engine
 from moec.runtime.session import Session
+from moec.spec import names
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +74,16 @@ class ArtefactUnderTest:
         own = torch.arange(ids.shape[1]) < lengths[:, None]
         cache = new_cache(spec, "fp32", len(ids), 0)
         feeds = {
-            "input_ids": ids,
-            "past_lengths": cache.lengths,
-            "lengths": lengths,
-            "logit_index": torch.arange(ids.shape[1]).repeat(len(ids), 1),
+            names.INPUT_IDS: ids,
+            names.PAST_LENGTHS: cache.lengths,
+            names.LENGTHS: lengths,
+            names.LOGIT_INDEX: torch.arange(ids.shape[1]).repeat(len(ids), 1),
             **cache.tensors,
         }
         for name, rows in given.items():
             padded = torch.zeros(own.numel(), *rows.shape[1:])
             padded[own.flatten()] = rows.float()
-            feeds[f"{name}.given"] = padded
+            feeds[names.given(name)] = padded
         found = run(feeds)
         found["logits"] = found["logits"].flatten(0, 1)
         return {name: found[name][own.flatten()] for name in (*taps, "logits")}

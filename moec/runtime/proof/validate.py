@@ -39,6 +39,7 @@ from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.near_ties import choices, following, settled, watched
 from moec.runtime.proof.report import Check, Report
 from moec.runtime.proof.under_test import ArtefactUnderTest
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.reduced import twin
@@ -226,7 +227,7 @@ def _validate(
     ]
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
-        narrow = any(name.startswith("vision.") for name in quantized(manifest.spec))
+        narrow = any(names.of_vision(name) for name in quantized(manifest.spec))
         limits = tolerance if narrow else TOLERANCES[subject.compute]
         stages.insert(0, ("vision tower", lambda: tower(subject, images.pixels, limits)))
         if images.placed:
@@ -250,9 +251,9 @@ def _ladder(
     """Every layer's output and routing, then the logits, of one call without a cache."""
     spec = subject.artefact.manifest.spec
     layers = spec.text.all_layers
-    routers = {i: f"layers.{i}.moe.router" for i in (la.index for la in layers if la.moe)}
-    hidden = ["embed", *(f"layers.{layer.index}.out" for layer in layers)]
-    chosen = {i: f"layers.{i}.moe.route.1" for i in routers}
+    routers = {i: names.router(i) for i in (la.index for la in layers if la.moe)}
+    hidden = [names.EMBED, *(names.out(layer.index) for layer in layers)]
+    chosen = {i: names.chosen(i) for i in routers}
     taps = [*hidden, *routers.values(), *chosen.values()]
     found = subject.session(taps).trace(ids, lengths, taps)
     reference = subject.reference(taps, tolerance.near)
@@ -261,15 +262,15 @@ def _ladder(
     if spec.scheme:
         yield from _each_layer(subject, ids, lengths, found, hidden)
     own = torch.arange(ids.shape[1]) < lengths[:, None]
-    yield error("embed", found["embed"], expected["embed"], tolerance)
+    yield error("embed", found[names.EMBED], expected[names.EMBED], tolerance)
     for layer in layers:
         if layer.moe:
             logits = expected[routers[layer.index]]
             ours, theirs = (each[chosen[layer.index]] for each in (expected, found))
             same, clear = (theirs == ours).all(-1), _clear(logits, ours, theirs, tolerance)
-            yield agreement(f"layers.{layer.index} router", same, clear, tolerance)
-        name = f"layers.{layer.index}.out"
-        yield error(f"layers.{layer.index}", found[name], expected[name], tolerance)
+            yield agreement(f"{names.layer(layer.index)} router", same, clear, tolerance)
+        name = names.out(layer.index)
+        yield error(names.layer(layer.index), found[name], expected[name], tolerance)
     a, b = found["logits"], expected["logits"]
     yield error("logits, all positions", a, b, tolerance)
     if not spec.scheme:  # few tokens: roundings to FP8 may have moved all to other experts
@@ -310,8 +311,9 @@ def _each_layer(
     expected = subject.reference_from(ids, lengths, given, hidden)
     compute = subject.compute
     for name in (*hidden[1:], "logits"):
-        label, a, b = name.removesuffix(".out"), found[name], expected[name]
-        chosen = found.get(f"{label}.moe.route.1")
+        label, a, b = names.title(name), found[name], expected[name]
+        index = names.layer_of(name)
+        chosen = None if index is None else found.get(names.chosen(index))
         yield worst_error(f"{label}, same inputs", a, b, chosen, SAME_INPUTS[compute])
         yield error(f"{label}, most tokens", a, b, SAME_INPUTS_MOST[compute])
 
@@ -320,11 +322,11 @@ def _cached(
     subject: ArtefactUnderTest, ids: Tensor, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
     """Prefill in uneven pieces and decode around each chunk border, rows of different length."""
-    names = choices(subject.artefact.manifest.spec, tolerance)
-    session = subject.session(names)
+    routes = choices(subject.artefact.manifest.spec, tolerance)
+    session = subject.session(routes)
     reference = partial(subject.reference, near=tolerance.near)
     chunk = session.spec.text.chunk or 16
-    whole = session.trace(ids, lengths, names)
+    whole = session.trace(ids, lengths, routes)
     cuts = {
         cut
         for border in range(chunk, ids.shape[1], chunk)
@@ -334,14 +336,14 @@ def _cached(
     yield in_pieces(name, session, ids, lengths, cuts, whole, tolerance, reference)
     row, short = ids[1:2, : lengths[1]], lengths[1:2]
     within = {key: each[lengths[0] : lengths[:2].sum()] for key, each in whole.items()}
-    alone = settled(reference, row, short, within, session.trace(row, short, names))
+    alone = settled(reference, row, short, within, session.trace(row, short, routes))
     yield error("ragged batch against row alone", within["logits"], alone, tolerance)
 
 
 def _greedy(subject: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Greedy tokens through the caches, and the reference's opinion of each."""
-    names = choices(subject.artefact.manifest.spec, tolerance)
-    session, seen = watched(subject.session(names), names)
+    routes = choices(subject.artefact.manifest.spec, tolerance)
+    session, seen = watched(subject.session(routes), routes)
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
     wanted = 32 if session.spec.scheme else 8  # of few, two that FP8 moved would be too many
     context = session.limits.context

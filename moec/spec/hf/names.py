@@ -6,82 +6,77 @@ be read in place. A quantised weight has the key of the plain weight. The keys o
 on the scheme's layout.
 """
 
-import re
-
+from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Layout
 from moec.spec.tensors import tensors
 
 _SWIGLU = ("gate", "up", "down")
+_BIASED = ("weight", "bias")
+_LAYER, _TOWER = "model.layers.{i}", "vision_model.model.layers.{i}"
 
 TEXT = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "layers.{i}.attn.norm.weight": "model.layers.{i}.input_layernorm.weight",
+    names.EMBED_WEIGHT: "model.embed_tokens.weight",
+    names.NORM_WEIGHT: "model.norm.weight",
+    names.HEAD_WEIGHT: "lm_head.weight",
+    names.attention("{i}", "norm", "weight"): f"{_LAYER}.input_layernorm.weight",
     **{
-        f"layers.{{i}}.attn.{x}.{kind}": f"model.layers.{{i}}.self_attn.{x}_proj.{kind}"
+        names.attention("{i}", x, kind): f"{_LAYER}.self_attn.{x}_proj.{kind}"
         for x in "qkvo"
-        for kind in ("weight", "bias")
+        for kind in _BIASED
     },
-    "layers.{i}.ffn.norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
+    names.dense("{i}", "norm", "weight"): f"{_LAYER}.post_attention_layernorm.weight",
+    **{names.dense("{i}", x, "weight"): f"{_LAYER}.feed_forward.{x}_proj.weight" for x in _SWIGLU},
+    names.moe("{i}", "router", "weight"): f"{_LAYER}.feed_forward.router.weight",
+    names.moe("{i}", "gate_up"): f"{_LAYER}.feed_forward.experts.gate_up_proj",
+    names.moe("{i}", "down"): f"{_LAYER}.feed_forward.experts.down_proj",
     **{
-        f"layers.{{i}}.ffn.{x}.weight": f"model.layers.{{i}}.feed_forward.{x}_proj.weight"
-        for x in _SWIGLU
-    },
-    "layers.{i}.moe.router.weight": "model.layers.{i}.feed_forward.router.weight",
-    "layers.{i}.moe.gate_up": "model.layers.{i}.feed_forward.experts.gate_up_proj",
-    "layers.{i}.moe.down": "model.layers.{i}.feed_forward.experts.down_proj",
-    **{
-        f"layers.{{i}}.moe.shared.{x}.weight": (
-            f"model.layers.{{i}}.feed_forward.shared_expert.{x}_proj.weight"
-        )
+        names.shared("{i}", x, "weight"): f"{_LAYER}.feed_forward.shared_expert.{x}_proj.weight"
         for x in _SWIGLU
     },
 }
 
-_BIASED = ("weight", "bias")
 VISION = {
-    "projector.weight": "multi_modal_projector.linear_1.weight",
-    "vision.patch.weight": "vision_model.patch_embedding.linear.weight",
-    "vision.class_token": "vision_model.class_embedding",
-    "vision.positions": "vision_model.positional_embedding_vlm",
+    names.PROJECTOR_WEIGHT: "multi_modal_projector.linear_1.weight",
+    names.PATCH_WEIGHT: "vision_model.patch_embedding.linear.weight",
+    names.CLASS_TOKEN: "vision_model.class_embedding",
+    names.POSITIONS: "vision_model.positional_embedding_vlm",
     **{
-        f"vision.{x}.{k}": f"vision_model.layernorm_{x}.{k}"
+        names.vision(x, kind): f"vision_model.layernorm_{x}.{kind}"
         for x in ("pre", "post")
-        for k in _BIASED
+        for kind in _BIASED
     },
     **{
-        f"vision.layers.{{i}}.attn.{x}.{k}": (
-            f"vision_model.model.layers.{{i}}.self_attn.{x}_proj.{k}"
-        )
+        names.vision_layer("{i}", "attn", x, kind): f"{_TOWER}.self_attn.{x}_proj.{kind}"
         for x in "qkvo"
-        for k in _BIASED
+        for kind in _BIASED
     },
     **{
-        f"vision.layers.{{i}}.{ours}.{k}": f"vision_model.model.layers.{{i}}.{theirs}.{k}"
+        names.vision_layer("{i}", *ours, kind): f"{_TOWER}.{theirs}.{kind}"
         for ours, theirs in (
-            ("attn.norm", "input_layernorm"),
-            ("mlp.norm", "post_attention_layernorm"),
-            ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"),
+            (("attn", "norm"), "input_layernorm"),
+            (("mlp", "norm"), "post_attention_layernorm"),
+            (("mlp", "fc1"), "mlp.fc1"),
+            (("mlp", "fc2"), "mlp.fc2"),
         )
-        for k in _BIASED
+        for kind in _BIASED
     },
-    "vision.adapter.fc1.weight": "vision_model.vision_adapter.mlp.fc1.weight",
-    "vision.adapter.fc2.weight": "vision_model.vision_adapter.mlp.fc2.weight",
+    **{
+        names.vision("adapter", x, "weight"): f"vision_model.vision_adapter.mlp.{x}.weight"
+        for x in ("fc1", "fc2")
+    },
 }
 
 _SEPARATE = {
-    f"layers.{{i}}.moe.experts.{{e}}.{x}.weight": (
-        f"model.layers.{{i}}.feed_forward.experts.{{e}}.{x}_proj.weight"
+    names.moe("{i}", "experts", "{e}", x, "weight"): (
+        f"{_LAYER}.feed_forward.experts.{{e}}.{x}_proj.weight"
     )
     for x in _SWIGLU
 }
 _KEYS = TEXT | VISION | _SEPARATE
 _CACHE_SCALES: dict[Layout, str] = {
-    "modelopt": "model.layers.{i}.self_attn.{x}_proj.{x}_scale",
-    "compressed-tensors": "model.layers.{i}.self_attn.{x}_scale",
+    "modelopt": f"{_LAYER}.self_attn.{{x}}_proj.{{x}}_scale",
+    "compressed-tensors": f"{_LAYER}.self_attn.{{x}}_scale",
 }
 
 
@@ -102,24 +97,15 @@ def prefixed(key: str, prefix: str) -> str:
 
 def key_of(name: str, layout: Layout = "moec") -> str:
     """The checkpoint key of the tensor `name`, without prefix. `layout` matters for scales only."""
-    fused = "_weight_scale" if layout == "modelopt" else "_scale"
-    for ours, weight, theirs in (
-        (".weight_scale", ".weight", "_scale"),
-        ("_input_scale", "", "_input_scale"),
-        ("_scale", "", fused),
-    ):
-        if name.endswith(ours) and not name.endswith(("k_scale", "v_scale", ".input_scale")):
-            return key_of(name.removesuffix(ours) + weight) + theirs
-    if name.endswith(".input_scale"):
-        return key_of(name.replace("input_scale", "weight")).replace(".weight", ".input_scale")
-    layer = re.sub(r"^(.*?layers)\.(\d+)", r"\1.{i}", name)
-    template = re.sub(r"experts\.(\d+)", "experts.{e}", layer)
-    numbers = dict(zip("ie", re.findall(r"(?:layers|experts)\.(\d+)", name), strict=False))
-    return _key(template, layout).format_map(numbers)
-
-
-def _key(template: str, layout: Layout) -> str:
-    for part in "kv":
-        if template == f"layers.{{i}}.attn.{part}_scale":
-            return _CACHE_SCALES.get(layout, _CACHE_SCALES["modelopt"]).replace("{x}", part)
-    return _KEYS[template]
+    if names.is_cache_scale(name):
+        template, numbers = names.template(name)
+        key = _CACHE_SCALES.get(layout, _CACHE_SCALES["modelopt"])
+        return key.format(x=names.scaled(template)[-1], **numbers)
+    if names.is_input_scale(name):
+        return names.input_scale_of(key_of(names.scaled(name)))
+    if names.is_scale(name):
+        parameter = names.scaled(name)
+        stacked = names.is_routed(parameter) and layout == "modelopt"
+        return key_of(parameter) + ("_weight_scale" if stacked else "_scale")
+    template, numbers = names.template(name)
+    return _KEYS[template].format_map(numbers)

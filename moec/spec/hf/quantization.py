@@ -14,8 +14,9 @@ from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import REQUIRED, Fields, read_json
 from moec.spec.hf.names import key_of, prefixed
 from moec.spec.model import ModelSpec
+from moec.spec.names import separate
 from moec.spec.scheme import Layout, Scheme
-from moec.spec.tensors import eligible, quantized, separate
+from moec.spec.tensors import eligible, quantized
 
 #: ModelOpt's own file; newer exports have the same fields in config.json
 HF_QUANT = "hf_quant_config.json"

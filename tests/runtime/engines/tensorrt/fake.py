@@ -25,10 +25,10 @@ from moec.artefact.artefact import Artefact
 from moec.artefact.engine_job import DTYPES, Built, Job
 from moec.artefact.manifest import Engine as Recorded
 from moec.exporters.tensorrt.build import job_of
-from moec.exporters.tensorrt.onnx_model import is_data
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.runtime.engines.interpreter import interpreter
 from moec.runtime.engines.tensorrt_fit import KINDS
+from moec.spec.names import is_input, is_present
 from moec.weights.view import view
 
 VERSION = "1.7.1.116"
@@ -245,7 +245,7 @@ class Context:
             return self.trt.says("execute: no profile, or not the memory that it needs")
         tensors = self.plan.tensors
         for name, each in tensors.items():
-            unset = each.given and is_data(name) and name not in self.shapes
+            unset = each.given and is_input(name) and name not in self.shapes
             if unset or -1 in self.get_tensor_shape(name):
                 return self.trt.says(f"execute: {name} has no shape")
             if name not in (self.addresses if name in self.plan.weights else self.fresh):
@@ -262,9 +262,9 @@ class Context:
         self.fresh.clear()
         self.plan.calls.append((self.profile, dict(self.shapes)))
         self.plan.streams.append(stream_handle)
-        feeds = {name: self._view(name) for name, each in tensors.items() if is_data(name)}
+        feeds = {name: self._view(name) for name, each in tensors.items() if is_input(name)}
         feeds = {name: x for name, x in feeds.items() if tensors[name].given}
-        apart = {name for name, each in tensors.items() if name.startswith("present.")
+        apart = {name for name, each in tensors.items() if is_present(name)
                  and not each.alias}  # fmt: skip
         for name in apart:
             past = name.replace("present", "past", 1)
@@ -325,9 +325,9 @@ def plan_of(artefact: Artefact, part: str = "model") -> Plan:
             shape = tuple(size if isinstance(size, int) else str(size) for size in sizes)
             name, given = str(each.name), values is model.graph.inputs
             tensors[name] = Tensor_(given, DTYPES[kinds[name]], shape)
-            if name.startswith("present."):
+            if is_present(name):
                 tensors[name].alias = name.replace("present", "past", 1)
-    bindings = [name for name, each in tensors.items() if each.given and not is_data(name)]
+    bindings = [name for name, each in tensors.items() if each.given and not is_input(name)]
     parts = weights_of(manifest, artefact.stored(), bindings)
     weights = {
         name: b"".join(view(e).flatten().view(torch.uint8).numpy().tobytes() for e in entries)

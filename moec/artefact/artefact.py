@@ -1,4 +1,4 @@
-"""An artefact on disk: read it back, find its weights, notice when they changed."""
+"""Read an artefact from disk, find its weights, and notice when its files have changed."""
 
 import hashlib
 import os
@@ -18,13 +18,13 @@ from moec.spec.tensors import Kind, tensors
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import TensorEntry, nbytes, read_shard
 
-#: where a parameter is
+#: where the bytes of a parameter are: one stored tensor, or several that a packing describes
 Entry = TensorEntry | Packed
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """A folder that `export` wrote."""
+    """The folder that `export` wrote, and its manifest."""
 
     path: Path
     manifest: Manifest
@@ -36,7 +36,7 @@ class Artefact:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts that are files here: "model", "vision", "genai/model"."""
+        """The parts whose graphs are files in the folder: "model", "vision", "genai/model"."""
         end = self._suffix
         return tuple(n.removesuffix(end) for n in self.manifest.files if n.endswith(end))
 
@@ -50,19 +50,19 @@ class Artefact:
 
     @property
     def weights_folder(self) -> Path:
-        """Where the model's external data locations start from."""
+        """The folder to which the locations of the graph's external data are relative."""
         return Path(self.manifest.weights.folder or self.path)
 
     def entries(self) -> dict[str, Entry]:
-        """Where every parameter is, by name: as the checkpoint had it, or packed.
+        """Each parameter by name: one tensor, as the checkpoint stores it, or packed tensors.
 
         Raises:
-            MoecError: the artefact has no weights yet, or a shard is gone or changed.
+            MoecError: the artefact is unbound, or a shard is missing or has changed.
         """
         stored, spec = self.stored(), self.manifest.spec
         found: dict[str, Entry] = {name: stored[name] for name in tensors(spec) if name in stored}
         for name, packing in self.manifest.rewritten.items():
-            if packing.fp8 and packing.arrange == "rows":  # the graph itself says what codes mean
+            if packing.fp8 and packing.arrange == "rows":  # the graph itself dequantises these
                 continue
             shape = parameters(spec)[name]
             parts = tuple(stored[part] for part in packing.names(spec.dtype))
@@ -70,10 +70,12 @@ class Artefact:
         return found
 
     def stored(self) -> dict[str, TensorEntry]:
-        """The bytes of every stored tensor, checked against the shards as they are now.
+        """Each stored tensor by name: its shape, its dtype, and the place of its bytes in a shard.
+
+        The shards on disk are checked first: their sizes, and the hashes of their headers.
 
         Raises:
-            MoecError: the artefact has no weights yet, or a shard is gone or changed.
+            MoecError: the artefact is unbound, or a shard is missing or has changed.
         """
         weights, spec = self.manifest.weights, self.manifest.spec
         if weights.mode == "unbound":
@@ -124,7 +126,10 @@ class Artefact:
         }
 
     def companion(self, name: str) -> Path | None:
-        """File `name`, such as a tokenizer: here, or in the checkpoint; None if neither."""
+        """The path of file `name`, such as a tokenizer, in the artefact or else in its checkpoint.
+
+        None if neither folder has the file.
+        """
         folders = [self.path] + [Path(p) for p in (self.manifest.checkpoint,) if p]
         return next((f / name for f in folders if (f / name).is_file()), None)
 
@@ -132,7 +137,11 @@ class Artefact:
 def stored_kinds(
     spec: ModelSpec, packings: Mapping[str, Packing]
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor that holds weights of `spec`; its own ones if unpacked."""
+    """Shape and dtype of every stored tensor of `spec`, by name.
+
+    A packing replaces a parameter's tensor by the tensors that it writes. The other parameters are
+    stored as the checkpoint has them.
+    """
     shapes, found = parameters(spec), {**tensors(spec)}
     for packing in packings.values():
         found.pop(packing.source, None)
@@ -142,10 +151,11 @@ def stored_kinds(
 
 
 def open_artefact(path: str | Path) -> Artefact:
-    """Read `path`/manifest.json.
+    """Open the artefact at `path`: read its manifest, and check its files by their sizes.
 
     Raises:
-        MoecError: not an artefact, of another version, or its model file is gone or changed size.
+        MoecError: `path` is not an artefact, another version of moec wrote it, or a file is missing
+            or has another size.
     """
     path = Path(path)
     if not (path / NAME).is_file():
@@ -179,24 +189,24 @@ def open_artefact(path: str | Path) -> Artefact:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder`/manifest.json so that a reader sees the old one or the new one."""
+    """Write `folder`/manifest.json in one step: a reader sees the old file or the new one."""
     draft = folder / f".{NAME}.{os.getpid()}"
     draft.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     draft.replace(folder / NAME)
 
 
 def file_of(path: Path) -> File:
-    """Size and hash of a file."""
+    """The size and the SHA-256 hash of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return File(size=path.stat().st_size, sha256=digest)
 
 
 def verify_files(artefact: Artefact) -> None:
-    """Hash every file that the build wrote, and check the weights that it left in place.
+    """Hash every file that the build wrote, and check the shards of the weights.
 
     Raises:
-        MoecError: the first file that is not as it was written (exit code 1).
+        MoecError: a file has changed; the message names the first one (exit code 1).
     """
     for name, expected in artefact.manifest.files.items():
         found = file_of(artefact.path / name).sha256
@@ -215,10 +225,12 @@ def verify_files(artefact: Artefact) -> None:
 
 
 def check_engine(artefact: Artefact, engine: Engine, whole: bool = False) -> None:
-    """Refuse an engine whose files are not as they were written; with `whole` all their bytes.
+    """Refuse a TensorRT engine whose files have changed since the build wrote them.
+
+    The sizes are compared, and the hashes too if `whole`.
 
     Raises:
-        MoecError: the first that is not (exit code 1).
+        MoecError: a file has changed; the message names the first one (exit code 1).
     """
     for name, expected in engine.files.items():
         path = artefact.path / name

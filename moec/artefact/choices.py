@@ -1,12 +1,13 @@
-"""What a build may choose: a precision of its target, and where its weights go."""
+"""Check what a user chose for a build: the precision, and the placement of the weights."""
 
 from moec.artefact.targets import Target, targets
 from moec.spec.errors import MoecError, refuse
 from moec.spec.scheme import Scheme
 
-#: where weights may go: left, hard-linked or copied as they are, or rewritten
+#: the placements of weights: moec leaves them in the checkpoint, hard-links them, copies them, or
+#: packs them (writes them anew)
 PLACEMENTS = ("in-place", "link", "copy", "pack")
-#: what to say of a precision that another target has
+#: what a message says about a precision that only another target has
 _ELSEWHERE = {
     "int8": "weight-only integers are there with --target ort",
     "int4": "weight-only integers are there with --target ort",
@@ -16,14 +17,15 @@ _ELSEWHERE = {
 def choose(
     target: Target, precision: str, weights: str | None, scheme: Scheme | None = None
 ) -> tuple[str, str]:
-    """The dialect of a build, and where its weights go.
+    """The dialect of a build, and the placement of its weights.
 
-    An FP8 checkpoint keeps its weights where they are. Wide weights that become FP8 by a `scheme`
-    of layout "moec" are rewritten.
+    `weights` is the placement that the user chose; None leaves the choice to moec. moec does not
+    rewrite the weights of an FP8 checkpoint. It packs wide weights that a `scheme` of layout "moec"
+    quantises to FP8.
 
     Raises:
-        MoecError: the target has no such precision, there is no such placement, or they do not go
-            together.
+        MoecError: the target does not have the precision, the placement does not exist, or the two
+            do not fit together.
     """
     known = target.precisions.get(precision)
     if known is None:
@@ -52,15 +54,20 @@ def choose(
 
 
 def default_precision(target: Target, scheme: Scheme | None) -> str:
-    """The precision of a build where nobody names one: "fp8" where the weights are FP8 already."""
+    """The precision of a build if the user names none.
+
+    "fp8" if the checkpoint's weights are FP8 already, else the first precision of the target.
+    """
     return "fp8" if scheme else next(iter(target.precisions))
 
 
 def check_placement(mode: str, packs: bool) -> None:
-    """Refuse a placement that does not exist, or that does not fit a graph that `packs`.
+    """Refuse a placement that does not exist, or that the artefact's graph cannot use.
+
+    `packs` says whether the graph was built for packed weights.
 
     Raises:
-        MoecError: says which placements fit.
+        MoecError: the placement is refused; the message names those that fit.
     """
     if mode not in PLACEMENTS:
         raise _unknown_placement(mode)

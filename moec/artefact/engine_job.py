@@ -1,4 +1,7 @@
-"""What an engine is built from, and what came of it: frozen data that travels as JSON."""
+"""The job of building one TensorRT engine, and its result.
+
+Both are frozen data. They travel as JSON to and from the process that builds.
+"""
 
 from typing import Literal
 
@@ -6,8 +9,8 @@ from pydantic import Field
 
 from moec.spec.frozen import Frozen
 
-#: names of dtypes in ONNX -> in TensorRT. What is missing here TensorRT lacks, or widens unasked:
-#: uint8 weights become int32, float64 becomes float32.
+#: a dtype's name in ONNX -> its name in TensorRT. TensorRT lacks the dtypes that are missing here,
+#: or silently widens them: uint8 weights become int32, float64 becomes float32.
 DTYPES = {
     "float": "FLOAT",
     "float16": "HALF",
@@ -22,14 +25,17 @@ DTYPES = {
 }
 
 
-#: the folder of an artefact that holds its engines
+#: the folder of an artefact that holds its TensorRT engines
 ENGINES = "engine"
-#: what the name of an engine has behind it while it is not whole
+#: the suffix of an engine's file name while the file is incomplete
 PARTIAL = ".partial"
 
 
 class Span(Frozen):
-    """The shapes of one input that an engine takes: smallest, the one to tune for, largest."""
+    """The shapes that a TensorRT engine takes for one input.
+
+    `min` is the smallest, `max` the largest; TensorRT tunes the engine for `opt`.
+    """
 
     min: tuple[int, ...]
     opt: tuple[int, ...]
@@ -37,17 +43,22 @@ class Span(Frozen):
 
 
 class Job(Frozen):
-    """One engine to build.
+    """One TensorRT engine to build.
 
     Attributes:
-        onnx, engine: paths; external data of the model lies below `weights`, by default beside it.
-        architectures: the GPUs to build for, such as "SM89", which TensorRT-RTX alone can; () is
-            the GPU here.
-        profiles: optimisation profiles; each spans every input whose shape is not fixed.
-        attentions: how many attention layers the graph has, each with a mask where `masked`, and
-            without a fused kernel where `decomposable`, which float32 needs.
-        inputs, outputs: dtypes by name, as ONNX spells them in lower case.
-        plugins: libraries to load.
+        onnx: path of the ONNX file to read.
+        engine: path of the engine file to write.
+        package: the Python package that builds.
+        architectures: the GPUs to build for, such as "SM89"; only TensorRT-RTX can choose. () means
+            the GPU of this machine.
+        profiles: optimisation profiles; each gives the shapes of every input that has a symbolic
+            size.
+        attentions: the number of attention layers in the graph.
+        decomposable: whether TensorRT may run attention without a fused kernel, as float32 needs.
+        masked: whether the attention layers take a mask.
+        inputs, outputs: dtypes by name, in ONNX's spelling and in lower case.
+        plugins: paths of libraries to load.
+        weights: the folder of the ONNX file's external data; None: the ONNX file's own folder.
     """
 
     onnx: str
@@ -65,12 +76,16 @@ class Job(Frozen):
 
 
 class Built(Frozen):
-    """How a build went.
+    """The result of a build.
 
-    `size` is the engine's bytes, `seconds` those of each stage, `peak_bytes` the most that the
-    building process held. `layers` are the network's before TensorRT fuses them, `layer_types`
-    counts them by kind, `precisions` the dtypes of what they give. `messages` are warnings that
-    say something.
+    Attributes:
+        size: bytes of the engine file.
+        seconds: duration of each stage, by name.
+        peak_bytes: the most memory that the building process held.
+        layers: the number of layers in the network before TensorRT fuses layers.
+        layer_types: the number of these layers of each type.
+        precisions: the number of their outputs of each dtype.
+        messages: TensorRT's warnings, without those known to be harmless.
     """
 
     package: str

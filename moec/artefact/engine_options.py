@@ -1,4 +1,4 @@
-"""What an engine is built for: sizes, GPUs, and where its weights are."""
+"""What a user chooses for a TensorRT engine: sizes, GPUs, and which weights are inputs."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -10,40 +10,41 @@ from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 from moec.spec.names import GLOBAL, RING, slots
 
-#: what TensorRT-RTX calls the compute capabilities that it compiles FP8 and bf16 for
+#: the compute capabilities that have FP8 and bf16, in TensorRT-RTX's spelling
 ARCHITECTURES = ("SM89", "SM120")
 
 
-#: a field -> what the command line calls it, where that is another name
+#: a field -> its option on the command line, where the names differ
 _OPTIONS = {"architectures": "--sm", "piece": "--prefill-chunk"}
 
 
 class EngineOptions(Frozen):
-    """Sizes that an engine is compiled for, and how.
+    """The sizes that a TensorRT engine is compiled for, and how it is built.
 
-    An engine's caches have `context` slots in each row, less in chunked layers. A call takes up to
-    `batch` rows of one token each, or a prefill chunk of up to `piece` tokens of one prompt; the
-    vision tower takes up to `tiles` image tiles.
+    The caches have `context` slots for each sequence; those of chunked layers have fewer. A decode
+    step takes one token of each of up to `batch` sequences. A prefill call takes a chunk of up to
+    `piece` tokens of one sequence. A call of the vision tower takes up to `tiles` image tiles.
     """
 
     context: int = Field(
-        default=8192, ge=1, le=1 << 24, description="tokens of a row, prompt included"
+        default=8192, ge=1, le=1 << 24, description="tokens of a sequence at most, with its prompt"
     )
-    batch: int = Field(default=8, ge=1, le=1 << 12, description="rows at most")
+    batch: int = Field(
+        default=8, ge=1, le=1 << 12, description="sequences in a decode step at most"
+    )
     piece: int = Field(
-        default=512,
-        ge=1,
-        le=1 << 16,
-        description="prefill chunk: tokens of a prompt in one call at most",
+        default=512, ge=1, le=1 << 16, description="tokens of a prefill chunk at most"
     )
     tiles: int = Field(default=8, ge=1, le=1 << 10, description="image tiles in one call at most")
     architectures: tuple[Annotated[str, Field(pattern=r"^SM\d+$")], ...] = Field(
-        default=(), description="compute capabilities, of target tensorrt-rtx; (): the usual"
+        default=(), description="GPUs to build for, with target tensorrt-rtx; (): the usual"
     )
     bindings: Literal["experts", "all", "none"] = Field(
-        default="experts", description="weights that are inputs of the engine, not inside it"
+        default="experts", description="weights that the engine takes as inputs and does not hold"
     )
-    build: bool = Field(default=True, description="whether to build engines, or the ONNX alone")
+    build: bool = Field(
+        default=True, description="whether to build engines; if not, only their ONNX is written"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -54,16 +55,16 @@ class EngineOptions(Frozen):
         return self
 
     def slots(self, spec: ModelSpec) -> dict[str, int]:
-        """Slots of the caches by the names that the decoder has for them."""
+        """The slots of the caches; the keys are the symbolic sizes of the decoder's graph."""
         chunk = spec.text.chunk or self.context
         return {slots(GLOBAL): self.context, slots(RING): min(chunk, self.context)}
 
 
 def engine_options(chosen: Mapping[str, Any]) -> EngineOptions:
-    """Options of which some were chosen by a user.
+    """The options that a user chose, by field, with defaults for the others.
 
     Raises:
-        MoecError: names the first that cannot be.
+        MoecError: a value is not allowed; the message names the first one.
     """
     context = chosen.get("context")
     fitting = {"piece": min(context, 512) if isinstance(context, int) else 512} | dict(chosen)

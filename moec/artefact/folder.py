@@ -1,4 +1,4 @@
-"""Write a folder so that it appears whole or not at all."""
+"""Write a folder so that other processes see all of it or nothing."""
 
 import itertools
 import json
@@ -15,19 +15,24 @@ from moec.weights.packed_journal import PACKED, resumable_files
 
 @contextmanager
 def writing(out: Path, ours: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends well.
+    """Yield a temporary folder beside `out`, and rename it to `out` when the block succeeds.
 
-    On any error, Ctrl-C included, it is removed. A killed process leaves it under a hidden name
-    that the next build of the same `out` removes. An artefact that `out` holds is replaced.
-    Packed weights that were under way when Ctrl-C or a kill came are kept there too: the next
-    build of the same `out` finds them in its folder, and goes on with them. A folder inside an
-    artefact is `ours`, whatever it holds.
+    The rename replaces an artefact that `out` holds. If the block raises, the temporary folder is
+    removed. If the process is killed, the folder stays under a hidden name, and the next build of
+    the same `out` removes it.
+
+    Ctrl-C and a kill leave half-written packed weights behind on purpose: the next build of the
+    same `out` finds them in its temporary folder and continues them.
+
+    Args:
+        out: the folder to write.
+        ours: whether `out` may be replaced whatever it holds, as a folder inside an artefact may.
 
     Raises:
-        MoecError: `out` holds something that is no artefact, or cannot be written, or the disk
-            is full.
+        MoecError: `out` holds something that is not an artefact, `out` cannot be written, or the
+            disk is full.
     """
-    out = Path(os.path.abspath(out))  # "." has no name to give to a neighbour
+    out = Path(os.path.abspath(out))  # "." has no name for the temporary folder
     partial, replaced = (out.parent / f".{out.name}.{kind}-{os.getpid()}" for kind in _KINDS)
     made: list[Path] = []
     kept: tuple[Path, ...] = ()
@@ -36,8 +41,8 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
             refuse_foreign(out)
         made = [parent for parent in out.parents if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # this process was stopped before
-            partial.rename(_free(out))
+        if partial.exists():  # this process left it in an earlier build
+            partial.rename(_unused_name(out))
         partial.mkdir()
         _remove_stale(out, partial)
         try:
@@ -61,7 +66,7 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
             "choose another --out, or make room",
         )
     finally:
-        with suppress(OSError):  # a name too long cannot even be looked for
+        with suppress(OSError):  # the name of `out` may be too long
             for path in partial.iterdir() if kept else ():
                 if path not in kept:
                     _remove(path)
@@ -75,8 +80,8 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _free(out: Path) -> Path:
-    """A name for a leftover that belongs to no process."""
+def _unused_name(out: Path) -> Path:
+    """An unused name for a leftover folder; "0" before its number marks it as of no process."""
     names = (out.parent / f".{out.name}.moec-partial-0{i}" for i in itertools.count())
     return next(name for name in names if not name.exists())
 
@@ -92,8 +97,12 @@ _KINDS = ("moec-partial", "moec-replaced")
 
 
 def refuse_foreign(out: Path) -> None:
-    """Refuse an `out` that is neither absent, nor empty, nor an artefact."""
-    # os.path, unlike pathlib, says no instead of raising on a name that is too long.
+    """Refuse an `out` that holds something other than an artefact.
+
+    Raises:
+        MoecError: `out` is a file, a link, or a folder of other things.
+    """
+    # os.path returns False for a name that is too long, where pathlib raises.
     if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
         found = "a link" if os.path.islink(out) else "a file"
     elif os.path.isdir(out) and any(out.iterdir()) and not _is_artefact(out):
@@ -114,7 +123,10 @@ def _is_artefact(folder: Path) -> bool:
 
 
 def _remove_stale(out: Path, partial: Path) -> None:
-    """Remove what dead processes left of `out`; packed weights under way move into `partial`."""
+    """Remove the folders that dead processes left for `out`.
+
+    Half-written packed weights in them are moved into `partial`.
+    """
     for kind in _KINDS:
         prefix = f".{out.name}.{kind}-"
         for path in list(out.parent.iterdir()):
@@ -123,7 +135,7 @@ def _remove_stale(out: Path, partial: Path) -> None:
                 continue
             if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
                 if kind == "moec-replaced" and not out.exists() and _is_artefact(path):
-                    path.rename(out)  # killed between two renames: the old artefact is whole
+                    path.rename(out)  # killed between two renames: put the old artefact back
                 else:
                     for file in resumable_files(path / PACKED):
                         file.rename(partial / file.name)

@@ -1,4 +1,4 @@
-"""What an artefact says of itself: `manifest.json`, as frozen data."""
+"""The manifest of an artefact, `manifest.json`, as frozen data."""
 
 from typing import Any, Literal
 
@@ -19,21 +19,21 @@ WeightMode = Literal["unbound", "in-place", "link", "copy", "pack"]
 
 
 class File(Frozen):
-    """A file of the artefact that the build wrote."""
+    """The size and hash of a file that the build wrote."""
 
     size: int
     sha256: str
 
 
 class ShardRef(Frozen):
-    """A weight file: its size, and the hash of its header instead of its gigabytes."""
+    """A weight file, by its size and the hash of its header: hashing all of it takes too long."""
 
     size: int
     header_sha256: str
 
 
 class TensorRef(Frozen):
-    """Where a parameter's bytes lie: `length` bytes at `offset` of a shard."""
+    """Where the bytes of a stored tensor are: `length` bytes at `offset` of a shard."""
 
     file: str
     offset: int
@@ -43,8 +43,8 @@ class TensorRef(Frozen):
 class Weights(Frozen):
     """The weights of an artefact.
 
-    `folder` is where shard names start from: absolute for weights in place, None for weights beside
-    the model. Unbound artefacts have no shards and no tensors.
+    Shard names are relative to `folder`, an absolute path for weights in place; None means the
+    artefact's own folder. An unbound artefact has no shards and no tensors.
     """
 
     mode: WeightMode
@@ -54,7 +54,7 @@ class Weights(Frozen):
 
 
 class Port(Frozen):
-    """An input or output of the graph; symbolic sizes are names."""
+    """An input or output of a graph; a symbolic size in its shape is a name."""
 
     name: str
     dtype: str
@@ -62,14 +62,17 @@ class Port(Frozen):
 
 
 class Ports(Frozen):
-    """What a graph takes and gives."""
+    """The inputs and outputs of a graph."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
 
 
 class SessionOptions(Frozen):
-    """ONNX Runtime session options: `entries` by key, the rest by attribute of SessionOptions."""
+    """ONNX Runtime session options.
+
+    `entries` are config entries by key; the other fields are attributes of ONNX Runtime's class.
+    """
 
     entries: dict[str, str] = Field(default_factory=dict)
     execution_order: Literal["DEFAULT", "PRIORITY_BASED"] = "DEFAULT"
@@ -77,10 +80,15 @@ class SessionOptions(Frozen):
 
 
 class Engine(Frozen):
-    """An engine file: where it is, how it was built, and whether it ever ran.
+    """A TensorRT engine of an artefact.
 
-    `bindings` are weights that it takes as inputs, `plugins` libraries that it wants loaded.
-    `files` are its own: those of the manifest do without, so that an engine can be built again.
+    Attributes:
+        file: the engine file, relative to the artefact.
+        built: how the build went.
+        bindings: the weights that the engine takes as inputs.
+        plugins: the libraries that must be loaded before the engine.
+        files: the files of the engine and its plugins. `Manifest.files` does not list them, so that
+            an engine can be built again.
     """
 
     file: str
@@ -91,10 +99,15 @@ class Engine(Frozen):
 
 
 class Build(Frozen):
-    """How the build went: seconds per stage, peak resident bytes of the process, bytes on disk.
+    """How the build of an artefact went.
 
-    `bytes_written` counts all of them, `bytes_copied` weights as they were, `bytes_packed` weights
-    that were rewritten, from `bytes_read` of them.
+    Attributes:
+        seconds: duration of each stage, by name.
+        peak_bytes: the most resident memory of the building process.
+        bytes_written: bytes of all files that were written.
+        bytes_copied: bytes of weights that were copied unchanged.
+        bytes_packed: bytes of weights that were packed.
+        bytes_read: bytes of the checkpoint that packing read.
     """
 
     seconds: dict[str, float]
@@ -108,12 +121,17 @@ class Build(Frozen):
 class Manifest(Frozen):
     """The whole of `manifest.json`.
 
-    `inputs` and `outputs` are the decoder's, `vision` those of the vision tower where there is one.
-    `packings` says how each stored weight is made, by the name of its first tensor; it is empty
-    where all weights are the checkpoint's own bytes. `presets` are sets of session options for
-    ONNX Runtime, by name. `opset` is ONNX's. `engines` are the TensorRT engines by part, built for
-    the sizes in `options`; none of them ran when it was built. `parity` is the report of the last
-    validation, and the only statement about the numbers.
+    Attributes:
+        opset: ONNX's; None for graphs that are not ONNX.
+        checkpoint: the folder of the weights; None while the artefact is unbound.
+        inputs, outputs: those of the decoder.
+        vision: those of the vision tower, if the model has one.
+        packings: how each packed weight is made, by the name of its first tensor; empty if all
+            weights are the checkpoint's own bytes.
+        presets: sets of session options for ONNX Runtime, by name.
+        options: the sizes that TensorRT engines are built for.
+        engines: the TensorRT engines, by part; a build does not run them.
+        parity: the report of the last proof. Nothing else in the manifest speaks of accuracy.
     """
 
     format: Literal["moec/1"] = "moec/1"
@@ -138,28 +156,28 @@ class Manifest(Frozen):
 
     @property
     def engine(self) -> str:
-        """The engine that runs it where nobody chooses another."""
+        """The engine that runs the artefact by default."""
         return find_target(self.target).engine
 
     @property
     def compute(self) -> str:
-        """What the graph computes in: "fp32", "fp16" or "bf16"."""
+        """The dtype that the graph computes in: "fp32", "fp16" or "bf16"."""
         return find_target(self.target).compute(self.precision)
 
     def ports(self, part: str = "model") -> Ports:
-        """What a part takes and gives."""
+        """The inputs and outputs of a part: "model" or "vision"."""
         if part == "vision" and self.vision:
             return self.vision
         return Ports(inputs=self.inputs, outputs=self.outputs)
 
     @property
     def buffered(self) -> bool:
-        """Whether caches are buffers [batch, kv_heads, slots, head_dim] that a call writes into."""
+        """Whether caches are [batch, kv_heads, slots, head_dim] buffers that a call writes into."""
         return any(len(port.shape) == 4 for port in self.inputs if is_past(port.name))
 
     @property
     def rewritten(self) -> dict[str, Packing]:
-        """Parameters whose bytes are not the checkpoint's own."""
+        """Packings by parameter, where the stored bytes differ from the checkpoint's."""
         return {
             packing.source: packing
             for packing in self.packings.values()

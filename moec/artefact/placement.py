@@ -1,4 +1,4 @@
-"""Where an artefact's weights go: left, linked or copied as they are, or packed."""
+"""Place the weights of an artefact: leave them in the checkpoint, link, copy or pack them."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from moec.weights.packed_file import write_packed
 from moec.weights.packed_journal import PACKED
 from moec.weights.shard import TensorEntry, read_shard
 
-#: files beside the weights that a runtime may want
+#: files of a checkpoint that a runtime may need beside the weights
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -29,13 +29,22 @@ COMPANIONS = (
     "processor_config.json",
 )
 
-#: (stage, done, total) in whatever unit the stage has; called often, must be cheap
+#: called with (stage, done, total) in the stage's own unit; it is called often and must be cheap
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Weights as the artefact will see them: entries below `root`, and what was copied for it."""
+    """Weights that were placed for an artefact.
+
+    Attributes:
+        entries: stored tensors by name, in files below `root`.
+        root: the folder to which the graph's external data is relative.
+        weights: the same for the manifest.
+        copied: bytes that were copied unchanged.
+        packed: bytes that were packed.
+        read: bytes of the checkpoint that packing read.
+    """
 
     entries: dict[str, TensorEntry]
     root: Path
@@ -52,7 +61,14 @@ def place(
     folder: Path,
     progress: Progress,
 ) -> Bound:
-    """Leave, link or copy the shards; say where each parameter lies for the finished artefact."""
+    """Leave, link or copy the shards of `checkpoint`, as `mode` says.
+
+    `folder` is the artefact's folder while it is written. The result says where each parameter
+    will be in the finished artefact.
+
+    Raises:
+        MoecError: the file system cannot hard-link.
+    """
     copied = 0
     if mode == "in-place":
         root = Path(os.path.commonpath([shard.path.parent for shard in checkpoint.shards]))
@@ -93,7 +109,11 @@ def pack(
     progress: Progress,
     constants: dict[str, Tensor],
 ) -> Bound:
-    """Write every weight in the layout that the graph wants, and the companions beside it."""
+    """Write every weight into one file, in the layout that the graph reads.
+
+    `constants` are static scales by name, which go into the same file. The companion files are
+    copied beside it.
+    """
     path = folder / PACKED
     stage = partial(progress, "pack")
     read = write_packed(path, manifest.packings, entries, stage, constants)

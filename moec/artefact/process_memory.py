@@ -1,4 +1,4 @@
-"""What this process holds in memory, by Linux's own count; zeros where there is no /proc."""
+"""The memory that this process holds, as Linux counts it; zeros on systems without /proc."""
 
 import re
 from dataclasses import dataclass
@@ -7,9 +7,11 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Resident bytes: `anonymous` is the process's own, `mapped` pages of files, `peak` the most.
+    """Resident bytes of a process.
 
-    `getrusage` would count a parent's peak as ours: it survives exec, VmHWM does not.
+    `anonymous` counts the process's own memory, `mapped` counts pages of files, and `peak` is the
+    most that was resident at once. The peak is VmHWM, because `getrusage` keeps the peak of the
+    parent process across exec.
     """
 
     anonymous: int

@@ -1,11 +1,13 @@
-"""Session options for ONNX Runtime, by name; an artefact carries them in its manifest.
+"""Session options for ONNX Runtime, as named sets; an artefact's manifest holds them.
 
-`lean` never copies a weight: they stay mapped from their files, and casts run next to their use.
-`fast` is ONNX Runtime's own default: it folds casts and prepacks at load, which costs copies of
-the dense weights. Quantised weights have to be prepacked, or their products run on dequantised
-ones, twenty times as slow: there `lean` is only spared the folding and the pre-planned arena, and a
-third set, `exact`, has those slow products, in float32, which is what a proof wants.
-docs/performance.md has the figures.
+`lean` never copies a weight: weights stay mapped from their files, and a cast runs just before its
+result is used. `fast` is ONNX Runtime's default: it folds casts and prepacks weights at load, which
+copies the dense weights.
+
+Quantised weights must be prepacked. Otherwise ONNX Runtime dequantises them and multiplies in
+float32, which is twenty times as slow. So for quantised weights `lean` prepacks, and only turns off
+constant folding and the planned memory arena. A third set, `exact`, does not prepack: a proof uses
+its float32 products. docs/performance.md has the figures.
 """
 
 from moec.artefact.manifest import SessionOptions
@@ -21,16 +23,20 @@ _PREPACKED = SessionOptions(
 )
 
 
-#: the names that every artefact has, and one of those with quantised weights
+#: the sets that every artefact has, and the one that only artefacts with quantised weights have
 SETS, EXACT = ("lean", "fast"), "exact"
 
 
-#: FP8 is what the graph says: onnxruntime 1.30 joins it with products that take int8 alone
+#: run FP8 casts as the graph has them: onnxruntime 1.30 would fuse them into products that take
+#: only int8
 _AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 
 
 def session_options(quantized: bool, fp8: bool = False) -> dict[str, SessionOptions]:
-    """The sets of an artefact by name, for `quantized` integers or not, `fp8` weights or not."""
+    """The sets of session options of an artefact, by name.
+
+    `quantized` says whether its weights are int8 or int4, `fp8` whether they are FP8.
+    """
     found = dict(zip(SETS, (_PREPACKED if quantized else _MAPPED, SessionOptions()), strict=True))
     if fp8:
         return {

@@ -1,8 +1,8 @@
-"""What a target is, as one record; and the records that there are.
+"""The record that describes a target, and the list of all targets.
 
-Each target is a folder of `moec/targets`: its `__init__.py` holds the record as `TARGET`, and the
-files beside it hold what is the target's own. `targets` finds the folders, so that a new target is
-a new folder and nothing else.
+Each target is a folder of `moec/targets`. Its `__init__.py` holds the record as `TARGET`; the files
+beside it hold the code that only this target needs. `targets` finds the folders, so that whoever
+adds a target adds a folder and changes no other file.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ class Precision:
     """What a target does in one precision.
 
     Attributes:
-        stays: the dialect of graphs whose weights keep the bytes of the checkpoint; None: there is
-            none.
-        packed: the dialect of graphs whose weights are rewritten; None: there is none.
-        compute: what the graph computes in: "fp32", "fp16" or "bf16".
+        stays: the dialect of graphs that read the checkpoint's own bytes; None if the target always
+            packs the weights.
+        packed: the dialect of graphs that read packed weights; None if the target never packs.
+        compute: the dtype that the graph computes in: "fp32", "fp16" or "bf16".
     """
 
     stays: str | None
@@ -33,23 +33,23 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """All that moec knows of a target. `moec/targets` has one record for each.
+    """The record of a target. `moec/targets` has one for each.
 
-    Places of code are written "module:name" and imported when they are used, so that a machine
-    needs only the packages of the targets that it uses.
+    The record refers to code by strings "module:name". The code is imported when it is used, so
+    that a machine needs only the packages of the targets that it uses.
 
     Attributes:
-        name: what users call it.
-        precisions: what it does in each precision; the first is the default of a build.
-        builder: the place of its `moec.exporters.builder.Builder`: what it refuses, how a build
-            makes its files, how `bind` reads them again.
-        engines: name of an engine that runs its artefacts -> the place of that engine's
+        name: the name on the command line.
+        precisions: what the target does in each precision; the first is the default of a build.
+        builder: "module:name" of its `moec.exporters.builder.Builder`, whose functions refuse
+            models, build the files, and read them again for `bind`.
+        engines: each engine that runs its artefacts, by name, as "module:name" of a
             `moec.runtime.engines.engine.Engine`; the first is the default of a session.
-        proof: the engine that a proof runs; "" is the first.
-        suffix: how the names of its graphs' files end.
-        scheme: the FP8 scheme of wide weights where a user names none.
-        reduced: dialect -> the least sizes of the reduced-size model that proves it, as arguments
-            of `moec.spec.reduced`, where kernels want more than that model has.
+        proof: the name of the engine that a proof runs; "" means the first.
+        suffix: the ending of its graphs' file names.
+        scheme: the default FP8 scheme for wide weights.
+        reduced: dialect -> the smallest sizes of the reduced-size model, as arguments of
+            `moec.spec.reduced`, for kernels that need larger ones than its defaults.
     """
 
     name: str
@@ -63,18 +63,18 @@ class Target:
 
     @property
     def engine(self) -> str:
-        """The engine that a session opens where nobody chooses."""
+        """The engine that a session opens by default."""
         return next(iter(self.engines))
 
     def compute(self, precision: str) -> str:
-        """What a graph of `precision` computes in: "fp32", "fp16" or "bf16"."""
+        """The dtype that a graph of `precision` computes in: "fp32", "fp16" or "bf16"."""
         known = self.precisions.get(precision)
         return known.compute if known else precision
 
 
 @cache
 def targets() -> dict[str, Target]:
-    """Every target by name."""
+    """All targets, by name."""
     folders = import_module("moec.targets")
     names = [each.name for each in iter_modules(folders.__path__) if each.ispkg]
     rows: list[Target] = [import_module(f"{folders.__name__}.{name}").TARGET for name in names]
@@ -87,7 +87,7 @@ def find_target(
     """The record of target `name`.
 
     Raises:
-        MoecError: no such target; `where` and `next_step` are the message's.
+        MoecError: there is no such target; `where` and `next_step` are parts of the message.
     """
     known = targets()
     if name not in known:
@@ -98,6 +98,6 @@ def find_target(
 
 
 def imported(place: str) -> Any:
-    """What "module:name" names."""
+    """Import the object that "module:name" refers to."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)

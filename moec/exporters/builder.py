@@ -1,4 +1,4 @@
-"""How a target makes files of graphs: one record of functions, which each target fills in."""
+"""The functions that a target needs to build artefacts, as a record that each target fills in."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.packing import Packing
 
-#: what a target makes of a graph: an `ir.Model`, a `Program`; only its own functions look inside
+#: a lowered graph, such as an `ir.Model` or a `Program`; only the target's functions look inside
 Model = Any
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a build was asked for.
+    """What a build should make.
 
-    `precision` is the user's word, `compute` what the graph computes in, `options` the sizes that
-    TensorRT engines are built for.
+    `precision` is the user's choice, `compute` the dtype that the graph computes in, `options` the
+    sizes that TensorRT engines are built for.
     """
 
     spec: ModelSpec
@@ -37,14 +37,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """How a target compiles its models to engine files.
+    """How a target compiles its models to TensorRT engines.
 
     Attributes:
-        need: refuses to start where a package is missing (exit code 3).
-        check: completes options for a dialect, and refuses those that the target lacks.
-        build: (models, artefact, folder, weights' folder, spec, options, progress) -> the engines
-            that it wrote into `folder`, by part.
-        commands: what a user types to build the same engines without moec; None: nothing can.
+        need: raises if a package is missing (exit code 3).
+        check: completes the options for a dialect, and refuses those that the target lacks.
+        build: (models, artefact, folder, weights' folder, spec, options, progress) -> the engines,
+            by part, whose files it wrote into `folder`.
+        commands: yields shell commands that build the same engines without moec; None if there are
+            none.
     """
 
     need: Callable[[], None]
@@ -58,24 +59,25 @@ class Compiler:
 
 @dataclass(frozen=True, slots=True)
 class Builder:
-    """The functions of a target, in the order in which a build calls them.
+    """The functions with which a target builds an artefact.
 
     Attributes:
-        dialects: what its graphs may be lowered to.
+        dialects: the dialects to which it lowers graphs.
         check: refuses a model that the target cannot express.
-        graphs: the graph of each part, such as "model" and "vision".
-        lower: the model of a part's graph, and how it wants weights stored, by parameter.
-        packings: how wide weights become FP8 by the spec's scheme.
-        save_unbound: writes a model whose weights are not known yet, and checks it.
-        save_bound: writes a model whose weights lie where `Bound` says.
-        ports: what a model takes and gives.
+        graphs: builds the graph of each part, such as "model" and "vision".
+        lower: (wanted, graph, part) -> the lowered graph, and how its weights must be packed, by
+            parameter.
+        packings: says how wide weights become FP8 by the spec's scheme.
+        save_unbound: writes a model that has no weights yet, and checks it.
+        save_bound: writes a model whose weights are where `Bound` says.
+        ports: returns the inputs and outputs of a model.
         load: reads the model of an artefact's part again.
         opset: ONNX's; None for models that are not ONNX.
-        dialect: the dialect to use in place of the chosen one, for a scheme that needs another.
-        session_options: ONNX Runtime's by name, for quantised integers or not, for FP8 or not.
-        beside: writes files of other programs beside the models: (folder, its final path,
+        dialect: (chosen dialect, spec) -> the dialect to use, for schemes that need another one.
+        session_options: (quantised to integers, FP8) -> ONNX Runtime's session options by name.
+        beside: writes files for other programs beside the models: (folder, its final path,
             manifest, weights' folder, checkpoint's folder).
-        compiler: how engines are compiled; None: the models run as they are.
+        compiler: compiles the models to TensorRT engines; None: the models run as they are.
     """
 
     dialects: Collection[str]
@@ -104,7 +106,7 @@ def builder_for(artefact: Artefact) -> Builder:
     """The functions of the target of `artefact`.
 
     Raises:
-        MoecError: another version of moec built it.
+        MoecError: another version of moec built the artefact.
     """
     manifest = artefact.manifest
     builder = builder_of(manifest.target)

@@ -1,4 +1,8 @@
-"""The engines of an artefact, which may be built with it, or later, elsewhere, again."""
+"""Build the TensorRT engines of an artefact.
+
+`export` and `bind` build them with the artefact. A user may also build them later, on another
+machine, or a second time.
+"""
 
 import time
 from collections.abc import Sequence
@@ -21,10 +25,10 @@ def build_engines(
     architectures: Sequence[str] = (),
     progress: Progress = lambda stage, done, total: None,
 ) -> Artefact:
-    """Build the engines of an artefact that has only their ONNX, or build them again.
+    """Build the TensorRT engines of an artefact that has only their ONNX, or build them again.
 
-    The engines and their plugin are the artefact's folder `engine`. It is replaced as a whole; if a
-    build fails, the old one stays.
+    The engines and their plugin are the artefact's folder `engine`. A build that succeeds replaces
+    the whole folder. A build that fails leaves the old folder.
 
     Args:
         artefact: an artefact, or its folder, of target "tensorrt" or "tensorrt-rtx".
@@ -33,8 +37,8 @@ def build_engines(
         progress: called with (stage, done, total).
 
     Raises:
-        MoecError: an artefact of a target without engines, an engine that cannot be built, or a
-            package that is not installed (exit code 3).
+        MoecError: the artefact's target has no engines, an engine cannot be built, or a package is
+            not installed (exit code 3).
     """
     built = artefact if isinstance(artefact, Artefact) else open_artefact(artefact)
     compiler, options = _compiler_of(built)
@@ -45,7 +49,7 @@ def build_engines(
         options = compiler.check(engine_options(chosen), manifest.dialect)
     compiler.need()
     if manifest.weights.mode != "unbound":
-        built.stored()  # refuses changed shards
+        built.stored()  # refuses shards that have changed
     models = {part: builder.load(built, part) for part in built.parts}
     start = time.perf_counter()
     with writing(built.path / ENGINES, ours=True) as folder:
@@ -77,11 +81,11 @@ def build_engines(
 
 
 def trtexec_commands(artefact: str | Path) -> list[str]:
-    """Return the shell commands that build an artefact's engines by trtexec, without moec.
+    """Return the shell commands that build an artefact's engines with trtexec, without moec.
 
     Raises:
-        MoecError: an artefact of another target than tensorrt, or weights that the commands would
-            not find.
+        MoecError: the artefact's target is not "tensorrt", or the commands would not find the
+            weights.
     """
     built = open_artefact(artefact)
     compiler, _ = _compiler_of(built)
@@ -96,7 +100,7 @@ def trtexec_commands(artefact: str | Path) -> list[str]:
 
 
 def _compiler_of(artefact: Artefact) -> tuple[Compiler, EngineOptions]:
-    """How the target of `artefact` compiles engines, and what they are built for."""
+    """The compiler of the artefact's target, and the options of the artefact's engines."""
     compiler, options = builder_of(artefact.manifest.target).compiler, artefact.manifest.options
     if compiler is None or options is None:
         known = [name for name in targets() if builder_of(name).compiler]

@@ -1,4 +1,4 @@
-"""`export` and `bind`: from a description of a model, with or without weights, to an artefact."""
+"""`export` builds an artefact; `bind` attaches a checkpoint to an artefact."""
 
 import os
 from dataclasses import replace
@@ -40,33 +40,39 @@ def export(
     cache: str | None = None,
     options: EngineOptions | None = None,
 ) -> Artefact:
-    """Build an artefact of `source`: a checkpoint folder, or a preset, spec file or spec (unbound).
+    """Build an artefact of a model.
 
     Args:
+        source: a checkpoint folder; or a preset, a spec file or a spec. Those three have no
+            weights, so that the artefact is unbound.
         target: "onnx" (plain ONNX), "ort" (ONNX Runtime's own operators), "torch" (a torch.export
-            program of fused FP8 ops), "tensorrt" or "tensorrt-rtx" (engines).
-        precision: what the graph computes in, "fp32", "fp16" or "bf16"; weights stay in the dtype
-            that they are stored in, unless they are packed. "int8" and "int4" (ort) compute in
-            fp32 on packed weights; so does "fp8", on weights and inputs rounded to E4M3, but for
-            targets of GPUs, which compute it in bf16. Default "fp8" where the source's weights
-            are and for target "torch", which has no other, "bf16" for TensorRT, else "fp32".
+            program of fused FP8 ops), "tensorrt" or "tensorrt-rtx" (TensorRT engines).
+        precision: "fp32", "fp16" and "bf16" are the dtype that the graph computes in; weights keep
+            the dtype in which they are stored, unless they are packed. "int8" and "int4" (target
+            "ort") are dtypes of packed weights; the graph computes in fp32. "fp8" rounds weights
+            and inputs to E4M3; the graph computes in fp32, or in bf16 for the targets of GPUs. The
+            default is "fp8" if the source's weights are FP8 and for target "torch", which has no
+            other precision; else "bf16" for TensorRT and "fp32" for the other targets.
         out: the artefact's folder; default build/NAME-TARGET-PRECISION.
-        weights: "in-place" (the checkpoint's own bytes, not copied), "link" (hard links beside the
-            model), "copy", or "pack" (rewritten once: in the layout that runs fastest, or in FP8).
-            Default "in-place" where the precision allows it, else "pack". Without a checkpoint
-            there is nothing to place, but "pack" still says what the graph will want.
+        weights: "in-place" (the artefact refers to the checkpoint's files), "link" (hard links
+            beside the model), "copy", or "pack" (moec writes the weights anew: in the layout that
+            runs fastest, or in FP8). The default is "in-place" if the precision allows it, else
+            "pack". A build without a checkpoint places no weights, but "pack" still decides which
+            layout the graph expects.
         progress: called with (stage, done, total).
         scheme: how wide weights become FP8: "meta" (default), "dynamic" (default for target
             "torch", which has no other), "mixed" (default for "tensorrt"), "static" (default for
-            "tensorrt-rtx"), "modelopt", "deepseek", or a file. FP8 checkpoints come with theirs.
-        scales: what `calibrate` found, for schemes with static scales; default the checkpoint's
-            own file scales.json.
-        cache: "fp8" or "wide": how keys and values are kept; default as the scheme says.
-        options: what engines are built for; targets "tensorrt" and "tensorrt-rtx" alone.
+            "tensorrt-rtx"), "modelopt", "deepseek", or a file. An FP8 checkpoint has its own
+            scheme.
+        scales: the result of `calibrate`, or a file of it, for schemes with static scales; default
+            the checkpoint's own file scales.json.
+        cache: "fp8" or "wide": how the caches store keys and values; default as the scheme says.
+        options: the sizes that TensorRT engines are built for; only for targets "tensorrt" and
+            "tensorrt-rtx".
 
     Raises:
-        MoecError: anything wrong with source, weights or out; nothing is left behind. Or an engine
-            cannot be built: then all else is there.
+        MoecError: source, weights, out or another argument is wrong; then nothing is written. Or a
+            TensorRT engine cannot be built; then the rest of the artefact is written.
     """
     stages = Stages(progress)
     with stages("read"):
@@ -98,7 +104,7 @@ def export(
             sizes = compiler.check(wanted.options, dialect)
             if sizes.build:
                 compiler.need()
-            if sizes.build and not checkpoint:  # what such an engine is; no weights will change it
+            if sizes.build and not checkpoint:  # an engine without weights takes them as inputs
                 sizes = sizes.model_copy(update={"bindings": "all"})
             wanted = replace(wanted, options=sizes)
         path = Path(out or f"build/{spec.name}-{target}-{precision}")
@@ -140,7 +146,7 @@ def export(
 
 
 def _with_engines(art: Artefact, progress: Progress) -> Artefact:
-    """`art`, which is whole, with its engines; it stays where they cannot be built."""
+    """Build the TensorRT engines of the complete artefact `art`; if that fails, `art` remains."""
     try:
         return build_engines(art, progress=progress)
     except MoecError as error:
@@ -165,14 +171,23 @@ def bind(
     scales: str | Path | Calibration | None = None,
     engine: bool = True,
 ) -> Artefact:
-    """Attach `checkpoint` to an artefact that was built without one, or bind it anew.
+    """Attach a checkpoint to an artefact that was built without one, or replace its checkpoint.
 
-    The result goes to `out`, or replaces the artefact. The graph stays as it was built. `scales`
-    as in `export`. An engine that takes all weights as inputs stays too; others are built anew
-    where the artefact was to have some, unless `engine` is false.
+    The graphs stay as they were built. A TensorRT engine that takes all weights as inputs stays,
+    too. Other engines contain weights, so that they are built again.
+
+    Args:
+        artefact: the artefact's folder.
+        checkpoint: the folder of the weights.
+        out: where the result goes; default in place of the artefact.
+        weights: the placement of the weights, as in `export`.
+        progress: called with (stage, done, total).
+        scales: as in `export`.
+        engine: whether to build TensorRT engines, if the artefact's options ask for them.
 
     Raises:
-        MoecError: the checkpoint is not of the artefact's model, or is broken.
+        MoecError: the checkpoint is broken or of another model, or a TensorRT engine cannot be
+            built.
     """
     stages = Stages(progress)
     with stages("read"):
@@ -186,7 +201,7 @@ def bind(
         spec, read, entries = read_model(checkpoint)
         _refuse_inside(path, read.folder)
         wanted = built.manifest.spec
-        if packs:  # wide weights, which this artefact makes narrow
+        if packs:  # this artefact quantises wide weights
             wanted = wanted.model_copy(update={"scheme": None})
         elif spec.scheme and wanted.scheme and not wanted.scheme.cache:
             spec = in_precision(spec, "fp8", None, "wide")
@@ -222,7 +237,7 @@ def bind(
 
 
 def _refuse_inside(out: Path, checkpoint: Path) -> None:
-    """Refuse an `out` that is the checkpoint or holds it: replacing `out` would delete it."""
+    """Refuse an `out` that is or contains the checkpoint: replacing `out` would delete it."""
     if checkpoint.resolve().is_relative_to(out.resolve()):
         refuse(
             f"--out {out}",

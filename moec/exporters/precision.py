@@ -1,4 +1,4 @@
-"""What a precision makes of a spec: its scheme, and how weights get there."""
+"""Apply a precision to a spec: choose its FP8 scheme, and say how weights are quantised."""
 
 from pathlib import Path
 
@@ -18,12 +18,13 @@ def in_precision(
     cache: str | None,
     default: str = "meta",
 ) -> ModelSpec:
-    """The spec that an artefact of `spec` has: with a scheme in fp8, without elsewhere.
+    """`spec` as an artefact of this precision has it: with a scheme for fp8, else without.
 
-    `default` is the scheme of wide weights that become FP8, where nobody names one.
+    `default` is the scheme that quantises wide weights if the user names none. `cache` is "fp8" or
+    "wide"; None leaves the choice to the scheme.
 
     Raises:
-        MoecError: a scheme, or FP8 caches, where there cannot be one.
+        MoecError: the model or the precision does not allow this scheme, or FP8 caches.
     """
     if precision != "fp8":
         odd = next((n for n, v in (("scheme", scheme), ("cache", cache)) if v is not None), None)
@@ -65,12 +66,12 @@ def in_precision(
     if cache:
         chosen = chosen.model_copy(update={"cache": cache == "fp8"})
     done = spec.model_copy(update={"scheme": chosen})
-    quantized(done)  # refuses rules that are for no weight
+    quantized(done)  # refuses scheme rules that match no weight
     return done
 
 
 def fp8_packings(spec: ModelSpec) -> dict[str, Packing]:
-    """How wide weights of `spec` are stored by its scheme."""
+    """How the scheme of `spec` stores each wide weight, by parameter."""
     scheme, rules = spec.scheme, quantized(spec)
     assert scheme is not None
     return {

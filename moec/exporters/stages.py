@@ -1,4 +1,4 @@
-"""How a build runs: stages that are timed and told to the caller, and no garbage collection."""
+"""Run a build in timed stages, and without garbage collection."""
 
 import gc
 import time
@@ -11,14 +11,14 @@ from moec.artefact.placement import Progress
 
 @dataclass(slots=True)
 class Stages:
-    """Times each stage of a build and tells the caller."""
+    """Measures the time of each stage of a build, and reports it as progress."""
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time a block as stage `name`."""
+        """Run a block as stage `name`."""
         start = time.perf_counter()
         self.progress(name, 0, 1)
         yield
@@ -28,9 +28,10 @@ class Stages:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Collect no garbage meanwhile: a build makes many objects and drops few.
+    """Turn the garbage collector off for a block.
 
-    Walking all of them again and again took a third of its time.
+    A build makes many objects and drops few. The collector, which visits all of them again and
+    again, took a third of a build's time.
     """
     enabled = gc.isenabled()
     gc.disable()

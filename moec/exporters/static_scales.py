@@ -1,4 +1,4 @@
-"""The static scales of an FP8 build: what calibration found, as tensors beside the weights."""
+"""The static scales of an FP8 build, which calibration measured, as tensors."""
 
 from pathlib import Path
 
@@ -10,14 +10,21 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.view import STORED
 
-#: what `calibrate` found, where a checkpoint has it with it
+#: the file of a checkpoint that holds the result of `calibrate`
 SCALES = "scales.json"
 
 
 def scales_for(
     spec: ModelSpec, mode: str, scales: str | Path | Calibration | None, checkpoint: Path
 ) -> dict[str, Tensor]:
-    """The static scales that a packed file has beside the weights."""
+    """The static scales that a packed file holds beside the weights, by name.
+
+    `scales` is what the user gave; None means the file in the folder `checkpoint`. The result is
+    empty if the build does not need static scales.
+
+    Raises:
+        MoecError: the build takes no scales, a scale is missing, or its dtype cannot hold one.
+    """
     scheme = spec.scheme
     wanted = mode == "pack" and scheme is not None and scheme.static
     if scales is not None and not wanted:

@@ -1,4 +1,4 @@
-"""Write an artefact: its models, its weights, the manifest; whole or not at all."""
+"""Write an artefact: its models, its weights and its manifest, all of them or none."""
 
 import platform
 import shutil
@@ -35,7 +35,14 @@ def write_artefact(
     constants: dict[str, Tensor],
     engines: Artefact | None = None,
 ) -> Artefact:
-    """The artefact at `path`; with the engines of another, which fit it, or without any."""
+    """Write the artefact at `path`.
+
+    `engines` is an artefact whose TensorRT engines are copied because they still fit; None: the new
+    artefact has none yet.
+
+    Raises:
+        MoecError: `path` cannot be written, or the weights cannot be placed.
+    """
     with writing(path) as folder:
         if not (checkpoint and mode == "pack"):
             discard(folder / PACKED)
@@ -91,7 +98,7 @@ def write_artefact(
 
 
 def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:
-    """What the graphs take and give, as fields of the manifest."""
+    """The inputs and outputs of the graphs, as fields of the manifest."""
     decoder = by_part["model"]
     return {
         "inputs": decoder.inputs,
@@ -101,12 +108,12 @@ def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that make an artefact."""
+    """The versions of Python and of the packages that build an artefact."""
     packages = ("moec", "torch", "onnx", "onnx-ir", "onnxruntime")
     found = {"python": platform.python_version()}
     for package in packages:
         try:
             found[package] = version(package)
-        except ImportError:  # a checkout that is not installed, or an optional runtime
+        except ImportError:  # moec runs from a checkout, or an optional runtime is missing
             continue
     return found

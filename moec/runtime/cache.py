@@ -1,4 +1,4 @@
-"""Key/value caches between the calls of one generation."""
+"""Key/value caches, which keep the keys and values of sequences from call to call."""
 
 from dataclasses import dataclass
 
@@ -15,21 +15,27 @@ from moec.weights.view import STORED, TORCH_DTYPES
 
 @dataclass(slots=True)
 class Cache:
-    """`lengths` int64 [B]: tokens each row has seen; `tensors`: the graph's `past.*` inputs."""
+    """The keys and values of B sequences.
+
+    Attributes:
+        lengths: int64 [B], the number of tokens that each sequence has so far.
+        tensors: the graph's inputs `past.*`, by name.
+        capacity: the number of tokens of a sequence for which there is room.
+    """
 
     lengths: Tensor
     tensors: dict[str, Tensor]
     capacity: int
 
     def of(self, rows: slice) -> dict[str, Tensor]:
-        """The tensors of some rows, without a copy."""
+        """The tensors of some sequences, without a copy."""
         if rows == slice(None):
             return self.tensors
         return {name: tensor[rows] for name, tensor in self.tensors.items()}
 
 
 def slots(chunk: int | None, capacity: int) -> int:
-    """Cache slots of a layer for `capacity` positions: a ring needs no more than its chunk."""
+    """A layer's cache slots for `capacity` tokens; a chunked layer needs at most `chunk`."""
     return capacity if chunk is None else min(chunk, capacity)
 
 
@@ -41,10 +47,12 @@ def new_cache(
     layout: Layout = "slots",
     device: str = "cpu",
 ) -> Cache:
-    """An empty cache with room for `capacity` positions a row; 0 keeps nothing.
+    """An empty cache with room for `capacity` tokens of each of `batch` sequences.
+
+    A cache of capacity 0 keeps nothing. `precision` is the dtype that the graph computes in.
 
     Raises:
-        MoecError: more than the GPU has room for (exit code 3).
+        MoecError: the GPU has too little memory (exit code 3).
     """
     text, narrow = spec.text, spec.scheme is not None and spec.scheme.cache
     dtype = STORED["fp8"] if narrow else TORCH_DTYPES[precision]
@@ -67,10 +75,14 @@ def new_cache(
 
 
 def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
-    """Make room for `capacity` positions. Each keeps its slot: a ring that wraps is full size.
+    """Make room for `capacity` tokens of each sequence.
+
+    Tokens keep their slots: a ring reuses slots only when it has its full size, and then it does
+    not grow.
 
     Raises:
-        MoecError: more than the GPU has room for (exit code 3). What has grown by then stays so.
+        MoecError: the GPU has too little memory (exit code 3). The layers that have grown by then
+            stay larger.
     """
     with memory_for(f"caches of {len(cache.lengths)} x {capacity} positions"):
         for layer in spec.text.all_layers:
@@ -78,17 +90,18 @@ def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
             for kind in names.CACHED:
                 name = names.past(layer.index, kind)
                 tensor = cache.tensors[name]
-                more = wanted - tensor.shape[-2]  # a call before may have failed half-way
+                more = wanted - tensor.shape[-2]  # an earlier call may have failed half-way
                 if more > 0:
                     cache.tensors[name] = functional.pad(tensor, (0, 0, 0, more))
     cache.capacity = capacity
 
 
 def spans(chunk: int | None, past: Tensor, count: int) -> dict[str, Tensor]:
-    """Where buffers take `count` more tokens of rows that have `past` [B]: a graph's inputs.
+    """The graph inputs that say which slots of buffers a call uses.
 
-    `ring.*` are those of chunked layers, `global.*` of the others: the slot of each row's last
-    token, int32 [B], and how many slots are in use at most, an int32 scalar.
+    The call appends `count` tokens to sequences that have `past` [B] tokens. For chunked layers
+    ("ring") and the others ("global") there are two inputs: "last", int32 [B], is the slot of each
+    sequence's last token; "total", an int32 scalar, is the most slots that a sequence uses.
     """
     last = {names.GLOBAL: past + count - 1, names.RING: past % (chunk or 1) + count - 1}
     ends = {names.last(kind): slot.int() for kind, slot in last.items()}

@@ -1,4 +1,4 @@
-"""Open a session: an artefact in an engine of its target, or the eager reference."""
+"""Open a session: on an engine of an artefact's target, or on the eager reference."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
 
-#: the reference engine, which runs the graph of any artefact or checkpoint
+#: the name of the eager reference, which runs any artefact or checkpoint
 EAGER = "eager"
 
 
@@ -29,23 +29,24 @@ def open_session(
     session_options: str = "lean",
     preset: str | None = None,
 ) -> Session:
-    """Open an artefact, or a checkpoint folder, which only the eager reference runs.
+    """Open a session on an artefact or on a checkpoint.
 
     Args:
-        path: an artefact, or a checkpoint folder.
-        device: "cpu"; "cuda" for artefacts of target torch, of target ort in fp16 or bf16, and of
-            the targets of TensorRT.
-        engine: what runs it; default as its target has it: "onnxruntime" for targets onnx and ort,
-            "torch" for torch, "tensorrt" for tensorrt and tensorrt-rtx. The ONNX of these two runs
-            in ONNX's "interpreter" too, and any artefact in the "eager" reference.
+        path: an artefact, or a checkpoint folder, which only the eager reference runs.
+        device: "cpu" or "cuda". "cuda" runs artefacts of target torch, of target ort in fp16 or
+            bf16, and of the TensorRT targets.
+        engine: the engine that runs the model. The default depends on the target: "onnxruntime" for
+            onnx and ort, "torch" for torch, "tensorrt" for tensorrt and tensorrt-rtx. "interpreter"
+            runs the ONNX of the last two in ONNX's reference interpreter, and "eager" runs any
+            artefact in the eager reference.
         session_options: settings of ONNX Runtime: "lean" (weights stay mapped from their files),
             "fast" (constants are folded and weights prepacked) or, for int8 and int4, "exact"
             (products are computed in float32).
         preset: the old name of `session_options`; it works for one more version.
 
     Raises:
-        MoecError: no artefact, no weights, changed weights (exit code 2), or a device or package
-            that is not there (3).
+        MoecError: `path` is not an artefact, it has no weights, or they have changed (exit code 2);
+            or the device or a package is missing (3).
     """
     if preset is not None:
         warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=2)
@@ -85,12 +86,12 @@ def open_session(
 
 
 def engines() -> tuple[str, ...]:
-    """The names of all engines."""
+    """The names of all engines of all targets, and the eager reference."""
     return (*dict.fromkeys(name for each in targets().values() for name in each.engines), EAGER)
 
 
 def find_engine(artefact: Artefact, name: str | None = None) -> Engine:
-    """Engine `name` for `artefact`, or the first that its target has.
+    """Engine `name` of the artefact's target, by default the first.
 
     Raises:
         MoecError: the target has no such engine.
@@ -115,10 +116,10 @@ def artefact_session(
     taps: Sequence[str] = (),
     engine: str | Engine | None = None,
 ) -> Session:
-    """`artefact` in an engine of its target, by default the first.
+    """A session that runs `artefact` on an engine of its target, by default the first.
 
-    `options` names session options of ONNX Runtime, `taps` inner values that `Session.trace` will
-    want.
+    `options` is the name of a set of session options of ONNX Runtime. `taps` are the inner values
+    that `Session.trace` can return.
     """
     chosen = engine if isinstance(engine, Engine) else find_engine(artefact, engine)
     limits = chosen.limits(artefact, device)
@@ -143,8 +144,9 @@ def eager_session(
     taps: Sequence[str] = (),
     near: float | None = None,
 ) -> Session:
-    """The eager reference on the weights `entries`; `taps` as in `artefact_session`.
+    """A session that runs `spec` on the eager reference, with the weights `entries`.
 
+    `precision` is the dtype that the graph computes in, `taps` are as in `artefact_session`, and
     `near` is as in `eager_engine`.
     """
     run = eager_engine(spec, entries, precision, taps, near=near)

@@ -1,4 +1,4 @@
-"""A session: one engine, the caches around it, and the loop that generates."""
+"""A session runs a model: it has an engine, makes caches for it, and generates tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,35 +22,35 @@ from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.view import TORCH_DTYPES
 
-#: image tiles that go through the vision tower at once, for the same reason
+#: image tiles that go through the vision tower in one call at most, to bound its memory
 TILES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Run a model. Token ids are integers: a tensor, an array, or rows of different length.
+    """Run a model on batches of sequences.
 
-    Rows of different length are lists of lists, or a right-padded tensor with `lengths`. Results
-    are tensors where the input was one, else numpy arrays.
+    Token ids are integers, one sequence a row: a tensor or an array [B, S]. Sequences of different
+    length are a list of lists, or a right-padded tensor with `lengths` [B]. Results are tensors if
+    the ids were a tensor, else numpy arrays.
 
-    Images come as `pixel_values`, float32 [tiles, channels, height, width]: the tiles of all rows'
-    images, row by row, in the order of the image tokens that they replace (`moec.encode` makes
-    both). The ids hold a fixed number of image tokens for each tile. Without `pixel_values` an
-    image token is a token like others.
+    Images are `pixel_values`, float32 [tiles, channels, height, width], in the order of the image
+    tokens in the ids. Each tile has a fixed number of them, whose embeddings its image features
+    replace. `moec.encode` makes both. Without images an image token is a token like any other.
 
-    A session is for one thread at a time. With buffers (targets ort and torch) a call writes into
-    the cache that it is given.
+    Only one thread at a time may use a session. If the engine's caches are buffers (targets ort and
+    torch), a call writes into the cache that it is given.
 
     Attributes:
         spec: the model.
-        precision: what the graph computes in.
-        engine: the name of what runs it.
-        run: one call of the decoder.
-        artefact: what it was opened from; None for a checkpoint.
-        vision: opens the vision tower, which happens when an image first comes.
-        limits: what the calls of the engine look like.
+        precision: the dtype that the graph computes in: "fp32", "fp16" or "bf16".
+        engine: the name of the engine.
+        run: runs one call of the decoder.
+        artefact: the artefact that was opened; None for a checkpoint.
+        vision: opens the vision tower; it is called when the first image comes.
+        limits: the layout of the caches, and the largest calls that the engine takes.
         device: "cpu" or "cuda".
-        queues: whether a decode step on tokens that lie on the GPU only starts the work there.
+        queues: whether a decode step on tokens on the GPU returns before the GPU has finished.
     """
 
     spec: ModelSpec
@@ -84,7 +84,7 @@ class Session:
             lengths: the tokens of each sequence, if they differ; logits past them mean nothing.
 
         Raises:
-            MoecError: token ids, lengths or image tiles that do not fit the model.
+            MoecError: the token ids, lengths or image tiles do not fit the model.
         """
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
@@ -96,33 +96,34 @@ class Session:
     def trace(
         self, ids: Tensor, lengths: Tensor, names: Sequence[str], features: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Inner values `names` and logits of rows ids [B, S]: [own tokens, ...], row by row.
+        """The logits and the inner values `names` of ids [B, S], without those of padding.
 
-        The session's engine must have been opened with these names as taps.
+        Each value is [tokens, ...]: the tokens of the first sequence, then those of the next. The
+        session must have been opened with these names as taps. `features` are as in `extend`.
         """
         own = torch.arange(ids.shape[1]) < lengths[:, None]
         found: dict[str, list[Tensor]] = {name: [] for name in (*names, "logits")}
         for rows, columns, out in self.walk(ids, lengths, self._no_cache(ids), features):
             out["logits"] = out["logits"].flatten(0, 1)
-            for name, pieces in found.items():
-                pieces.append(out[name].cpu()[own[rows, columns].flatten()])
-        return {name: torch.cat(pieces) for name, pieces in found.items()}
+            for name, values in found.items():
+                values.append(out[name].cpu()[own[rows, columns].flatten()])
+        return {name: torch.cat(values) for name, values in found.items()}
 
     def _no_cache(self, ids: Tensor) -> Cache:
-        """What one pass over ids [B, S] needs: buffers, or nothing."""
+        """The cache for one pass over ids [B, S]: buffers if the engine needs them, else empty."""
         capacity = ids.shape[1] if self.limits.layout == "buffers" else 0
         return self._new_cache(len(ids), capacity)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows of `capacity` positions; it grows if they get longer.
+        """An empty cache for `batch` sequences of `capacity` tokens.
 
-        An engine that was compiled for a context has caches of that size alone.
+        It grows when sequences get longer. An engine that was compiled has one size of caches.
 
         Raises:
-            MoecError: more rows or positions than the engine takes, or than the GPU has room for.
+            MoecError: the engine takes fewer sequences or tokens, or the GPU has too little memory.
         """
         most = self.limits.batch
-        if most is not None and batch > most:  # the first decode step would be refused
+        if most is not None and batch > most:  # else only the first decode step would fail
             refuse(
                 f"{batch} rows",
                 f"an engine for a batch of {most}",
@@ -158,9 +159,12 @@ class Session:
         lengths: Ids | None = None,
         capacity: int | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Logits of each row's last token, float32 [B, vocab], and the cache after it.
+        """The logits of each sequence's last token, float32 [B, vocab], and the cache after it.
 
-        `capacity` is the number of positions to make room for; the cache grows past it if needed.
+        The cache has room for `capacity` tokens of each sequence, and grows if there are more.
+
+        Raises:
+            MoecError: the ids or images do not fit the model, or the engine takes fewer tokens.
         """
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
@@ -168,19 +172,18 @@ class Session:
         return self.extend(ids, counts, cache, features), cache
 
     def image_features(self, pixel_values: Pixels) -> Tensor:
-        """float32 [tiles, channels, height, width] -> [tiles * tokens, dim] for the decoder.
+        """Run the vision tower: float32 [tiles, channels, height, width] -> [tokens, dim].
 
         Raises:
-            MoecError: the model has no vision tower, or these are no tiles for it.
+            MoecError: the model has no vision tower, or tiles of another shape.
         """
         return self._see(read_tiles(pixel_values, self.spec))
 
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
-        """One more token a row, int64 [B] -> its logits, float32 [B, vocab]; `cache` is updated.
+        """Append one token to each sequence, int64 [B]; return its logits, float32 [B, vocab].
 
-        The logits lie on the session's device. Tokens that lie on the GPU, as those chosen from
-        logits do, are taken as they are by engines "torch" and "tensorrt": nobody waits for the
-        step, and nobody checks that they are in the vocabulary.
+        `cache` is updated. The logits are on the session's device. If the tokens are on a GPU,
+        engines "torch" and "tensorrt" neither wait for the step nor check the tokens.
         """
         column = torch.as_tensor(tokens)[:, None]
         if not self.queues:
@@ -190,11 +193,11 @@ class Session:
     def extend(
         self, ids: Tensor, lengths: Tensor, cache: Cache, features: Tensor | None = None
     ) -> Tensor:
-        """Append ids [B, S], of which each row owns its first `lengths`, in pieces.
+        """Append ids [B, S] to the sequences in `cache`, in prefill chunks.
 
-        `features` [N, dim] stand for the rows' own image tokens, row by row. Returns the logits of
-        each row's last own token, float32 [B, vocab]; rows of length 0 get zeros and keep their
-        cache.
+        The first `lengths` [B] ids of a row are tokens; the others are padding. `features` [N, dim]
+        are the features of the image tokens, those of the first sequence first. Returns the logits
+        of each sequence's last token, float32 [B, vocab], zeros for a sequence of length 0.
         """
         if not ids.is_cuda:
             check_ids(ids, self.spec.text.vocab)
@@ -215,9 +218,10 @@ class Session:
         features: Tensor | None = None,
         every: bool = True,
     ) -> Iterator[tuple[slice, slice, dict[str, Tensor]]]:
-        """Run ids [B, S] call by call: rows, columns and what the graph returned for them.
+        """Run ids [B, S] in calls of at most a prefill chunk; yield each call's results.
 
-        A call has logits for every token, or for the last own token of each row only.
+        Yields the rows and the columns of the call, and the outputs of the graph by name. Logits
+        are those of every token if `every`, else those of each row's last token in the call.
         """
         width, chunk = ids.shape[1], self.spec.text.chunk
         needed = int((cache.lengths + lengths.clamp(min=1)).max())
@@ -233,15 +237,15 @@ class Session:
             else padded_calls(width, self.limits.prefill_chunk if cache.capacity else width)
         )
         for rows, columns in calls:
-            piece = ids[rows, columns]
-            own = (lengths[rows] - columns.start).clamp(0, piece.shape[1])
+            tokens = ids[rows, columns]
+            own = (lengths[rows] - columns.start).clamp(0, tokens.shape[1])
             index = (
-                torch.arange(piece.shape[1]).repeat(len(piece), 1)
+                torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
                 if every
                 else (own - 1).clamp(min=0)[:, None]
             )
-            near = None if features is None else features_within(features, images, rows, columns)
-            out = self._step(piece, own, index, cache, rows, near)
+            here = None if features is None else features_within(features, images, rows, columns)
+            out = self._step(tokens, own, index, cache, rows, here)
             if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
                     cache.tensors[name] = out[names.present_of(name)]
@@ -300,8 +304,7 @@ class Session:
         Sequences that end early are padded on the right.
 
         Args:
-            input_ids: a tensor, an array or lists of token ids; the result is a tensor if this is.
-            pixel_values: float32 [tiles, channels, height, width], for the image tokens.
+            input_ids, pixel_values: the prompts and their image tiles, as in `logits`.
             max_new_tokens: the most tokens to add to each sequence.
             lengths: the tokens of each sequence, if they differ.
             temperature: the sampling temperature; 0 takes the likeliest token (greedy).
@@ -312,8 +315,7 @@ class Session:
             stream: called after each step with its tokens, None for sequences that have ended.
 
         Raises:
-            MoecError: token ids, image tiles or settings that do not fit the model, or more tokens
-                than the engine was built for.
+            MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
@@ -324,15 +326,15 @@ class Session:
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
         alive = torch.ones(len(rows), dtype=torch.bool)
-        capacity = int(counts.max()) + max_new_tokens - 1  # the last token is not fed
+        capacity = int(counts.max()) + max_new_tokens - 1  # the last new token is not run
         cache = self.new_cache(len(ids), capacity)
         logits = self.extend(ids, counts, cache, features)
         for step in range(max_new_tokens):
-            # The likeliest token is found where the logits are; draws are made on the CPU.
+            # argmax runs where the logits are; sampling runs on the CPU.
             given = logits.cpu() if temperature else logits
             tokens = sample(given, temperature, top_k, top_p, generator)
             arrived = on_host(tokens)
-            # While the host looks whether a row has ended, the GPU goes on as if none had.
+            # The GPU starts the next step while the host checks whether a sequence has ended.
             ahead = self.queues and bool(alive.all()) and step + 1 < max_new_tokens
             if ahead:
                 logits = self.decode(tokens, cache)
@@ -370,7 +372,7 @@ class Session:
         if self.limits.layout == "buffers":
             feeds |= spans(self.spec.text.chunk, cache.lengths[rows], ids.shape[1])
         if features is not None:
-            # The graph counts image tokens in padding too: put another token there.
+            # The graph would count image tokens in the padding: replace them by another token.
             image = self.spec.tokens.image
             padding = (ids == image) & ~image_mask(self.spec, ids, lengths)
             feeds[names.INPUT_IDS] = ids.masked_fill(padding, int(image == 0))
@@ -378,7 +380,7 @@ class Session:
         return self.run(feeds)
 
     def _features(self, ids: Tensor, lengths: Tensor, pixel_values: Pixels | None) -> Tensor | None:
-        """Image features for the image tokens of `ids`, after a check that they fit."""
+        """The image features of `pixel_values`, after a check that `ids` have a place for each."""
         if pixel_values is None:
             return None
         tiles = read_tiles(pixel_values, self.spec)

@@ -1,1 +1,1 @@
-"""The targets: a folder for each, found by `moec.artefact.targets`; nothing lists them."""
+"""The targets, one folder each. `moec.artefact.targets` finds the folders; no list names them."""

@@ -1,4 +1,4 @@
-"""Let a graph take the choices of experts that another engine made, where its own are near ties."""
+"""Make a graph use the experts that another engine chose, where its own choice is a near tie."""
 
 import torch
 from torch import Tensor, fx
@@ -10,11 +10,11 @@ from moec.spec import names
 
 
 def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
-    """`graph`, changed in place: each choice of experts NAME has an input "NAME.given" [T, k].
+    """Change `graph` in place: each choice of experts NAME gets an input "NAME.given" [T, k].
 
-    A token takes the given experts if their router logits lie within `limit` of its best ones, as a
-    share of the layer's largest logit. Without the input, and elsewhere, it takes its best experts.
-    The choices themselves are still the graph's own, for `tap` to make visible.
+    A token uses the given experts if their router logits are within `limit` of its best experts'
+    logits, as a share of the layer's largest logit. Otherwise, or without the input, it uses its
+    best experts. The value NAME itself keeps the graph's own choice, so that `tap` can show it.
     """
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
     for own in list(graph.graph.nodes):
@@ -35,10 +35,10 @@ def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
 
 
 def taken(logits: Tensor, own: Tensor, given: Tensor, limit: float) -> Tensor:
-    """Experts [T, k]: those `given` where logits [T, E] allow it, else the graph's `own`."""
+    """The experts [T, k] to use: `given` for a token whose logits [T, E] allow it, else `own`."""
     if not len(given):
         return own
-    known = given.clamp(0, logits.shape[1] - 1)  # a broken engine may name experts that are none
+    known = given.clamp(0, logits.shape[1] - 1)  # a broken engine may give numbers of no expert
     behind = logits.gather(1, own) - logits.gather(1, known)
     near = (behind.abs() <= limit * logits.abs().max()) & (known == given)
     return torch.where(near.all(1, keepdim=True), given, own)

@@ -1,4 +1,4 @@
-"""The reference engine: the fx graph itself, on torch, over weights mapped from their shards."""
+"""The eager reference: run the fx graph op by op in torch, on weights mapped from their shards."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,13 +25,15 @@ def eager_engine(
     given: Sequence[str] = (),
     near: float | None = None,
 ) -> Run:
-    """Run a part of `spec`, "model" or "vision", in `precision` on the CPU.
+    """Open a part of `spec`, "model" or "vision", to run in `precision` on the CPU.
 
-    `taps` names inner values to return as well, `given` those that callers feed: see `inject`. With
-    `near`, callers may feed choices of experts that count at near ties: see `follow`.
+    Weights stay in their files and in their dtype. Each op casts the weight that it uses, so that
+    memory holds one cast weight at a time. Packed weights are all unpacked into memory at once.
 
-    Weights stay in their files and dtype; each op casts what it uses, so that memory holds one
-    weight at a time. Packed weights are unpacked first, all of them.
+    Args:
+        taps: inner values that a call returns besides the outputs.
+        given: inner values that callers may feed in place of the computed ones: see `inject`.
+        near: a limit, with which callers may feed choices of experts at near ties: see `follow`.
     """
     graph = build_graph(spec, precision, part=part)
     fill(graph, entries)
@@ -56,7 +58,7 @@ def eager_engine(
 
 
 def fill(graph: fx.GraphModule, entries: Mapping[str, Entry]) -> None:
-    """Replace the meta weights of `graph` by views of their bytes, or by what packed ones mean."""
+    """Replace the meta weights of `graph` by views of their bytes; unpack packed weights."""
     for name in dict(graph.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         entry = entries[name]

@@ -1,7 +1,7 @@
-"""What an engine is: how it runs the graphs of an artefact, as one record.
+"""The record that describes an engine: how it runs the graphs of an artefact.
 
-Each engine's file ends with its record, `ENGINE`. A target names the engines that run its artefacts
-(`moec.artefact.targets`).
+Each engine's file ends with its record, `ENGINE`. A target's record names the engines that run its
+artefacts (`moec.artefact.targets`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,23 +15,23 @@ from moec.artefact.manifest import NAME
 from moec.runtime.batching import PREFILL_CHUNK
 from moec.spec.errors import refuse
 
-#: One call of a graph: inputs by name to outputs by name.
+#: Runs one call of a graph: inputs by name -> outputs by name.
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-#: How caches lie in memory.
-#: "slots": [batch, slots, kv_heads * head_dim], each call returns new ones.
-#: "buffers": [batch, kv_heads, slots, head_dim], each call writes into them.
+#: The layout of caches in memory.
+#: "slots": [batch, slots, kv_heads * head_dim]; each call returns new caches.
+#: "buffers": [batch, kv_heads, slots, head_dim]; each call writes into the given caches.
 Layout = Literal["slots", "buffers"]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the calls of an engine look like.
+    """The layout of an engine's caches, and the largest calls that it takes.
 
     Attributes:
-        layout: of the caches.
-        prefill_chunk: tokens of a prompt that one call takes at most.
-        context: positions of a cache, for an engine that was compiled for them; None: any number.
-        batch: rows of a decode step at most; None: any number.
+        layout: the layout of the caches.
+        prefill_chunk: the most tokens of a prompt in one call.
+        context: the number of tokens in a cache that the engine was compiled for; None: any.
+        batch: the most sequences in a decode step; None: any number.
     """
 
     layout: Layout = "slots"
@@ -42,19 +42,19 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """How an engine runs artefacts.
+    """The record of an engine.
 
     Attributes:
-        name: what users call it.
-        title: what a report calls it.
+        name: its name on the command line.
+        title: its name in a report.
         open: (artefact, part, device, name of the session options, taps) -> one part, "model" or
-            "vision", ready to run; taps name the inner values that it returns too.
-        check: refuses a device on which it cannot run the artefact (exit code 3), or that does not
-            exist (2).
-        limits: (artefact, device) -> what its calls look like.
-        compute: what it computes in, where that is not what the artefact says.
-        note: what a report says of running the artefact so, where that needs saying.
-        queues: whether a decode step on a GPU returns before the GPU is done.
+            "vision", ready to run; taps are the inner values that a call returns too.
+        check: refuses a device on which the engine cannot run the artefact (exit code 3), or that
+            does not exist (2).
+        limits: (artefact, device) -> the limits of its calls.
+        compute: the dtype that it computes in; None: the one in the artefact's manifest.
+        note: (artefact) -> a remark for the report of a proof; None: there is none.
+        queues: whether a decode step on a GPU returns before the GPU has finished.
     """
 
     name: str
@@ -67,15 +67,17 @@ class Engine:
     queues: bool = False
 
     def computes(self, artefact: Artefact) -> str:
-        """What it computes `artefact` in: "fp32", "fp16" or "bf16"."""
+        """The dtype in which it computes `artefact`: "fp32", "fp16" or "bf16"."""
         return self.compute or artefact.manifest.compute
 
 
 def compiled_limits(artefact: Artefact, batch: bool) -> Limits:
-    """The limits of graphs that were built for the sizes in the manifest's options.
+    """The limits of TensorRT engines, which are built for the sizes in the manifest's options.
+
+    `batch` says whether the batch is limited, too.
 
     Raises:
-        MoecError: the manifest has none.
+        MoecError: the manifest has no such options.
     """
     options = artefact.manifest.options
     if options is None:

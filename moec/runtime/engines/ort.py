@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: an artefact's ONNX files on the CPU or on CUDA."""
+"""The ONNX Runtime engine: it runs an artefact's ONNX files on the CPU or on CUDA."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from moec.spec import names
 from moec.spec.errors import refuse
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
-#: the first version of onnxruntime that quantised artefacts were run on; 1.30 refuses them
+#: the first version of onnxruntime that is known to run quantised artefacts; 1.30 refuses them
 QUANTIZED_FROM = (1, 32)
 _KINDS = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
@@ -32,12 +32,14 @@ def ort_engine(
 ) -> Run:
     """Open a part of `artefact`, "model" or "vision", in ONNX Runtime.
 
-    `taps` names inner values to return as well. Caches that are buffers are bound, not copied: the
-    call writes into the tensors that it is given.
+    `options_name` is the name of a set of session options, and `taps` are inner values that a call
+    returns besides the outputs. Caches that are buffers are bound, not copied: a call writes into
+    the tensors that it is given.
 
     Raises:
         MoecError: onnxruntime is not installed (exit code 3), it has no kernels for the artefact's
-            precision on `device` (3), or it refuses the model (1).
+            precision on `device` (3), it refuses the model (1), or the artefact has no such session
+            options or no weights (2).
     """
     manifest = artefact.manifest
     check_kernels(artefact, device)
@@ -50,7 +52,7 @@ def ort_engine(
             " or ".join(manifest.presets) or "presets: an older version of moec built it",
             "choose one of them" if manifest.presets else "build the artefact again",
         )
-    artefact.stored()  # refuses unbound artefacts and changed shards with a clear message
+    artefact.stored()  # refuses unbound artefacts and changed shards
     options = onnxruntime.SessionOptions()
     chosen = manifest.presets[options_name].model_dump()
     for key, text in chosen.pop("entries").items():
@@ -59,13 +61,13 @@ def ort_engine(
     for key, setting in chosen.items():
         setattr(options, key, setting)
     options.add_session_config_entry(_FOLDER, str(artefact.weights_folder.resolve()))
-    # Errors only: an input that may be left out, image_features, earns a warning at each start.
+    # Log errors only: ONNX Runtime warns of the optional input image_features at each start.
     options.log_severity_level = 3
     file = artefact.graph(part)
     try:
         model = _with_outputs(file, taps)
         session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
-    except Exception as error:  # the bindings raise a dozen unrelated types
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
         refuse(
             file,
             next(iter(str(error).splitlines()), type(error).__name__),
@@ -78,7 +80,7 @@ def ort_engine(
     inputs = shapes.keys()
     optional = {port.name for port in session.get_overridable_initializers()}
     outputs = {port.name: (port.shape, _KINDS.get(port.type)) for port in session.get_outputs()}
-    # Sizes by name: read off an input that has them; caches share theirs with one another.
+    # For each symbolic size, an input and the axis where a call finds its value.
     named = {
         dim: (name, i)
         for name, shape in reversed(shapes.items())
@@ -93,21 +95,21 @@ def ort_engine(
         results = session.run_with_ort_values(list(outputs), values)
         return dict(zip(outputs, map(_tensor, results), strict=True))
 
-    # A model has its inputs, outputs and buffers in one binding, which keeps what did not change.
+    # One binding holds the inputs, outputs and buffers; a call binds again only what has changed.
     binding = session.io_binding()
     bound: dict[str, Tensor] = {}
 
     def run_bound(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         nonlocal binding
         given = inputs | (optional & feeds.keys())
-        # Anew with other buffers, and where an input is left out this time.
+        # Start a new binding if the buffers are others, or if this call leaves an input out.
         anew = any(bound.get(past) is not feeds[past] for past in kept.values())
         anew = anew or bool(bound.keys() - given)
         if anew:
             binding = session.io_binding()
             bound.clear()
         for name in given:
-            if bound.get(name) is not feeds[name]:  # buffers stay from step to step
+            if bound.get(name) is not feeds[name]:  # the buffers are the same in each step
                 binding.bind_input(name, *_place(feeds[name]))
                 bound[name] = feeds[name]
         fresh: dict[str, Tensor] = {}
@@ -119,7 +121,7 @@ def ort_engine(
             elif past is None:
                 size = [sizes.get(dim, dim) for dim in shape]
                 if kind is None or any(isinstance(dim, str) for dim in size):
-                    binding.bind_output(name, "cpu")  # only the run knows its size
+                    binding.bind_output(name, "cpu")  # its size is known only after the run
                 else:
                     fresh[name] = torch.empty(size, dtype=kind, device=device)
                     binding.bind_output(name, *_place(fresh[name]))
@@ -139,7 +141,7 @@ def ort_engine(
 
 
 def _value(onnxruntime: Any, tensor: Tensor) -> Any:
-    """`tensor` for a session on the CPU, without a copy; numpy has no FP8."""
+    """`tensor` as a value of ONNX Runtime on the CPU, without a copy; numpy lacks FP8."""
     kind = DTYPES[tensor.dtype].value
     if tensor.dtype == FP8:
         tensor = tensor.view(torch.uint8)
@@ -148,13 +150,13 @@ def _value(onnxruntime: Any, tensor: Tensor) -> Any:
 
 
 def _tensor(value: Any) -> Tensor:
-    """A result on the CPU, without a copy."""
+    """A result on the CPU as a tensor, without a copy."""
     found = torch.from_numpy(value.numpy())
     return found.view(FP8) if value.data_type() == "tensor(float8e4m3fn)" else found
 
 
 def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
-    """Where `tensor` lies, for IOBinding: device, its number, element type, shape, address."""
+    """`tensor` as arguments of IOBinding: device, device number, element type, shape, address."""
     assert tensor.is_contiguous()
     device = tensor.device
     kind = DTYPES[tensor.dtype].value
@@ -162,10 +164,10 @@ def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
 
 
 def _runtime(device: str) -> Any:
-    """The onnxruntime module.
+    """Import onnxruntime.
 
     Raises:
-        MoecError: it is not installed, or has no provider for `device`.
+        MoecError: onnxruntime is not installed, or has no provider for `device` (exit code 3).
     """
     package, extra = ("onnxruntime-gpu", "cuda") if device == "cuda" else ("onnxruntime", "cpu")
     try:
@@ -191,13 +193,13 @@ def _runtime(device: str) -> Any:
             exit_code=3,
         )
     if device == "cuda":
-        onnxruntime.preload_dlls()  # the CUDA libraries that came with torch
-        onnxruntime.set_default_logger_severity(3)  # it warns of each ScatterND
+        onnxruntime.preload_dlls()  # load the CUDA libraries that came with torch
+        onnxruntime.set_default_logger_severity(3)  # else it warns of each ScatterND
     return onnxruntime
 
 
 def _check_version(artefact: Artefact, version: str) -> None:
-    """Refuse quantised experts where QMoE has no accuracy_level yet (exit code 3)."""
+    """Refuse quantised experts if this version's QMoE lacks accuracy_level (exit code 3)."""
     quantized = any(packing.bits for packing in artefact.manifest.packings.values())
     if quantized and tuple(map(int, version.split(".")[:2])) < QUANTIZED_FROM:
         refuse(
@@ -236,9 +238,10 @@ def check_kernels(artefact: Artefact, device: str) -> None:
 
 
 def _with_outputs(file: Path, taps: Sequence[str]) -> str | bytes:
-    """The model in `file`, its results and `taps` as numpy can hold them: bf16 cast to float32.
+    """The model in `file` with `taps` as further outputs; bf16 outputs are cast to float32.
 
-    A changed model is in memory; its weights stay where they are.
+    numpy has no bf16. Returns the path if nothing has to change, else the changed model as bytes;
+    its weights stay in their files.
     """
     model = load_onnx(file)
     known = {each.name: each for node in model.graph for each in node.outputs}

@@ -1,7 +1,7 @@
-"""The engine of target `torch`: an artefact's programs on the CPU, in plain torch, or on CUDA.
+"""The engine of target `torch`: it runs an artefact's programs on the CPU or on CUDA.
 
-On CUDA the fused ops are kernels; elsewhere they are their own eager meaning, which says what the
-numbers are and is not fast. Triton is imported when a session on CUDA opens, and not before.
+On CUDA the fused FP8 ops run moec's kernels. On the CPU they run their eager code in plain torch,
+which gives the right numbers and is slow. Triton is imported only when a session on CUDA opens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import moec.graph_builder.ops  # noqa: F401  a program's file names these ops
+import moec.graph_builder.ops  # noqa: F401  a program's file refers to these ops
 from moec.artefact.artefact import Artefact
 from moec.exporters.torch.program import part_graph
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
@@ -22,7 +22,7 @@ from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
 
-#: what differs from one decode step to the next
+#: the inputs that differ from one decode step to the next
 MOVING = (
     names.INPUT_IDS,
     names.PAST_LENGTHS,
@@ -41,13 +41,18 @@ def torch_engine(
 ) -> Run:
     """Open a part of `artefact`, "model" or "vision", on `device`.
 
-    Caches are written where they are. `taps` names inner values to return as well: the part's graph
-    is then built again from the spec, by what made the file, and run in its place. `weights`, by
-    name and on `device`, stand in for the artefact's own, which need not be there.
+    A call writes into the caches that it is given.
+
+    Args:
+        taps: inner values that a call returns besides the outputs. With taps, the part's graph is
+            built again from the spec and runs in place of the file's program.
+        weights: tensors on `device`, by name, to use in place of the artefact's weights, which may
+            be missing then.
 
     Raises:
-        MoecError: no weights, or a broken program; with exit code 3 no such device, no Triton, a
-            model that the kernels do not fit, or not enough memory, now or in a call.
+        MoecError: the artefact has no weights, or its program is broken. With exit code 3: the
+            device or Triton is missing, the kernels do not support the model's sizes, or memory is
+            short, now or in a call.
     """
     check_device(device, str(artefact.path))
     if device == "cuda":
@@ -72,12 +77,12 @@ def torch_engine(
     }
 
     def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        own = list(values)  # of this call: a list that stayed would keep its caches alive
+        own = list(values)  # a list that outlives the call would keep the caches alive
         for i, name in fed:
             value = feeds.get(name, defaults.get(name))
             if value is None:
                 raise KeyError(name)
-            # How many slots are in use, the host has to know.
+            # The host needs the number of slots in use, so that it stays on the CPU.
             own[i] = value if names.is_total(name) else value.to(device)
         return tuple(graph(*own))
 
@@ -97,11 +102,11 @@ def torch_engine(
 
 
 def _stored(artefact: Artefact, part: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The program in a part's file, and its outputs by name."""
+    """The program in a part's file, and the names of its outputs."""
     file = artefact.graph(part)
     try:
         program = torch.export.load(file)
-    except Exception as error:  # torch raises whatever it stumbles over
+    except Exception as error:  # torch raises exceptions of many types
         refuse(
             file,
             next(iter(str(error).splitlines()), type(error).__name__),
@@ -110,14 +115,14 @@ def _stored(artefact: Artefact, part: str) -> tuple[fx.GraphModule, tuple[str, .
             exit_code=1,
             cause=error,
         )
-    # As it is: the module around it would look at a thousand inputs in each call.
+    # Not `program.module()`: it would check a thousand inputs in each call.
     return program.graph_module, tuple(p.name for p in artefact.manifest.ports(part).outputs)
 
 
 def _tapped(
     artefact: Artefact, part: str, taps: Sequence[str]
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The graph that a part's file was made from, with `taps` as outputs."""
+    """The graph from which a part's file was made, with `taps` as further outputs."""
     graph = part_graph(artefact.manifest.spec, artefact.manifest.compute, part, taps)
     outputs = list(graph.graph.nodes)[-1].meta["outputs"]
     return lift_weights(graph), outputs
@@ -128,9 +133,9 @@ def _flat(name: str) -> str:
 
 
 def torch_with(weights: Mapping[str, Tensor] | None) -> Engine:
-    """The engine, on `weights` in place of the decoder's own if there are any.
+    """The record of the engine that uses `weights` in place of the decoder's own.
 
-    They are named as the artefact's and lie on the session's device: see `torch_engine`.
+    `weights` are as in `torch_engine`; with None the engine loads the artefact's weights.
     """
 
     def opened(

@@ -1,4 +1,4 @@
-"""The same tokens in pieces through the caches, against one call without: an engine with itself."""
+"""Compare an engine with itself: tokens in several calls through the caches, and in one call."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
@@ -13,7 +13,7 @@ from moec.runtime.proof.report import Check, spoken
 from moec.runtime.session import Session
 
 
-def in_pieces(
+def chunked_prefill(
     name: str,
     session: Session,
     ids: Tensor,
@@ -24,15 +24,15 @@ def in_pieces(
     reference: Callable[[], Session],
     features: Tensor | None = None,
 ) -> Check:
-    """Append ids [B, S] cut at columns `cuts`; compare each piece's end with `whole`.
+    """Append ids [B, S] in chunks that end at columns `cuts`; compare the logits at each end.
 
-    `whole` is a trace of one call: logits, and the choices of experts that `session` shows. Where
-    the pieces choose others, `reference` opens what decides. `features` [N, dim] are those of the
-    rows' own image tokens.
+    `whole` is the trace of one call without a cache: its logits, and the choices of experts that
+    `session` shows. If the chunks choose other experts, the session that `reference` opens decides
+    between the two: see `settled`. `features` [N, dim] are those of the N image tokens.
     """
     images = image_mask(session.spec, ids, lengths)
     edges = [0, *sorted({cut for cut in cuts if 0 < cut < ids.shape[1]}), ids.shape[1]]
-    cache = session.new_cache(len(ids), 1)  # grows on the way
+    cache = session.new_cache(len(ids), 1)  # it grows with each call
     mine = torch.arange(ids.shape[1]) < lengths[:, None]
     before = lengths.cumsum(0) - lengths  # own tokens of the rows above
     routes = choices(session.spec, tolerance)
@@ -41,16 +41,14 @@ def in_pieces(
     for start, end in pairwise(edges):
         own = (lengths - start).clamp(0, end - start)
         columns = slice(start, end)
-        fused = (
-            None if features is None else features_within(features, images, slice(None), columns)
-        )
+        here = None if features is None else features_within(features, images, slice(None), columns)
         last = torch.zeros(len(ids), session.spec.text.vocab)
-        for rows, part, out in session.walk(ids[:, columns], own, cache, fused, every=False):
-            ends = (own[rows] > part.start) & (own[rows] <= part.stop)
+        for rows, within, out in session.walk(ids[:, columns], own, cache, here, every=False):
+            ends = (own[rows] > within.start) & (own[rows] <= within.stop)
             last[rows][ends] = out["logits"].cpu()[ends, 0]
             for each, experts in chosen.items():
-                here = experts[rows, start + part.start : start + part.stop]
-                here.copy_(out[each].view_as(here))
+                place = experts[rows, start + within.start : start + within.stop]
+                place.copy_(out[each].view_as(place))
         found.append(last[own > 0])
         places.append((before + start + own - 1)[own > 0])
     own_chosen = {each: experts[mine] for each, experts in chosen.items()}

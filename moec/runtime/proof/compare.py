@@ -1,4 +1,4 @@
-"""Two results of one computation: how far apart, against which limit."""
+"""Compare two results of one computation, and hold their difference against a limit."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,22 @@ from moec.runtime.proof.report import Check
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Limits for one precision. Errors are |a - b| over |b| in the norm of order `order`.
+    """Limits for one precision.
 
-    float32 is held to its largest element. In narrower types roundings move some tokens far: there
-    the limit is on the Euclidean norm, over the share of tokens that has to agree.
+    In float32 the limit holds for the largest element. In narrower dtypes roundings change some
+    tokens a lot. There the limit holds for the Euclidean norm over the best tokens, and `agreement`
+    says what share of the tokens these are.
 
-    A router flips where its best experts are a rounding apart, and then its token is another one.
-    Where the experts' logits lie within `near`, as a share of the largest, the reference takes the
-    engine's choice. Without `near` such tokens are among those that may disagree.
+    A rounding may flip a near tie in a router, and the token's values are then quite different. If
+    the logits of the experts are within `near`, the reference takes the engine's choice. Without
+    `near`, such tokens are among those that may disagree.
+
+    Attributes:
+        error: the largest |a - b| / |b| allowed, in the norm of order `order`.
+        agreement: the smallest share of tokens that must agree.
+        order: the order of the norm; infinity is the largest element.
+        near: the difference of two router logits below which they are a near tie, as a share of
+            the layer's largest logit; None: the reference always takes its own choice.
     """
 
     error: float
@@ -33,31 +41,37 @@ TOLERANCES = {
     "fp16": Tolerance(error=3e-2, agreement=0.98, order=2, near=3e-2),
     "bf16": Tolerance(error=2e-1, agreement=0.9, order=2, near=2e-1),
 }
-#: of one layer on inputs that are the same, of the better half of the tokens: a rounding to FP8
-#: falls on either side of a tie, in bf16 in one of a few tokens, and changes an element by a
-#: sixteenth; in one of a hundred it changes the expert, and attention carries that to tokens after
+#: limits for one layer whose inputs are the same, over the better half of the tokens. The two sides
+#: may round a value to different FP8 neighbours, which changes it by a sixteenth; in bf16 that
+#: happens to one token in a few. For one token in a hundred such a rounding changes the expert, and
+#: attention carries the change to the tokens after it.
 SAME_INPUTS = {
     **dict.fromkeys(("fp32", "fp16"), Tolerance(error=1e-3, agreement=0.5, order=2)),
     "bf16": Tolerance(error=5e-2, agreement=0.5, order=2),
 }
-#: of the same, with the tokens that such roundings have touched: in bf16 one in ten of a short text
+#: limits for the same layer over most tokens, with those that such roundings changed: in bf16 one
+#: in ten of a short text
 SAME_INPUTS_MOST = {
     **dict.fromkeys(("fp32", "fp16"), Tolerance(error=5e-2, agreement=0.95, order=2)),
     "bf16": Tolerance(error=2e-1, agreement=0.95, order=2),
 }
-#: tokens of an expert of which the better half says something of it
+#: the fewest tokens of an expert for which it gets an error of its own
 ENOUGH = 8
-#: of all layers, where each such rounding moves others: what is left is as near as FP8 itself is
+#: limits for all layers together, in which each such rounding causes others: as large as the error
+#: of FP8 itself
 FP8_NOISE = Tolerance(error=2e-1, agreement=0.9, order=2, near=2e-1)
-#: of products that round activations to int8, in blocks: of the better half of the tokens, since a
-#: rounding that flips a router changes a token altogether
+#: limits for products that round activations to int8 in blocks, over the better half of the tokens:
+#: a rounding that flips a router changes a token altogether
 FAST_PRODUCTS = Tolerance(error=1e-1, agreement=0.5, order=2)
 
 
 def error(
     name: str, found: Tensor, expected: Tensor, tolerance: Tolerance, detail: str = ""
 ) -> Check:
-    """The error of `found` against `expected`, both [tokens, ...], in the tolerance's norm."""
+    """Check the error of `found` against `expected`, both [tokens, ...], in the tolerance's norm.
+
+    A value that is not finite fails the check.
+    """
     found, expected = found.double().flatten(1), expected.double().flatten(1)
     if not bool(found.isfinite().all()) or not bool(expected.isfinite().all()):
         where = "model" if expected.isfinite().all() else "reference too: look at the weights"
@@ -74,9 +88,10 @@ def error(
 def worst_error(
     name: str, found: Tensor, expected: Tensor, chosen: Tensor | None, tolerance: Tolerance
 ) -> Check:
-    """The largest error, of all tokens and of those of each expert that has `ENOUGH`.
+    """Check the largest of several errors: over all tokens, and over the tokens of each expert.
 
-    chosen [tokens, k] are experts. What is wrong with one expert, most tokens do not show.
+    chosen [tokens, k] are the experts of each token; experts with fewer than `ENOUGH` tokens are
+    left out. Most tokens do not show what is wrong with one expert.
     """
     groups: dict[str, slice | Tensor] = {"": slice(None)}
     groups |= {} if chosen is None else _by_expert(chosen)
@@ -90,18 +105,22 @@ def _by_expert(chosen: Tensor) -> dict[str, Tensor]:
 
 
 def agreement(name: str, same: Tensor, clear: Tensor, tolerance: Tolerance) -> Check:
-    """The share that agrees; near ties within the error limit are not held against either side."""
+    """Check the share of tokens that agree.
+
+    `same` [tokens] says which tokens agree, `clear` [tokens] which have no near tie. A token that
+    disagrees at a near tie counts as agreeing.
+    """
     ties = int((~same & ~clear).sum())
     share = float((same | ~clear).double().mean())
     limit = tolerance.agreement
-    if limit < 1:  # of few tokens, one may be off
+    if limit < 1:  # one token may always disagree
         limit = min(limit, 1 - 1 / len(same))
     detail = f"{len(same)} tokens" + (f", {ties} near ties left out" if ties else "")
     return Check(name, "agreement", share, limit, detail)
 
 
 def argmax_agreement(name: str, found: Tensor, expected: Tensor, tolerance: Tolerance) -> Check:
-    """Whether logits [T, vocab] choose the same tokens."""
+    """Check that logits [T, vocab] of both sides choose the same tokens."""
     best = expected.topk(2).values
     clear = best[:, 0] - best[:, 1] > tolerance.error * expected.abs().max()
     return agreement(name, found.argmax(-1) == expected.argmax(-1), clear, tolerance)

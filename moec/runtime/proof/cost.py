@@ -1,4 +1,4 @@
-"""What a precision costs: an artefact against the wide weights it was made from, token by token."""
+"""Measure what a precision costs: compare an artefact with the wide weights it was made from."""
 
 import math
 from collections.abc import Callable
@@ -19,16 +19,27 @@ from moec.spec.errors import refuse
 from moec.spec.files import diff
 from moec.weights.name_map import read_model
 
-#: rows and tokens that the reference draws from itself where nobody gives any
+#: the number of sequences that the reference generates if the user gives none, and their length
 ROWS, TOKENS = 4, 128
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Means over all tokens but the last of each row; KL in nats, from the reference.
+    """What a precision costs, as means over all tokens but the last of each sequence.
 
-    `layers` has the relative error of each layer's output, `flips` the share of tokens whose
-    experts are others, by layer. Each model runs on its own values throughout.
+    Each model computes every layer from its own values.
+
+    Attributes:
+        reference: the folder of the wide weights.
+        text: where the tokens come from.
+        tokens: the number of tokens.
+        reference_perplexity, perplexity: of the wide weights and of the artefact.
+        kl: the KL divergence of the artefact from the reference, in nats a token.
+        kl_99: its 99th percentile.
+        same_choice: the share of tokens after which both find the same token likeliest.
+        router_flips: the share of tokens and layers for which the experts differ.
+        flips: the same for each layer.
+        layers: the relative error of each layer's output.
     """
 
     reference: str
@@ -56,18 +67,19 @@ def cost(
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Cost:
-    """Run `artefact`, and the float32 eager graph on wide weights, over `rows` [n, length].
+    """Compare `artefact` with the float32 eager reference on wide weights, on the same tokens.
 
     Args:
-        reference: a checkpoint folder; "bf16", "fp16" or "fp32": the one that was built from.
-        rows: token ids, or a file of them (see `read_rows`); None: the reference draws them
-            from itself, at temperature 1.
+        reference: the folder of the wide weights; "bf16", "fp16" or "fp32" means the checkpoint
+            from which the artefact was built.
+        rows: token ids [n, length], or a file of them (see `read_rows`); None: the reference
+            generates them at temperature 1.
         device: where the artefact runs.
-        seed: of that draw.
+        seed: the seed of that generation.
         progress: called with (stage, done, total).
 
     Raises:
-        MoecError: no such checkpoint, one of FP8 weights, or of another model.
+        MoecError: the reference is missing, has FP8 weights, or is another model.
     """
     folder = _folder(artefact, reference)
     spec, _, entries = read_model(folder)
@@ -142,7 +154,7 @@ def _folder(artefact: Artefact, reference: str) -> Path:
 
 
 def _draw(session: Session, seed: int) -> Tensor:
-    """Rows that are likely to the model itself: random tokens would be noise to both."""
+    """Generate sequences that the model finds likely: random tokens would be noise to it."""
     start = session.spec.tokens.bos
     first = torch.full((ROWS, 1), 0 if start is None else start)
     rows: Tensor = session.generate(
@@ -156,7 +168,7 @@ def _trace(session: Session, row: Tensor, taps: list[str]) -> dict[str, Tensor]:
 
 
 class _Sums:
-    """Running sums over rows, so that memory holds the logits of one."""
+    """Running sums over sequences, so that memory holds the logits of one sequence only."""
 
     def __init__(self, layers: list[str], routes: list[str]) -> None:
         self.layers, self.routes = layers, routes

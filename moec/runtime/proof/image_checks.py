@@ -1,4 +1,4 @@
-"""Checks of a proof that concern images: the tower layer by layer, fusion, and images in pieces."""
+"""The checks of a proof that concern images: the vision tower, and images in text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.engines.eager import eager_engine
-from moec.runtime.proof.chunked_prefill import in_pieces
+from moec.runtime.proof.chunked_prefill import chunked_prefill
 from moec.runtime.proof.compare import Tolerance, argmax_agreement, error
 from moec.runtime.proof.near_ties import choices, following
 from moec.runtime.proof.report import Check
@@ -15,15 +15,19 @@ from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec import names
 from moec.spec.model import ModelSpec
 
-#: tiles that the rows of the drawn text hold, where they fit
+#: the number of tiles in each sequence of the drawn text, if they fit
 ROWS = (2, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """Noise as `pixels` [sum(ROWS), C, H, W], and text with `placed` of these tiles in it.
+    """Image tiles of noise, and text that contains some of them.
 
-    `ids` [B, S] are image tokens where `seen` [B, S], in the first two rows.
+    Attributes:
+        pixels: the tiles, [sum(ROWS), C, H, W].
+        ids: the text, [B, S], with image tokens in its first two sequences.
+        seen: which of these are image tokens, bool [B, S].
+        placed: the number of tiles in the text.
     """
 
     pixels: Tensor
@@ -35,7 +39,7 @@ class Images:
 def draw_images(
     spec: ModelSpec, ids: Tensor, lengths: Tensor, generator: torch.Generator
 ) -> Images:
-    """Tiles of noise, and a copy of `ids` [B, S] with image tokens in the middle of two rows."""
+    """Draw tiles of noise, and put image tokens into two sequences of a copy of `ids` [B, S]."""
     vision, image = spec.vision, spec.tokens.image
     assert vision is not None and image is not None
     shape = (sum(ROWS), vision.channels, vision.image, vision.image)
@@ -52,9 +56,9 @@ def draw_images(
     return Images(pixels, ids, ids == image, placed)
 
 
-def tower(subject: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
-    """The vision tower stage by stage: patches, every layer, adapter, projector."""
-    spec, entries = subject.artefact.manifest.spec, subject.artefact.entries()
+def tower(tested: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+    """Compare the vision tower stage by stage: patches, every layer, adapter, projector."""
+    spec, entries = tested.artefact.manifest.spec, tested.artefact.entries()
     assert spec.vision is not None
     shown = {
         names.vision("tokens"): names.vision("tokens"),
@@ -68,7 +72,7 @@ def tower(subject: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> I
     found, expected = (
         {name: each.cpu() for name, each in run({names.PIXEL_VALUES: pixels}).items()}
         for run in (
-            subject.tower(taps),
+            tested.tower(taps),
             eager_engine(spec, entries, "fp32", taps, "vision"),
         )
     )
@@ -78,20 +82,20 @@ def tower(subject: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> I
 
 
 def fusion(
-    subject: ArtefactUnderTest, images: Images, lengths: Tensor, tolerance: Tolerance
+    tested: ArtefactUnderTest, images: Images, lengths: Tensor, tolerance: Tolerance
 ) -> Iterator[Check]:
-    """Images in text: the fused embeddings, the logits, and the same through the caches."""
+    """Compare images in text: the embeddings with image features, the logits, and the caches."""
     pixels = images.pixels[: images.placed]
-    spec = subject.artefact.manifest.spec
+    spec = tested.artefact.manifest.spec
     routes = choices(spec, tolerance)
-    session = subject.session([names.WITH_IMAGES, *routes])
+    session = tested.session([names.WITH_IMAGES, *routes])
     features = session.image_features(pixels)
     whole = session.trace(images.ids, lengths, [names.WITH_IMAGES, *routes], features)
-    reference = subject.reference([names.WITH_IMAGES], tolerance.near)
+    reference = tested.reference([names.WITH_IMAGES], tolerance.near)
     judged = following(reference, {name: whole[name] for name in routes}, lengths).trace(
         images.ids, lengths, [names.WITH_IMAGES], reference.image_features(pixels)
     )
-    # Images alone: beside trained embeddings their features may be too small to show an error.
+    # Compare image tokens only: trained embeddings may be so large that they hide an error.
     own = torch.arange(images.ids.shape[1]) < lengths[:, None]
     seen = images.seen[own]
     found, expected = (out[names.WITH_IMAGES][seen] for out in (whole, judged))
@@ -100,11 +104,11 @@ def fusion(
     found, expected = whole["logits"], judged["logits"]
     yield error("images: logits", found, expected, tolerance)
     yield argmax_agreement("images: argmax", found, expected, tolerance)
-    cuts = set()  # that part images
+    cuts = set()  # columns inside images
     for row in images.seen:
         columns = row.nonzero()[:, 0].tolist()
         cuts |= {columns[len(columns) // 3], columns[len(columns) // 2]} if columns else set()
-    yield in_pieces(
+    yield chunked_prefill(
         "images: in pieces", session, images.ids, lengths, cuts, whole, tolerance,
         lambda: reference, features,
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Which experts an engine chose for each token, and a reference that agrees at near ties.
+"""Make the reference follow an engine's choices of experts at near ties.
 
-A router whose two best experts are a rounding apart may choose either. What follows is another
-token, and no limit on an error holds for it. So the reference takes the engine's choice there.
+A router whose best experts are within a rounding of each other may choose either. The two choices
+give quite different values, for which no limit on an error holds. So at a near tie the reference
+takes the engine's choice.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,16 +18,20 @@ from moec.spec.model import ModelSpec
 
 
 def choices(spec: ModelSpec, tolerance: Tolerance) -> list[str]:
-    """Names of the choices [tokens, k] that the reference follows; none if flips are tolerated."""
+    """The names of the values [tokens, k] that hold the engine's choices of experts.
+
+    There are none if the reference does not follow choices in this precision.
+    """
     if tolerance.near is None:
         return []
     return [names.chosen(layer.index) for layer in spec.text.all_layers if layer.moe]
 
 
 def following(reference: Session, chosen: Mapping[str, Tensor], lengths: Tensor) -> Session:
-    """`reference`, for one call with rows of `lengths` [B] and no cache.
+    """`reference` that takes the experts `chosen` [tokens, k], by name, at near ties.
 
-    It takes the experts `chosen` [own tokens, k], by name, where its own routers are at near ties.
+    The session is for one call without a cache, on sequences of `lengths` [B]. `chosen` has no rows
+    for padding.
     """
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,7 +46,7 @@ def following(reference: Session, chosen: Mapping[str, Tensor], lengths: Tensor)
 
 
 def watched(session: Session, taps: list[str]) -> tuple[Session, dict[str, list[Tensor]]]:
-    """`session`, and the inner values `taps` of each call that it will make."""
+    """`session`, and lists that collect the inner values `taps` of each call that it will make."""
     seen: dict[str, list[Tensor]] = {name: [] for name in taps}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -61,10 +66,12 @@ def settled(
     expected: Mapping[str, Tensor],
     features: Tensor | None = None,
 ) -> Tensor:
-    """The logits [own tokens, vocab] that one run of an engine is held to by another, `expected`.
+    """The logits [tokens, vocab] with which a run of an engine must agree.
 
-    If the two chose other experts for a token of rows ids [B, S], the reference decides: then the
-    logits are its own, as it follows the choices in `found` at near ties.
+    `found` are the values of that run on ids [B, S], `expected` those of another run of the same
+    engine. If both chose the same experts for every token, the logits are those of `expected`.
+    Otherwise the reference decides: the logits are its own, and it follows the choices in `found`
+    at near ties.
     """
     chosen = {name: each for name, each in found.items() if name != "logits"}
     if all(torch.equal(each, expected[name]) for name, each in chosen.items()):

@@ -1,4 +1,4 @@
-"""A proof as data: checks with their figures and limits, and one verdict."""
+"""The report of a proof: its checks, with their figures and limits, and one verdict."""
 
 import html
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison: an error that may not exceed its limit, or a share that must reach it."""
+    """One comparison: an error of at most `limit`, or a share of at least `limit` that agrees."""
 
     name: str
     kind: str  # "error" or "agreement"
@@ -19,18 +19,31 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False for NaN either way."""
+        """Whether the figure keeps its limit; False for NaN."""
         return self.found <= self.limit if self.kind == "error" else self.found >= self.limit
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data; a figure that is not finite is None, which JSON can say."""
+        """Plain data for JSON; a figure that is not finite becomes None."""
         found = self.found if math.isfinite(self.found) else None
         return {**asdict(self), "found": found, "passed": self.passed}
 
 
 @dataclass(slots=True)
 class Report:
-    """What was compared with what, on which tokens, and how it went."""
+    """What was compared with what, on which tokens, and with which result.
+
+    Attributes:
+        subject: what was proven.
+        engine, reference: what ran it, and what it was compared with.
+        precision: the precision of the artefact.
+        seed: the seed of the tokens.
+        tokens: the length of each sequence.
+        twin: whether a reduced-size model was proven.
+        checks: the comparisons, in the order in which values are computed.
+        notes: remarks for the reader.
+        versions: the versions of the packages that built the artefact.
+        cost: what the precision costs, if that was measured.
+    """
 
     subject: str
     engine: str
@@ -46,12 +59,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """True if there were checks and all of them passed."""
+        """Whether there were checks, and all of them passed."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     @property
     def first_divergence(self) -> str | None:
-        """The earliest value of the graph that is off, or None."""
+        """The name of the first check that failed, or None."""
         return next((check.name for check in self.checks if not check.passed), None)
 
     def to_dict(self) -> dict[str, object]:
@@ -64,7 +77,7 @@ class Report:
         }
 
     def to_html(self, path: str | Path) -> None:
-        """Write a self-contained page with every check to `path`."""
+        """Write a self-contained HTML page with every check to `path`."""
         cost = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
             for row in (cost_cells(self.cost) if self.cost else ())
@@ -92,13 +105,13 @@ class Report:
 
 
 def spoken(lengths: list[int]) -> str:
-    """Lengths of rows; of pairs that come again and again, the first."""
+    """The lengths of sequences in words; a pair of lengths that repeats is named once."""
     pair, many = lengths[:2], len(lengths) // 2
     return f"{many} x {pair}" if many > 1 and lengths == pair * many else str(lengths)
 
 
 def cells(check: dict[str, Any]) -> tuple[str, str, str, str]:
-    """A check as people read it: name, found, limit, detail."""
+    """A check as a row of a table: name, figure, limit, detail."""
     found, limit = check["found"], check["limit"]
     if found is None:
         return check["name"], "not finite", f"<= {limit:.0e}", check["detail"]
@@ -108,7 +121,7 @@ def cells(check: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def cost_cells(cost: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What a precision costs as people read it: name, found, detail."""
+    """What a precision costs, as rows of a table: name, figure, detail."""
     before, after = cost["reference_perplexity"], cost["perplexity"]
     change = f"{100 * (after / before - 1):+.2f} %, from {before:.4f}"
     found = [

@@ -1,4 +1,4 @@
-"""What a proof runs: the artefact in its engine, and the reference on the same weights."""
+"""The artefact under test: it opens sessions on its engine, and on the reference."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from moec.spec import names
 
 @dataclass(frozen=True, slots=True)
 class ArtefactUnderTest:
-    """An artefact as a proof runs it: on a device, with one set of session options throughout.
+    """An artefact that is being proven, on a device and with a named set of session options.
 
-    `taps` below name inner values to make visible.
+    In its methods, `taps` are the inner values that a call returns besides the outputs.
     """
 
     artefact: Artefact
@@ -29,34 +29,34 @@ class ArtefactUnderTest:
 
     @property
     def engine(self) -> Engine:
-        """The engine that proves artefacts of its target."""
+        """The engine in which artefacts of its target are proven."""
         target = find_target(self.artefact.manifest.target)
         return find_engine(self.artefact, target.proof or target.engine)
 
     @property
     def title(self) -> str:
-        """What runs it, in words."""
+        """The engine and the device, in words."""
         return self.engine.title + ("" if self.device == "cpu" else f" on {self.device}")
 
     @property
     def compute(self) -> str:
-        """What it computes in: "fp32", "fp16" or "bf16"."""
+        """The dtype that the engine computes in: "fp32", "fp16" or "bf16"."""
         return self.engine.computes(self.artefact)
 
     def check_device(self) -> None:
-        """Refuse a device that the engine cannot run it on (exit code 3), or no device (2)."""
+        """Refuse a device that the engine cannot use (exit code 3), or that does not exist (2)."""
         self.engine.check(self.artefact, self.device)
 
     def session(self, taps: Sequence[str] = ()) -> Session:
-        """A new session."""
+        """Open a new session on the engine."""
         return artefact_session(self.artefact, self.device, self.options, taps, self.engine)
 
     def tower(self, taps: Sequence[str]) -> Run:
-        """The vision tower alone."""
+        """Open the vision tower alone."""
         return self.engine.open(self.artefact, "vision", self.device, self.options, taps)
 
     def reference(self, taps: Sequence[str] = (), near: float | None = None) -> Session:
-        """The float32 eager reference on the same weights; `near` is as in `eager_engine`."""
+        """Open the float32 eager reference on the same weights; `near` is as in `eager_engine`."""
         return eager_session(
             self.artefact.manifest.spec, self.artefact.entries(), "fp32", taps=taps, near=near
         )
@@ -64,10 +64,11 @@ class ArtefactUnderTest:
     def reference_from(
         self, ids: Tensor, lengths: Tensor, given: Mapping[str, Tensor], taps: Sequence[str]
     ) -> dict[str, Tensor]:
-        """What the reference makes of rows ids [B, S] if the inner values `given` are as given.
+        """Run the reference on ids [B, S] with some inner values replaced by `given`.
 
-        So each stretch between two of them is compared by itself: an error cannot add to others.
-        Values are [own tokens, ...], as `Session.trace` returns them.
+        The reference computes each stretch of the graph from the given values before it. So the
+        stretches are compared one by one, and their errors do not add up. Values are
+        [tokens, ...] without padding, as `Session.trace` returns them.
         """
         spec = self.artefact.manifest.spec
         run = eager_engine(spec, self.artefact.entries(), "fp32", taps, given=tuple(given))

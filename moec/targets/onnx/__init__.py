@@ -1,4 +1,4 @@
-"""Target `onnx`: plain ONNX operators, for any runtime that has them."""
+"""Target `onnx`: ONNX's standard operators, for any runtime that supports them."""
 
 from moec.artefact.targets import Precision, Target
 

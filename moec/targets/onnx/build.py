@@ -1,4 +1,4 @@
-"""How target `onnx` builds: every spec, in plain ONNX."""
+"""How target `onnx` builds: it lowers every spec to ONNX's standard operators."""
 
 from pathlib import Path
 
@@ -19,32 +19,32 @@ from moec.weights.packing import Packing
 
 
 def check(wanted: Wanted) -> None:
-    """Plain ONNX expresses every spec in every precision of the target."""
+    """Refuse nothing: plain ONNX expresses every spec in every precision of the target."""
 
 
 def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:
-    """The graph of each part, after the passes of the dialect."""
+    """The graph of each part, after the passes that the dialect needs."""
     return graphs_of(wanted.spec, wanted.compute, wanted.dialect)
 
 
 def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[ir.Model, dict[str, Packing]]:
-    """`graph` by the rules of the dialect, and the layouts that it wants weights in."""
+    """Lower `graph` with the rules of the dialect; also return how its weights must be packed."""
     lowered = lower_model(graph, wanted.dialect, f"{wanted.spec.name} {part}", part)
     return lowered.model, lowered.packings
 
 
 def load(artefact: Artefact, part: str) -> ir.Model:
-    """The ONNX file of a part; its weights stay where they are."""
+    """Read the ONNX file of a part; its weights stay in their files."""
     return load_onnx(artefact.graph(part))
 
 
 def save(model: ir.Model, path: Path, bound: Bound, options: EngineOptions) -> None:
-    """Point all weights of `model` into their files, and write it."""
+    """Make all weights of `model` refer to their files, and write the model."""
     save_bound(model, path, bound.entries, bound.root)
 
 
 def ports_of(model: ir.Model) -> Ports:
-    """Every input and output."""
+    """All inputs and outputs of `model`."""
     return Ports(inputs=ports(model.graph.inputs), outputs=ports(model.graph.outputs))
 
 

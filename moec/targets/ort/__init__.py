@@ -1,8 +1,8 @@
-"""Target `ort`: ONNX Runtime's own fused operators, and a folder for onnxruntime-genai."""
+"""Target `ort`: ONNX Runtime's own operators, and a folder for onnxruntime-genai."""
 
 from moec.artefact.targets import Precision, Target
 
-#: a block of narrow integers must fit each width (`moec.exporters.onnx.ort_experts.BLOCK`)
+#: each width must be a multiple of a quantisation block (`moec.exporters.onnx.ort_experts.BLOCK`)
 _BLOCKS = {"block": 64}
 
 TARGET = Target(

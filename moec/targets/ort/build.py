@@ -1,4 +1,4 @@
-"""How target `ort` builds: as `onnx`, in dialects of ONNX Runtime, and the folder of genai."""
+"""How target `ort` builds: like `onnx`, with ONNX Runtime's dialects and a folder for genai."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +10,15 @@ from moec.exporters.onnx.ort import check_sizes
 from moec.spec.errors import refuse
 from moec.targets.onnx.build import BUILDER as ONNX
 
-#: bits of the weights, in precisions whose weights alone are narrow
+#: bits of a weight, in the precisions that quantise weights only
 _BITS = {"int8": 8, "int4": 4}
 
 
 def check(wanted: Wanted) -> None:
-    """Refuse what ONNX Runtime's fused operators do not take.
+    """Refuse a model that ONNX Runtime's operators do not support.
 
     Raises:
-        MoecError: FP8 caches, or sizes that its operators lack.
+        MoecError: the model has FP8 caches, or sizes that the operators do not take.
     """
     scheme = wanted.spec.scheme
     if scheme and scheme.cache:
@@ -34,7 +34,7 @@ def check(wanted: Wanted) -> None:
 def genai(
     folder: Path, final: Path, manifest: Manifest, weights: Path, checkpoint: Path | None
 ) -> None:
-    """Write what onnxruntime-genai reads, into `folder`/genai, beside its graph."""
+    """Write the files that onnxruntime-genai reads into `folder`/genai."""
     write_genai(folder / "genai", final / "genai", manifest, weights, checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""Target `tensorrt`: ONNX and engines for TensorRT 11, and our MoE plugin."""
+"""Target `tensorrt`: ONNX and engines for TensorRT 11, with moec's MoE plugin."""
 
 from moec.artefact.targets import Precision, Target
 
@@ -17,7 +17,7 @@ TARGET = Target(
     },
     proof="interpreter",
     scheme="mixed",
-    # A proof runs no kernel of the plugin: the sizes need only be some that its kernels take
+    # A proof does not run the plugin's kernels, but the model must have sizes that they take
     # (`moec.kernels.sizes.SMALLEST`).
     reduced={"tensorrt-plugin": {"block": 32}},
 )

@@ -1,4 +1,4 @@
-"""How target `tensorrt` builds: ONNX that TensorRT's parser takes, and engines where it is."""
+"""How target `tensorrt` builds: ONNX for TensorRT's parser, and engines if TensorRT is there."""
 
 from dataclasses import replace
 from functools import partial
@@ -25,36 +25,36 @@ def check(wanted: Wanted) -> None:
     """Refuse a model that neither TensorRT's operators nor the plugin can express.
 
     Raises:
-        MoecError: names the field of the spec, what it is, and what it may be.
+        MoecError: the message names the field of the spec, its value, and the values allowed.
     """
     check_expressible(wanted.spec, wanted.precision)
 
 
 def dialect(chosen: str, spec: ModelSpec) -> str:
-    """The dialect with the MoE plugin, for a scheme whose experts only the plugin can run."""
+    """The dialect with the MoE plugin if only it can run the scheme's experts, else `chosen`."""
     return "tensorrt-plugin" if spec.scheme and wants_plugin(spec.scheme) else chosen
 
 
 def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:
-    """The graph of each part, with caches of the sizes that engines are built for."""
+    """The graph of each part, with caches of the engines' sizes."""
     return onnx_model.graphs_of(wanted.spec, wanted.compute, wanted.dialect, wanted.options)
 
 
 def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[ir.Model, dict[str, Packing]]:
-    """`graph` as ONNX, without inputs and nodes that nobody uses."""
+    """Lower `graph` to ONNX, and remove the inputs and nodes that nothing uses."""
     return onnx_model.lower(graph, f"{wanted.spec.name} {part}", part)
 
 
 def save(model: ir.Model, path: Path, bound: Bound, options: EngineOptions) -> None:
-    """Point weights into their files, but for those that engines take as inputs."""
+    """Make weights refer to their files, except those that engines take as inputs."""
     onnx_model.save_bound(model, path, bound.entries, bound.root, options.bindings)
 
 
 def check_options(options: EngineOptions, dialect: str) -> EngineOptions:
-    """Refuse a choice of GPUs: TensorRT builds for the GPU that it finds.
+    """Refuse a choice of GPUs: TensorRT builds for the GPU of this machine.
 
     Raises:
-        MoecError: architectures, or weight inputs that the dialect does not have.
+        MoecError: the options name GPUs, or weight inputs that the dialect does not have.
     """
     if options.architectures:
         refuse(
@@ -68,7 +68,7 @@ def check_options(options: EngineOptions, dialect: str) -> EngineOptions:
 
 
 def compiler(package: Literal["tensorrt", "tensorrt_rtx"]) -> Compiler:
-    """Engines by `package`."""
+    """The compiler that builds TensorRT engines with `package`."""
     return Compiler(
         need=partial(need_package, package),
         check=check_options,

@@ -1,4 +1,4 @@
-"""Target `tensorrt-rtx`: as `tensorrt`, for TensorRT-RTX, which builds without a GPU."""
+"""Target `tensorrt-rtx`: like `tensorrt`, for TensorRT-RTX, which builds without a GPU."""
 
 from dataclasses import replace
 

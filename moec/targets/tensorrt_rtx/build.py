@@ -1,4 +1,4 @@
-"""How target `tensorrt-rtx` builds: as `tensorrt`, but for GPUs that need not be here."""
+"""How target `tensorrt-rtx` builds: like `tensorrt`, for GPUs that may be in other machines."""
 
 from dataclasses import replace
 
@@ -9,10 +9,10 @@ from moec.targets.tensorrt.build import compiler
 
 
 def check_options(options: EngineOptions, dialect: str) -> EngineOptions:
-    """`options`, for the usual GPUs where nobody chose others.
+    """Complete `options`: if they name no GPUs, the engines are built for the usual ones.
 
     Raises:
-        MoecError: weight inputs that the dialect does not have.
+        MoecError: the options name weight inputs that the dialect does not have.
     """
     check_weight_inputs(options, dialect)
     if options.architectures:

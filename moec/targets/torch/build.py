@@ -1,4 +1,4 @@
-"""How target `torch` builds: a program of `torch.export` for each part, without weights."""
+"""How target `torch` builds: a `torch.export` program for each part, without weights in it."""
 
 from pathlib import Path
 
@@ -18,33 +18,33 @@ def check(wanted: Wanted) -> None:
     """Refuse a model that the fused FP8 ops cannot express.
 
     Raises:
-        MoecError: names the field of the spec, what it is, and what it may be.
+        MoecError: the message names the field of the spec, its value, and the values allowed.
     """
     check_fusible(wanted.spec)
 
 
 def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:
-    """The graph of each part: the decoder of fused ops, the tower of plain ones."""
+    """The graph of each part: fused FP8 ops in the decoder, plain ops in the vision tower."""
     return graphs_of(wanted.spec, wanted.compute)
 
 
 def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[Program, dict[str, Packing]]:
-    """`graph`, which is used up, as a program."""
+    """Turn `graph` into a program; `graph` must not be used afterwards."""
     return program_of(graph), {}
 
 
 def save_unbound(program: Program, path: Path) -> None:
-    """Write the file."""
+    """Write the program's file."""
     program.save(path)
 
 
 def save_bound(program: Program, path: Path, bound: Bound, options: EngineOptions) -> None:
-    """Write the file: a program takes its weights as inputs, wherever they lie."""
+    """Write the program's file. Weights are inputs, so that `bound` changes nothing in it."""
     program.save(path)
 
 
 def ports_of(program: Program) -> Ports:
-    """Inputs and outputs that are no weights."""
+    """The inputs and outputs of `program`, without its weights."""
     return program.ports
 
 

@@ -121,7 +121,7 @@ def test_the_twin_of_target_torch_fits_every_kernel(
         built.append(small)
         raise InterruptedError
 
-    monkeypatch.setattr("moec.runtime.proof.validate._build_twin", build)
+    monkeypatch.setattr("moec.runtime.proof.validate.build_reduced", build)
     artefact = moec.export(name, target="torch", precision="fp8", out=tmp_path / "a")
     with pytest.raises(InterruptedError):
         moec.validate(artefact.path)

@@ -1,0 +1,166 @@
+"""The checks of a proof that concern the decoder.
+
+`layer_by_layer` compares one call with the reference. `cached_decode` compares the engine with
+itself, in one call and in several. `generation` judges the tokens that the engine chooses, and
+`fast_products` compares two sets of session options.
+
+In names, `tested` is the artefact under test, `found` its values, and `expected` the reference's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moec.graph_builder.passes.follow import taken
+from moec.runtime.proof.chunked_prefill import chunked_prefill
+from moec.runtime.proof.compare import (
+    FAST_PRODUCTS,
+    SAME_INPUTS,
+    SAME_INPUTS_MOST,
+    Tolerance,
+    agreement,
+    argmax_agreement,
+    error,
+    worst_error,
+)
+from moec.runtime.proof.near_ties import choices, following, settled, watched
+from moec.runtime.proof.report import Check
+from moec.runtime.proof.under_test import ArtefactUnderTest
+from moec.spec import names
+
+
+def layer_by_layer(
+    tested: ArtefactUnderTest, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+) -> Iterator[Check]:
+    """Compare every layer's output and choice of experts, then the logits, of one call."""
+    spec = tested.artefact.manifest.spec
+    layers = spec.text.all_layers
+    routers = {i: names.router(i) for i in (la.index for la in layers if la.moe)}
+    hidden = [names.EMBED, *(names.out(layer.index) for layer in layers)]
+    chosen = {i: names.chosen(i) for i in routers}
+    taps = [*hidden, *routers.values(), *chosen.values()]
+    found = tested.session(taps).trace(ids, lengths, taps)
+    reference = tested.reference(taps, tolerance.near)
+    followed = {name: found[name] for name in choices(spec, tolerance)}
+    expected = following(reference, followed, lengths).trace(ids, lengths, taps)
+    if spec.scheme:
+        yield from _each_layer(tested, ids, lengths, found, hidden)
+    own = torch.arange(ids.shape[1]) < lengths[:, None]
+    yield error("embed", found[names.EMBED], expected[names.EMBED], tolerance)
+    for layer in layers:
+        if layer.moe:
+            logits = expected[routers[layer.index]]
+            ours, theirs = (each[chosen[layer.index]] for each in (expected, found))
+            same, clear = (theirs == ours).all(-1), _clear(logits, ours, theirs, tolerance)
+            yield agreement(f"{names.layer(layer.index)} router", same, clear, tolerance)
+        name = names.out(layer.index)
+        yield error(names.layer(layer.index), found[name], expected[name], tolerance)
+    a, b = found["logits"], expected["logits"]
+    yield error("logits, all positions", a, b, tolerance)
+    if not spec.scheme:  # FP8 may have sent all of these few tokens to other experts
+        ends = lengths.cumsum(0) - 1
+        yield error("logits, last token", a[ends], b[ends], tolerance)
+    yield argmax_agreement("argmax", a, b, tolerance)
+    chunk = spec.text.chunk
+    if chunk and int(lengths.max()) > chunk:
+        at = torch.arange(ids.shape[1]).expand_as(ids)[own]
+        border = (at >= chunk) & ((at % chunk == 0) | (at % chunk == chunk - 1)) | (at == chunk - 1)
+        detail = f"{int(border.sum())} positions beside {int((lengths.max() - 1) // chunk)} borders"
+        yield error("logits, chunk borders", a[border], b[border], tolerance, detail)
+
+
+def _clear(logits: Tensor, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Tensor:
+    """Which tokens have no near tie: bool [T].
+
+    `logits` [T, E] are the reference's router logits; ours and theirs [T, k] are the experts that
+    the reference and the engine chose. Without a near tie, only `ours` is right.
+    """
+    if tolerance.near is not None:
+        return (taken(logits, ours, theirs, tolerance.near) != theirs).any(-1)
+    best = logits.topk(min(ours.shape[1] + 1, logits.shape[1])).values
+    return (-best.diff() > tolerance.error * logits.abs().max()).all(-1)
+
+
+def _each_layer(
+    tested: ArtefactUnderTest,
+    ids: Tensor,
+    lengths: Tensor,
+    found: dict[str, Tensor],
+    hidden: list[str],
+) -> Iterator[Check]:
+    """Compare every layer by itself: the reference gets the engine's own input of the layer.
+
+    Two limits hold for each layer. The better half of the tokens has a tight limit. Most tokens
+    have a loose one, because a rounding to FP8 may change some of them.
+    """
+    given = {name: found[name] for name in hidden}
+    expected = tested.reference_from(ids, lengths, given, hidden)
+    compute = tested.compute
+    for name in (*hidden[1:], "logits"):
+        label, a, b = names.title(name), found[name], expected[name]
+        index = names.layer_of(name)
+        chosen = None if index is None else found.get(names.chosen(index))
+        yield worst_error(f"{label}, same inputs", a, b, chosen, SAME_INPUTS[compute])
+        yield error(f"{label}, most tokens", a, b, SAME_INPUTS_MOST[compute])
+
+
+def cached_decode(
+    tested: ArtefactUnderTest, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+) -> Iterator[Check]:
+    """Compare calls through the caches with one call, and a sequence in a batch with itself alone.
+
+    The calls are uneven prefill chunks and decode steps around each chunk border; the sequences
+    have different lengths.
+    """
+    routes = choices(tested.artefact.manifest.spec, tolerance)
+    session = tested.session(routes)
+    reference = partial(tested.reference, near=tolerance.near)
+    chunk = session.spec.text.chunk or 16
+    whole = session.trace(ids, lengths, routes)
+    cuts = {
+        cut
+        for border in range(chunk, ids.shape[1], chunk)
+        for cut in (border - 2, border - 1, border, border + 1)
+    } or {ids.shape[1] - 2, ids.shape[1] - 1}
+    name = "prefill against decode"
+    yield chunked_prefill(name, session, ids, lengths, cuts, whole, tolerance, reference)
+    row, short = ids[1:2, : lengths[1]], lengths[1:2]
+    within = {key: each[lengths[0] : lengths[:2].sum()] for key, each in whole.items()}
+    alone = settled(reference, row, short, within, session.trace(row, short, routes))
+    yield error("ragged batch against row alone", within["logits"], alone, tolerance)
+
+
+def generation(tested: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
+    """Generate greedily through the caches; each token must be near the reference's best one."""
+    routes = choices(tested.artefact.manifest.spec, tolerance)
+    session, seen = watched(tested.session(routes), routes)
+    prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
+    wanted = 32 if session.spec.scheme else 8  # FP8 may change two tokens, too many of 8
+    context = session.limits.context
+    room = wanted if context is None else context - prompt.shape[1] + 1
+    tokens = session.generate(prompt, max_new_tokens=min(wanted, room), stop=())
+    fed = tokens[:, :-1]
+    lengths = torch.tensor([fed.shape[1]])
+    followed = {name: torch.cat(each) for name, each in seen.items()}
+    reference = following(tested.reference((), tolerance.near), followed, lengths)
+    logits = reference.logits(fed)[0, prompt.shape[1] - 1 :]
+    best = logits.max(-1).values
+    given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]
+    near = best - given <= tolerance.error * logits.abs().max()
+    yield agreement("greedy tokens", near, torch.ones_like(near), tolerance)
+
+
+def fast_products(tested: ArtefactUnderTest, ids: Tensor, lengths: Tensor) -> Iterator[Check]:
+    """Compare the session options that users run with `exact`.
+
+    The products of the former round activations to int8.
+    """
+    exact, fast = (
+        replace(tested, options=options).session().trace(ids, lengths, [])["logits"]
+        for options in (tested.options, "lean")
+    )
+    yield error("logits, int8 activations", fast, exact, FAST_PRODUCTS)
+    yield argmax_agreement("argmax, int8 activations", fast, exact, FAST_PRODUCTS)

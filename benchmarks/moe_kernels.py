@@ -11,7 +11,6 @@ the bandwidth of a large copy in the same run.
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +102,8 @@ def main() -> None:
     arguments.add_argument("--tokens", default="1,2,4,8,16,32,64")
     counts = [int(each) for each in arguments.parse_args().tokens.split(",")]
     need_gpu("benchmarks/moe_kernels.py")
-    from moec.kernels.torch.moe import DecodeMoe  # imports Triton
+    from moec.kernels.torch.launch import run  # imports Triton
+    from moec.kernels.torch.moe import DecodeMoe
 
     torch.manual_seed(torch.seed() % 2**31)
     rate = copy_rate()
@@ -115,15 +115,19 @@ def main() -> None:
         table.add_column(column, justify="right")
     for tokens in counts:
         inputs = [torch.randn(tokens, SCOUT.dim, device="cuda").bfloat16() for _ in range(8)]
-        layer = DecodeMoe(SCOUT, tokens, weights)
-        found = layer(inputs[0]).clone()
+        layer = DecodeMoe(SCOUT, weights)
+        found = layer(inputs[0])
         expected = ops.moe_layer.eager(inputs[0], *weights.values())
         layer(inputs[1])
         repeats = torch.equal(layer(inputs[0]), found)
         chosen = [(x.float() @ weights["router"].float().t()).argmax(1) for x in inputs]
         needed = expert * sum(len(each.unique()) + 1 for each in chosen) / len(inputs)
         took = microseconds(layer, inputs)
-        parts = [microseconds(partial(layer.launch, i), inputs) for i in range(len(layer.launches))]
+        values = layer.run(layer.values(inputs[0]))
+        parts = [
+            microseconds(lambda x, each=each, values=values: run(each, {**values, "x": x}), inputs)
+            for each in layer.launches(tokens)
+        ]
         table.add_row(
             str(tokens), f"{took:.1f} us", f"{needed / took / 1e6:.2f} TB/s",
             f"{100 * needed / took * 1e6 / rate:.1f} %", ", ".join(f"{p:.1f}" for p in parts),

@@ -65,12 +65,12 @@ def grouped(weights: dict[str, Tensor], chosen: Tensor) -> tuple[float, float]:
 
 def launch_times(layer: Any, x: Tensor) -> dict[str, float]:
     """The microseconds of each launch of a `PrefillMoe`, timed separately."""
-    values = layer.values(x)
-    for each in layer.launches(x):
-        layer.launch(each, values)
+    from moec.kernels.torch.launch import run
+
+    values = layer.run(layer.values(x))
     return {
-        each.name: microseconds(lambda _, each=each: layer.launch(each, values), [x], 11)
-        for each in layer.launches(x)
+        each.name: microseconds(lambda _, each=each: run(each, values), [x], 11)
+        for each in layer.launches(len(x))
     }
 
 
@@ -89,6 +89,7 @@ def cuts(inputs: int) -> Iterator[tuple[bool, dict[str, int]]]:
 
 def tune(weights: dict[str, Tensor], tiles: Any, dense: float, tokens: int = 4096) -> None:
     from moec.kernels.launches.prefill import Product, Tiles
+    from moec.kernels.torch.launch import run
     from moec.kernels.torch.prefill import PrefillMoe
 
     plain = Tiles(gate_up=Product(stages=3), down=Product(stages=3), hopper=False)
@@ -103,17 +104,12 @@ def tune(weights: dict[str, Tensor], tiles: Any, dense: float, tokens: int = 409
             one = replace(tiles if hopper else plain, **{name: product}, programs=tiles.programs)
             try:
                 layer = PrefillMoe(SCOUT, weights, one)
-                values = layer.values(x)
-                for each in layer.launches(x):
-                    layer.launch(each, values)
+                values = layer.run(layer.values(x))
                 wrong = error(values["out"], expected)
-                launch = next(each for each in layer.launches(x) if each.name == name)
+                launch = next(each for each in layer.launches(tokens) if each.name == name)
                 took = microseconds(
-                    lambda _, layer=layer, launch=launch, values=values: layer.launch(
-                        launch, values
-                    ),
-                    [x], 11,
-                )  # fmt: skip
+                    lambda _, launch=launch, values=values: run(launch, values), [x], 11
+                )
             except Exception as reason:  # try the other tile sizes even if one fails
                 print(name, product, f"failed: {str(reason)[:200]}", flush=True)
                 continue

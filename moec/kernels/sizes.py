@@ -1,13 +1,15 @@
-"""The sizes that the kernels take: of a layer, and asked of a whole model. No Triton, no torch."""
+"""The sizes that the kernels take, for one layer and for a whole model. No Triton, no torch."""
 
 from dataclasses import dataclass
 
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 
-#: inputs or outputs that a step of a product takes at least
+#: the fewest inputs or outputs that one step of a product takes
 SMALLEST = 32
-#: the smallest head; each is a power of 2
+#: the most tokens that the kernels for few tokens take
+MOST_TOKENS = 64
+#: the smallest head size; each is a power of 2
 SMALLEST_HEAD = 16
 #: what to do with a model that the kernels do not take
 PLAIN = "use --device cpu, which takes any size"
@@ -15,7 +17,7 @@ PLAIN = "use --device cpu, which takes any size"
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """One MoE layer with a shared expert as wide as a routed one; top-1."""
+    """One top-1 MoE layer whose shared expert is as wide as a routed one."""
 
     dim: int
     hidden: int
@@ -24,7 +26,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Heads of queries and of keys, and the size of one."""
+    """The numbers of query heads and of key/value heads, and the size of one."""
 
     heads: int
     kv_heads: int
@@ -32,15 +34,15 @@ class Heads:
 
 
 def is_head(size: int) -> bool:
-    """Whether attention takes heads of this size."""
+    """Whether the attention kernels take heads of this size."""
     return size >= SMALLEST_HEAD and size & (size - 1) == 0
 
 
 def check_sizes(spec: ModelSpec) -> None:
-    """Refuse a model that some kernel would refuse, before anything is loaded for it.
+    """Refuse a model that a kernel would refuse, before anything is loaded for it.
 
     Raises:
-        MoecError: names every size that is off (exit code 3).
+        MoecError: names every size that does not fit (exit code 3).
     """
     text = spec.text
     feed = {layer.moe for layer in text.all_layers}

@@ -5,13 +5,14 @@ Static FP8 scales are computed from these magnitudes.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.ops.moe import over_chosen
+from moec.graph_builder.ops.operands import Moe
 from moec.graph_builder.parts import build_graph
 from moec.graph_builder.roles import cached
 from moec.runtime.cache import new_cache
@@ -75,7 +76,7 @@ class _Observer(fx.Interpreter):
         elif n.target == ops.cache_append.target:
             self.caches.setdefault(cached(n, "calibrate"), self.new()).add(args[1])
         elif n.target == ops.moe.target:
-            return self._moe(n, *args)
+            return self._moe(n, Moe(*args))
         return super().run_node(n)
 
     def _site(self, weight: Any, count: int) -> list[_Magnitudes]:
@@ -83,19 +84,19 @@ class _Observer(fx.Interpreter):
         name = weight.meta["name"]
         return self.inputs.setdefault(name, [self.new() for _ in range(count)])
 
-    def _moe(
-        self, n: fx.Node, x: Tensor, scores: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
-    ) -> Tensor:
-        into, between = (self._site(weight, self.experts) for weight in n.args[3:5])
+    def _moe(self, n: fx.Node, moe: Moe[Tensor]) -> Tensor:
+        weights: Moe[fx.Node] = Moe(*cast(tuple[fx.Node, ...], n.args))
+        into, between = (self._site(each, self.experts) for each in (weights.gate_up, weights.down))
+        dtype = moe.x.dtype
 
         def ffn(expert: int, rows: Tensor) -> Tensor:
             into[expert].add(rows)
-            gate, up = (rows @ gate_up[expert].to(x.dtype)).chunk(2, -1)
+            gate, up = (rows @ moe.gate_up[expert].to(dtype)).chunk(2, -1)
             act: Tensor = ops.swiglu.eager(gate, up)
             between[expert].add(act)
-            return act @ down[expert].to(x.dtype)
+            return act @ moe.down[expert].to(dtype)
 
-        return over_chosen(x, scores, experts, ffn)
+        return over_chosen(moe, ffn)
 
 
 def calibrate(

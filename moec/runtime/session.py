@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from moec.runtime.batching import buffered_calls, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache, spans
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.engines.gpu import on_host
-from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, read_ids, read_tiles
+from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
 from moec.runtime.sampling import check_sampling, sample
 from moec.spec import names
@@ -91,7 +91,7 @@ class Session:
         logits = torch.zeros(*ids.shape, self.spec.text.vocab)
         for rows, columns, out in self.walk(ids, counts, self._no_cache(ids), features):
             logits[rows, columns] = out["logits"]
-        return _like(input_ids, logits)
+        return like(input_ids, logits)
 
     def trace(
         self, ids: Tensor, lengths: Tensor, names: Sequence[str], features: Tensor | None = None
@@ -321,7 +321,7 @@ class Session:
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
         if max_new_tokens < 1:
-            return _like(input_ids, ids)
+            return like(input_ids, ids)
         ends = set(self.spec.tokens.eos if stop is None else stop)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
@@ -351,7 +351,7 @@ class Session:
                 logits = self.extend(tokens[:, None], alive.long(), cache)
         longest = max(map(len, rows))
         pad = self.spec.tokens.padding
-        return _like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))
+        return like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))
 
     def _step(
         self,
@@ -395,8 +395,3 @@ class Session:
         return torch.cat(
             [run({names.PIXEL_VALUES: piece})[names.IMAGE_FEATURES].cpu() for piece in pieces]
         )
-
-
-def _like(given: object, result: Tensor) -> Tensor | NDArray[Any]:
-    """`result` as a tensor if the caller gave one, else as a numpy array."""
-    return result if isinstance(given, Tensor) else result.numpy()

@@ -6,8 +6,8 @@ from interpret import weights
 from step_cases import error
 
 from moec.graph_builder import ops
-from moec.kernels.launches.launch import Sizes
 from moec.kernels.launches.prefill import Product, Tiles
+from moec.kernels.sizes import Sizes
 from moec.kernels.torch.prefill import PrefillMoe
 
 CUTS = {

@@ -13,8 +13,10 @@ pytest.importorskip("triton", reason="kernels need triton")
 
 import moec.kernels
 from moec.kernels.ahead_of_time.compile import Compiled, build, compile_launch
+from moec.kernels.launches.decode import Tiles, decode_moe
 from moec.kernels.launches.descriptors import block_shapes
-from moec.kernels.launches.launch import MOST_TOKENS, SHARED, Launch, Sizes, Tiles, decode_moe
+from moec.kernels.launches.few_tokens import few_linear, few_moe
+from moec.kernels.launches.launch import SHARED, Launch
 from moec.kernels.launches.prefill import prefill_moe, tiles_for
 from moec.kernels.launches.step import (
     Heads,
@@ -27,7 +29,7 @@ from moec.kernels.launches.step import (
     swiglu,
     temperature,
 )
-from moec.kernels.launches.stream import few_linear, few_moe
+from moec.kernels.sizes import MOST_TOKENS, Sizes
 from moec.spec.errors import MoecError
 
 SCOUT, HEADS, SLOTS = Sizes(5120, 8192, 16), Heads(40, 8, 128), 8192
@@ -115,8 +117,10 @@ def test_tiles_that_do_not_fit_are_refused() -> None:
 def test_nothing_that_is_compiled_needs_torch() -> None:
     """A plugin is built where there is none."""
     folder = Path(moec.kernels.__file__).parent
-    names = [path.stem for path in folder.glob("[!_]*.py") if "torch_" not in path.stem]
-    assert {"compile", "launch_step", "products_hopper", "stream_hopper"} <= set(names)
+    paths = [path.relative_to(folder).with_suffix("") for path in folder.rglob("[!_]*.py")]
+    names = [".".join(path.parts) for path in paths if path.parts[0] != "torch"]
+    expected = {"ahead_of_time.compile", "launches.step", "hopper.moe_prefill", "hopper.pipeline"}
+    assert expected <= set(names)
     code = "import sys; sys.modules['torch'] = None\n"
     code += "".join(f"import moec.kernels.{name}\n" for name in names)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(moec.__file__).parents[1])

@@ -37,7 +37,8 @@ def test_the_kernels_are_the_eager_op() -> None:
 def test_sizes_that_the_tiles_do_not_divide_are_refused(
     sizes: tuple[int, int, int], tokens: int, named: str
 ) -> None:
-    from moec.kernels.launches.launch import Sizes, decode_moe
+    from moec.kernels.launches.decode import decode_moe
+    from moec.kernels.sizes import Sizes
 
     with pytest.raises(MoecError, match=f"decode_moe: {named}"):
         decode_moe(Sizes(*sizes), tokens)

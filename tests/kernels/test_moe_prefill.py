@@ -36,8 +36,8 @@ def test_the_kernels_are_the_eager_op() -> None:
 def test_sizes_that_the_tiles_do_not_divide_are_refused(
     sizes: tuple[int, int, int], tokens: int, named: str
 ) -> None:
-    from moec.kernels.launches.launch import Sizes
     from moec.kernels.launches.prefill import prefill_moe
+    from moec.kernels.sizes import Sizes
 
     with pytest.raises(MoecError, match=f"prefill_moe: {named}"):
         prefill_moe(Sizes(*sizes), tokens)
@@ -47,8 +47,8 @@ def test_sizes_that_the_tiles_do_not_divide_are_refused(
 @pytest.mark.parametrize("tokens", [1, 65, 128, 129, 4096])
 def test_scratch_is_enough_for_the_worst_routing(experts: int, tokens: int) -> None:
     """All experts but the first have one token, each a tile of its own."""
-    from moec.kernels.launches.launch import Sizes
     from moec.kernels.launches.prefill import most_tiles
+    from moec.kernels.sizes import Sizes
 
     alone = min(experts, tokens) - 1
     needed = -(-tokens // 128) + alone + -(-(tokens - alone) // 128)

@@ -16,7 +16,8 @@ from moec.kernels.ahead_of_time.plugin_program import (
     identity,
     variants,
 )
-from moec.kernels.launches.launch import SHARED, Sizes
+from moec.kernels.launches.launch import SHARED
+from moec.kernels.sizes import Sizes
 from moec.spec.errors import MoecError
 from tests.exporters.tensorrt_plugin import expected
 from tests.exporters.tensorrt_plugin.expected import MULTIPROCESSORS

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-from moec.kernels.launches.launch import decode_moe
+from moec.kernels.launches.decode import decode_moe
 from moec.kernels.launches.prefill import prefill_moe
 from moec.kernels.launches.step import attend, linear, rope_append
 from moec.kernels.sizes import Heads, Sizes, check_sizes

@@ -1,7 +1,8 @@
-"""Experts in plain ONNX, each written out on its own bytes: a branch for each, taken if chosen.
+"""Experts in plain ONNX, a branch for each expert, which runs only if a token chose the expert.
 
-A few stand one behind the other, each in an If; many are leaves of a tree of Ifs, in a loop over
-those that were chosen. Either way an expert is a slice of the file, which no operator copies.
+A few experts stand one after the other, each in an If. Many are the leaves of a tree of Ifs, in a
+loop over the chosen ones. Either way an expert's weights are a slice of the file, which no operator
+copies.
 """
 
 from collections.abc import Callable
@@ -20,62 +21,37 @@ from moec.exporters.onnx.experts import (
     zero,
 )
 from moec.exporters.onnx.lowering import Emitter, type_of
+from moec.graph_builder.ops.operands import Moe, Routed
 from moec.graph_builder.types import TensorType
 
 _INT64 = torch.int64
-#: up to so many experts each has an If of its own; more are found by a tree of them
+#: up to this many experts each has an If of its own; more are found by a tree of Ifs
 FEW = 32
 
-#: what an expert makes of its rows [t, D]: written by an emitter, for an expert's number
+#: what an expert, given by its number, makes of its rows [t, D]: written by the branch's emitter
 Ffn = Callable[[Emitter, int, ir.Value], ir.Value]
 
 
 def lower_branches(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    gate_up: ir.Value,
-    down: ir.Value,
-    write: Callable[..., ir.Value] | None = None,
+    e: Emitter, node: fx.Node, moe: Moe[ir.Value], write: Callable[..., ir.Value] | None = None
 ) -> ir.Value:
-    """`moe` on weights in the checkpoint, by `branches` or another way to `write` them."""
-    count = type_of(gate_up).shape[0]
-    return (write or branches)(e, node, x, scores, experts, count, _wide(gate_up, down))
+    """`moe` on weights in the checkpoint; `write` is `branches` or another way to write experts."""
 
-
-def _wide(gate_up: ir.Value, down: ir.Value) -> Ffn:
     def ffn(e: Emitter, expert: int, rows: ir.Value) -> ir.Value:
         dtype = type_of(rows).dtype
-        return expert_ffn(e, rows, *(e.expert(fused, expert, dtype) for fused in (gate_up, down)))
+        weights = (e.expert(fused, expert, dtype) for fused in (moe.gate_up, moe.down))
+        return expert_ffn(e, rows, *weights)
 
-    return ffn
-
-
-def branches(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    count: int,
-    ffn: Ffn,
-) -> ir.Value:
-    """A branch for each of `count` experts: up to FEW, asking each costs less than finding them."""
-    return (guarded if count <= FEW else tree)(e, node, x, scores, experts, count, ffn)
+    return (write or branches)(e, node, moe, type_of(moe.gate_up).shape[0], ffn)
 
 
-def guarded(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    count: int,
-    ffn: Ffn,
-) -> ir.Value:
-    """Each of `count` experts behind an If: the rows that chose it."""
+def branches(e: Emitter, node: fx.Node, routed: Routed[ir.Value], count: int, ffn: Ffn) -> ir.Value:
+    """A branch for each of `count` experts: up to FEW an If for each costs less than a tree."""
+    return (guarded if count <= FEW else tree)(e, node, routed, count, ffn)
+
+
+def guarded(e: Emitter, node: fx.Node, routed: Routed[ir.Value], count: int, ffn: Ffn) -> ir.Value:
+    """An If for each of `count` experts, which computes the rows that chose it."""
 
     def each(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
         kind = type_of(scaled)
@@ -114,22 +90,14 @@ def guarded(
             )
         return total
 
-    return over_rows(e, node, x, scores, experts, each)
+    return over_rows(e, node, routed, each)
 
 
-def tree(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    count: int,
-    ffn: Ffn,
-) -> ir.Value:
-    """A loop over the chosen of `count` experts; a tree of Ifs finds each one's branch."""
+def tree(e: Emitter, node: fx.Node, routed: Routed[ir.Value], count: int, ffn: Ffn) -> ir.Value:
+    """A loop over the chosen ones of `count` experts; a tree of Ifs finds the branch of each."""
 
     def branch(e: Emitter, rows: ir.Value, expert: ir.Value, low: int, high: int) -> ir.Value:
-        """The output of `expert`, one of low to high - 1, for its rows [t, D]."""
+        """The output of `expert`, which is from low to high - 1, for its rows [t, D]."""
         kind = type_of(rows)
         if high - low == 1:
             return ffn(e, low, rows)
@@ -154,13 +122,14 @@ def tree(
 
         return loop_over_chosen(e, scaled, chosen, label, one)
 
-    return over_rows(e, node, x, scores, experts, loop)
+    return over_rows(e, node, routed, loop)
 
 
 def choice_of(e: Emitter, chosen: ir.Value, count: int, dtype: torch.dtype) -> ir.Value:
-    """One row of router logits for each [T] of `chosen`: 1 at its expert, 0 elsewhere, [T, E].
+    """Router logits [T, E] that make an operator choose chosen [T]: 1 at its expert, 0 elsewhere.
 
-    The operators take the largest and normalise its weight to 1. So a tie falls as in `route`.
+    The operator takes the largest logit and normalises its weight to 1. So ties are decided as
+    `route` decided them.
     """
     rows = type_of(chosen).shape[0]
     column = TensorType((rows, 1), _INT64)

@@ -1,8 +1,8 @@
-"""Experts in plain ONNX: a loop over the experts that this call's tokens chose, and no others.
+"""Experts in plain ONNX: a loop over the experts that this call's tokens chose.
 
-The loop body is written once however many experts there are, so that a model with 24 x 128 of them
-stays as small as one with 16, and it gathers one expert's slab of the fused tensor at a time: in
-decode one routed expert per layer is read, cast and multiplied, straight from the mapped shard.
+The body of the loop is written once, for any number of experts. So a model with 24 x 128 experts
+stays as small as one with 16. The body gathers one expert's slice of the fused tensor at a time: in
+decode each layer reads, casts and multiplies one routed expert, straight from the mapped shard.
 """
 
 from collections.abc import Callable
@@ -13,48 +13,43 @@ import torch
 from torch import fx
 
 from moec.exporters.onnx.lowering import Emitter, type_of, value
+from moec.graph_builder.ops.operands import Moe, Routed
 from moec.graph_builder.types import TensorType, times
 
 _INT64, _BOOL = torch.int64, torch.bool
+#: what experts make of rows, the expert of each row, and the label of the result
 Compute = Callable[[ir.Value, ir.Value, str], ir.Value]
+#: what one expert adds: written by the loop body's emitter, for an expert and the rows so far
 OneExpert = Callable[[Emitter, ir.Value, ir.Value], ir.Value]
 
 
-def lower_moe(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    gate_up: ir.Value,
-    down: ir.Value,
-) -> ir.Value:
-    """x [T, D], scores and experts [T, k] -> [T, D]."""
+def lower_moe(e: Emitter, node: fx.Node, moe: Moe[ir.Value]) -> ir.Value:
+    """`moe` as a Loop over the chosen experts."""
 
     def loop(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
         dtype = type_of(scaled).dtype
 
         def one(e: Emitter, expert: ir.Value, total: ir.Value) -> ir.Value:
-            def slab(fused: ir.Value, label: str) -> ir.Value:
+            def weight(fused: ir.Value, label: str) -> ir.Value:
                 kind = type_of(fused)
                 shape = kind.like(*kind.shape[1:])
                 one = e.op("Gather", [fused, expert], shape, label=label, axis=0)
                 return e.cast(one, dtype, f"{label}.cast")
 
-            weights = slab(gate_up, "gate_up"), slab(down, "down")
+            weights = weight(moe.gate_up, "gate_up"), weight(moe.down, "down")
             return one_expert(e, scaled, chosen, expert, *weights, total, "sum")
 
         return loop_over_chosen(e, scaled, chosen, label, one)
 
-    return over_rows(e, node, x, scores, experts, loop)
+    return over_rows(e, node, moe, loop)
 
 
 def loop_over_chosen(
     e: Emitter, scaled: ir.Value, chosen: ir.Value, label: str, one: OneExpert
 ) -> ir.Value:
-    """Rows [T, D] of which each is what its expert of chosen [T] makes of `scaled`.
+    """For each row of scaled [T, D] the output of its expert, of chosen [T]: [T, D].
 
-    `one` fills in the rows of one expert; it gets the body's emitter, the expert and the rows.
+    The loop's body calls `one`, which fills in the rows of one expert.
     """
     kind = type_of(scaled)
     active_kind = TensorType((f"{e.name}.active",), _INT64)
@@ -74,21 +69,20 @@ def loop_over_chosen(
     return e.op("Loop", [trips, None, start], kind, label=label, body=body)
 
 
-def over_rows(
-    e: Emitter, node: fx.Node, x: ir.Value, scores: ir.Value, experts: ir.Value, compute: Compute
-) -> ir.Value:
-    """The sum over each token's k experts: `compute` sees one row for each token and expert.
+def over_rows(e: Emitter, node: fx.Node, routed: Routed[ir.Value], compute: Compute) -> ir.Value:
+    """The sum over each token's k experts, [T, D].
 
-    It gets rows [T*k, D], already scaled, the expert of each [T*k], and the label of its result;
-    row t*k + j is token t's j-th expert.
+    `compute` gets one row for each token and expert, [T * k, D], already multiplied by its score;
+    the expert of each row, [T * k]; and the label of its result. Row t * k + j belongs to the j-th
+    expert of token t.
     """
     out: TensorType = node.meta["type"]
     tokens, dim = out.shape
-    top_k = type_of(scores).shape[1]
+    top_k = type_of(routed.scores).shape[1]
     rows = times(tokens, top_k) if top_k > 1 else tokens
-    scaled = _scale(e, x, scores, out.like(rows, dim), top_k)
+    scaled = _scale(e, routed.x, routed.scores, out.like(rows, dim), top_k)
     flat = TensorType((rows,), _INT64)
-    chosen = e.op("Reshape", [experts, e.constant([-1])], flat, label="chosen")
+    chosen = e.op("Reshape", [routed.experts, e.constant([-1])], flat, label="chosen")
     done = compute(scaled, chosen, "" if top_k == 1 else "rows")
     if top_k == 1:
         return done
@@ -123,14 +117,14 @@ def one_expert(
     total: ir.Value,
     label: str,
 ) -> ir.Value:
-    """`total` with the rows of one expert filled in; its weights are [D, 2F] and [F, D]."""
+    """`total` with the rows of one expert filled in, whose weights are [D, 2F] and [F, D]."""
     rows = rows_of(e, chosen, expert)
     y = expert_ffn(e, take_rows(e, scaled, rows), gate_up, down)
     return e.op("ScatterND", [total, rows, y], type_of(scaled), label=label)
 
 
 def rows_of(e: Emitter, chosen: ir.Value, expert: ir.Value) -> ir.Value:
-    """Which of chosen [T] are `expert`: indices [t, 1], as GatherND and ScatterND want them."""
+    """Where chosen [T] is `expert`: indices [t, 1], as GatherND and ScatterND take them."""
     mine = f"{e.name}.tokens"
     hits = e.op("Equal", [chosen, expert], TensorType(type_of(chosen).shape, _BOOL), label="hits")
     across = e.op("NonZero", [hits], TensorType((1, mine), _INT64), label="across")
@@ -138,7 +132,7 @@ def rows_of(e: Emitter, chosen: ir.Value, expert: ir.Value) -> ir.Value:
 
 
 def take_rows(e: Emitter, x: ir.Value, rows: ir.Value) -> ir.Value:
-    """x [T, D], rows [t, 1] -> [t, D]."""
+    """The rows of x [T, D] at indices [t, 1]: [t, D]."""
     kind = type_of(x)
     return e.op("GatherND", [x, rows], kind.like(type_of(rows).shape[0], kind.shape[1]), label="x")
 

@@ -1,8 +1,8 @@
 """FP8 in plain ONNX: QuantizeLinear and DequantizeLinear, around products in float32.
 
-ONNX has a scale, scales along an axis, or blocks along one dimension; squares of blocks are spread
-along the other first. Of FP8 tensors a runtime may do little: neither gather nor join them. So
-experts are branches, each on its own slice of the file.
+ONNX knows one scale, scales along an axis, or blocks along one dimension. Scales of square blocks
+are therefore repeated along the other dimension first. Runtimes can neither gather nor concatenate
+FP8 tensors. So experts are branches, each on its own slice of the file.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from moec.exporters.onnx.expert_branches import branches
 from moec.exporters.onnx.experts import swiglu
 from moec.exporters.onnx.lowering import DTYPES, Emitter, type_of
 from moec.graph_builder.ops.fp8 import FP8, SMALLEST_SCALE
+from moec.graph_builder.ops.operands import Fp8Moe
 from moec.graph_builder.types import Dim, TensorType
 from moec.spec.scheme import LARGEST
 
@@ -25,7 +26,7 @@ _FLOAT, _INT64 = torch.float32, torch.int64
 def lower_token_scale(
     e: Emitter, node: fx.Node, x: ir.Value, group: int, bound: float | None
 ) -> ir.Value:
-    """x [T, D] -> [T], or [T, D / group]."""
+    """The per-token scale of x [T, D]: [T], or [T, D / group]."""
     return _token_scale(e, x, group, bound, node.meta["type"], "")
 
 
@@ -47,7 +48,7 @@ def _token_scale(
 
 
 def _in_groups(e: Emitter, x: ir.Value, group: int, stem: str) -> ir.Value:
-    """x [T, D] -> [T, groups, group], with zeros at the end."""
+    """x [T, D] -> [T, groups, group], padded with zeros at the end."""
     rows, width = type_of(x).shape
     count = -(-width // group)
     if width % group:
@@ -60,7 +61,7 @@ def _in_groups(e: Emitter, x: ir.Value, group: int, stem: str) -> ir.Value:
 def lower_quantize(
     e: Emitter, node: fx.Node, x: ir.Value, scale: ir.Value, axis: int, block: int
 ) -> ir.Value:
-    """x to codes of the same shape."""
+    """x as quantised values of the same shape."""
     return _quantize(e, e.cast(x, _FLOAT, "wide"), scale, axis, block, "")
 
 
@@ -76,7 +77,7 @@ def _quantize(
 def lower_dequantize(
     e: Emitter, node: fx.Node, codes: ir.Value, scale: ir.Value, axis: int, block: int, dtype: str
 ) -> ir.Value:
-    """Codes to numbers of the same shape."""
+    """Quantised values as numbers of the same shape."""
     out: TensorType = node.meta["type"]
     return _dequantize(e, codes, scale, axis, block, out.dtype, "")
 
@@ -101,7 +102,7 @@ def _dequantize(
 def _scale(
     e: Emitter, of: TensorType, scale: ir.Value, axis: int, block: int, label: str
 ) -> tuple[ir.Value, dict[str, int]]:
-    """`scale` for values of shape `of` as ONNX wants it, and the attributes that say how."""
+    """`scale` as ONNX takes it for values of shape `of`, and the attributes that go with it."""
     shown = f"{label}.scale" if label else "scale"
     scale = e.cast(scale, _FLOAT, f"{shown}.float32")
     shape = type_of(scale).shape
@@ -114,11 +115,11 @@ def _scale(
         scale = _spread(e, scale, rows, block, shown)
     if shape[1] != columns:
         return scale, {"axis": 1, "block_size": block}
-    raise AssertionError(f"{shown}: {shape} for {of.shape}")  # blocks of one have no scheme
+    raise AssertionError(f"{shown}: {shape} for {of.shape}")  # no scheme has blocks of one element
 
 
 def _spread(e: Emitter, scale: ir.Value, rows: Dim, block: int, label: str) -> ir.Value:
-    """scale [n, m] -> [rows, m]: each row `block` times."""
+    """Repeat each row of scale [n, m] `block` times: [rows, m]."""
     count, columns = type_of(scale).shape
 
     def kind(*shape: Dim) -> TensorType:
@@ -141,25 +142,10 @@ def _spread(e: Emitter, scale: ir.Value, rows: Dim, block: int, label: str) -> i
 
 
 def lower_fp8_moe(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    gate_up: list[ir.Value],
-    gate_up_scale: list[ir.Value],
-    down: list[ir.Value],
-    down_scale: list[ir.Value],
-    gate_up_input: ir.Value | None,
-    down_input: ir.Value | None,
-    inputs: str,
-    block: int,
-    bound: float | None,
-    write: Callable[..., ir.Value] = branches,
+    e: Emitter, node: fx.Node, moe: Fp8Moe[ir.Value], write: Callable[..., ir.Value] = branches
 ) -> ir.Value:
-    """Each chosen expert on its own codes, fused or apart; `write` as in `lower_branches`."""
-    fused = len(type_of(down[0]).shape) == 3
-    count = type_of(down[0]).shape[0] if fused else len(down)
+    """Each chosen expert on its own quantised values; `write` as in `lower_branches`."""
+    fused, count, block = moe.fused, moe.count, moe.block
 
     def ffn(e: Emitter, expert: int, rows: ir.Value) -> ir.Value:
         dtype = type_of(rows).dtype
@@ -173,29 +159,29 @@ def lower_fp8_moe(
         ) -> list[ir.Value]:
             if static is not None and type_of(static).shape:
                 static = e.weights.slice(static, expert)
-            rows = _rounded(e, rows, static, inputs, block, bound, f"{label}.input")
+            rows = _rounded(e, rows, static, moe, f"{label}.input")
             if fused:
                 one, scale = (_of_expert(e, each[0], expert) for each in (codes, scales))
                 weight = _dequantize(e, one, scale, 1, block, dtype, f"{label}.weight")
                 return [_matmul(e, rows, weight, label)]
-            parts = len(codes) // count
+            each_has = len(codes) // count
             found = []
-            for i in range(expert * parts, (expert + 1) * parts):
-                name = f"{label}.{i % parts}" if parts > 1 else label
+            for i in range(expert * each_has, (expert + 1) * each_has):
+                name = f"{label}.{i % each_has}" if each_has > 1 else label
                 weight = _dequantize(e, codes[i], scales[i], 0, block, dtype, f"{name}.weight")
                 out = type_of(rows).like(type_of(rows).shape[0], type_of(weight).shape[0])
                 found.append(e.op("Gemm", [rows, weight], out, name, transB=1))
             return found
 
-        halves = product(rows, gate_up, gate_up_scale, gate_up_input, "gate_up")
+        halves = product(rows, moe.gate_up, moe.gate_up_scale, moe.gate_up_input, "gate_up")
         if fused:
             tokens, width = type_of(halves[0]).shape
             half = type_of(rows).like(tokens, width // 2)
             halves = list(e.ops("Split", halves, (half, half), "halves", axis=-1, num_outputs=2))
         act = swiglu(e, *halves)
-        return product(act, down, down_scale, down_input, "down")[0]
+        return product(act, moe.down, moe.down_scale, moe.down_input, "down")[0]
 
-    return write(e, node, x, scores, experts, count, ffn)
+    return write(e, node, moe, count, ffn)
 
 
 def _of_expert(e: Emitter, fused: ir.Value, expert: int) -> ir.Value:
@@ -208,22 +194,16 @@ def _matmul(e: Emitter, x: ir.Value, weight: ir.Value, label: str) -> ir.Value:
 
 
 def _rounded(
-    e: Emitter,
-    x: ir.Value,
-    static: ir.Value | None,
-    inputs: str,
-    block: int,
-    bound: float | None,
-    label: str,
+    e: Emitter, x: ir.Value, static: ir.Value | None, moe: Fp8Moe[ir.Value], label: str
 ) -> ir.Value:
-    """x [t, D] on the grid that a scheme's `inputs` say."""
-    if inputs == "none":
+    """x [t, D] rounded to quantised values, as the scheme's `inputs` say; `static` is its scale."""
+    if moe.inputs == "none":
         return x
-    scale = static
+    scale, block = static, moe.block
     if scale is None:
-        group = block if inputs == "group" else 0
+        group = block if moe.inputs == "group" else 0
         tokens, width = type_of(x).shape
         kind = TensorType((tokens, -(-width // group)) if group else (tokens,), _FLOAT)
-        scale = _token_scale(e, x, group, bound, kind, f"{label}.scale")
+        scale = _token_scale(e, x, group, moe.bound, kind, f"{label}.scale")
     codes = _quantize(e, e.cast(x, _FLOAT, f"{label}.wide"), scale, 0, block, f"{label}.codes")
     return _dequantize(e, codes, scale, 0, block, type_of(x).dtype, f"{label}.rounded")

@@ -42,7 +42,10 @@ Lower = Callable[..., ir.Value | Values]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A lowering rule: `lower` writes the nodes of `op` for which `when` returns True."""
+    """A lowering rule: `lower` writes the nodes of `op` for which `when` returns True.
+
+    `lower` takes an emitter, the node, and the op's operands: as its record, if the op has one.
+    """
 
     op: Op
     lower: Lower
@@ -236,9 +239,8 @@ def lower(
         elif node.op == "call_function" and node.target in by_target:
             rule = _first(by_target[node.target], node)
             args = fx.map_arg(node.args, values.__getitem__)
-            values[node] = rule.lower(
-                Emitter(node.meta["name"], nodes, constants, weights), node, *args
-            )
+            emitter = Emitter(node.meta["name"], nodes, constants, weights)
+            values[node] = rule.lower(emitter, node, *rule.op.given(args))
         elif node.op == "call_function" and node.target.__name__ == "getitem":
             values[node] = values[node.args[0]][node.args[1]]
             values[node].name = node.meta["name"]

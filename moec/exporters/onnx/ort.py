@@ -16,6 +16,7 @@ from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype
 from moec.exporters.onnx.ort_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops
+from moec.graph_builder.ops.operands import BufferedAttention
 from moec.graph_builder.roles import ATTENTION_PRODUCTS, Role, place_of
 from moec.graph_builder.types import TensorType
 from moec.spec.errors import refuse
@@ -27,32 +28,19 @@ _INT64 = torch.int64
 MASKED = -30000.0
 
 
-def _buffered_attention(
-    e: Emitter,
-    node: fx.Node,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    last: ir.Value,
-    total: ir.Value,
-    mask: ir.Value | None,
-    chunk: int | None,
-    heads: int,
-    kv_heads: int,
-) -> Values:
-    inputs: list[ir.Value | None] = [q, k, v, key, value, last, total]
+def _buffered_attention(e: Emitter, node: fx.Node, of: BufferedAttention[ir.Value]) -> Values:
+    mask = of.mask
+    inputs: list[ir.Value | None] = [of.q, of.k, of.v, of.key, of.value, of.last, of.total]
     if mask is not None:
-        kind = TensorType(type_of(mask).shape, type_of(q).dtype)
+        kind = TensorType(type_of(mask).shape, type_of(of.q).dtype)
         sides = (e.cast(e.constant(np.float32(x)), kind.dtype, f"{x:.0f}") for x in (0, MASKED))
         inputs += [None, None, None, e.op("Where", [mask, *sides], kind, label="bias")]
     return e.ops(
         f"{MICROSOFT}::GroupQueryAttention",
         inputs,
         node.meta["type"],
-        num_heads=heads,
-        kv_num_heads=kv_heads,
+        num_heads=of.heads,
+        kv_num_heads=of.kv_heads,
     )
 
 

@@ -1,4 +1,4 @@
-"""Experts in ONNX Runtime's own MoE operators, on weights in the layout that these want."""
+"""Experts in ONNX Runtime's own MoE operators, on weights in the layout of those operators."""
 
 import onnx_ir as ir
 from torch import fx
@@ -6,28 +6,21 @@ from torch import fx
 from moec.exporters.onnx.expert_branches import choice_of
 from moec.exporters.onnx.experts import over_rows
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, dtype_name, type_of
+from moec.graph_builder.ops.operands import Moe
 
-#: elements of a row that share a scale
+#: how many elements of a row share a scale
 BLOCK = 64
 #: MatMulNBits and QMoE quantise activations to int8 and multiply in int8
 INT8_ACTIVATIONS = 4
 
 
-def lower_fused(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    gate_up: ir.Value,
-    down: ir.Value,
-) -> ir.Value:
-    """com.microsoft.MoE. Gate and up are interleaved: its other layout is wrong on CUDA."""
-    count, dtype = type_of(gate_up).shape[0], dtype_name(type_of(x).dtype)
+def lower_fused(e: Emitter, node: fx.Node, moe: Moe[ir.Value]) -> ir.Value:
+    """com.microsoft.MoE. Gate and up are interleaved: its other layout gives wrong sums on CUDA."""
+    count, dtype = type_of(moe.gate_up).shape[0], dtype_name(type_of(moe.x).dtype)
 
     def fused(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
-        (fc1,) = e.packed(gate_up, arrange="interleave", dtype=dtype)
-        (fc2,) = e.packed(down, arrange="transpose", dtype=dtype)
+        (fc1,) = e.packed(moe.gate_up, arrange="interleave", dtype=dtype)
+        (fc2,) = e.packed(moe.down, arrange="transpose", dtype=dtype)
         return e.op(
             f"{MICROSOFT}::MoE",
             [scaled, choice_of(e, chosen, count, type_of(scaled).dtype), fc1, None, fc2],
@@ -39,26 +32,17 @@ def lower_fused(
             swiglu_fusion=1,
         )
 
-    return over_rows(e, node, x, scores, experts, fused)
+    return over_rows(e, node, moe, fused)
 
 
-def lower_quantized(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    gate_up: ir.Value,
-    down: ir.Value,
-    bits: int,
-) -> ir.Value:
-    """com.microsoft.QMoE on experts of `bits`, quantised in blocks along their inputs."""
-    count, dtype = type_of(gate_up).shape[0], dtype_name(type_of(x).dtype)
+def lower_quantized(e: Emitter, node: fx.Node, moe: Moe[ir.Value], bits: int) -> ir.Value:
+    """com.microsoft.QMoE on experts of `bits` bits, quantised in blocks along their inputs."""
+    count, dtype = type_of(moe.gate_up).shape[0], dtype_name(type_of(moe.x).dtype)
 
     def fused(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
         how = {"dtype": dtype, "bits": bits, "block": BLOCK}
-        fc1, scales1 = e.packed(gate_up, arrange="interleave", **how)
-        fc2, scales2 = e.packed(down, arrange="transpose", **how)
+        fc1, scales1 = e.packed(moe.gate_up, arrange="interleave", **how)
+        fc2, scales2 = e.packed(moe.down, arrange="transpose", **how)
         choice = choice_of(e, chosen, count, type_of(scaled).dtype)
         return e.op(
             f"{MICROSOFT}::QMoE",
@@ -75,4 +59,4 @@ def lower_quantized(
             accuracy_level=INT8_ACTIVATIONS,
         )
 
-    return over_rows(e, node, x, scores, experts, fused)
+    return over_rows(e, node, moe, fused)

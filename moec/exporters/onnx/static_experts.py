@@ -1,7 +1,8 @@
-"""Experts without data-dependent shapes.
+"""Experts in ONNX without data-dependent shapes.
 
-Either each token's experts are gathered, or each expert sees all rows, those of others as zeros:
-what an expert makes of zeros is zero, so the sum over the experts is the result.
+Either the graph gathers the weights of each token's experts, or each expert computes all rows, with
+zeros in place of the rows of other experts. An expert's output for zeros is zero, so the sum over
+the experts is the result.
 """
 
 import numpy as np
@@ -12,26 +13,20 @@ from torch import fx
 from moec.exporters.onnx.expert_branches import Ffn, choice_of
 from moec.exporters.onnx.experts import over_rows, swiglu, zero
 from moec.exporters.onnx.lowering import Emitter, type_of
+from moec.graph_builder.ops.operands import Moe, Routed
 from moec.graph_builder.types import Dim, TensorType
 
 _INT64, _BOOL = torch.int64, torch.bool
-#: rows up to which experts are gathered: each brings its own expert's weights along
+#: up to this many rows the weights are gathered, once for each row
 FEW = 8
 
 
-def few_or_many(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    gate_up: ir.Value,
-    down: ir.Value,
-) -> ir.Value:
-    """`moe` on weights [E, D, 2F] and [E, F, D]: of few rows the chosen experts, of many all.
+def few_or_many(e: Emitter, node: fx.Node, moe: Moe[ir.Value]) -> ir.Value:
+    """`moe`: for few rows only the chosen experts run, for many all of them.
 
-    Which of the two is known from shapes, before anything runs.
+    Which of the two applies follows from shapes, before anything runs.
     """
+    gate_up, down = moe.gate_up, moe.down
     count = type_of(gate_up).shape[0]
 
     def each(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
@@ -46,21 +41,21 @@ def few_or_many(
             "If", [is_few], kind, label, then_branch=few.graph([own]), else_branch=many.graph([out])
         )
 
-    return over_rows(e, node, x, scores, experts, each)
+    return over_rows(e, node, moe, each)
 
 
 def _gathered(
     e: Emitter, scaled: ir.Value, chosen: ir.Value, gate_up: ir.Value, down: ir.Value
 ) -> ir.Value:
-    """scaled [T, D] through the expert of each row."""
+    """The output of each row's expert for scaled [T, D], on gathered weights."""
     kind = type_of(scaled)
     rows, dim = kind.shape
 
     def own(fused: ir.Value, label: str) -> ir.Value:
         stored = type_of(fused)
         shape = stored.like(rows, *stored.shape[1:])
-        slabs = e.op("Gather", [fused, chosen], shape, label, axis=0)
-        return e.cast(slabs, kind.dtype, f"{label}.cast")
+        weights = e.op("Gather", [fused, chosen], shape, label, axis=0)
+        return e.cast(weights, kind.dtype, f"{label}.cast")
 
     deep = e.op("Unsqueeze", [scaled, e.constant([1])], kind.like(rows, 1, dim), "x")
     y = _ffn(e, deep, own(gate_up, "gate_up"), own(down, "down"), (rows, 1))
@@ -70,7 +65,7 @@ def _gathered(
 def _summed(
     e: Emitter, scaled: ir.Value, choice: ir.Value, gate_up: ir.Value, down: ir.Value
 ) -> ir.Value:
-    """scaled [T, D] through all experts at once, where choice [T, E] is 1 for a row's own."""
+    """All experts' outputs for scaled [T, D], added up; choice [T, E] is 1 at a row's expert."""
     kind = type_of(scaled)
     rows, dim = kind.shape
     count = type_of(choice).shape[1]
@@ -93,16 +88,8 @@ def _ffn(
     return e.op("MatMul", [swiglu(e, gate, up), down], kind.like(*lead, dim), "y")
 
 
-def dense(
-    e: Emitter,
-    node: fx.Node,
-    x: ir.Value,
-    scores: ir.Value,
-    experts: ir.Value,
-    count: int,
-    ffn: Ffn,
-) -> ir.Value:
-    """All `count` experts, always, each on weights of its own: where none can be gathered."""
+def dense(e: Emitter, node: fx.Node, routed: Routed[ir.Value], count: int, ffn: Ffn) -> ir.Value:
+    """All `count` experts for any number of rows: where weights cannot be gathered."""
 
     def each(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
         kind, rows = type_of(scaled), type_of(chosen).shape[0]
@@ -120,4 +107,4 @@ def dense(
         assert total is not None
         return total
 
-    return over_rows(e, node, x, scores, experts, each)
+    return over_rows(e, node, routed, each)

@@ -15,7 +15,9 @@ It differs from `standard` in these points:
     early fusion  A running count of the image tokens finds the feature of each.
 """
 
+from dataclasses import fields, replace
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +29,7 @@ from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.standard import STANDARD, column, lower_linear, steps
 from moec.exporters.onnx.static_experts import dense, few_or_many
 from moec.graph_builder import ops
+from moec.graph_builder.ops.operands import BufferedAttention, MoeLayer
 from moec.graph_builder.types import TensorType
 
 #: the domain of TensorRT's own operators: ONNX operators with further attributes
@@ -36,31 +39,18 @@ MOEC = "moec"
 _INT64, _BOOL, _FLOAT = torch.int64, torch.bool, torch.float32
 
 
-def _buffered_attention(
-    e: Emitter,
-    node: fx.Node,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    last: ir.Value,
-    total: ir.Value,
-    mask: ir.Value | None,
-    chunk: int | None,
-    heads: int,
-    kv_heads: int,
-) -> Values:
+def _buffered_attention(e: Emitter, node: fx.Node, of: BufferedAttention[ir.Value]) -> Values:
     out, *buffers = node.meta["type"]
     batch, count, width = out.shape
+    heads, mask = of.heads, of.mask
     assert mask is not None
-    first, kept = _first(e, last, mask, 2), []
+    first, kept = _first(e, of.last, mask, 2), []
     for buffer, new, kind, label in zip(
-        (key, value), (k, v), buffers, ("key", "value"), strict=True
+        (of.key, of.value), (of.k, of.v), buffers, ("key", "value"), strict=True
     ):
-        rows = _by_head(e, new, kv_heads, label)
+        rows = _by_head(e, new, of.kv_heads, label)
         kept.append(e.op("TensorScatter", [buffer, rows, first], kind, f"{label}.buffer", axis=2))
-    queries = _by_head(e, q, heads, "q")
+    queries = _by_head(e, of.q, heads, "q")
     size = width // heads
     mixed = _attend(e, [queries, *kept, mask], size, type_of(queries), "attention")
     turned = out.like(batch, count, heads, width // heads)
@@ -70,7 +60,7 @@ def _buffered_attention(
 
 def _masks_slots(node: fx.Node) -> bool:
     """Whether the mask covers all slots of the buffer, so that nothing else limits attention."""
-    mask = node.args[7]
+    mask = BufferedAttention(*cast(Any, node.args)).mask
     return isinstance(mask, fx.Node) and mask.target == ops.slot_mask.target
 
 
@@ -207,14 +197,12 @@ def rounded(x: ir.Value) -> ir.Value | None:
     return wide if source is not None and source.op_type == "DequantizeLinear" else None
 
 
-def _moe_layer(e: Emitter, node: fx.Node, *operands: ir.Value) -> ir.Value:
+def _moe_layer(e: Emitter, node: fx.Node, layer: MoeLayer[ir.Value]) -> ir.Value:
     """Write a node for the MoE plugin, which the parser finds by its version and namespace."""
-    x, router, *weights = operands
     out: TensorType = node.meta["type"]
-    router = e.cast(router, out.dtype, "router")
-    return e.op(
-        f"{MOEC}::MoecMoe", [x, router, *weights], out, plugin_version="1", plugin_namespace=MOEC
-    )
+    layer = replace(layer, router=e.cast(layer.router, out.dtype, "router"))
+    inputs = [getattr(layer, field.name) for field in fields(layer)]
+    return e.op(f"{MOEC}::MoecMoe", inputs, out, plugin_version="1", plugin_namespace=MOEC)
 
 
 TENSORRT = (

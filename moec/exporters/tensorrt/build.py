@@ -124,7 +124,8 @@ def plugin_of(folder: Path, spec: ModelSpec, options: EngineOptions, package: Pa
             exit_code=3,
         )
     from moec.exporters.tensorrt.plugin.build import compile_plugin
-    from moec.kernels.launches.launch import SHARED, Sizes
+    from moec.kernels.launches.launch import SHARED
+    from moec.kernels.sizes import Sizes
 
     text = spec.text
     sizes = Sizes(text.dim, text.experts.hidden, text.experts.count)

@@ -12,24 +12,14 @@ import torch
 from torch import Tensor
 
 from moec.graph_builder.ops.attention import attention
+from moec.graph_builder.ops.operands import BufferedAttention
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import TensorType
 
 
-def _rule(
-    q: TensorType,
-    k: TensorType,
-    v: TensorType,
-    key: TensorType,
-    value: TensorType,
-    last: TensorType,
-    total: TensorType,
-    mask: TensorType | None,
-    chunk: int | None,
-    heads: int,
-    kv_heads: int,
-) -> tuple[TensorType, TensorType, TensorType]:
-    name = "buffered_attention"
+def _rule(of: BufferedAttention[TensorType]) -> tuple[TensorType, TensorType, TensorType]:
+    name, heads, kv_heads = "buffered_attention", of.heads, of.kv_heads
+    q, k, v, key, value = of.q, of.k, of.v, of.key, of.value
     need(heads % kv_heads == 0, name, "heads", heads, f"a multiple of {kv_heads}")
     need(q.shape[2] % heads == 0, name, "q", q.shape, f"width in {heads} heads")
     size = q.shape[2] // heads
@@ -38,11 +28,14 @@ def _rule(
     expected = f"[B, {kv_heads}, slots, {size}]"
     need(fits and value == key, name, "key, value", (key, value), expected)
     need(q.dtype == k.dtype == key.dtype, name, "dtypes", (q, k, key), "one dtype")
-    need(last == TensorType(q.shape[:1], torch.int32), name, "last", last, f"int32 {q.shape[:1]}")
-    need(total == TensorType((), torch.int32), name, "total", total, "an int32 scalar")
-    need(mask is None or chunk is None, name, "chunk", chunk, "a mask or a chunk, not both")
-    if mask is not None:
-        need(mask.shape[:3] == (q.shape[0], 1, q.shape[1]), name, "mask", mask.shape, "[B,1,S,K]")
+    ends = TensorType(q.shape[:1], torch.int32)
+    need(of.last == ends, name, "last", of.last, f"int32 {q.shape[:1]}")
+    need(of.total == TensorType((), torch.int32), name, "total", of.total, "an int32 scalar")
+    fits = of.mask is None or of.chunk is None
+    need(fits, name, "chunk", of.chunk, "a mask or a chunk, not both")
+    if of.mask is not None:
+        shape = of.mask.shape
+        need(shape[:3] == (q.shape[0], 1, q.shape[1]), name, "mask", shape, "[B,1,S,K]")
     return q, key, value
 
 
@@ -50,42 +43,29 @@ def _rule(
     "buffered_attention(Tensor q, Tensor k, Tensor v, Tensor key, Tensor value, Tensor last, "
     "Tensor total, Tensor? mask, int? chunk, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
     _rule,
+    BufferedAttention,
 )
-def buffered_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Tensor,
-    value: Tensor,
-    last: Tensor,
-    total: Tensor,
-    mask: Tensor | None,
-    chunk: int | None,
-    heads: int,
-    kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, S, heads*d], k, v [B, S, kv_heads*d], buffers [B, kv_heads, N, d] -> out and buffers.
-
-    `last` [B] is the slot of each row's last token, `total` more than any of these; `mask`
-    [B, 1, S, K] further limits what is seen to some of the first K slots.
+def buffered_attention(of: BufferedAttention[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Append a call's tokens, then attend: out [B, S, heads * d], and both buffers.
 
     Raises:
         MoecError: the tokens of a row do not fit its buffer or cross the end of its chunk.
     """
-    steps, slots, count = q.shape[1], key.shape[2], int(total)
+    q, last = of.q, of.last
+    steps, slots, count = q.shape[1], of.key.shape[2], int(of.total)
     name = "buffered_attention"
-    room = slots if chunk is None else min(slots, chunk)
+    room = slots if of.chunk is None else min(slots, of.chunk)
     need(count > int(last.max()), name, "total", count, f"more than {int(last.max())}")
     need(count <= room, name, "last", f"tokens to slot {count - 1}", f"{room} slots")
     at = last.long()[:, None] + torch.arange(1 - steps, 1, device=q.device)  # [B, S]
     rows = torch.arange(len(q), device=q.device)[:, None]
-    key, value = key.clone(), value.clone()
-    for buffer, new in ((key, k), (value, v)):
-        buffer[rows, :, at] = new.unflatten(2, (kv_heads, -1))  # [B, S, kv_heads, d]
+    key, value = of.key.clone(), of.value.clone()
+    for buffer, new in ((key, of.k), (value, of.v)):
+        buffer[rows, :, at] = new.unflatten(2, (of.kv_heads, -1))  # [B, S, kv_heads, d]
     seen = torch.arange(count, device=q.device) <= at[..., None]  # [B, S, count]
-    seen = seen[:, None] if mask is None else seen[:, None] & mask[..., :count]
+    seen = seen[:, None] if of.mask is None else seen[:, None] & of.mask[..., :count]
     flat = [buffer[:, :, :count].transpose(1, 2).flatten(2) for buffer in (key, value)]
-    return attention.eager(q, *flat, seen, heads, kv_heads), key, value
+    return attention.eager(q, *flat, seen, of.heads, of.kv_heads), key, value
 
 
 def _slot_rule(ids: TensorType, last: TensorType, buffer: TensorType) -> TensorType:

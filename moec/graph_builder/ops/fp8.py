@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.graph_builder.ops.linear import swiglu
-from moec.graph_builder.ops.moe import over_chosen
+from moec.graph_builder.ops.moe import need_routed, over_chosen
+from moec.graph_builder.ops.operands import Fp8Moe
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import Dim, TensorType
 from moec.spec.scheme import INPUTS, LARGEST, STATIC
@@ -112,43 +113,27 @@ def rounded(
     return dequantize.eager(quantize.eager(x, scale, 0, block), scale, 0, block, name)
 
 
-Types = list[TensorType]
-
-
-def _moe_rule(
-    x: TensorType,
-    scores: TensorType,
-    experts: TensorType,
-    gate_up: Types,
-    gate_up_scale: Types,
-    down: Types,
-    down_scale: Types,
-    gate_up_input: TensorType | None,
-    down_input: TensorType | None,
-    inputs: str,
-    block: int,
-    bound: float | None,
-) -> TensorType:
+def _moe_rule(moe: Fp8Moe[TensorType]) -> TensorType:
     name = "fp8_moe"
-    fits = scores.shape == experts.shape and scores.shape[0] == x.shape[0]
-    need(fits, name, "scores, experts", (scores, experts), f"[{x.shape[0]}, k]")
-    need(inputs in INPUTS, name, "inputs", inputs, " or ".join(INPUTS))
-    need(bool(gate_up and down), name, "weights", (gate_up, down), "at least one tensor each")
-    fused = len(down[0].shape) == 3
-    count = down[0].shape[0] if fused else len(down)
-    for static in (gate_up_input, down_input):
-        need((static is not None) == (inputs in STATIC), name, "input scales", static, inputs)
+    need_routed(name, moe)
+    need(moe.inputs in INPUTS, name, "inputs", moe.inputs, " or ".join(INPUTS))
+    given = moe.gate_up and moe.down
+    need(bool(given), name, "weights", (moe.gate_up, moe.down), "at least one tensor each")
+    fused, count = moe.fused, moe.count
+    for static in (moe.gate_up_input, moe.down_input):
+        fits = (static is not None) == (moe.inputs in STATIC)
+        need(fits, name, "input scales", static, moe.inputs)
         need(static is None or static.shape in ((), (count,)), name, "input scales", static, count)
-    dim, width = x.shape[1], down[0].shape[1]
+    dim, width = moe.x.shape[1], moe.down[0].shape[1]
     # Shapes of one expert's tensors, as they are stored.
     gate_up_shape, down_shape = (
         ((dim, 2 * width), (width, dim)) if fused else ((width, dim), (dim, width))
     )
-    for label, codes, scales, shape, parts in (
-        ("gate_up", gate_up, gate_up_scale, gate_up_shape, 2),
-        ("down", down, down_scale, down_shape, 1),
+    for label, codes, scales, shape, each_has in (
+        ("gate_up", moe.gate_up, moe.gate_up_scale, gate_up_shape, 2),
+        ("down", moe.down, moe.down_scale, down_shape, 1),
     ):
-        expected = 1 if fused else parts * count
+        expected = 1 if fused else each_has * count
         need(len(codes) == expected, name, label, len(codes), f"{expected} tensors")
         need(len(scales) == expected, name, f"{label}_scale", len(scales), f"{expected} tensors")
         for each, scale in zip(codes, scales, strict=True):
@@ -158,8 +143,8 @@ def _moe_rule(
             if fused and scale.shape:
                 need(scale.shape[0] == count, name, f"{label}_scale", scale.shape, count)
                 scale = scale.like(*scale.shape[1:])
-            _need_scale(name, each.like(*shape), scale, 1 if fused else 0, block)
-    return x
+            _need_scale(name, each.like(*shape), scale, 1 if fused else 0, moe.block)
+    return moe.x
 
 
 @op(
@@ -167,28 +152,13 @@ def _moe_rule(
     "Tensor[] down, Tensor[] down_scale, Tensor? gate_up_input, Tensor? down_input, str inputs, "
     "int block, float? bound) -> Tensor",
     _moe_rule,
+    Fp8Moe,
 )
-def fp8_moe(
-    x: Tensor,
-    scores: Tensor,
-    experts: Tensor,
-    gate_up: list[Tensor],
-    gate_up_scale: list[Tensor],
-    down: list[Tensor],
-    down_scale: list[Tensor],
-    gate_up_input: Tensor | None,
-    down_input: Tensor | None,
-    inputs: str,
-    block: int,
-    bound: float | None,
-) -> Tensor:
+def fp8_moe(moe: Fp8Moe[Tensor]) -> Tensor:
     """`moe` on FP8 weights, whose products see inputs rounded as a scheme's `inputs` say.
 
-    Weights are one fused tensor [E, in, out], with scales [], [E], [E, out] or in blocks; or they
-    are apart: gate_0, up_0, gate_1, ... and down_0, ..., each [out, in] with scales [], [out] or in
-    blocks. The scaled input is rounded, and what SwiGLU makes of it. Static scales are [] or [E].
+    Both products' inputs are rounded: the tokens times their scores, and what SwiGLU makes of them.
     """
-    count = len(down[0]) if down[0].dim() == 3 else len(down)
 
     def ffn(expert: int, rows: Tensor) -> Tensor:
         def product(
@@ -196,13 +166,14 @@ def fp8_moe(
         ) -> Tensor:
             if static is not None and static.dim():
                 static = static[expert]
-            rows = rounded(rows, static, inputs, block, bound)
-            return rows @ expert_weight(codes, scales, expert, count, block).to(x.dtype)
+            rows = rounded(rows, static, moe.inputs, moe.block, moe.bound)
+            weight = expert_weight(codes, scales, expert, moe.count, moe.block)
+            return rows @ weight.to(moe.x.dtype)
 
-        gate, up = product(rows, gate_up, gate_up_scale, gate_up_input).chunk(2, -1)
-        return product(swiglu.eager(gate, up), down, down_scale, down_input)
+        gate, up = product(rows, moe.gate_up, moe.gate_up_scale, moe.gate_up_input).chunk(2, -1)
+        return product(swiglu.eager(gate, up), moe.down, moe.down_scale, moe.down_input)
 
-    return over_chosen(x, scores, experts, ffn)
+    return over_chosen(moe, ffn)
 
 
 def expert_weight(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from moec.graph_builder.ops.fp8 import FP8, quantize, token_scale
 from moec.graph_builder.ops.linear import rms_norm, skip_norm
+from moec.graph_builder.ops.operands import MoeLayer
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import Dim, TensorType
 from moec.weights.view import TORCH_DTYPES
@@ -112,24 +113,17 @@ def _product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor)
     return (codes.float() @ weight.float().t()) * weight_scale * scale[:, None]
 
 
-def _moe_rule(
-    x: TensorType,
-    router: TensorType,
-    gate_up: TensorType,
-    gate_up_scale: TensorType,
-    down: TensorType,
-    down_scale: TensorType,
-) -> TensorType:
-    name = "moe_layer"
+def _moe_rule(layer: MoeLayer[TensorType]) -> TensorType:
+    name, x, router, down = "moe_layer", layer.x, layer.router, layer.down
     need(len(x.shape) == 2, name, "x", x.shape, "[T, D]")
     need(len(down.shape) == 3 and down.dtype == FP8, name, "down", down, "E4M3 [E + 1, D, F]")
     (count, _, hidden), dim = down.shape, x.shape[1]
     need(router.shape == (count - 1, dim), name, "router", router.shape, (count - 1, dim))
     for label, found, shape, dtype in (
-        ("gate_up", gate_up, (count, 2 * hidden, dim), FP8),
-        ("gate_up_scale", gate_up_scale, (count, 2 * hidden), torch.float32),
+        ("gate_up", layer.gate_up, (count, 2 * hidden, dim), FP8),
+        ("gate_up_scale", layer.gate_up_scale, (count, 2 * hidden), torch.float32),
         ("down", down, (count, dim, hidden), FP8),
-        ("down_scale", down_scale, (count, dim), torch.float32),
+        ("down_scale", layer.down_scale, (count, dim), torch.float32),
     ):
         need(found == TensorType(shape, dtype), name, label, found, (shape, dtype))
     return x
@@ -139,35 +133,27 @@ def _moe_rule(
     "moe_layer(Tensor x, Tensor router, Tensor gate_up, Tensor gate_up_scale, Tensor down, "
     "Tensor down_scale) -> Tensor",
     _moe_rule,
+    MoeLayer,
 )
-def moe_layer(
-    x: Tensor,
-    router: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-) -> Tensor:
-    """A whole MoE layer, top-1: x [T, D] -> the chosen expert and the shared one, [T, D].
+def moe_layer(layer: MoeLayer[Tensor]) -> Tensor:
+    """A whole MoE layer, top-1: the chosen expert and the shared one of each token, [T, D].
 
-    router [E, D]; gate_up E4M3 [E + 1, 2F, D] and down [E + 1, D, F], the shared expert last, with
-    scales [E + 1, 2F] and [E + 1, D]. Router logits and scores are rounded to x's dtype. The score
-    scales the expert's input; as rounding is by token, that is a score times the scale of x's
-    codes, so both experts use the same codes. What SwiGLU makes is rounded to x's dtype, and the
-    sum of both experts once, at the end.
+    Router logits and scores are rounded to x's dtype. The score scales the expert's input; as
+    rounding is by token, that is a score times the scale of x's codes, so both experts use the same
+    codes. What SwiGLU makes is rounded to x's dtype, and the sum of both experts once, at the end.
     """
-    logits = functional.linear(x.float(), router.float()).to(x.dtype)
+    x, shared = layer.x, len(layer.down) - 1
+    logits = functional.linear(x.float(), layer.router.float()).to(x.dtype)
     best, chosen = logits.max(-1)
     score = best.float().sigmoid().to(x.dtype).float()
     codes, scale = encode.eager(x)
-    shared = len(down) - 1
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in [*chosen.unique().tolist(), shared]:
         rows = slice(None) if expert == shared else chosen == expert
         gain = scale[rows] if expert == shared else scale[rows] * score[rows]
-        wide = _product(codes[rows], gain, gate_up[expert], gate_up_scale[expert])
+        wide = _product(codes[rows], gain, layer.gate_up[expert], layer.gate_up_scale[expert])
         act, act_scale = encode.eager(_swiglu(wide).to(x.dtype))
-        out[rows] += _product(act, act_scale, down[expert], down_scale[expert])
+        out[rows] += _product(act, act_scale, layer.down[expert], layer.down_scale[expert])
     return out.to(x.dtype)
 
 
@@ -175,7 +161,7 @@ def _norm_moe_rule(
     x: TensorType, skip: TensorType, weight: TensorType, eps: float, *layer: TensorType
 ) -> tuple[TensorType, TensorType]:
     skip_norm.rule(x, skip, weight, eps)
-    return _moe_rule(x, *layer), x
+    return _moe_rule(MoeLayer(x, *layer)), x
 
 
 @op(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moec.graph_builder.ops.linear import swiglu
+from moec.graph_builder.ops.operands import Moe, Routed
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import TensorType
 
@@ -30,41 +31,47 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return values.float().sigmoid().to(logits.dtype), experts
 
 
-def _moe_rule(
-    x: TensorType, scores: TensorType, experts: TensorType, gate_up: TensorType, down: TensorType
-) -> TensorType:
-    count, dim, width = gate_up.shape
-    need(dim == x.shape[1], "moe", "gate_up", gate_up.shape, f"[E, {x.shape[1]}, 2F]")
-    need(width % 2 == 0, "moe", "gate_up", gate_up.shape, "[E, D, 2F], gate then up")
-    need(down.shape == (count, width // 2, dim), "moe", "down", down.shape, f"[{count}, F, {dim}]")
-    fits = scores.shape == experts.shape and scores.shape[0] == x.shape[0]
-    need(fits, "moe", "scores, experts", (scores, experts), f"[{x.shape[0]}, k]")
-    return x
+def need_routed(name: str, routed: Routed[TensorType]) -> None:
+    """Check that scores and experts are [T, k] for x [T, D]."""
+    scores, experts, rows = routed.scores, routed.experts, routed.x.shape[0]
+    fits = scores.shape == experts.shape and scores.shape[0] == rows
+    need(fits, name, "scores, experts", (scores, experts), f"[{rows}, k]")
+
+
+def _moe_rule(moe: Moe[TensorType]) -> TensorType:
+    gate_up, down = moe.gate_up.shape, moe.down.shape
+    count, dim, width = gate_up
+    need(dim == moe.x.shape[1], "moe", "gate_up", gate_up, f"[E, {moe.x.shape[1]}, 2F]")
+    need(width % 2 == 0, "moe", "gate_up", gate_up, "[E, D, 2F], gate then up")
+    need(down == (count, width // 2, dim), "moe", "down", down, f"[{count}, F, {dim}]")
+    need_routed("moe", moe)
+    return moe.x
 
 
 @op(
-    "moe(Tensor x, Tensor scores, Tensor experts, Tensor gate_up, Tensor down) -> Tensor", _moe_rule
+    "moe(Tensor x, Tensor scores, Tensor experts, Tensor gate_up, Tensor down) -> Tensor",
+    _moe_rule,
+    Moe,
 )
-def moe(x: Tensor, scores: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x [T, D], scores and experts [T, k], gate_up [E, D, 2F], down [E, F, D] -> [T, D].
+def moe(moe: Moe[Tensor]) -> Tensor:
+    """The sum over each token's k experts e of SwiGLU_e(score * x), [T, D].
 
-    Sum over each token's k experts e of SwiGLU_e(score * x). Only chosen experts are read.
+    Only chosen experts are read.
     """
+    dtype = moe.x.dtype
 
     def ffn(expert: int, rows: Tensor) -> Tensor:
-        gate, up = (rows @ gate_up[expert].to(x.dtype)).chunk(2, -1)
-        return swiglu.eager(gate, up) @ down[expert].to(x.dtype)
+        gate, up = (rows @ moe.gate_up[expert].to(dtype)).chunk(2, -1)
+        return swiglu.eager(gate, up) @ moe.down[expert].to(dtype)
 
-    return over_chosen(x, scores, experts, ffn)
+    return over_chosen(moe, ffn)
 
 
-def over_chosen(
-    x: Tensor, scores: Tensor, experts: Tensor, ffn: Callable[[int, Tensor], Tensor]
-) -> Tensor:
-    """Sum over each token's experts of ffn(expert, score * x), for those that a token chose."""
-    scaled = x[:, None] * scores[..., None]  # [T, k, D]
+def over_chosen(routed: Routed[Tensor], ffn: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """The sum over each token's experts of ffn(expert, score * x), called for chosen ones only."""
+    scaled = routed.x[:, None] * routed.scores[..., None]  # [T, k, D]
     out = torch.zeros_like(scaled)
-    for expert in experts.unique().tolist():
-        chosen = experts == expert  # [T, k]
+    for expert in routed.experts.unique().tolist():
+        chosen = routed.experts == expert  # [T, k]
         out[chosen] = ffn(expert, scaled[chosen])
     return out.sum(1)

@@ -2,10 +2,13 @@
 
 The eager function is the reference that every lowering is checked against. The rule works on sizes
 that are ints, symbols or SymInts; it gives the builder its shapes, refuses bad operands in eager
-runs, and serves torch as the op's fake kernel.
+runs, and serves torch as the op's fake kernel. An op with many operands has a record for them, of
+`operands`: its eager function, its rule and its lowerings then take that instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 import torch
@@ -21,16 +24,29 @@ Rule = Callable[..., Types]
 
 
 class Op:
-    """One op of the vocabulary; `target` is what fx nodes call."""
+    """One op of the vocabulary; `target` is what fx nodes call.
 
-    def __init__(self, schema: str, eager: Callable[..., Any], rule: Rule) -> None:
-        self.name = schema.split("(", 1)[0]
-        self.eager, self.rule = eager, rule
+    `eager` and `rule` take the arguments of the schema, in order.
+    """
+
+    def __init__(
+        self, schema: str, eager: Callable[..., Any], rule: Rule, operands: type[Any] | None
+    ) -> None:
+        self.name, self.operands = schema.split("(", 1)[0], operands
+        self.eager: Callable[..., Any] = wraps(eager)(lambda *args: eager(*self.given(args)))
+        self.rule: Rule = wraps(rule)(lambda *args: rule(*self.given(args)))
         _LIBRARY.define(schema)
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"moec::{self.name}", self._fake, lib=_LIBRARY)
         self.target = getattr(torch.ops.moec, self.name).default
+        if operands:
+            names = [argument.name for argument in self.target._schema.arguments]
+            assert names == [field.name for field in fields(operands)], self.name
         OPS[self.name] = self
+
+    def given(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments of the schema as functions of this op take them: as its record, if any."""
+        return (self.operands(*args),) if self.operands else args
 
     def _run(self, *args: Any) -> Any:
         self.rule(*map(_type_of, args))
@@ -46,9 +62,14 @@ class Op:
         return empty(types) if isinstance(types, TensorType) else tuple(map(empty, types))
 
 
-def op(schema: str, rule: Rule) -> Callable[[Callable[..., Any]], Op]:
-    """Declare the decorated eager function as op `moec::<schema>` with the given shape rule."""
-    return lambda eager: Op(schema, eager, rule)
+def op(
+    schema: str, rule: Rule, operands: type[Any] | None = None
+) -> Callable[[Callable[..., Any]], Op]:
+    """Declare the decorated eager function as op `moec::<schema>` with the given shape rule.
+
+    With `operands`, a record whose fields are the schema's arguments, both functions take that.
+    """
+    return lambda eager: Op(schema, eager, rule, operands)
 
 
 def implement(name: str, function: Callable[..., Any], device: str) -> None:

@@ -1,4 +1,4 @@
-"""Compile launches ahead of time, on a machine without a GPU: cubins, and how to launch them."""
+"""Compile launches to cubins, on a machine without a GPU, and say how to launch those."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moec.kernels.launches.descriptors import block_shapes, signature
 from moec.kernels.launches.launch import SHARED, Launch
 from moec.spec.errors import refuse
 
-#: a type of Triton's in a descriptor's metadata -> the driver's CUtensorMapDataType
+#: element type in a descriptor's metadata, as Triton numbers it -> the driver's CUtensorMapDataType
 ELEMENTS = {0: 0, 10: 9}  # bytes, bf16
 
 
@@ -21,9 +21,10 @@ ELEMENTS = {0: 0, 10: 9}  # bytes, bf16
 class Parameter:
     """One parameter of a cubin.
 
-    `type` is "*..." for a pointer, "map" for a `TensorMap` by value, else of a number: i1 (a byte),
-    i32 or i64. `part` says which number of the matrix `name` it is: "rows", "columns", "row stride"
-    or "column stride", in elements, or "padding", which is 0. Without one it is `name` itself.
+    `type` is "*..." for a pointer, "map" for a `TensorMap` by value, and i1 (a byte), i32 or i64
+    for a number. `part` says which number of the matrix `name` the parameter is: "rows", "columns",
+    "row stride" or "column stride", in elements, or "padding", which is 0. An empty `part` means
+    `name` itself.
     """
 
     name: str
@@ -33,10 +34,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """What `cuTensorMapEncodeTiled` wants to know of the matrix `name`, rows by columns.
+    """The arguments of `cuTensorMapEncodeTiled` for the matrix `name`; a tile is rows by columns.
 
-    The driver has the inner dimension first. Element strides are 1, no interleave, promotion to
-    128 bytes in L2, no fill; the map is 128 bytes, aligned to 64.
+    The driver takes the inner dimension first. Element strides are 1, with no interleave, promotion
+    to 128 bytes in L2, and no fill. The map itself takes 128 bytes, aligned to 64.
     """
 
     name: str
@@ -49,12 +50,13 @@ class TensorMap:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A kernel for one architecture: code for that and no other.
+    """A kernel that is compiled for one architecture, and runs on no other.
 
-    To launch it with the driver's API: `parameters` in order, then two null pointers (scratch that
-    these kernels do not use); `block` threads; `shared` bytes of dynamic shared memory, for which
-    the function must ask first where it is above 48 KiB. No cluster, not cooperative. With
-    `overlap` as a programmatic dependent launch, by programmatic stream serialization.
+    To launch it with the driver's API, pass `parameters` in order, then two null pointers (scratch
+    that these kernels do not use). It runs with `block` threads and `shared` bytes of dynamic
+    shared memory; above 48 KiB the function's attribute must be raised first. It uses no cluster
+    and is not cooperative. With `overlap` it is a programmatic dependent launch (the attribute is
+    programmatic stream serialization).
     """
 
     name: str
@@ -72,7 +74,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     """The cubin of `launch` for compute capability `architecture`, such as 90.
 
     Raises:
-        MoecError: it needs more shared memory than that has.
+        MoecError: the kernel needs more shared memory than the architecture has.
     """
     built = build(launch, architecture)
     found, limit = built.metadata, SHARED[architecture]
@@ -93,18 +95,18 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         parameters=tuple(_parameters(launch, {each.name for each in maps})),
         maps=maps,
         grid=launch.grid,
-        block=32 * found.num_warps,  # Gluon's kernels may have more than they were launched with
+        block=32 * found.num_warps,  # Gluon's kernels may add warps
         shared=found.shared,
         overlap=found.launch_pdl,
     )
 
 
 def build(launch: Launch, architecture: int) -> Any:
-    """What Triton makes of `launch`: each stage's text in `asm`, and `metadata`."""
+    """`launch` as Triton compiles it: the text of each stage in `asm`, and `metadata`."""
     function: Any = launch.kernel
     types, names = signature(launch), list(function.arg_names)
     source = GluonASTSource if function.is_gluon() else ASTSource
-    # All memory comes from an allocator that aligns: without saying so, loads go byte by byte.
+    # Every allocator aligns to 16 bytes. Unless Triton is told, it loads byte by byte.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind[0] == "*"}
     return triton.compile(
         source(
@@ -119,7 +121,7 @@ def build(launch: Launch, architecture: int) -> Any:
 
 
 def _maps(launch: Launch, found: list[dict[str, Any]]) -> Iterator[TensorMap]:
-    """A map for each descriptor; before sm_90 there are none, and descriptors are pointers."""
+    """A tensor map for each descriptor; before sm_90 descriptors are plain pointers."""
     described = [name for name in launch.arguments if name in block_shapes(launch)]
     for name, each in zip(described, found, strict=True) if found else ():
         assert not each["fp4_padded"]
@@ -129,7 +131,7 @@ def _maps(launch: Launch, found: list[dict[str, Any]]) -> Iterator[TensorMap]:
 
 
 def _parameters(launch: Launch, mapped: set[str]) -> Iterator[Parameter]:
-    """The arguments, and for those that are descriptors all that Triton makes of one."""
+    """The parameters of all arguments; a descriptor becomes several."""
     shapes = block_shapes(launch)
     extents, strides = ("rows", "columns"), ("row stride", "column stride")
     for name, kind in zip(launch.arguments, signature(launch), strict=True):

@@ -1,28 +1,29 @@
-"""A program: all that runs one MoE layer for any number of tokens where there is no Python.
+"""A program: everything that runs one MoE layer for any number of tokens where there is no Python.
 
-Bytes, for a launcher in another language. Integers are little-endian, 8 bytes each, signed:
+It is bytes for a launcher in another language, the TensorRT plugin. Integers are little-endian,
+signed, and 8 bytes each:
 
     magic (8 bytes), SHA-256 of all that follows (32 bytes), VERSION
-    how many integers there are, how many bytes of data; then both, filled up to 64 bytes
+    the number of integers, the number of bytes of data; then both, padded to 64 bytes
 
-The integers, in this order; "n of" stands for a count and then as many:
+The integers follow in this order; "n of" stands for a count and then that many items:
 
     dim, hidden, experts, most tokens
     n of names          offset and length in the data
-    n of given          name, bytes of a token's row (0: the same memory for all tokens)
+    n of given          name, bytes of one token's row (0: one buffer for all tokens)
     n of kernels        name, offset and length of a cubin, threads, bytes of shared memory
     n of targets        compute capability, then
       n of variants     first and last number of tokens, then
         n of buffers    name, bytes (a quantity)
-        n of launches   kernel, 1 where it may start early, grid (three quantities), then
+        n of launches   kernel, 1 if it may start early, grid (three quantities), then
           n of          0, slot                       a pointer
                         1, bytes, quantity            a number
                         2, slot, rows (a quantity), columns, tile rows, tile columns, swizzle,
                         element, bytes of an element  a tensor map
 
-A slot is -1 for null, an index into given, or after those into the variant's buffers. A quantity
-follows from the number of tokens: see `Quantity`. A kernel has two more parameters: null pointers.
-More than most tokens are run in parts.
+A slot is -1 for null, or an index into given, or, counting on, into the variant's buffers. A
+quantity depends on the number of tokens: see `Quantity`. After its parameters every kernel takes
+two null pointers. A launcher splits more than `most tokens` into several runs.
 """
 
 import struct
@@ -37,18 +38,19 @@ from triton import knobs
 from moec.kernels.ahead_of_time.compile import Compiled, TensorMap, compile_launch
 from moec.kernels.launches import prefill as launch_prefill
 from moec.kernels.launches.descriptors import block_shapes
-from moec.kernels.launches.launch import MOST_TOKENS, SHARED, Buffers, Launch, Sizes
-from moec.kernels.launches.stream import few_moe
+from moec.kernels.launches.few_tokens import few_moe
+from moec.kernels.launches.launch import SHARED, Buffers, Launch
+from moec.kernels.sizes import MOST_TOKENS, Sizes
 from moec.spec.errors import refuse
 
 MAGIC, VERSION = b"moecprog", 1
-#: what a caller gives: inputs of the layer in order, then its output
+#: the buffers that the caller gives: the layer's inputs in order, then its output
 GIVEN = ("x", "router", "gate_up", "gate_up_scale", "down", "down_scale", "out")
-#: arguments for a norm in front of the layer, which a program does not have
+#: arguments of a norm before the layer, which a program does not have: they are null
 ABSENT = ("skip", "gain", "total")
-#: a grid that stands for as many programs as the GPU has multiprocessors
+#: a grid size that stands for the number of the GPU's multiprocessors
 EVERY = -1
-#: numbers of tokens after which a quantity's steps repeat: 16 have a program in common, 128 a tile
+#: numbers of tokens after which a quantity's steps repeat: 16 share a program, 128 share a tile
 PERIODS = (1, 16, 128)
 #: bytes of an element
 BYTES = {"fp8e4nv": 1, "bf16": 2, "fp32": 4, "i32": 4}
@@ -57,9 +59,9 @@ NUMBERS = {"i1": 1, "i32": 4, "i64": 8}
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What follows from a number of tokens: add, and the sum of mul * ((tokens + shift) // period).
+    """A number that depends on the tokens: add + the sum of mul * ((tokens + shift) // period).
 
-    Written as add, period, and n of (mul, shift).
+    A program holds it as add, period, and n of (mul, shift).
     """
 
     add: int
@@ -67,20 +69,20 @@ class Quantity:
     terms: tuple[tuple[int, int], ...] = ()
 
     def at(self, tokens: int) -> int:
-        """Its value for so many tokens."""
+        """Its value for this number of tokens."""
         return self.add + sum(mul * ((tokens + shift) // self.period) for mul, shift in self.terms)
 
     def integers(self) -> list[int]:
-        """As a program has it."""
+        """The integers that stand for it in a program."""
         return [self.add, self.period, len(self.terms), *chain(*self.terms)]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What is launched for `first` to `last` tokens: the same kernels, on grids that differ.
+    """The launches for `first` to `last` tokens: the same kernels, on grids that depend on tokens.
 
-    Of `launches` all holds but the grids. `rows` and `columns` are those of every matrix that has a
-    descriptor.
+    `grids` replaces the grids of `launches`. `bytes` is the size of each buffer. `rows` and
+    `columns` are those of every matrix that has a descriptor.
     """
 
     first: int
@@ -95,11 +97,11 @@ class Variant:
 def build_program(sizes: Sizes, most: int, architectures: Sequence[int]) -> bytes:
     """The program of a layer of these sizes, for `architectures` such as 90.
 
-    Layers that the kernels for many tokens do not fit are run in parts of 64 tokens, all others in
-    parts of `most`, which decides how much scratch they need.
+    A run takes up to `most` tokens, which decides how much scratch it needs. A layer that the
+    kernels for many tokens do not fit takes up to 64.
 
     Raises:
-        MoecError: no architecture, or no kernels for one or for these sizes.
+        MoecError: no architecture, one without kernels, or sizes that the kernels do not take.
     """
     unknown = sorted(set(architectures) - SHARED.keys())
     if unknown or not architectures:
@@ -136,12 +138,12 @@ def build_program(sizes: Sizes, most: int, architectures: Sequence[int]) -> byte
 
 
 def identity(program: bytes) -> str:
-    """The SHA-256 that names a program, in hexadecimal."""
+    """The SHA-256 that identifies a program, in hexadecimal."""
     return program[len(MAGIC) :][:32].hex()
 
 
 class _Data:
-    """Names and kernels so far, each once, and the bytes that they are in."""
+    """The names and kernels added so far, each once, and the bytes that hold them."""
 
     def __init__(self) -> None:
         self.bytes = b""
@@ -161,7 +163,7 @@ class _Data:
         return self.kernels.index(found)
 
     def _place(self, content: bytes) -> list[int]:
-        """Offset and length of `content`, aligned to 16: what a driver reads in place."""
+        """Offset and length of `content`, aligned to 16 bytes: a driver reads it in place."""
         if content not in self._places:
             self._places[content] = len(self.bytes)
             self.bytes += content + bytes(-len(content) % 16)
@@ -185,7 +187,8 @@ def _variant(variant: Variant, architecture: int, data: _Data) -> list[int]:
     launches = []
     for i, (each, grid) in enumerate(zip(variant.launches, variant.grids, strict=True)):
         made = _compiled(each, architecture)
-        # The first waits for whatever is ahead: of foreign kernels nobody knows that they waited.
+        # The first launch must not start early: a kernel of another library ahead of it may not
+        # have waited for those before it.
         overlap = int(made.overlap and i > 0)
         parameters = _parameters(made, variant, slots)
         axes = chain(*(axis.integers() for axis in grid))
@@ -194,7 +197,7 @@ def _variant(variant: Variant, architecture: int, data: _Data) -> list[int]:
 
 
 def _compiled(each: Launch, architecture: int) -> Compiled:
-    """Without lines of source, and so without the paths of this machine."""
+    """Compile without line information, which would hold this machine's paths."""
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
         return compile_launch(each, architecture)
@@ -236,7 +239,7 @@ def _number(name: str, part: str, variant: Variant) -> Quantity:
 
 
 def variants(sizes: Sizes, most: int, architecture: int) -> Iterator[Variant]:
-    """All that is launched for 1 to `most` tokens, as few variants as there can be."""
+    """The launches for 1 to `most` tokens, in as few variants as possible."""
     found = (_launched(sizes, tokens, architecture) for tokens in range(1, most + 1))
     first = 1
     for _, group in groupby(found, _constant):
@@ -251,7 +254,7 @@ def variants(sizes: Sizes, most: int, architecture: int) -> Iterator[Variant]:
 def _launched(
     sizes: Sizes, tokens: int, architecture: int
 ) -> tuple[tuple[Launch, ...], Buffers, Buffers]:
-    """The launches for so many tokens, the buffers that they share, all matrices."""
+    """The launches for this number of tokens, their buffers, and all matrices with descriptors."""
     if tokens <= MOST_TOKENS:
         launches, written = few_moe(sizes, tokens, architecture)
     else:
@@ -276,7 +279,7 @@ def _constant(launched: tuple[tuple[Launch, ...], Buffers, Buffers]) -> object:
 
 
 def _numbers(launches: tuple[Launch, ...], buffers: Buffers, matrices: Buffers) -> list[int]:
-    """What may differ within a variant: grids, bytes, rows."""
+    """The numbers that may differ within a variant: grids, bytes, rows."""
     grids = chain(*(each.grid for each in launches))
     return [*grids, *map(_bytes, buffers.values()), *(shape[0] for shape, _ in matrices.values())]
 
@@ -310,7 +313,7 @@ def _made(
 
 
 def _longest(first: int, rows: Sequence[Sequence[int]]) -> tuple[int, list[Quantity]]:
-    """How many of `rows` quantities describe, for `first` tokens and on; and those."""
+    """How many of `rows`, from `first` tokens on, quantities can describe; and the quantities."""
     count = len(rows)
     if not _fit_all(first, rows):
         count = bisect_left(
@@ -332,7 +335,7 @@ def _fit_all(first: int, rows: Sequence[Sequence[int]]) -> list[Quantity] | None
 
 
 def fit(first: int, values: Sequence[int]) -> Quantity | None:
-    """The quantity that has exactly these values for `first` tokens and on; None: there is none."""
+    """The quantity with exactly these values from `first` tokens on; None if there is none."""
     for period in PERIODS:
         steps: dict[int, int] = {}  # by the remainder of the number of tokens
         for tokens, (before, after) in enumerate(pairwise(values), first + 1):

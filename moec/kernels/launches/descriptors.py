@@ -1,16 +1,20 @@
-"""What a launch's arguments are to Triton: types, and those that are tiled for the copy engine."""
+"""The types of a launch's arguments as Triton writes them, and the arguments that are descriptors.
+
+A descriptor lets the TMA unit, the GPU's copy engine, copy tiles of a matrix.
+"""
 
 from typing import Any
 
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from moec.kernels.hopper import products as products_hopper
-from moec.kernels.hopper import stream as stream_hopper
+from moec.kernels.hopper import linear as linear_hopper
+from moec.kernels.hopper import moe_decode as moe_decode_hopper
+from moec.kernels.hopper import moe_prefill as moe_prefill_hopper
 from moec.kernels.launches.launch import TYPES, Launch
 from moec.kernels.triton import moe_prefill
 
-#: kernel -> the arguments that it has as descriptors, for the engine that copies tiles; their tiles
+#: kernel -> its arguments that are descriptors -> their tile: constants of the launch, or numbers
 DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
     moe_prefill.gate_up: {
         "rows": ("TILE", "DEPTH"),
@@ -22,19 +26,19 @@ DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
         "down": ("COLUMNS", "DEPTH"),
         "products": ("TILE", "COLUMNS"),
     },
-    products_hopper.gate_up: {
+    moe_prefill_hopper.gate_up: {
         "rows": ("TILE", "DEPTH"),
         "gate_up": ("COLUMNS", "DEPTH"),
         "act": (64, "COLUMNS"),
     },
-    products_hopper.down: {
+    moe_prefill_hopper.down: {
         "act_codes": ("TILE", "DEPTH"),
         "down": ("COLUMNS", "DEPTH"),
         "products": (64, "COLUMNS"),
     },
-    stream_hopper.linear: {"codes": ("COLUMNS", "DEPTH"), "weight": ("ROWS", "DEPTH")},
-    stream_hopper.gate_up: {"codes": ("COLUMNS", "DEPTH"), "gate_up": ("ROWS", "DEPTH")},
-    stream_hopper.down: {"act_codes": ("COLUMNS", "DEPTH"), "down": ("ROWS", "DEPTH")},
+    linear_hopper.linear: {"codes": ("COLUMNS", "DEPTH"), "weight": ("ROWS", "DEPTH")},
+    moe_decode_hopper.gate_up: {"codes": ("COLUMNS", "DEPTH"), "gate_up": ("ROWS", "DEPTH")},
+    moe_decode_hopper.down: {"act_codes": ("COLUMNS", "DEPTH"), "down": ("ROWS", "DEPTH")},
 }
 
 
@@ -47,7 +51,7 @@ def block_shapes(launch: Launch) -> dict[str, tuple[int, ...]]:
 
 
 def layouts(launch: Launch) -> dict[str, Any]:
-    """How Gluon's kernels have the tiles of their descriptors in shared memory."""
+    """The layout of each descriptor's tile in shared memory, which Gluon's kernels must be told."""
     if not isinstance(launch.kernel, GluonJITFunction):
         return {}
     size = {"*fp8e4nv": 1, "*bf16": 2}
@@ -58,7 +62,7 @@ def layouts(launch: Launch) -> dict[str, Any]:
 
 
 def signature(launch: Launch) -> tuple[str, ...]:
-    """The types of a launch's arguments, as Triton says them."""
+    """The types of a launch's arguments, as Triton writes them."""
     shapes, laid = block_shapes(launch), layouts(launch)
     found = []
     for name in launch.arguments:

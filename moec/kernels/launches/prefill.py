@@ -1,24 +1,26 @@
-"""What is launched for a layer with many tokens, as data: as `launch` has it for few."""
+"""The launches of an MoE layer for many tokens, as data."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from moec.kernels.hopper import products as products_hopper
+from moec.kernels.hopper import moe_prefill as moe_prefill_hopper
 from moec.kernels.launches.launch import TYPES, Buffers, Launch, fit, power_of_2
 from moec.kernels.sizes import PLAIN, Sizes
 from moec.kernels.triton import moe_prefill
-from moec.spec.errors import MoecError
+from moec.spec.errors import refuse
 
-#: rows of a tile of `products_hopper`
+#: rows of a tile of the Hopper kernels
 HOPPER_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """How a product is cut: a tile has 2 * columns outputs, a step `depth` inputs.
+    """How a product is tiled: a tile has 2 * columns outputs, a step takes `depth` inputs.
 
-    `chunk`, for Hopper, is how many FP8 products at most the tensor core adds up before they go to
-    a total; 0 stands for all. What becomes codes of the next product wants smaller chunks.
+    `stages` is how many steps are under way at once. `group` rows of tiles are computed one after
+    the other, so that they find their weights in L2. `chunk`, for Hopper, is how many FP8 products
+    the tensor core adds up at most before the sum goes to a total; 0 means all. Results that are
+    quantised for the next product need smaller chunks.
     """
 
     columns: int = 128
@@ -30,9 +32,10 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows of a tile, how each product is cut, and the multiprocessors that share the tiles.
+    """Rows of a tile, how each product is tiled, and how many programs share the tiles.
 
-    `hopper`: the products of `products_hopper`, for sm_90 alone, of 128 rows.
+    There is one program per multiprocessor. With `hopper` the products are those of
+    `moec.kernels.hopper`, for sm_90 only, with tiles of 128 rows.
     """
 
     rows: int = 128
@@ -42,30 +45,30 @@ class Tiles:
     hopper: bool = True
 
 
-#: what compiles for all, within the shared memory that the smallest have
+#: tiles that compile for every GPU, within the smallest shared memory
 PORTABLE = Product(columns=64, depth=64, stages=3)
 
 
 def tiles_for(architecture: int, programs: int) -> Tiles:
-    """The tiles for a compute capability, such as 90, and its multiprocessors."""
+    """The tiles for a compute capability, such as 90, and `programs` multiprocessors."""
     if architecture == 90:
         return Tiles(programs=programs)
     return Tiles(128, PORTABLE, PORTABLE, programs, hopper=False)
 
 
 def fits(sizes: Sizes) -> bool:
-    """Whether the tiles for any GPU divide a layer of these sizes."""
+    """Whether the tiles divide a layer of these sizes, on every GPU."""
     return sizes.dim % 256 == 0 and sizes.hidden % 128 == 0
 
 
 def most_tiles(sizes: Sizes, tokens: int, rows: int) -> int:
-    """Tiles of rows that `tokens` may need, however they are routed."""
+    """The most tiles of `rows` rows that `tokens` tokens need, however they are routed."""
     routed = min((tokens + sizes.experts * (rows - 1)) // rows, tokens)
     return -(-tokens // rows) + routed
 
 
 def scratch(sizes: Sizes, tokens: int, tiles: Tiles) -> Buffers:
-    """Shape and element type of what the launches write; nothing of it need be set before."""
+    """Shape and element type of what the launches write; none of it needs initial values."""
     many = most_tiles(sizes, tokens, tiles.rows)
     rows = many * tiles.rows
     shapes: dict[str, tuple[int, ...]] = {
@@ -99,14 +102,16 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
         ("hidden", sizes.hidden, last.depth),
     ):
         if size % multiple or size < multiple:
-            raise _refusal(name, size, f"a multiple of {multiple}")
+            refuse(f"prefill_moe: {name}", size, f"a multiple of {multiple}", PLAIN)
     if tiles.hopper and tiles.rows != HOPPER_ROWS:
-        raise _refusal("rows", tiles.rows, str(HOPPER_ROWS))
+        refuse("prefill_moe: rows", tiles.rows, HOPPER_ROWS, PLAIN)
     if tokens < 1:
-        raise _refusal("tokens", tokens, "at least 1")
+        refuse("prefill_moe: tokens", tokens, "at least 1", PLAIN)
     many = most_tiles(sizes, tokens, tiles.rows)
     experts = max(16, power_of_2(sizes.experts))
-    depth = max(16, 8192 // (16 + experts))  # of many routers less is in shared memory at once
+    depth = max(
+        16, 8192 // (16 + experts)
+    )  # the more experts, the fewer inputs fit in shared memory
     routed = {
         "DIM": sizes.dim,
         "EXPERTS": sizes.experts,
@@ -180,18 +185,14 @@ def _product(
     grid = (tiles.programs, 1, 1)
     if tiles.hopper:
         constants |= {"STAGES": cut.stages, "CHUNK": _chunk(inputs, cut)}
-        return Launch(getattr(products_hopper, name), grid, arguments, constants, warps=4)
+        return Launch(getattr(moe_prefill_hopper, name), grid, arguments, constants, warps=4)
     kernel = getattr(moe_prefill, name)
     return Launch(kernel, grid, arguments, constants, 8, cut.stages)
 
 
 def _chunk(inputs: int, cut: Product) -> int:
-    """The largest part of `inputs` in whole steps that is at most `cut.chunk`, or one step."""
+    """The largest divisor of `inputs` in whole steps that is at most `cut.chunk`, or one step."""
     steps = inputs // cut.depth
     fits = (each for each in range(steps, 0, -1) if steps % each == 0)
     most = (cut.chunk or inputs) // cut.depth
     return cut.depth * next((each for each in fits if each <= most), 1)
-
-
-def _refusal(name: str, found: object, expected: str) -> MoecError:
-    return MoecError(f"prefill_moe: {name}", found, expected, PLAIN)

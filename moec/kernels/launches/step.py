@@ -1,31 +1,24 @@
-"""What is launched in a decode step beside the MoE layers, as data; no tensor, no torch."""
+"""The launches of a decode step besides those of the MoE layers, as data; no tensor, no torch."""
 
-from moec.kernels.launches.launch import (
-    MOST_TOKENS,
-    SHARED,
-    Buffers,
-    Launch,
-    early,
-    fit,
-    power_of_2,
-)
-from moec.kernels.sizes import PLAIN, SMALLEST, SMALLEST_HEAD, Heads, is_head
+from moec.kernels.launches.launch import SHARED, Buffers, Launch, early, fit, power_of_2
+from moec.kernels.sizes import MOST_TOKENS, PLAIN, SMALLEST, SMALLEST_HEAD, Heads, is_head
 from moec.kernels.triton import attention, norm, positions
 from moec.kernels.triton.linear import linear as linear_kernel
 from moec.spec.errors import refuse
 
-#: keys that a step of attention takes
+#: keys that one step of attention takes
 KEYS = 128
-#: programs that fill a GPU, about: what attention over a long context is split into
+#: about how many programs fill a GPU: attention over a long context is split into so many
 PROGRAMS = 264
 
 
 def linear(
     width: int, dim: int, tokens: int, overlap: bool = False, shared: int = SHARED[90]
 ) -> Launch:
-    """x [tokens, dim] by weight [width, dim]: deep steps where few tokens leave room for them.
+    """x [tokens, dim] by weight [width, dim].
 
-    As many are under way as `shared` bytes of memory hold.
+    With few tokens there is room for deeper steps. As many steps are under way at once as fit in
+    `shared` bytes of shared memory.
 
     Raises:
         MoecError: a layer that no tiles divide.
@@ -64,9 +57,9 @@ def skip_norm(
     overlap: bool = False,
     parts: int = 1,
 ) -> Launch:
-    """The norm of x, with `add` of x + skip; with `narrow` as codes and scale.
+    """The RMS norm of x, or with `add` of x + skip; with `narrow` quantised, with per-token scales.
 
-    With more `parts` than one, skip is their sum.
+    With more than one of `parts`, skip is the sum of so many partial sums.
     """
     return Launch(
         norm.skip_norm,
@@ -96,7 +89,7 @@ def skip_norm(
 
 
 def encode(dim: int, tokens: int, overlap: bool = False) -> Launch:
-    """Codes and scale of x."""
+    """Quantise x, with per-token scales."""
     return Launch(
         norm.encode,
         (tokens, 1, 1),
@@ -108,7 +101,7 @@ def encode(dim: int, tokens: int, overlap: bool = False) -> Launch:
 
 
 def swiglu(hidden: int, tokens: int, overlap: bool = False) -> Launch:
-    """Codes and scale of silu(gate) * up, of `hidden` [tokens, 2 * hidden]."""
+    """Quantise silu(gate) * up, with per-token scales; the input is [tokens, 2 * hidden]."""
     return Launch(
         norm.swiglu,
         (tokens, 1, 1),
@@ -120,7 +113,7 @@ def swiglu(hidden: int, tokens: int, overlap: bool = False) -> Launch:
 
 
 def rope_table(size: int, tokens: int) -> Launch:
-    """Cosines and sines for heads of `size`."""
+    """RoPE's cosines and sines for heads of `size`."""
     return Launch(
         positions.rope_table,
         (tokens, 1, 1),
@@ -131,7 +124,7 @@ def rope_table(size: int, tokens: int) -> Launch:
 
 
 def temperature(floor: int, scale: float, tokens: int) -> Launch:
-    """The factor of each token's queries."""
+    """The factor by which each token's queries are scaled."""
     constants = {"FLOOR": floor, "SCALE": scale}
     return Launch(positions.temperature, (tokens, 1, 1), ("positions", "temperature"), constants, 1)
 
@@ -144,7 +137,7 @@ def rope_append(
     temperature: bool,
     overlap: bool = False,
 ) -> Launch:
-    """Queries, and keys and values in their buffers; QK-norm where there is an `eps`."""
+    """Rotate queries and keys, append keys and values to their buffers; QK-norm with an `eps`."""
     group = _group(heads)
     return Launch(
         attention.rope_append,
@@ -175,7 +168,7 @@ def attend(
     temperature: bool,
     overlap: bool = False,
 ) -> tuple[tuple[Launch, Launch], Buffers]:
-    """One token a row: placed as in `rope_append`, then its attention over buffers of `slots`."""
+    """`rope_append` for one token per sequence, then its attention over buffers of `slots`."""
     group, rows = _group(heads), batch * heads.kv_heads
     splits = max(1, min(PROGRAMS // rows, -(-slots // KEYS)))
     split = {"SPLITS": splits, "KEYS": KEYS, "OVERLAP": overlap}
@@ -242,6 +235,6 @@ def _group(heads: Heads) -> int:
 
 
 def _warps(width: int, tokens: int) -> int:
-    """Of few rows, each is waited for: it gets twice the warps."""
+    """Warps of a program for one row: twice as many with few rows, whose latency counts."""
     most = 32 if tokens <= MOST_TOKENS else 16
     return max(1, min(most, most * power_of_2(width) // 8192))

@@ -21,7 +21,7 @@ DTYPES = {
 
 
 def run(launch: Launch, values: Mapping[str, Any]) -> None:
-    """Start a launch on `values`, tensors and numbers by the names of its arguments."""
+    """Start a launch on `values`: tensors and numbers, by the names of its arguments."""
     laid = layouts(launch)
     described = {
         name: _descriptor(values[name], shape, laid.get(name))
@@ -46,7 +46,7 @@ def _descriptor(tensor: Tensor, block: tuple[int, ...], layout: Any) -> Any:
 
 
 def buffers(wanted: Buffers, device: torch.device) -> dict[str, Tensor]:
-    """New memory for `wanted`."""
+    """New tensors for `wanted`, without initial values."""
     return {
         name: torch.empty(shape, dtype=DTYPES[kind], device=device)
         for name, (shape, kind) in wanted.items()
@@ -63,5 +63,5 @@ def architecture(device: torch.device) -> int:
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether launches on `device` may start before the ones before them end."""
+    """Whether a launch on `device` may start before the previous one ends."""
     return architecture(device) >= 90

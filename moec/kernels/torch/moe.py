@@ -1,52 +1,64 @@
-"""The decode MoE kernels on torch tensors: scratch once, then a call is four or five launches."""
+"""The decode MoE kernels on torch tensors: one layer for 1 to 64 tokens."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from moec.kernels.launches.launch import Tiles
-from moec.kernels.launches.stream import few_moe
+from moec.kernels.launches.decode import Tiles
+from moec.kernels.launches.few_tokens import few_moe
+from moec.kernels.launches.launch import Launch
 from moec.kernels.sizes import Sizes
 from moec.kernels.torch.launch import architecture, buffers, run
 
+#: what is launched for sizes, tokens, an architecture and options, described once for all layers
+_launched = cache(few_moe)
+
 
 class DecodeMoe:
-    """One layer for a fixed number of tokens.
+    """One layer. Every call has scratch of its own, and may be captured in a CUDA graph.
 
     `weights`: router bf16 [E, D]; gate_up E4M3 [E + 1, 2F, D] and down [E + 1, D, F], the shared
-    expert last, with gate_up_scale [E + 1, 2F] and down_scale [E + 1, D] in float32. Calls may be
-    captured in a CUDA graph.
+    expert last, with gate_up_scale [E + 1, 2F] and down_scale [E + 1, D] in float32. With `eps` the
+    layer's input is the RMS norm of x + skip, times gain. Without `combine` its result is the
+    partial sums, which the next kernel has to add up.
     """
 
     def __init__(
         self,
         sizes: Sizes,
-        tokens: int,
         weights: Mapping[str, Tensor],
         tiles: Tiles | None = None,
         eps: float | None = None,
         combine: bool = True,
     ) -> None:
-        device = weights["gate_up"].device
-        self.launches, written = few_moe(sizes, tokens, architecture(device), tiles, eps, combine)
-        self.values: dict[str, Any] = {**buffers(written, device), **weights, "tokens": tokens}
-        self.result = "out" if combine else "parts"
+        self.weights, self.device = weights, weights["gate_up"].device
+        self.sizes, self.options = sizes, (tiles, eps, combine)
 
-    def __call__(self, x: Tensor, skip: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        """x bf16 [tokens, D] -> bf16 [tokens, D], which the next call overwrites.
-
-        Without `combine`, the float32 parts [n, tokens, D] whose sum that is. With an `eps`, of the
-        RMS norm of x + skip times gain; that sum is then in `values`.
-        """
-        for index in range(len(self.launches)):
-            self.launch(index, x, skip, gain)
-        out: Tensor = self.values[self.result]
+    def __call__(self, x: Tensor) -> Tensor:
+        """x bf16 [tokens, D] -> bf16 [tokens, D]; for a layer without `eps`, with `combine`."""
+        out: Tensor = self.run(self.values(x))["out"]
         return out
 
-    def launch(
-        self, index: int, x: Tensor, skip: Tensor | None = None, gain: Tensor | None = None
-    ) -> None:
-        """One of the launches by itself, on what the ones before have left."""
+    def launches(self, tokens: int) -> tuple[Launch, ...]:
+        """The launches of a call, in order."""
+        return _launched(self.sizes, tokens, architecture(self.device), *self.options)[0]
+
+    def values(
+        self, x: Tensor, skip: Tensor | None = None, gain: Tensor | None = None
+    ) -> dict[str, Any]:
+        """The arguments of all launches by name, with new scratch."""
+        written = _launched(self.sizes, len(x), architecture(self.device), *self.options)[1]
         given = {"x": x, "skip": x if skip is None else skip, "gain": x if gain is None else gain}
-        run(self.launches[index], {**self.values, **given})
+        return {**buffers(written, self.device), **self.weights, **given, "tokens": len(x)}
+
+    def run(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Run all launches on `values`, and return them.
+
+        Then "out" is bf16 [tokens, D]; without `combine` "parts" is float32 [n, tokens, D], the
+        partial sums of that; and with `eps` "total" is x + skip.
+        """
+        for launch in self.launches(values["tokens"]):
+            run(launch, values)
+        return values

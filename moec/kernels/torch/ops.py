@@ -1,9 +1,11 @@
-"""The fused ops on CUDA: kernels of ours, and torch's own where they are as fast.
+"""The fused ops on CUDA: moec's kernels, and torch's own where those are as fast.
 
-Eager meaning, shapes and rules of each are in `moec.graph_builder.ops.fused`.
+The eager meaning, shapes and rules of each op are in `moec.graph_builder.ops`.
 """
 
+from dataclasses import fields
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +13,14 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from moec.graph_builder import ops
+from moec.graph_builder.ops.operands import FusedAttention, MoeLayer
 from moec.graph_builder.ops.registry import implement
 from moec.graph_builder.ops.rope import inverse_frequencies
 from moec.kernels.launches import step
-from moec.kernels.launches.launch import MOST_TOKENS, Launch
+from moec.kernels.launches.few_tokens import few_linear
+from moec.kernels.launches.launch import Launch
 from moec.kernels.launches.prefill import fits
-from moec.kernels.launches.stream import few_linear
-from moec.kernels.sizes import Heads, Sizes, is_head
+from moec.kernels.sizes import MOST_TOKENS, Heads, Sizes, is_head
 from moec.kernels.torch.launch import architecture, buffers, overlaps, run
 from moec.kernels.torch.moe import DecodeMoe
 from moec.kernels.torch.prefill import PrefillMoe
@@ -27,7 +30,7 @@ FP8 = torch.float8_e4m3fn
 
 @cache
 def register() -> None:
-    """Put these in place of the eager functions wherever tensors are on CUDA."""
+    """Let these functions compute the ops of the same names for tensors on CUDA."""
     for function in (
         skip_norm,
         norm_fp8,
@@ -105,7 +108,7 @@ def _codes(tokens: int, width: int, device: torch.device) -> dict[str, Tensor]:
 def fp8_linear(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: str
 ) -> Tensor:
-    """Kernels give bf16, whatever `dtype` says; the torch target computes in nothing else."""
+    """The kernels always return bf16, the only dtype in which target torch computes."""
     tokens, (width, dim) = len(codes), weight.shape
     if tokens > MOST_TOKENS:
         return torch._scaled_mm(
@@ -123,109 +126,85 @@ def fp8_linear(
     return out
 
 
-def moe_layer(
-    x: Tensor,
-    router: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-) -> Tensor:
-    sizes, weights = _layer(router, gate_up, gate_up_scale, down, down_scale)
-    if len(x) > MOST_TOKENS and fits(sizes):
-        return PrefillMoe(sizes, weights)(x)
-    parts = [DecodeMoe(sizes, len(part), weights)(part) for part in torch.split(x, MOST_TOKENS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def moe_layer(*operands: Tensor) -> Tensor:
+    layer = MoeLayer(*operands)
+    sizes, weights = _sizes(layer), _weights(layer)
+    if len(layer.x) > MOST_TOKENS and fits(sizes):
+        return PrefillMoe(sizes, weights)(layer.x)
+    moe = DecodeMoe(sizes, weights)
+    rows = [moe(some) for some in torch.split(layer.x, MOST_TOKENS)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def norm_moe(
-    x: Tensor,
-    skip: Tensor,
-    weight: Tensor,
-    eps: float,
-    router: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
+    x: Tensor, skip: Tensor, weight: Tensor, eps: float, *layer: Tensor
 ) -> tuple[Tensor, Tensor]:
     if len(x) > MOST_TOKENS:
         normed, total = skip_norm(x, skip, weight, eps)
-        return moe_layer(normed, router, gate_up, gate_up_scale, down, down_scale), total
-    sizes, weights = _layer(router, gate_up, gate_up_scale, down, down_scale)
-    layer = DecodeMoe(sizes, len(x), weights, eps=eps)
-    return layer(x, skip, weight), layer.values["total"]
+        return moe_layer(normed, *layer), total
+    values = _decode(MoeLayer(x, *layer), skip, weight, eps)
+    return values["out"], values["total"]
 
 
 def norm_moe_norm_fp8(
-    x: Tensor,
-    skip: Tensor,
-    weight: Tensor,
-    eps: float,
-    router: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    after: Tensor,
+    x: Tensor, skip: Tensor, weight: Tensor, eps: float, *layer_and_after: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer = router, gate_up, gate_up_scale, down, down_scale
+    *layer, after = layer_and_after
     if len(x) > MOST_TOKENS:
         y, total = norm_moe(x, skip, weight, eps, *layer)
         return skip_norm_fp8(total, y, after, eps)
-    sizes, weights = _layer(*layer)
-    moe = DecodeMoe(sizes, len(x), weights, eps=eps, combine=False)
-    parts = moe(x, skip, weight)
-    count, tokens, dim = parts.shape
+    moe = _decode(MoeLayer(x, *layer), skip, weight, eps, combine=False)
+    count, tokens, dim = moe["parts"].shape
     launch = step.skip_norm(dim, tokens, eps, True, True, overlaps(x.device), count)
-    values = {"x": moe.values["total"], "parts": parts, "gain": after, "normed": x}
+    values = {"x": moe["total"], "parts": moe["parts"], "gain": after, "normed": x}
     values |= {"total": torch.empty_like(x), **_codes(tokens, dim, x.device)}
     run(launch, {**values, "tokens": tokens})
     return values["codes"], values["scale"], values["total"]
 
 
-def _layer(*tensors: Tensor) -> tuple[Sizes, dict[str, Tensor]]:
-    names = ("router", "gate_up", "gate_up_scale", "down", "down_scale")
-    weights = dict(zip(names, tensors, strict=True))
-    count, dim, hidden = weights["down"].shape
-    return Sizes(dim, hidden, count - 1), weights
+def _decode(
+    layer: MoeLayer[Tensor], skip: Tensor, gain: Tensor, eps: float, combine: bool = True
+) -> dict[str, Any]:
+    """All values of a layer on the RMS norm of x + skip, times gain, for few tokens."""
+    moe = DecodeMoe(_sizes(layer), _weights(layer), eps=eps, combine=combine)
+    return moe.run(moe.values(layer.x, skip, gain))
 
 
-def attention_fp8(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    temperature: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    last: Tensor,
-    total: Tensor,
-    heads: int,
-    kv_heads: int,
-    eps: float | None,
-) -> tuple[Tensor, Tensor]:
-    batch, steps = len(key), len(qkv) // len(key)
-    of, overlap = Heads(heads, kv_heads, key.shape[3]), overlaps(qkv.device)
-    kinds = cos is not None, eps, temperature is not None
-    given = {"cos": cos, "sin": sin, "temperature": temperature}
+def _sizes(layer: MoeLayer[Tensor]) -> Sizes:
+    count, dim, hidden = layer.down.shape
+    return Sizes(dim, hidden, count - 1)
+
+
+def _weights(layer: MoeLayer[Tensor]) -> dict[str, Tensor]:
+    return {each.name: getattr(layer, each.name) for each in fields(layer) if each.name != "x"}
+
+
+def attention_fp8(*operands: Any) -> tuple[Tensor, Tensor]:
+    of = FusedAttention(*operands)
+    qkv, key, last = of.qkv, of.key, of.last
+    batch, steps, slots = len(key), len(qkv) // len(key), key.shape[2]
+    heads, overlap = Heads(of.heads, of.kv_heads, key.shape[3]), overlaps(qkv.device)
+    kinds = of.cos is not None, of.eps, of.temperature is not None
+    given = {"cos": of.cos, "sin": of.sin, "temperature": of.temperature}
     values = {name: qkv if each is None else each for name, each in given.items()}
-    values |= {"qkv": qkv, "key": key, "value": value, "last": last}
+    values |= {"qkv": qkv, "key": key, "value": of.value, "last": last}
     if steps == 1:
-        launches, wanted = step.attend(of, batch, key.shape[2], *kinds, overlap)
+        launches, wanted = step.attend(heads, batch, slots, *kinds, overlap)
         values |= buffers(wanted, qkv.device)
         for launch in launches:
-            run(launch, {**values, "slots": key.shape[2]})
+            run(launch, {**values, "slots": slots})
         return encode(values["out"])
-    values["q"] = torch.empty(batch, steps, heads * of.size, dtype=qkv.dtype, device=qkv.device)
-    launch = step.rope_append(of, batch * steps, *kinds, overlap)
-    run(launch, {**values, "steps": steps, "slots": key.shape[2]})
-    return encode(_attend_many(values["q"], key, value, last, total, heads).flatten(0, 1))
+    values["q"] = qkv.new_empty(batch, steps, of.heads * heads.size)
+    launch = step.rope_append(heads, batch * steps, *kinds, overlap)
+    run(launch, {**values, "steps": steps, "slots": slots})
+    out = _attend_many(values["q"], key, of.value, last, of.total, of.heads)
+    return encode(out.flatten(0, 1))
 
 
 def _attend_many(
     q: Tensor, key: Tensor, value: Tensor, last: Tensor, total: Tensor, heads: int
 ) -> Tensor:
-    """A row's tokens over its slots so far. torch's flash attention is as fast as any here."""
+    """Attention over the slots filled so far, by torch's flash attention, which is fast enough."""
     batch, steps, _ = q.shape
     queries = q.view(batch, steps, heads, -1).transpose(1, 2)  # [B, heads, S, size]
     ends = [int(total)] if batch == 1 else (last + 1).tolist()
@@ -287,5 +266,5 @@ def select(x: Tensor, index: Tensor) -> Tensor:
 
 @cache
 def _rates(dim: int, theta: float, scaling: tuple[float, ...], device: torch.device) -> Tensor:
-    """Once on each device: a graph that is being captured cannot copy from the host."""
+    """RoPE's frequencies, copied once per device: graph capture cannot copy from the host."""
     return inverse_frequencies(dim, theta, list(scaling)).to(device)

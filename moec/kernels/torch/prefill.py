@@ -14,7 +14,7 @@ from moec.kernels.torch.launch import architecture, buffers, run
 
 
 class PrefillMoe:
-    """One layer; `weights` as `DecodeMoe` has them. Calls may be captured in a CUDA graph."""
+    """One layer; `weights` as in `DecodeMoe`. Calls may be captured in a CUDA graph."""
 
     def __init__(
         self, sizes: Sizes, weights: Mapping[str, Tensor], tiles: Tiles | None = None
@@ -24,24 +24,23 @@ class PrefillMoe:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x bf16 [tokens, D] -> bf16 [tokens, D]."""
-        values = self.values(x)
-        for each in self.launches(x):
-            self.launch(each, values)
-        out: Tensor = values["out"]
+        out: Tensor = self.run(self.values(x))["out"]
         return out
 
-    def launches(self, x: Tensor) -> tuple[Launch, ...]:
-        """What a call launches."""
-        return prefill_moe(self.sizes, len(x), self.tiles)
+    def launches(self, tokens: int) -> tuple[Launch, ...]:
+        """The launches of a call, in order."""
+        return prefill_moe(self.sizes, tokens, self.tiles)
 
     def values(self, x: Tensor) -> dict[str, Any]:
-        """All arguments by name, with scratch of their own."""
+        """The arguments of all launches by name, with new scratch."""
         made = buffers(scratch(self.sizes, len(x), self.tiles), x.device)
         return {**made, **self.weights, "x": x, "tokens": len(x)}
 
-    def launch(self, each: Launch, values: Mapping[str, Any]) -> None:
-        """One of the launches by itself, on what the ones before have left."""
-        run(each, values)
+    def run(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Run all launches on `values`, and return them; then "out" is bf16 [tokens, D]."""
+        for launch in self.launches(values["tokens"]):
+            run(launch, values)
+        return values
 
 
 @cache

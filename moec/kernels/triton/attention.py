@@ -1,11 +1,13 @@
-"""Attention of one new token a row over buffers of keys and values, and what goes before and after.
+"""Triton kernels of decode attention, one new token per sequence, over buffers of keys and values.
 
-    rope_append   rotate and normalise queries and keys, write keys and values where they belong
-    attend        all of this for one token a row, and flash decoding: a share of keys each
-    combine       the shares of a head
+    rope_append   rotates and normalises queries and keys, and writes keys and values to their slots
+    attend        does that for one token per sequence, then flash decoding: each program attends to
+                  one split of the keys
+    combine       combines the splits of a head
 
-A buffer is [batch, kv_heads, slots, size]; slot `last` of a row is its newest token's. A ring holds
-the current chunk from slot 0, so causal attention over slots is chunked attention.
+A buffer is [batch, kv_heads, slots, size]; slot `last` of a sequence holds its newest token. A
+chunked layer's buffer holds the current chunk from slot 0. So causal attention over its slots is
+chunked attention.
 """
 
 import triton
@@ -36,7 +38,10 @@ def rope_append(
     TEMPERATURE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (batch * steps, GROUP + 2): as many heads as there are of keys; keys, then values, last.
+    """Place the queries, keys and values of `steps` tokens per sequence.
+
+    Grid (batch * steps, GROUP + 2): a program treats kv_heads heads of one token. The last but one
+    program of a token treats its keys, the last one its values.
 
     qkv bf16 [batch, steps, (GROUP + 2) * kv_heads * size]; cos, sin float32 [batch, steps, size/2];
     temperature float32 [batch, steps]. Token i of `steps` goes to slot last - steps + 1 + i.
@@ -85,7 +90,7 @@ def rope_append(
 
 @triton.jit
 def _share(length, SPLITS: tl.constexpr, KEYS: tl.constexpr):
-    """Keys of each of at most SPLITS programs, a multiple of KEYS."""
+    """How many keys each split has, a multiple of KEYS; there are at most SPLITS splits."""
     return tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
 
 
@@ -102,7 +107,7 @@ def _placed(
     NORM: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """Heads [n, SIZE] in float32, turned and normalised; partners are the others of each pair."""
+    """Rotate and normalise heads [n, SIZE], in float32; partners holds the other of each pair."""
     if ROPE:
         c, s = tl.load(cos + at)[None, :], tl.load(sin + at)[None, :]
         values = values * c + tl.where(odd[None, :], partners, -partners) * s
@@ -115,7 +120,7 @@ def _placed(
 
 @triton.jit
 def _mix(queries, k, v, seen, largest, total, mixed, SCALE: tl.constexpr):
-    """Attend to some more keys: what is the largest score, the sum and the mix after them."""
+    """Attend to more keys: the new largest score, sum of weights and weighted sum of values."""
     scores = tl.dot(queries, tl.trans(k)) * (SCALE * 1.44269504)
     scores = tl.where(seen[None, :], scores, float("-inf"))
     higher = tl.maximum(largest, tl.max(scores, 1))
@@ -151,12 +156,14 @@ def attend(
     SCALE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (batch * kv_heads, SPLITS): `rope_append` for one token a row, then its attention.
+    """`rope_append` for one token per sequence, then its attention.
 
-    qkv and tables as there. Writes parts float32 [SPLITS, batch, heads, size], not divided by sums
-    [SPLITS, batch, heads]; exponents are base 2, less most. Shares past the last slot write
-    nothing; the last share's program writes the new key and value, and has them in registers. The
-    keys before them are read while `qkv` is still being made.
+    Grid (batch * kv_heads, SPLITS). qkv and the tables are those of `rope_append`. The kernel
+    writes for each split the weighted sum of values, parts float32 [SPLITS, batch, heads, size];
+    the sum of weights, sums [SPLITS, batch, heads]; and the largest score, most. A weight is 2 to
+    the power of a score less most. Splits past the last slot write nothing. The program of the last
+    split writes the new key and value, and reads them from its registers. Earlier keys are read
+    before the launch that computes `qkv` has ended.
     """
     program, split = tl.program_id(0), tl.program_id(1)
     row, kv_head, batch = program // KV_HEADS, program % KV_HEADS, tl.num_programs(0) // KV_HEADS
@@ -236,7 +243,7 @@ def combine(
     KEYS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (batch, HEADS). Adds up the shares of a head: out bf16 [batch, heads * size]."""
+    """Combine the splits of a head: out bf16 [batch, heads * size]. Grid (batch, HEADS)."""
     row, head, batch = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     split, size = tl.arange(0, SPLITS_2), tl.arange(0, SIZE)
     next_may_start(OVERLAP)

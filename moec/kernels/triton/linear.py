@@ -1,4 +1,4 @@
-"""The FP8 linear layer for few tokens: each weight is read once, by a program for some outputs."""
+"""The FP8 linear layer for few tokens, in Triton: each weight is read once, by one program."""
 
 import triton
 import triton.language as tl
@@ -21,10 +21,10 @@ def linear(
     DEPTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (width / ROWS). codes [tokens, dim], weight [width, dim] -> out bf16 [tokens, width].
+    """codes [tokens, dim] by weight [width, dim] -> out bf16 [tokens, width].
 
-    Many steps under way at once serve this better than more programs, whose sums would have to
-    wait for each other.
+    Grid (width / ROWS). The inputs are not split (split-k): many steps under way at once are faster
+    than more programs, which would have to wait for each other's sums.
     """
     column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, depth = tl.arange(0, TOKENS_2), tl.arange(0, DEPTH)

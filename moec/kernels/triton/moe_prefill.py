@@ -1,18 +1,21 @@
-"""The FP8 MoE layer for many tokens: Triton kernels around two products of large tiles.
+"""The FP8 MoE layer for many tokens, in Triton: two products of large tiles, and what they need.
 
-    route     router logits, the chosen expert and its score; the input's codes and scale, by token
-    arrange   copies codes into rows sorted by expert; which expert each tile of rows has
-    gate_up   both products of a tile, SwiGLU
-    encode    codes and scale of what SwiGLU made, by row
-    down      the last product
+A layer is six launches, one after the other:
+
+    route     router logits, each token's expert and score; quantises the input, by token
+    arrange   copies quantised rows, sorted by expert; finds the expert of each tile of rows
+    gate_up   gate and up of each tile, SwiGLU
+    encode    quantises what SwiGLU gave, with a scale per row
+    down      the down product
     combine   the sum of a token's routed and shared row
 
-Rows: first all tokens, for the shared expert, then those of each routed expert, each filled up to
-a whole tile. How many tiles there are, only the device knows: `plan` has that, then expert and rows
-in use of each. What fills up is never read again.
+The rows are first all tokens, for the shared expert, then the tokens of each routed expert. The
+rows of each expert are padded to whole tiles; padding is never read again. Only the device knows
+how many tiles there are: `plan` holds that number, then the expert and the rows in use of each
+tile.
 
-A row's place is the rank of its token among those of its expert, and every sum has one order: so
-results repeat to the bit.
+A row's place is the rank of its token among those of its expert, and every sum has a fixed order.
+So results repeat to the bit.
 """
 
 import triton
@@ -37,9 +40,10 @@ def route(
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Grid (tokens / BLOCK). x bf16 [tokens, dim]; ties go to the first expert, as in topk.
+    """Choose the expert of each token of x, bf16 [tokens, dim]; ties go to the first, as in topk.
 
-    Writes chosen and gain [tokens], and codes and scale of x to the first rows.
+    Grid (tokens / BLOCK). It writes the expert to chosen [tokens], its score to gain [tokens], and
+    the quantised values and scales of x to the first rows.
     """
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert, depth = tl.arange(0, EXPERTS_2), tl.arange(0, DEPTH)
@@ -85,10 +89,11 @@ def arrange(
     TILES_2: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Grid (tokens / BLOCK). Every program counts all choices, then copies its own tokens' codes.
+    """Copy the quantised values of every token to a row among those of its expert.
 
-    Writes place [tokens], the row that a token's copy has; rows and row_scale there; and plan
-    [1 + 2 * tiles].
+    Grid (tokens / BLOCK). Every program counts the choices of all tokens, then copies its own
+    tokens. It writes the row of each token's copy to place [tokens], the copy to that row of rows
+    and row_scale, and plan [1 + 2 * tiles].
     """
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS_2)
     first = block * BLOCK
@@ -136,7 +141,7 @@ def arrange(
 
 @triton.jit
 def _tile(tile, tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles at a time, whose weights L2 then has."""
+    """Row and column of an output tile, in groups of GROUP rows, which find their weights in L2."""
     group = tile // (GROUP * COLUMNS)
     height = tl.minimum(tiles - group * GROUP, GROUP)
     inner = tile % (GROUP * COLUMNS)
@@ -158,9 +163,9 @@ def gate_up(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Any grid of one axis. Descriptors: rows, weight [(experts + 1) * 2 * hidden, dim], act.
+    """The SwiGLU of gate and up: tiles of TILE rows by COLUMNS outputs of gate and as many of up.
 
-    Tiles of TILE rows by COLUMNS outputs of gate and as many of up.
+    Any grid of one axis. Descriptors: rows, weight [(experts + 1) * 2 * hidden, dim], act.
     """
     tiles = tl.load(plan)
     many = HIDDEN // COLUMNS
@@ -195,7 +200,7 @@ def encode(
     HIDDEN_2: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid (most rows): act in E4M3, each row over its largest magnitude."""
+    """Quantise act to E4M3, with a scale per row. Grid (the most rows that there can be)."""
     row, at = tl.program_id(0), tl.arange(0, HIDDEN_2)
     if row < tl.load(plan) * TILE:
         inside = at < HIDDEN
@@ -219,9 +224,9 @@ def down(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Any grid of one axis. Descriptors: act_codes, weight [(experts + 1) * dim, hidden], parts.
+    """The down product: tiles of TILE rows by twice COLUMNS outputs, in two halves.
 
-    Tiles of TILE rows by twice COLUMNS outputs, in two halves.
+    Any grid of one axis. Descriptors: act_codes, weight [(experts + 1) * dim, hidden], parts.
     """
     tiles = tl.load(plan)
     many = DIM // (2 * COLUMNS)
@@ -249,7 +254,7 @@ def down(
 
 @triton.jit
 def combine(parts, place, out, DIM: tl.constexpr, DIM_2: tl.constexpr):
-    """Grid (tokens): out bf16 [tokens, dim], the sum of a token's two rows."""
+    """Add a token's two rows: out bf16 [tokens, dim]. Grid (tokens)."""
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, DIM_2)
     inside = at < DIM
     routed = tl.load(parts + tl.load(place + token).to(tl.int64) * DIM + at, mask=inside)

@@ -1,4 +1,4 @@
-"""A row a program: norms with the sum before them, SwiGLU, and the FP8 codes of what they make."""
+"""Triton kernels with one program per token: residual sum and norm, SwiGLU, FP8 quantisation."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from moec.kernels.triton.overlap import next_may_start, wait
 
 @triton.jit
 def encode_row(row, at, inside, codes, scale, token, WIDTH: tl.constexpr):
-    """A row of bf16 values, in float32, as E4M3 codes and its scale."""
+    """Write a row of bf16 values, given in float32, as E4M3 values and their scale."""
     one = tl.maximum(tl.max(tl.abs(row), 0) / 448.0, 1e-12)
     tl.store(codes + token.to(tl.int64) * WIDTH + at, (row / one).to(tl.float8e4nv), mask=inside)
     tl.store(scale + token, one)
@@ -32,12 +32,11 @@ def skip_norm(
     NARROW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (tokens). With ADD total = x + skip, else x; its RMS norm times gain.
+    """The RMS norm of total, times gain, where total is x + skip with ADD and x without.
 
-    skip is bf16 [tokens, dim], or with PARTS above 1 the sum of float32 [PARTS, tokens, dim], in
-    order.
-
-    bf16 [tokens, dim] in normed, or with NARROW its codes and scale.
+    Grid (tokens). skip is bf16 [tokens, dim], or with PARTS above 1 partial sums, float32
+    [PARTS, tokens, dim], which are added in order. The result is bf16 [tokens, dim] in normed, or
+    with NARROW quantised, in codes and scale.
     """
     token, at = tl.program_id(0), tl.arange(0, DIM_2)
     inside, start = at < DIM, token.to(tl.int64) * DIM
@@ -70,7 +69,7 @@ def encode(
     DIM_2: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (tokens). x bf16 [tokens, dim] in codes and scale."""
+    """Quantise x, bf16 [tokens, dim], to codes and scale. Grid (tokens)."""
     token, at = tl.program_id(0), tl.arange(0, DIM_2)
     next_may_start(OVERLAP)
     wait(OVERLAP)
@@ -88,7 +87,7 @@ def swiglu(
     HIDDEN_2: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (tokens). gate_up bf16 [tokens, 2 * hidden] -> silu(gate) * up in codes and scale."""
+    """Quantise silu(gate) * up of gate_up, bf16 [tokens, 2 * hidden]. Grid (tokens)."""
     token, at = tl.program_id(0), tl.arange(0, HIDDEN_2)
     next_may_start(OVERLAP)
     wait(OVERLAP)

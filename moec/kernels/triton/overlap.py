@@ -1,10 +1,10 @@
-"""Programmatic dependent launch: a kernel starts while the ones before it still run (sm_90 on).
+"""Programmatic dependent launch (sm_90 and later): a kernel starts before the previous one ends.
 
-A kernel says `next_may_start` early, and `wait`s before it touches what others have written. What
-nobody writes it may read before that.
+A kernel calls `next_may_start` early, and `wait` before it touches anything that earlier kernels
+write. It may read what no kernel writes, such as weights, before it waits.
 
-`wait` returns when the kernel before has ended, which itself has waited: so all before have ended.
-A kernel that skips `wait` breaks that for those after it.
+`wait` returns when the previous kernel has ended. That kernel has waited too, so all kernels before
+it have ended as well. A kernel without a `wait` would break this for the kernels after it.
 """
 
 import triton
@@ -13,13 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
-    """Until what the launches before have written can be seen."""
+    """Wait until everything that earlier launches have written is visible."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def next_may_start(OVERLAP: tl.constexpr):
-    """The launch after this may start, once all programs of this one have said so."""
+    """Let the next launch start, once all programs of this one have called this."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()

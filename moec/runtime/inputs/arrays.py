@@ -108,3 +108,8 @@ def _pixels_error(found: str, expected: str) -> MoecError:
 
 def _ids_error(found: str, expected: str) -> MoecError:
     return MoecError("input_ids", found, expected, "check the tokenizer, or the shape of the batch")
+
+
+def like(given: object, result: Tensor) -> Tensor | np.ndarray[Any, Any]:
+    """`result` as a tensor if the caller gave one, else as a numpy array."""
+    return result if isinstance(given, Tensor) else result.numpy()

@@ -26,7 +26,13 @@ from moec.runtime.proof.compare import (
     error,
     worst_error,
 )
-from moec.runtime.proof.near_ties import choices, following, settled, watched
+from moec.runtime.proof.near_ties import (
+    choices,
+    following,
+    settled,
+    shown_choices,
+    watched,
+)
 from moec.runtime.proof.report import Check
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec import names
@@ -115,7 +121,7 @@ def cached_decode(
     The calls are uneven prefill chunks and decode steps around each chunk border; the sequences
     have different lengths.
     """
-    routes = choices(tested.artefact.manifest.spec, tolerance)
+    routes = shown_choices(tested.artefact.manifest.spec, tolerance)
     session = tested.session(routes)
     reference = partial(tested.reference, near=tolerance.near)
     chunk = session.spec.text.chunk or 16
@@ -135,7 +141,7 @@ def cached_decode(
 
 def generation(tested: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Generate greedily through the caches; each token must be near the reference's best one."""
-    routes = choices(tested.artefact.manifest.spec, tolerance)
+    routes = shown_choices(tested.artefact.manifest.spec, tolerance)
     session, seen = watched(tested.session(routes), routes)
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
     wanted = 32 if session.spec.scheme else 8  # FP8 may change two tokens, too many of 8

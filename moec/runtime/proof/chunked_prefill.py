@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moec.runtime.inputs.image_tokens import features_within, image_mask
 from moec.runtime.proof.compare import Tolerance, error
-from moec.runtime.proof.near_ties import choices, settled
+from moec.runtime.proof.near_ties import settled, shown_choices
 from moec.runtime.proof.report import Check, spoken
 from moec.runtime.session import Session
 
@@ -35,7 +35,7 @@ def chunked_prefill(
     cache = session.new_cache(len(ids), 1)  # it grows with each call
     mine = torch.arange(ids.shape[1]) < lengths[:, None]
     before = lengths.cumsum(0) - lengths  # own tokens of the rows above
-    routes = choices(session.spec, tolerance)
+    routes = shown_choices(session.spec, tolerance)
     chosen = {each: whole[each].new_zeros(*ids.shape, whole[each].shape[1]) for each in routes}
     found, places = [], []
     for start, end in pairwise(edges):

@@ -27,6 +27,11 @@ def choices(spec: ModelSpec, tolerance: Tolerance) -> list[str]:
     return [names.chosen(layer.index) for layer in spec.text.all_layers if layer.moe]
 
 
+def shown_choices(spec: ModelSpec, tolerance: Tolerance) -> list[str]:
+    """`choices`, if runs through the caches show them in this precision."""
+    return choices(spec, tolerance) if tolerance.shows_choices else []
+
+
 def following(reference: Session, chosen: Mapping[str, Tensor], lengths: Tensor) -> Session:
     """`reference` that takes the experts `chosen` [tokens, k], by name, at near ties.
 

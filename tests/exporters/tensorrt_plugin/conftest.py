@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("triton", reason="kernels need triton")
 
 from moec.exporters.tensorrt.plugin.build import Plugin, compile_plugin
-from moec.kernels.launches.launch import SHARED, Sizes
+from moec.kernels.launches.launch import SHARED
+from moec.kernels.sizes import Sizes
 from tests.exporters.tensorrt_plugin.launcher import CUDA_INCLUDE, compile_library
 
 HERE = Path(__file__).parent

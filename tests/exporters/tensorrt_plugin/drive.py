@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moec.kernels.launches.launch import Sizes
+from moec.kernels.sizes import Sizes
 from tests.exporters.tensorrt_plugin import expected
 from tests.exporters.tensorrt_plugin.launcher import Launcher, LaunchError
 from tests.exporters.tensorrt_plugin.reader import Program, read

@@ -8,8 +8,9 @@ from triton import knobs
 
 from moec.kernels.ahead_of_time.compile import Compiled, compile_launch
 from moec.kernels.launches import prefill as launch_prefill
-from moec.kernels.launches.launch import MOST_TOKENS, Launch, Sizes
-from moec.kernels.launches.stream import few_moe
+from moec.kernels.launches.few_tokens import few_moe
+from moec.kernels.launches.launch import Launch
+from moec.kernels.sizes import MOST_TOKENS, Sizes
 
 MULTIPROCESSORS = 132
 BYTES = {"fp8e4nv": 1, "bf16": 2, "fp32": 4, "i32": 4}

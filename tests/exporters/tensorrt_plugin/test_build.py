@@ -18,7 +18,7 @@ from moec.exporters.tensorrt.plugin.build import (
     Plugin,
     compile_plugin,
 )
-from moec.kernels.launches.launch import Sizes
+from moec.kernels.sizes import Sizes
 from moec.spec.errors import MoecError
 from tests.exporters.tensorrt_plugin.conftest import HERE, SIZES
 from tests.exporters.tensorrt_plugin.launcher import CUDA_INCLUDE

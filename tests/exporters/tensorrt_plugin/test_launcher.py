@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from moec.exporters.tensorrt.plugin.build import PROGRAMS, Plugin
-from moec.kernels.launches.launch import SHARED, Sizes
+from moec.kernels.launches.launch import SHARED
+from moec.kernels.sizes import Sizes
 from tests.exporters.tensorrt_plugin import expected
 from tests.exporters.tensorrt_plugin.conftest import HERE, MOST, SIZES
 from tests.exporters.tensorrt_plugin.drive import STREAM, WORKSPACE

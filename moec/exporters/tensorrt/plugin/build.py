@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moec.kernels.ahead_of_time.plugin_program import build_program, identity
-from moec.kernels.launches.launch import Sizes
+from moec.kernels.sizes import Sizes
 
 LIBRARY, PROGRAMS, SCRIPT = "libmoec_plugin.so", "programs.bin", "build.sh"
 SOURCES = (

@@ -1,12 +1,14 @@
-"""The two products of `moe_prefill` for sm_90, in Gluon: who copies tiles, and who multiplies.
+"""The two products of the prefill MoE layer on sm_90, in Gluon: one warp copies, eight multiply.
 
-One warp asks the copy engine for tiles, STAGES ahead and over the borders of tiles; two groups of
-four warps have 64 rows each and do not wait for one another: while one rounds and stores, the other
-keeps the tensor core busy.
+The copying warp asks the TMA unit (the GPU's copy engine) for tiles of both operands, up to STAGES
+steps ahead and across the borders of output tiles. Two groups of four warps compute 64 rows each of
+an output tile. Neither waits for the other: while one rounds and stores, the other keeps the tensor
+core busy.
 
-The tensor core adds FP8 products with some 14 bits. So every CHUNK of inputs what it has is added
-to a total. There is no room for that in float32 beside 64 x 256 sums: it is kept in bf16, two in a
-register, and what that cuts off stays with the tensor core's sums, so that nothing is lost.
+The tensor core accumulates FP8 products in about 14 bits. So its sums are added to a total after
+every CHUNK inputs. Registers have no room for a float32 total beside 64 x 256 sums. The total is
+therefore kept in bf16, two values per register, and what rounding it cuts off stays in the tensor
+core's sums: nothing is lost.
 """
 
 from triton.experimental import gluon
@@ -19,10 +21,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moec.kernels.hopper.arithmetic import add, add_truncated, sigmoid
+from moec.kernels.hopper.pipeline import Pipeline
+
 
 @gluon.jit
 def _tile(tile, tiles, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles at a time, whose weights L2 then has."""
+    """Row and column of an output tile, in groups of GROUP rows, which find their weights in L2."""
     group = tile // (GROUP * COLUMNS)
     height = gl.minimum(tiles - group * GROUP, GROUP)
     inner = tile % (GROUP * COLUMNS)
@@ -34,10 +39,7 @@ def _copy(
     rows,
     weight,
     plan,
-    x_tiles,
-    w_tiles,
-    full,
-    empty,
+    pipe,
     INPUTS: gl.constexpr,
     OUTPUTS: gl.constexpr,
     SECOND: gl.constexpr,
@@ -45,11 +47,11 @@ def _copy(
     MANY: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """The tiles of both operands, step by step, into the slots that are empty."""
-    STAGES: gl.constexpr = x_tiles.shape[0]
-    TILE: gl.constexpr = x_tiles.shape[1]
-    DEPTH: gl.constexpr = x_tiles.shape[2]
-    COLUMNS: gl.constexpr = w_tiles.shape[1]
+    """The copying warp: the tiles of both operands, step by step, into empty slots."""
+    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
+    TILE: gl.constexpr = pipe.x_tiles.shape[1]
+    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
+    COLUMNS: gl.constexpr = pipe.w_tiles.shape[1]
     tiles = gl.load(plan)
     step = 0
     for tile in range(gl.program_id(0), tiles * MANY, gl.num_programs(0)):
@@ -57,87 +59,17 @@ def _copy(
         first = gl.load(plan + 1 + 2 * across) * OUTPUTS + along * STEP
         for k in range(0, INPUTS, DEPTH):
             slot = step % STAGES
-            ready = full.index(slot)
-            mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+            ready = pipe.full.index(slot)
+            mbarrier.wait(pipe.empty.index(slot), (step // STAGES & 1) ^ 1)
             mbarrier.expect(ready, (TILE + 2 * COLUMNS) * DEPTH)
-            tma.async_copy_global_to_shared(rows, [across * TILE, k], ready, x_tiles.index(slot))
-            tma.async_copy_global_to_shared(weight, [first, k], ready, w_tiles.index(2 * slot))
             tma.async_copy_global_to_shared(
-                weight, [first + SECOND, k], ready, w_tiles.index(2 * slot + 1)
+                rows, [across * TILE, k], ready, pipe.x_tiles.index(slot)
+            )
+            tma.async_copy_global_to_shared(weight, [first, k], ready, pipe.w_tiles.index(2 * slot))
+            tma.async_copy_global_to_shared(
+                weight, [first + SECOND, k], ready, pipe.w_tiles.index(2 * slot + 1)
             )
             step += 1
-
-
-@gluon.jit
-def _add(total, left, right):
-    """total + (left, right), cut to two bf16 in an int32; and what was cut off."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 t, u;
-        .reg .f32 a, b;
-        shl.b32 t, $3, 16;
-        and.b32 u, $3, 0xffff0000;
-        mov.b32 a, t;
-        mov.b32 b, u;
-        add.f32 a, a, $4;
-        add.f32 b, b, $5;
-        mov.b32 t, a;
-        mov.b32 u, b;
-        prmt.b32 $0, t, u, 0x7632;
-        and.b32 t, t, 0xffff0000;
-        and.b32 u, u, 0xffff0000;
-        mov.b32 $1, t;
-        mov.b32 $2, u;
-        sub.f32 $1, a, $1;
-        sub.f32 $2, b, $2;
-        }""",
-        "=&r,=&f,=&f,r,f,f",
-        [total, left, right],
-        dtype=(gl.int32, gl.float32, gl.float32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _sum(total, left, right):
-    """As `_add`, but both as float32."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 t;
-        .reg .f32 a, b;
-        shl.b32 t, $2, 16;
-        mov.b32 a, t;
-        and.b32 t, $2, 0xffff0000;
-        mov.b32 b, t;
-        add.f32 $0, a, $3;
-        add.f32 $1, b, $4;
-        }""",
-        "=&f,=&f,r,f,f",
-        [total, left, right],
-        dtype=(gl.float32, gl.float32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _sigmoid(x):
-    """By the approximations of the GPU, whose error is far below that of bf16: 1.4427 is log2 e."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 t;
-        mul.f32 t, $1, 0fBFB8AA3B;
-        ex2.approx.ftz.f32 t, t;
-        add.f32 t, t, 0f3F800000;
-        rcp.approx.ftz.f32 $0, t;
-        }""",
-        "=f,f",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -146,10 +78,7 @@ def _multiply(
     plan,
     w_scale,
     out,
-    x_tiles,
-    w_tiles,
-    full,
-    empty,
+    pipe,
     out_tile,
     PART: gl.constexpr,
     INPUTS: gl.constexpr,
@@ -161,11 +90,11 @@ def _multiply(
     CHUNK: gl.constexpr,
     GATED: gl.constexpr,
 ):
-    """One group's 64 rows of each tile, unless all of them only fill up."""
-    STAGES: gl.constexpr = x_tiles.shape[0]
-    TILE: gl.constexpr = x_tiles.shape[1]
-    DEPTH: gl.constexpr = x_tiles.shape[2]
-    COLUMNS: gl.constexpr = w_tiles.shape[1]
+    """One group of multiplying warps: its 64 rows of each tile, unless all of them are padding."""
+    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
+    TILE: gl.constexpr = pipe.x_tiles.shape[1]
+    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
+    COLUMNS: gl.constexpr = pipe.w_tiles.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     tiles = gl.load(plan)
@@ -178,37 +107,39 @@ def _multiply(
         if gl.load(plan + 2 + 2 * across) > PART * 64:
             row = across * TILE + PART * 64
             by_row = gl.load(x_scale + row + gl.arange(0, 64, gl.SliceLayout(1, SUMS)))
-            scales = w_scale + first + gl.arange(0, COLUMNS, FLAT)  # one a thread, long before use
+            scales = (
+                w_scale + first + gl.arange(0, COLUMNS, FLAT)
+            )  # one per thread, long before use
             left_scale = gl.load(scales)
             right_scale = gl.load(scales + SECOND)
             total = gl.zeros((64, COLUMNS), gl.int32, SUMS)
             for chunk in range(INPUTS // CHUNK):
                 if chunk > 0:
-                    total, left, right = _add(total, left, right)
+                    total, left, right = add_truncated(total, left, right)
                 for inner in range(CHUNK // DEPTH):
                     slot = step % STAGES
-                    mbarrier.wait(full.index(slot), step // STAGES & 1)
-                    x = x_tiles.index(slot).slice(PART * 64, 64)
-                    w_left = w_tiles.index(2 * slot).permute((1, 0))
-                    w_right = w_tiles.index(2 * slot + 1).permute((1, 0))
+                    mbarrier.wait(pipe.full.index(slot), step // STAGES & 1)
+                    x = pipe.x_tiles.index(slot).slice(PART * 64, 64)
+                    w_left = pipe.w_tiles.index(2 * slot).permute((1, 0))
+                    w_right = pipe.w_tiles.index(2 * slot + 1).permute((1, 0))
                     left = warpgroup_mma(x, w_left, left, use_acc=chunk + inner > 0, is_async=True)
                     right = warpgroup_mma(
                         x, w_right, right, use_acc=chunk + inner > 0, is_async=True
                     )
                     left, right = warpgroup_mma_wait(2, deps=(left, right))
                     before = (step + STAGES - 1) % STAGES
-                    mbarrier.arrive(empty.index(before), pred=inner > 0)
+                    mbarrier.arrive(pipe.empty.index(before), pred=inner > 0)
                     step += 1
                 left, right = warpgroup_mma_wait(0, deps=(left, right))
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+                mbarrier.arrive(pipe.empty.index((step + STAGES - 1) % STAGES))
             if CHUNK < INPUTS:
-                left, right = _sum(total, left, right)
+                left, right = add(total, left, right)
             left_scale = gl.convert_layout(left_scale, gl.SliceLayout(0, SUMS))
             right_scale = gl.convert_layout(right_scale, gl.SliceLayout(0, SUMS))
             left = left * by_row[:, None] * left_scale[None, :]
             right = right * by_row[:, None] * right_scale[None, :]
             if GATED:
-                left = left * _sigmoid(left) * right
+                left = left * sigmoid(left) * right
             tma.store_wait(0)
             out_tile.store(left.to(out.dtype))
             fence_async_shared()
@@ -220,8 +151,8 @@ def _multiply(
                 tma.async_copy_shared_to_global(out, [row, along * STEP + COLUMNS], out_tile)
         else:
             for _ in range(INPUTS // DEPTH):
-                mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
-                mbarrier.arrive(empty.index(step % STAGES))
+                mbarrier.wait(pipe.full.index(step % STAGES), step // STAGES & 1)
+                mbarrier.arrive(pipe.empty.index(step % STAGES))
                 step += 1
     tma.store_wait(0)
 
@@ -247,6 +178,11 @@ def _product(
     DEPTH: gl.constexpr,
     GATED: gl.constexpr,
 ):
+    """The product of one layer's experts; with GATED its result is the SwiGLU of gate and up.
+
+    An output tile takes COLUMNS rows of the weights and as many more that start SECOND rows later.
+    Each expert has OUTPUTS rows of weights: MANY tiles, STEP rows apart.
+    """
     x_tiles = gl.allocate_shared_memory(rows.dtype, [STAGES, TILE, DEPTH], rows.layout)
     w_tiles = gl.allocate_shared_memory(weight.dtype, [2 * STAGES, COLUMNS, DEPTH], weight.layout)
     out_tiles = gl.allocate_shared_memory(out.dtype, [2, 64, COLUMNS], out.layout)
@@ -254,8 +190,9 @@ def _product(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=2)  # both groups have multiplied its tiles
     fence_async_shared()
+    pipe = Pipeline(x_tiles, w_tiles, full, empty)
     gl.warp_specialize(
         [
             (
@@ -265,10 +202,7 @@ def _product(
                     plan,
                     w_scale,
                     out,
-                    x_tiles,
-                    w_tiles,
-                    full,
-                    empty,
+                    pipe,
                     out_tiles.index(0),
                     0,
                     INPUTS,
@@ -288,10 +222,7 @@ def _product(
                     plan,
                     w_scale,
                     out,
-                    x_tiles,
-                    w_tiles,
-                    full,
-                    empty,
+                    pipe,
                     out_tiles.index(1),
                     1,
                     INPUTS,
@@ -306,21 +237,7 @@ def _product(
             ),
             (
                 _copy,
-                (
-                    rows,
-                    weight,
-                    plan,
-                    x_tiles,
-                    w_tiles,
-                    full,
-                    empty,
-                    INPUTS,
-                    OUTPUTS,
-                    SECOND,
-                    STEP,
-                    MANY,
-                    GROUP,
-                ),
+                (rows, weight, plan, pipe, INPUTS, OUTPUTS, SECOND, STEP, MANY, GROUP),
             ),
         ],
         [4, 1],
@@ -345,7 +262,10 @@ def gate_up(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """As `moe_prefill.gate_up`, for tiles of 128 rows; 4 warps."""
+    """Like `gate_up` in `moec.kernels.triton.moe_prefill`, for tiles of 128 rows.
+
+    Launch it with 4 warps. Descriptors: rows, weight, act.
+    """
     _product(
         rows,
         row_scale,
@@ -385,7 +305,10 @@ def down(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """As `moe_prefill.down`, for tiles of 128 rows; 4 warps."""
+    """Like `down` in `moec.kernels.triton.moe_prefill`, for tiles of 128 rows.
+
+    Launch it with 4 warps. Descriptors: act_codes, weight, parts.
+    """
     _product(
         act_codes,
         act_scale,

@@ -1,19 +1,20 @@
-"""Which layers have streams, and what is launched for them; GPU tests say what they compute."""
+"""Which layers have Hopper's pipelined products; GPU tests say what those compute."""
 
 import pytest
 
 pytest.importorskip("triton", reason="kernels need triton")
 
 from moec.kernels.ahead_of_time.compile import compile_launch
-from moec.kernels.hopper import stream as stream_hopper
-from moec.kernels.launches.launch import Launch, Sizes
-from moec.kernels.launches.stream import Stream, few_linear, few_moe
+from moec.kernels.hopper import linear, moe_decode
+from moec.kernels.launches.few_tokens import Stages, few_linear, few_moe
+from moec.kernels.launches.launch import Launch
+from moec.kernels.sizes import Sizes
 
 SCOUT = Sizes(5120, 8192, 16)
 
 
-def streams(launches: tuple[Launch, ...]) -> list[str]:
-    ours = stream_hopper.linear, stream_hopper.gate_up, stream_hopper.down
+def pipelined(launches: tuple[Launch, ...]) -> list[str]:
+    ours = linear.linear, moe_decode.gate_up, moe_decode.down
     return [each.name for each in launches if each.kernel in ours]
 
 
@@ -28,18 +29,18 @@ def streams(launches: tuple[Launch, ...]) -> list[str]:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("combine", [True, False])
-def test_layers_that_have_streams(
+def test_layers_that_have_pipelines(
     sizes: Sizes, tokens: int, architecture: int, has: bool, combine: bool
 ) -> None:
     launches, written = few_moe(sizes, tokens, architecture, combine=combine)
-    assert streams(launches) == (["gate_up", "down"] if has else [])
+    assert pipelined(launches) == (["gate_up", "down"] if has else [])
     names = ["route", "gate_up", "encode", "down", *(["combine"] if combine else [])]
     assert [each.name for each in launches] == names
     arguments = {name for each in launches for name in each.arguments}
     assert written.keys() <= arguments and ("out" in written) == combine
     if has:
-        assert written["parts"] == ((Stream().split, tokens, sizes.dim), "fp32")
-        assert all(each.constants["PARTS"] == Stream().split for each in launches[4:])
+        assert written["parts"] == ((Stages().split, tokens, sizes.dim), "fp32")
+        assert all(each.constants["PARTS"] == Stages().split for each in launches[4:])
 
 
 @pytest.mark.parametrize(
@@ -50,16 +51,16 @@ def test_layers_that_have_streams(
         (64, 96, 1, 90, False),
     ],
 )  # fmt: skip
-def test_linear_layers_that_have_streams(
+def test_linear_layers_that_have_pipelines(
     width: int, dim: int, tokens: int, architecture: int, has: bool
 ) -> None:
     launch = few_linear(width, dim, tokens, architecture)
-    assert bool(streams((launch,))) == has and launch.name == "linear"
+    assert bool(pipelined((launch,))) == has and launch.name == "linear"
 
 
 @pytest.mark.parametrize("sizes", [Sizes(128, 512, 4), Sizes(2048, 1024, 64)])
 def test_small_layers_compile(sizes: Sizes) -> None:
-    """With fewer steps than there is room for."""
+    """They have fewer steps than stages."""
     for launch in (*few_moe(sizes, 3, 90)[0], few_linear(64, 128, 1, 90)):
         found = compile_launch(launch, 90)
         assert found.overlap and found.cubin

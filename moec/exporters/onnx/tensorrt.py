@@ -15,7 +15,7 @@ It differs from `standard` in these points:
     early fusion  A running count of the image tokens finds the feature of each.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.standard import STANDARD, column, lower_linear, steps
 from moec.exporters.onnx.static_experts import dense, few_or_many
 from moec.graph_builder import ops
-from moec.graph_builder.ops.operands import BufferedAttention, MoeLayer
+from moec.graph_builder.ops.operands import BufferedAttention, MoeLayer, arguments
 from moec.graph_builder.types import TensorType
 
 #: the domain of TensorRT's own operators: ONNX operators with further attributes
@@ -201,8 +201,9 @@ def _moe_layer(e: Emitter, node: fx.Node, layer: MoeLayer[ir.Value]) -> ir.Value
     """Write a node for the MoE plugin, which the parser finds by its version and namespace."""
     out: TensorType = node.meta["type"]
     layer = replace(layer, router=e.cast(layer.router, out.dtype, "router"))
-    inputs = [getattr(layer, field.name) for field in fields(layer)]
-    return e.op(f"{MOEC}::MoecMoe", inputs, out, plugin_version="1", plugin_namespace=MOEC)
+    return e.op(
+        f"{MOEC}::MoecMoe", arguments(layer), out, plugin_version="1", plugin_namespace=MOEC
+    )
 
 
 TENSORRT = (

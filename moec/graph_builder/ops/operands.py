@@ -5,7 +5,7 @@ in a pass. Its fields are the arguments of the op's schema, in order. A new argu
 new field here and in the schema; only what uses it changes too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -185,3 +185,8 @@ class FusedAttention(Generic[T]):
     heads: int
     kv_heads: int
     eps: float | None
+
+
+def arguments(operands: Any) -> tuple[Any, ...]:
+    """The fields of a record, in the order of the op's schema."""
+    return tuple(getattr(operands, field.name) for field in fields(operands))

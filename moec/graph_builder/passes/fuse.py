@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from moec.graph_builder import ops
 from moec.graph_builder.builder import call, call_each, stand_in, submodule, tag
+from moec.graph_builder.ops.operands import Attend, BufferedAttention, arguments
 from moec.graph_builder.passes.buffers import without_unused
 from moec.graph_builder.passes.torch_support import check_fusible
 from moec.graph_builder.roles import Role, find_input, finder
@@ -78,7 +79,7 @@ class _Rewrite:
         i, at, find = layer.index, names.attention(layer.index), self.find
         mixed, out = find(Role.ATTENTION, i), find(Role.ATTENTION_OUT, i)
         buffered: Any = mixed.args[0]  # its first output is the mix
-        _, _, _, key, value, last, total, _, _, heads, kv_heads = buffered.args
+        old: BufferedAttention[fx.Node] = BufferedAttention(*buffered.args)
         rope = (find(Role.ROPE_COS), find(Role.ROPE_SIN)) if layer.rope else (None, None)
         temperature = find(Role.TEMPERATURE) if layer.temperature else None
         eps = self.text.norm_eps if layer.qk_norm else None
@@ -92,16 +93,13 @@ class _Rewrite:
                 rows,
                 *rope,
                 temperature,
-                key,
-                value,
-                last,
-                heads,
-                kv_heads,
+                *(old.key, old.value, old.last),
+                *(old.heads, old.kv_heads),
                 eps,
                 name=f"{at}.q.placed",
             )
-            buffers = (key, value, last, total)
-            mix = self.call(ops.attend, q, *buffers, heads, kv_heads, name=f"{at}.mix")
+            seen = Attend(q, old.key, old.value, old.last, old.total, old.heads, old.kv_heads)
+            mix = self.call(ops.attend, *arguments(seen), name=f"{at}.mix")
             mix = self.call(ops.pack, mix, name=f"{at}.mix.packed")
             stand_in(self.product(self.encode(mix), f"{at}.o"), out)
 

@@ -1,5 +1,6 @@
 """Give a decoder the inputs that onnxruntime-genai feeds."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.builder import call, call_each, tag
+from moec.graph_builder.ops.operands import BufferedAttention, arguments
 from moec.graph_builder.passes.buffers import without_unused
 from moec.graph_builder.roles import find_input
 from moec.graph_builder.types import TensorType
@@ -42,12 +44,15 @@ def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
         positions = call(graph.graph, ops.positions, ids, past, name="query_positions")
         keys = call(graph.graph, ops.columns, mask, name="key_positions")
         for node in graph.graph.nodes:
-            if node.target == ops.buffered_attention.target and (chunk := node.args[8]):
+            if node.target != ops.buffered_attention.target:
+                continue
+            old: BufferedAttention[fx.Node] = BufferedAttention(*node.args)
+            if chunk := old.chunk:
                 if chunk not in masks:
                     masks[chunk] = call(
                         graph.graph, ops.attention_mask, positions, keys, chunk, name="chunk_mask"
                     )
-                node.args = (*node.args[:7], masks[chunk], None, *node.args[9:])
+                node.args = arguments(replace(old, mask=masks[chunk], chunk=None))
     given = {names.PAST_LENGTHS: past, names.LOGIT_INDEX: index}
     for kind in (names.RING, names.GLOBAL):
         given |= {names.last(kind): last, names.total(kind): total}

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from moec.graph_builder import ops
 from moec.graph_builder.builder import call, submodule, tag
+from moec.graph_builder.ops.operands import Moe
 from moec.graph_builder.roles import cached
 from moec.graph_builder.types import TensorType
 from moec.spec import names
@@ -51,8 +52,8 @@ class _Rewrite:
         args: Any = node.args
         if node.target == ops.linear.target and args[1].meta["name"] in self.rules:
             self.linear(node, args[1].meta["name"])
-        elif node.target == ops.moe.target and args[3].meta["name"] in self.rules:
-            self.moe(node)
+        elif node.target == ops.moe.target:
+            self.moe(node, Moe(*args))
         elif node.target == ops.cache_append.target and self.scheme.cache:
             self.append(node)
 
@@ -87,27 +88,26 @@ class _Rewrite:
         codes = self.quantize(x, scale, f"{name}.codes")
         return self.dequantize(codes, scale, 0, f"{name}.rounded", _name(x))
 
-    def moe(self, node: fx.Node) -> None:
-        args: Any = node.args
-        *routed, gate_up, down = args
+    def moe(self, node: fx.Node, old: Moe[fx.Node]) -> None:
+        experts = [str(weight.meta["name"]) for weight in (old.gate_up, old.down)]
+        rule = self.rules.get(experts[0])
+        if rule is None:
+            return
         weights: list[object] = []
-        for old in (gate_up, down):
-            parts = self.parts(old.meta["name"])
+        for fused in experts:
+            parts = self.parts(fused)
             weights += [
                 [self.parameter(each) for each in parts],
                 [self.parameter(names.scale_of(each)) for each in parts],
             ]
-        rule = self.rules[gate_up.meta["name"]]
         inputs = [
-            self.parameter(names.input_scale_of(old.meta["name"]))
-            if rule.inputs in STATIC
-            else None
-            for old in (gate_up, down)
+            self.parameter(names.input_scale_of(fused)) if rule.inputs in STATIC else None
+            for fused in experts
         ]
         new = call(
             self.graph,
             ops.fp8_moe,
-            *routed,
+            *(old.x, old.scores, old.experts),
             *weights,
             *inputs,
             rule.inputs,
@@ -117,7 +117,7 @@ class _Rewrite:
         )
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
-        self.forget(gate_up, down)
+        self.forget(old.gate_up, old.down)
 
     def parts(self, fused: str) -> tuple[str, ...]:
         """The tensors that hold fused experts."""

@@ -1,12 +1,14 @@
 """What an engine that is compiled ahead of time wants of a decoder with buffers."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.builder import call
+from moec.graph_builder.ops.operands import BufferedAttention, arguments
 from moec.graph_builder.passes.buffers import without_unused
 from moec.graph_builder.roles import find_input
 from moec.graph_builder.types import TensorType
@@ -27,12 +29,18 @@ def make_static(graph: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModu
         if node.op == "placeholder":
             node.meta["default"] = None
         elif node.target == ops.buffered_attention.target:
-            *operands, key, value, last, total, _, chunk, heads, kv_heads = node.args
-            if last not in masks:
+            old: BufferedAttention[fx.Node] = BufferedAttention(*node.args)
+            if old.last not in masks:
                 with graph.graph.inserting_before(node):
-                    name = f"{names.cache_kind(chunk)}.mask"
-                    masks[last] = call(graph.graph, ops.slot_mask, ids, last, key, name=name)
-            node.args = (*operands, key, value, last, total, masks[last], None, heads, kv_heads)
+                    masks[old.last] = call(
+                        graph.graph,
+                        ops.slot_mask,
+                        ids,
+                        old.last,
+                        old.key,
+                        name=f"{names.cache_kind(old.chunk)}.mask",
+                    )
+            node.args = arguments(replace(old, mask=masks[old.last], chunk=None))
     return without_unused(graph)
 
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-scout"
 
 
-#: seconds that a test without a mark should stay below
+#: seconds that a test without a mark should take at most, its fixtures included
 FAST = 2.0
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moec.cli.given import check_given, check_source
 from moec.cli.options import Architectures, Build, Placement, Scales
 from moec.cli.output import bar, say
 from moec.cli.proofs import prove
@@ -87,7 +88,8 @@ def build(
             "exactly one of --variant, --spec, --checkpoint",
             "moec build --variant scout",
         )
-    _check_source(variant, spec, checkpoint)
+    check_source(variant, spec, checkpoint)
+    check_given(checkpoint=checkpoint, out=out)
     import moec
     from moec.cli.tables import artefact_tables
 
@@ -132,6 +134,7 @@ def engine(
 
     Use it after `moec build --no-engine`, or on the machine whose GPU will run them.
     """
+    check_given(artefact)
     import moec
     from moec.cli.tables import artefact_tables
 
@@ -156,6 +159,7 @@ def bind(
     engine: Build = True,
 ) -> None:
     """Attach a checkpoint to an artefact that was built without weights, or attach another one."""
+    check_given(artefact, checkpoint, out)
     import moec
     from moec.cli.tables import artefact_tables
 
@@ -220,20 +224,3 @@ def _engine_options(chosen: dict[str, Any]) -> Any:
     from moec.artefact.engine_options import engine_options
 
     return engine_options(given)
-
-
-def _check_source(variant: str | None, spec: Path | None, checkpoint: Path | None) -> None:
-    """Refuse a source of another kind than its option says: a typo must not change the kind."""
-    from moec.spec.presets import PRESETS
-
-    if variant is not None and variant not in PRESETS:
-        refuse(f"--variant {variant}", "no such preset", ", ".join(PRESETS), "moec spec list")
-    if spec is not None and not spec.is_file():
-        refuse(f"--spec {spec}", "no such file", "a spec file", "moec spec schema")
-    if checkpoint is not None and not checkpoint.is_dir():
-        refuse(
-            f"--checkpoint {checkpoint}",
-            "no such folder",
-            "a folder with config.json",
-            "check the path, or build without weights: moec build --variant scout",
-        )

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from moec.cli.given import check_given
 from moec.cli.options import Device, Json
 from moec.cli.output import bar, print_json
 from moec.spec.errors import refuse
@@ -69,6 +70,7 @@ def prove(
     Raises:
         typer.Exit: exit code 1, if a check failed.
     """
+    check_given(artefact)
     import moec
     from moec.cli.tables import report_table
     from moec.runtime.proof.validate import record

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moec.cli.given import check_given
 from moec.cli.options import Device, Json
 from moec.cli.output import error_line, print_json
 from moec.spec.errors import refuse
@@ -62,6 +63,7 @@ def generate(
         refuse("generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT")
     if image and prompt is None:
         refuse("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
+    check_given(artefact)
     import moec
     from moec.artefact.artefact import open_artefact
     from moec.runtime.inputs.prompt import compose
@@ -124,6 +126,7 @@ def bench(
     the eager reference, and transformers, eager and compiled.
     Each runs in a process of its own, and they take turns.
     """
+    check_given(artefact)
     import moec
     from moec.cli.tables import bench_table
 

@@ -111,6 +111,7 @@ def trap() -> Callable[[BaseException, int], AbstractContextManager[Trap]]:
     return setting
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize(
     "error", [NO_SPACE, KeyboardInterrupt()], ids=lambda error: type(error).__name__

@@ -56,6 +56,7 @@ def stopped_at(stage: str, checkpoint: Path, out: Path) -> Iterator[subprocess.P
         process.communicate()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("number", "stage", "held"),
     [
@@ -81,6 +82,7 @@ def test_a_build_that_is_stopped_says_so_and_leaves_nothing(
     assert process.returncode == 2
 
 
+@pytest.mark.full
 def test_two_builds_of_one_out_leave_one_whole_artefact(checkpoint: Path, work: Path) -> None:
     with stopped_at("copy", checkpoint, work / "art") as process:
         moec.export(checkpoint, precision="fp16", out=work / "art", weights="copy")
@@ -135,6 +137,7 @@ sys.exit("the build never came to its end")
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("held", HELD)
 def test_a_build_killed_at_any_step_leaves_no_half_artefact_and_the_next_one_cleans_up(
     checkpoint: Path, work: Path, old: Path, held: str
@@ -160,6 +163,7 @@ def test_a_build_killed_at_any_step_leaves_no_half_artefact_and_the_next_one_cle
     assert (seen[0], seen[-1]) == ("fp16" if held == "an artefact" else "none", "fp32")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", ["copy", "write"])
 def test_a_killed_command_leaves_what_the_next_build_removes(
     checkpoint: Path, work: Path, stage: str

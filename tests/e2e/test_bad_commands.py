@@ -129,7 +129,6 @@ PROCESSES: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("case", PROCESSES)
 def test_the_real_command_refuses(checkpoint: Path, tmp_path: Path, case: str) -> None:
     damage, names = PROCESSES[case]
@@ -151,3 +150,30 @@ def test_the_real_command_needs_a_source() -> None:
     )
     one_message(done.stderr, "0 sources")
     assert done.returncode == 2
+
+
+#: refused for what the command line is given: nobody should wait for torch to be told
+AT_ONCE = (
+    "a preset for a checkpoint", "bind without an artefact", "bind without a checkpoint",
+    "validate without an artefact", "inspect no artefact", "bench no artefact",
+    "generate from no artefact", "plan an unknown model",
+)  # fmt: skip
+
+
+def test_refusals_do_not_wait_for_torch(artefact: Path, checkpoint: Path) -> None:
+    places = {"ARTEFACT": str(artefact), "CHECKPOINT": str(checkpoint)}
+    lines = [[places.get(word, word) for word in COMMANDS[each][0].split()] for each in AT_ONCE]
+    cut(lambda header, size: (8 + header + size) // 2)(checkpoint)
+    lines.append(["build", "--checkpoint", str(checkpoint)])
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from moec.cli import main\n"
+        f"for line in {lines}:\n"
+        "    sys.argv = ['moec', *line]\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: print(ended.code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["2"] * len(lines), done.stderr

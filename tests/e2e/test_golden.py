@@ -76,6 +76,7 @@ def test_the_vision_tower_before_its_projector(
     assert (found - golden["vision_features"].flatten(0, 1)).abs().max() < LOGITS_LIMIT
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
 def test_greedy_continuations_are_reproduced_through_the_caches(
     session: Session, golden: dict[str, Tensor], tiny: Path, index: int
@@ -87,6 +88,7 @@ def test_greedy_continuations_are_reproduced_through_the_caches(
     assert torch.equal(got[0], expected)
 
 
+@pytest.mark.full
 def test_all_continuations_in_one_ragged_batch(
     session: Session, golden: dict[str, Tensor], tiny: Path
 ) -> None:

@@ -62,6 +62,7 @@ def test_every_value_has_a_name_a_type_and_a_shape() -> None:
         assert expected[part] <= set(names)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("part", ["model", "vision"])
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_declared_shapes_are_what_onnxruntime_produces(

@@ -150,6 +150,7 @@ def preset(request: pytest.FixtureRequest) -> ModelSpec:
     return PRESETS[request.param].model_copy(update={"scheme": SCHEMES["dynamic"]})
 
 
+@pytest.mark.full
 def test_full_size_graphs_have_the_joined_weights_and_nothing_unfused(preset: ModelSpec) -> None:
     graph = build_fused(preset)
     found = {name: (tuple(p.shape), p.dtype) for name, p in graph.named_parameters()}

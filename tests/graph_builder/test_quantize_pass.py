@@ -221,6 +221,7 @@ def _wide(spec: ModelSpec, values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: parameter(name, shape) for name, shape in parameters(spec).items()}
 
 
+@pytest.mark.full
 @few
 @given(spec=fp8_specs(), seed=st.integers(0, 2**31))
 def test_weights_on_the_grid_give_what_they_give_wide(spec: ModelSpec, seed: int) -> None:

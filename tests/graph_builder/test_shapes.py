@@ -92,6 +92,7 @@ def _pixels(spec: ModelSpec, tiles: int) -> list[torch.Tensor]:
     return [torch.zeros(tiles, spec.vision.channels, spec.vision.image, spec.vision.image)]
 
 
+@pytest.mark.full
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     spec=st.one_of(specs(), vision_specs(), fp8_specs()),

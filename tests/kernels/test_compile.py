@@ -107,6 +107,7 @@ def check_entry(found: Compiled, ptx: str) -> None:
     assert f".reqntid {found.block}\n" in entry
 
 
+@pytest.mark.full
 def test_tiles_that_do_not_fit_are_refused() -> None:
     tiles = Tiles(gate_up_depth=512, gate_up_stages=5)
     launch = decode_moe(SCOUT, 1, tiles)[1]

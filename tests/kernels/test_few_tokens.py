@@ -58,6 +58,7 @@ def test_linear_layers_that_have_pipelines(
     assert bool(pipelined((launch,))) == has and launch.name == "linear"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", [Sizes(128, 512, 4), Sizes(2048, 1024, 64)])
 def test_small_layers_compile(sizes: Sizes) -> None:
     """They have fewer steps than stages."""

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="kernels need triton")
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.full
 def test_the_kernels_are_the_eager_ops() -> None:
     """In a process of its own: the interpreter is chosen when triton is imported."""
     done = subprocess.run(

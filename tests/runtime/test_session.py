@@ -37,6 +37,7 @@ def test_rows_of_different_length_equal_each_row_alone(session: Session) -> None
         assert np.allclose(last[index], alone[-1], atol=1e-4)
 
 
+@pytest.mark.full
 def test_a_ragged_batch_decodes_past_three_borders_as_each_row_alone(session: Session) -> None:
     """Chunks of 128: rows of 1, 7, 130 and 400 tokens, and 390 more of each."""
     rows = [torch.randint(0, 4096, (n,)) for n in (1, 7, 130, 400)]
@@ -60,6 +61,7 @@ def test_a_row_that_pauses_goes_on_where_it_was(session: Session) -> None:
     assert cache.lengths.tolist() == [131, 131]
 
 
+@pytest.mark.full
 def test_decode_grows_the_caches_and_rings_stay_at_the_chunk(session: Session) -> None:
     ids = torch.randint(0, 4096, (1, 150))
     whole = session.logits(ids)

@@ -49,6 +49,7 @@ def test_rows_with_images_equal_each_row_alone(session: Session) -> None:
         assert np.allclose(last[index], alone[-1], atol=2e-4)
 
 
+@pytest.mark.full
 def test_images_that_a_long_prompts_pieces_cut_apart(session: Session) -> None:
     rows = [_row(PREFILL_CHUNK - 6, -3, 20, -1, 5), _row(PREFILL_CHUNK - 2, -1)]
     pixels = _tiles(5)

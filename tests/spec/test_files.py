@@ -11,6 +11,7 @@ from moec.spec.presets import PRESETS
 from tests.strategies import specs
 
 
+@pytest.mark.full
 @given(spec=specs())
 def test_yaml_and_json_files_give_the_same_spec(
     tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec

@@ -72,6 +72,7 @@ def test_tiles_need_a_tower(tiles: int) -> None:
         plan(spec, tiles=tiles)
 
 
+@pytest.mark.full
 def test_tiles_take_memory_and_context() -> None:
     spec = PRESETS["scout"]
     contexts = range(700_000, 800_000, 1000)

@@ -77,6 +77,7 @@ def _outside(folder: Path, offset: str = "64", length: str = "64") -> Job:
     return job(made, folder / "artefact", weights=str(weights))
 
 
+@pytest.mark.full
 def test_weights_lie_wherever_they_lie(tmp_path: Path) -> None:
     outside = _outside(tmp_path)
     build_engine(outside)
@@ -95,6 +96,7 @@ def test_weights_lie_wherever_they_lie(tmp_path: Path) -> None:
     assert Path(other.engine).read_bytes() != Path(outside.engine).read_bytes()
 
 
+@pytest.mark.full
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     outside = _outside(tmp_path)
     nowhere = outside.model_copy(update={"weights": None})  # beside the model

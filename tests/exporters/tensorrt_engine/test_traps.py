@@ -29,6 +29,7 @@ def test_causal_attention_would_start_at_the_first_slot(tmp_path: Path) -> None:
     refused(tmp_path, made, "causal UPPER_LEFT", masked=False)
 
 
+@pytest.mark.full
 def test_a_missing_mask_is_noticed(tmp_path: Path) -> None:
     refused(tmp_path, attention(("q", "k", "v")), "mask False")
     build_engine(job(attention(("q", "k", "v")), tmp_path, masked=False))
@@ -85,6 +86,7 @@ def test_an_operator_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path, attention(op="Unheard"), "node att (Unheard)", attentions=0)
 
 
+@pytest.mark.full
 def test_the_parser_is_quoted_without_its_noise(tmp_path: Path) -> None:
     made = attention(op="RotaryEmbedding", reads=("q", "k", "v"))
     refused(tmp_path, made, "cosCacheDims.nbDims == 2.)\n  expected:", attentions=0)
@@ -92,6 +94,7 @@ def test_the_parser_is_quoted_without_its_noise(tmp_path: Path) -> None:
     refused(tmp_path, attention(softcap=1.0), "Setting softcap is not supported")
 
 
+@pytest.mark.full
 def test_attention_in_float32_has_no_kernel(tmp_path: Path) -> None:
     refused(tmp_path, attention(dtype=T.FLOAT), "mark the attention TRT_decomposable")
     made = attention(dtype=T.FLOAT, domain="trt", TRT_decomposable=1)
@@ -197,6 +200,7 @@ def test_numbers_that_decide_about_shapes(tmp_path: Path) -> None:
     refused(tmp_path, made, "input s", code=2)
 
 
+@pytest.mark.full
 def test_profiles_must_fit_the_inputs(tmp_path: Path) -> None:
     good = spans(attention())
     q = good["q"]

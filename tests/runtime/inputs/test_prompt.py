@@ -117,6 +117,7 @@ def test_what_is_no_image_is_refused(artefact: Path, wrong: object) -> None:
         moec.encode(artefact, "this", [wrong])  # type: ignore[list-item]
 
 
+@pytest.mark.full
 def test_a_checkpoint_folder_serves_too(artefact: Path) -> None:
     weights = artefact.parent / "weights"
     found = moec.encode(weights, "what is this", [_image(90, 200)])

@@ -98,6 +98,7 @@ def test_photos_equal_the_processor() -> None:
         expect_equal(Image.open(PHOTOS / name), Tiling(336))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("side", [28, 56, 336])
 def test_random_shapes_equal_the_processor(side: int) -> None:
     for _ in range(20 if side == 336 else 150):

@@ -52,6 +52,7 @@ def kinds(spec: ModelSpec) -> set[str]:
 # ---------------------------------------------------------------- there and back
 
 
+@pytest.mark.full
 @given(spec=checkpoint_specs())
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec) -> None:
     folder = tmp_path_factory.mktemp("config")

@@ -39,6 +39,7 @@ def _row(length: int, seed: int = 0) -> list[int]:
     return torch.randint(6, SMALL.text.vocab, (length,), generator=generator).tolist()
 
 
+@pytest.mark.full
 def test_golden_logits_by_prefill_and_decode_over_a_border(
     golden_session: Session, golden: dict[str, Tensor]
 ) -> None:
@@ -66,6 +67,7 @@ def test_rows_of_different_lengths_over_borders(session: Session, reference: Ses
         assert abs(found[i, : len(row)] - expected[i, : len(row)]).max() < EXACT
 
 
+@pytest.mark.full
 def test_decode_of_a_batch_is_prefill(
     session: Session, reference: Session, package: Package
 ) -> None:
@@ -142,6 +144,7 @@ def test_inputs_become_what_the_engine_takes(session: Session) -> None:
     assert list(found) == ["logits"] and torch.equal(found["logits"], expected["logits"])
 
 
+@pytest.mark.full
 def test_the_engine_keeps_no_caches(session: Session) -> None:
     _, cache = session.prefill([_row(9)])
     alive = [weakref.ref(each) for each in cache.tensors.values()]
@@ -150,6 +153,7 @@ def test_the_engine_keeps_no_caches(session: Session) -> None:
     assert not any(each() is not None for each in alive)
 
 
+@pytest.mark.full
 def test_all_memory_is_somebodys(session: Session, package: Package) -> None:
     package.watch_memory = True
     pixels = torch.rand(1, 3, 56, 56)

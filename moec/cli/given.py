@@ -1,0 +1,42 @@
+"""What a command is given, checked before torch is imported: a refusal should not wait for that."""
+
+from pathlib import Path
+
+from moec.spec.errors import refuse
+
+
+def check_given(
+    artefact: Path | None = None, checkpoint: Path | None = None, out: Path | None = None
+) -> None:
+    """Read manifest and headers, which takes milliseconds; the API reads them again.
+
+    Raises:
+        MoecError: no artefact, a broken checkpoint, or an `out` that holds something else.
+    """
+    from moec.artefact.artefact import open_artefact
+    from moec.artefact.folder import refuse_foreign
+    from moec.weights.name_map import read_model
+
+    if artefact is not None:
+        open_artefact(artefact)
+    if checkpoint is not None:
+        read_model(checkpoint)
+    if out is not None:
+        refuse_foreign(out)
+
+
+def check_source(variant: str | None, spec: Path | None, checkpoint: Path | None) -> None:
+    """Refuse a source of another kind than its option says: a typo must not change the kind."""
+    from moec.spec.presets import PRESETS
+
+    if variant is not None and variant not in PRESETS:
+        refuse(f"--variant {variant}", "no such preset", ", ".join(PRESETS), "moec spec list")
+    if spec is not None and not spec.is_file():
+        refuse(f"--spec {spec}", "no such file", "a spec file", "moec spec schema")
+    if checkpoint is not None and not checkpoint.is_dir():
+        refuse(
+            f"--checkpoint {checkpoint}",
+            "no such folder",
+            "a folder with config.json",
+            "check the path, or build without weights: moec build --variant scout",
+        )

@@ -32,7 +32,7 @@ from moec.graph_builder.builder import Builder
 from moec.spec.model import ModelSpec, Tokens
 from moec.spec.parameters import text_parameters
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import TORCH_DTYPES
 
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     options = arguments.parse_args()
-    vision = twin(PRESETS["scout"]).vision
+    vision = reduced(PRESETS["scout"]).vision
     assert vision is not None
     plain = model().model_copy(update={"tokens": Tokens(image=IMAGE)})
     with tempfile.TemporaryDirectory(prefix="moec-benchmark-") as name:

@@ -46,7 +46,7 @@ from moec.runtime.session import Session
 from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from moec.weights.shard import TensorEntry
 
@@ -86,7 +86,7 @@ def main() -> int:
 
 def narrow(spec: ModelSpec) -> ModelSpec:
     """`spec` with all its layers and experts, and widths of `WIDTH`."""
-    small = twin(spec)
+    small = reduced(spec)
     experts = small.text.experts.model_copy(update={"hidden": WIDTH, "shared_hidden": WIDTH})
     sizes = {"dim": WIDTH, "dense_hidden": WIDTH, "experts": experts}
     text = small.text.model_copy(update=sizes)

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 
 #: the sound checkpoint: its model, its files, and three of its tensors, all in the first shard
-SPEC = twin(PRESETS["tiny-scout"])
+SPEC = reduced(PRESETS["tiny-scout"])
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 #: and a checkpoint of one file

@@ -1,4 +1,4 @@
-"""A reduced-size model: the same layers, patterns and switches, small enough to run anywhere."""
+"""The reduced-size model: the same layers, patterns and switches, small enough for any machine."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from moec.spec.tensors import eligible
 CHUNK = 8
 
 
-def twin(
+def reduced(
     spec: ModelSpec, layers: int | None = None, block: int = 16, head_dim: int = 8
 ) -> ModelSpec:
     """Make a reduced-size copy of `spec`, with small widths.

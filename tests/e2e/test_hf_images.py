@@ -17,7 +17,7 @@ from moec.runtime.cache import new_cache
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.oracle import relative, routers_are_clear, transformers_logits
 from tests.strategies import vision_specs
@@ -36,7 +36,7 @@ MIXED: Plan = [(4, [(3, 2), (1, 5)]), (9, []), (1, [(1, 0), (2, 1)])]
 
 
 def _preset(name: str, image: int = 3) -> ModelSpec:
-    spec = twin(PRESETS[name])
+    spec = reduced(PRESETS[name])
     tokens = spec.tokens.model_copy(update={"image": image, "bos": 3})
     vision = spec.vision
     assert vision is not None

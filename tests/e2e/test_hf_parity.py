@@ -19,7 +19,7 @@ import moec
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.oracle import relative, routers_are_clear, transformers_logits
 from tests.strategies import specs
@@ -27,7 +27,7 @@ from tests.strategies import specs
 pytestmark = pytest.mark.full
 
 RELATIVE = 1e-4
-MAVERICK = twin(PRESETS["maverick"])
+MAVERICK = reduced(PRESETS["maverick"])
 MAVERICK = MAVERICK.model_copy(
     update={"vision": None, "text": MAVERICK.text.model_copy(update={"layers": 8})}
 )
@@ -58,7 +58,7 @@ def test_random_models_agree(
 
 @pytest.mark.parametrize("preset", ["scout", "maverick"])
 def test_token_by_token_across_three_chunk_borders(preset: str, tmp_path: Path) -> None:
-    spec = twin(PRESETS[preset])
+    spec = reduced(PRESETS[preset])
     spec = spec.model_copy(
         update={"vision": None, "text": spec.text.model_copy(update={"layers": 8})}
     )

@@ -13,7 +13,7 @@ from moec.runtime.engines.ort import QUANTIZED_FROM
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.proofs import assert_passed
 
@@ -92,7 +92,7 @@ def test_weightless_builds_are_proven_on_a_twin(precision: str, tmp_path: Path) 
 
 @quantized
 def test_a_tied_head_is_the_embedding_in_reference_and_engine(tmp_path: Path) -> None:
-    spec = twin(PRESETS["scout"], 4, block=64)
+    spec = reduced(PRESETS["scout"], 4, block=64)
     text = spec.text.model_copy(update={"tie_embeddings": True})
     write_random_checkpoint(spec.model_copy(update={"text": text}), tmp_path / "weights")
     for weights, precision in (("pack", "fp32"), (None, "int8")):

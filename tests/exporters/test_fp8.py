@@ -16,7 +16,7 @@ from moec.exporters.export import export
 from moec.runtime.calibrate import calibrate
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.spec.scheme import SCHEMES
 from moec.spec.tensors import quantized
 from moec.weights.random import write_random_checkpoint
@@ -192,7 +192,7 @@ def test_static_scales_are_of_the_dtype_that_the_scheme_says(tiny: Path, tmp_pat
 
 @pytest.mark.full
 def test_a_single_expert_apart_is_no_fused_one(tmp_path: Path) -> None:
-    spec = twin(moec.load_spec("scout").model_copy(update={"vision": None}), 2)
+    spec = reduced(moec.load_spec("scout").model_copy(update={"vision": None}), 2)
     experts = spec.text.experts.model_copy(update={"count": 1})
     scheme = SCHEMES["meta"].model_copy(update={"layout": "compressed-tensors"})
     spec = spec.model_copy(
@@ -219,7 +219,7 @@ def test_the_twin_has_fp8_layers_although_the_models_first_ones_are_wide(tmp_pat
         scheme = SCHEMES["meta"].model_copy(update={"rules": (rule,), "layout": layout})
         spec = moec.load_spec("tiny-scout").model_copy(update={"scheme": scheme})
         art = export(spec, precision="fp8", out=tmp_path / layout)
-        small = twin(art.manifest.spec, 4)
+        small = reduced(art.manifest.spec, 4)
         assert {n for n in quantized(small) if "gate_up" in n} == {
             f"layers.{i}.moe.gate_up" for i in range(4)
         }

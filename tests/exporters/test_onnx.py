@@ -23,7 +23,7 @@ from moec.graph_builder.parts import build_parts
 from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.proofs import assert_passed
 
@@ -68,7 +68,7 @@ def test_every_value_has_a_name_a_type_and_a_shape() -> None:
 def test_declared_shapes_are_what_onnxruntime_produces(
     name: str, part: str, tmp_path: Path
 ) -> None:
-    spec = twin(PRESETS[name])
+    spec = reduced(PRESETS[name])
     spec = spec.model_copy(update={"text": spec.text.model_copy(update={"layers": 4})})
     write_random_checkpoint(spec, tmp_path / "weights")
     artefact = moec.export(tmp_path / "weights", out=tmp_path / "a", weights="copy")
@@ -129,7 +129,7 @@ def test_every_op_of_the_vocabulary_has_a_rule() -> None:
 
 def test_an_op_without_a_rule_is_an_error_that_lists_the_rules() -> None:
     rules = [rule for rule in STANDARD if rule.op is not ops.rope]
-    graph = build_decoder(twin(PRESETS["scout"]))
+    graph = build_decoder(reduced(PRESETS["scout"]))
     with pytest.raises(MoecError) as caught:
         lower(graph, rules, OPSET, "x")
     assert "rope" in str(caught.value) and "rms_norm" in str(caught.value)

@@ -12,7 +12,7 @@ import moec
 from benchmarks.sparse_checkpoint import write_sparse_checkpoint
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.refusals import refused_and_nothing_left
 
@@ -107,7 +107,7 @@ def test_placements_that_do_not_fit_the_graph_are_refused(tiny: Path, tmp_path: 
 
 
 def test_sizes_that_the_operators_cannot_hold_are_refused(tmp_path: Path) -> None:
-    spec = twin(PRESETS["scout"], 4)
+    spec = reduced(PRESETS["scout"], 4)
     odd = spec.model_copy(update={"text": spec.text.model_copy(update={"head_dim": 12})})
     refused_and_nothing_left(
         tmp_path, lambda: moec.export(odd, target="ort", out=tmp_path / "out"), "text.head_dim"
@@ -120,7 +120,7 @@ def test_sizes_that_the_operators_cannot_hold_are_refused(tmp_path: Path) -> Non
 
 
 def test_a_nan_in_the_checkpoint_stops_a_packed_build(tiny: Path, tmp_path: Path) -> None:
-    spec = twin(PRESETS["scout"], 4).model_copy(update={"vision": None})
+    spec = reduced(PRESETS["scout"], 4).model_copy(update={"vision": None})
     write_random_checkpoint(spec, tmp_path / "weights")
     path = tmp_path / "weights" / "model.safetensors"
     from safetensors.torch import load_file, save_file

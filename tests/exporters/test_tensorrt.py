@@ -29,7 +29,7 @@ from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.refusals import refusal
 from tests.strategies import specs
@@ -313,7 +313,7 @@ def test_a_build_of_other_targets_imports_no_triton() -> None:
 
 def _text(hidden: int = 64, **changes: int) -> ModelSpec:
     """The decoder of tests' model, of other sizes."""
-    spec = twin(PRESETS["tiny-scout"])
+    spec = reduced(PRESETS["tiny-scout"])
     experts = spec.text.experts.model_copy(update={"hidden": hidden, "shared_hidden": hidden})
     text = spec.text.model_copy(update={"experts": experts, **changes})
     return ModelSpec.model_validate(spec.model_copy(update={"text": text}).model_dump())

@@ -16,7 +16,7 @@ from moec.runtime.cache import Cache, new_cache, spans
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.spec.scheme import SCHEMES
 from moec.spec.tensors import tensors
 from moec.weights.joined import joined_tensors
@@ -181,7 +181,7 @@ def test_full_size_graphs_have_the_joined_weights_and_nothing_unfused(preset: Mo
 
 def test_taps_show_what_a_fused_op_keeps_to_itself(preset: ModelSpec) -> None:
     taps = ["layers.1.moe.router", "layers.1.moe.route.1", "layers.1.out", "layers.0.attn.norm"]
-    graph = build_fused(twin(preset, 3), "fp32", taps)
+    graph = build_fused(reduced(preset, 3), "fp32", taps)
     nodes = {node.meta.get("name"): node for node in graph.graph.nodes}
     output: Any = list(graph.graph.nodes)[-1]
     assert output.meta["outputs"] == ("logits", *taps)
@@ -192,7 +192,7 @@ def test_taps_show_what_a_fused_op_keeps_to_itself(preset: ModelSpec) -> None:
 
 
 def _with(**text: Any) -> ModelSpec:
-    spec = twin(PRESETS["scout"].model_copy(update={"scheme": SCHEMES["dynamic"]}), 4)
+    spec = reduced(PRESETS["scout"].model_copy(update={"scheme": SCHEMES["dynamic"]}), 4)
     return spec.model_copy(update={"text": spec.text.model_copy(update=text)})
 
 

@@ -14,11 +14,11 @@ from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.spec.scheme import SCHEMES
 
 LAYERS = 3
-SPEC = twin(PRESETS["tiny-scout"], LAYERS).model_copy(update={"vision": None})
+SPEC = reduced(PRESETS["tiny-scout"], LAYERS).model_copy(update={"vision": None})
 SPECS = {"wide": SPEC, "fp8": SPEC.model_copy(update={"scheme": SCHEMES["dynamic"]})}
 
 

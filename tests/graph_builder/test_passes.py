@@ -89,9 +89,9 @@ def test_passes_keep_the_meaning(spec: ModelSpec, seed: int, data: st.DataObject
 
 def test_genai_calls_may_cross_borders_and_pad_on_the_right() -> None:
     from moec.spec.presets import PRESETS
-    from moec.spec.reduced import twin
+    from moec.spec.reduced import reduced
 
-    spec = twin(PRESETS["scout"], 4).model_copy(update={"vision": None})
+    spec = reduced(PRESETS["scout"], 4).model_copy(update={"vision": None})
     chunk = spec.text.chunk or 0
     plain = _filled(spec, 1)
     genai = genai_inputs(join_skip_norms(keep_buffers(copy.deepcopy(plain))))

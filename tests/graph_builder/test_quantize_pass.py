@@ -16,7 +16,7 @@ from moec.spec.model import ModelSpec
 from moec.spec.names import scale_of, separate
 from moec.spec.parameters import parameters
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.spec.scheme import SCHEMES, STATIC, Scheme
 from moec.spec.tensors import quantized, tensors
 from tests.strategies import fp8_specs
@@ -46,7 +46,7 @@ def spec(request: pytest.FixtureRequest) -> ModelSpec:
     """A decoder with a named scheme."""
     name, scheme = request.param
     update = {"scheme": SCHEMES[scheme], "vision": None}
-    return twin(PRESETS[name].model_copy(update=update))
+    return reduced(PRESETS[name].model_copy(update=update))
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_products_of_one_input_may_round_it_in_two_ways() -> None:
         {"of": ["layers.*.attn.k.weight"], "weight": "block", "inputs": "group"},
     ]
     scheme = Scheme.model_validate({"name": "two", "rules": rules, "block": 8})
-    graph = build_graph(twin(PRESETS["scout"]).model_copy(update={"scheme": scheme}))
+    graph = build_graph(reduced(PRESETS["scout"]).model_copy(update={"scheme": scheme}))
     names = [node.meta["name"] for node in graph.graph.nodes if node.op != "output"]
     assert len(names) == len(set(names))
     by_name = {node.meta.get("name"): node for node in graph.graph.nodes}

@@ -25,7 +25,7 @@ from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.spec.scheme import SCHEMES
 from moec.weights.joined import unquantised
 from moec.weights.view import TORCH_DTYPES
@@ -139,7 +139,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             ("scout", "fp32", None),
             ("maverick", "fp16", SCHEMES["dynamic"]),
         )
-        for spec in [twin(PRESETS[name].model_copy(update={"scheme": scheme}))]
+        for spec in [reduced(PRESETS[name].model_copy(update={"scheme": scheme}))]
         for graph in (
             *graphs_of(spec, precision, "standard").values(),
             *graphs_of(spec, precision, "ort").values(),

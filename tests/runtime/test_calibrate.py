@@ -15,12 +15,12 @@ from moec.runtime.open import eager_session
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.spec.scheme import SCHEMES, Scheme
 from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
 
-SPEC = twin(moec.load_spec("scout").model_copy(update={"vision": None}), 4)
+SPEC = reduced(moec.load_spec("scout").model_copy(update={"vision": None}), 4)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_fp8_weights_and_odd_percentiles_are_refused(
     narrow = SPEC.model_copy(
         update={"scheme": SCHEMES["modelopt"].model_copy(update={"layout": "modelopt"})}
     )
-    trimmed = narrow.model_copy(update={"scheme": twin(narrow).scheme})
+    trimmed = narrow.model_copy(update={"scheme": reduced(narrow).scheme})
     write_random_checkpoint(trimmed, tmp_path / "fp8")
     with pytest.raises(MoecError, match="wide weights"):
         calibrate(tmp_path / "fp8", rows)

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from moec.spec.model import ModelSpec, shortest_tile
 from moec.spec.parameters import counts
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from tests.strategies import specs
 
 
@@ -96,7 +96,7 @@ def test_json_round_trip(spec: ModelSpec) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_twin_keeps_depth_patterns_experts_and_switches(name: str) -> None:
     spec = PRESETS[name]
-    small = twin(spec)
+    small = reduced(spec)
     ModelSpec.model_validate(small.model_dump())  # model_copy does not validate
     kept = ("layers", "attention", "rope", "qk_norm", "temperature", "ffn", "rope_theta")
     assert all(getattr(small.text, field) == getattr(spec.text, field) for field in kept)

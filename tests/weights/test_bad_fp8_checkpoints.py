@@ -13,7 +13,7 @@ from torch import Tensor
 import moec
 from moec.spec.hf.names import keys
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.spec.scheme import ATTENTION, DENSE, EXPERTS, SHARED, Scheme
 from moec.spec.tensors import tensors
 from moec.weights.name_map import read_model
@@ -22,7 +22,7 @@ from moec.weights.view import view
 from tests.damage import ONLY, config, drop, only_shard
 from tests.refusals import refused_and_nothing_left
 
-_TWIN = twin(PRESETS["tiny-scout"], layers=2)
+_TWIN = reduced(PRESETS["tiny-scout"], layers=2)
 _TEXT = _TWIN.text.model_copy(
     update={"ffn": "DM", "experts": _TWIN.text.experts.model_copy(update={"count": 4})}
 )

@@ -10,7 +10,7 @@ from moec.artefact.targets import find_target
 from moec.exporters.export import export
 from moec.runtime.calibrate import calibrate
 from moec.spec.model import ModelSpec
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 
 #: the length of a proof's longest sequence if the user names none: it crosses three chunk borders,
@@ -35,7 +35,7 @@ def reduced_spec(manifest: Manifest, layers: int | None) -> ModelSpec:
     Its sizes are large enough for the kernels of the artefact's target.
     """
     sizes = find_target(manifest.target).reduced.get(manifest.dialect, {})
-    return twin(manifest.spec, layers, **sizes)
+    return reduced(manifest.spec, layers, **sizes)
 
 
 def build_reduced(artefact: Artefact, small: ModelSpec, folder: Path, seed: int) -> Artefact:

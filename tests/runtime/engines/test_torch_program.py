@@ -22,7 +22,7 @@ from moec.runtime.proof.compare import FP8_NOISE
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.joined import joined_tensors
 from moec.weights.packed_journal import PACKED
 from moec.weights.random import write_random_checkpoint
@@ -190,7 +190,7 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_on_cuda_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="kernels need triton")
-    write_random_checkpoint(twin(PRESETS["tiny-scout"], 2), tmp_path / "narrow")
+    write_random_checkpoint(reduced(PRESETS["tiny-scout"], 2), tmp_path / "narrow")
     art = moec.export(tmp_path / "narrow", target="torch", out=tmp_path / "art").path
     assert moec.open_session(art).logits([[5, 6]]).shape == (1, 2, 256)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

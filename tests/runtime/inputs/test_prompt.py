@@ -18,10 +18,10 @@ import moec
 from moec.runtime.inputs.prompt import COLUMN, END, IMAGE, PATCH, ROW, START, layout
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 
-SPEC = twin(PRESETS["tiny-scout"])  # image token 3, start 4, end 5, vocabulary of 256
+SPEC = reduced(PRESETS["tiny-scout"])  # image token 3, start 4, end 5, vocabulary of 256
 SPECIAL = ["<|begin_of_text|>", "<|eos|>", "<|pad|>", PATCH, START, END, IMAGE, COLUMN, ROW]
 WORDS = ["what", "is", "this", "and", "that", "?"]
 

@@ -19,7 +19,7 @@ from moec.runtime.cache import Cache
 from moec.runtime.proof.report import Report
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.proofs import assert_passed
 
@@ -31,7 +31,7 @@ def _pairs(folder: Path, top_k: int) -> Path:
 
     Some half of all tokens go to the other expert of a pair where another engine runs them.
     """
-    spec = twin(PRESETS["tiny-scout"], LAYERS)
+    spec = reduced(PRESETS["tiny-scout"], LAYERS)
     experts = spec.text.experts.model_copy(update={"count": 8, "top_k": top_k})
     text = spec.text.model_copy(update={"experts": experts})
     write_random_checkpoint(spec.model_copy(update={"text": text, "dtype": "fp32"}), folder, seed=1)
@@ -83,7 +83,7 @@ def test_two_experts_a_token_may_change_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed, layers", [(1296, 4), (1249, 10)])
 def test_seeds_whose_routers_flip_in_float32(seed: int, layers: int, tmp_path: Path) -> None:
     """Found among 610 twins of Maverick, on x86 with AVX-512: one token's expert is another."""
-    spec = twin(PRESETS["maverick"].model_copy(update={"vision": None}), layers)
+    spec = reduced(PRESETS["maverick"].model_copy(update={"vision": None}), layers)
     write_random_checkpoint(spec, tmp_path / "weights", seed)
     art = moec.export(tmp_path / "weights", out=tmp_path / "a")
     assert_passed(moec.validate(art.path, seed=seed))

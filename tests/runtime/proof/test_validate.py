@@ -21,7 +21,7 @@ from moec.runtime.proof.report import Report
 from moec.runtime.proof.validate import record
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import view
 from tests.proofs import assert_passed
@@ -62,7 +62,7 @@ def test_a_weightless_build_is_proven_on_its_twin(name: str, tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of four layers, the last of which sees everything."""
-    spec = twin(PRESETS["tiny-scout"], 4)
+    spec = reduced(PRESETS["tiny-scout"], 4)
     experts = spec.text.experts.model_copy(update={"count": 3})
     text = spec.text.model_copy(update={"experts": experts})
     folder = tmp_path_factory.mktemp("small") / "checkpoint"
@@ -274,7 +274,7 @@ def test_a_wrong_graph_fails_at_the_layer_that_is_wrong(
     part = "vision" if first.startswith("vision") else "model"
     if part == "vision":  # the fixture's tower is untrained: its attention sees little
         tiny = tmp_path / "weights"
-        write_random_checkpoint(twin(PRESETS["tiny-scout"]), tiny)
+        write_random_checkpoint(reduced(PRESETS["tiny-scout"]), tiny)
     artefact = moec.export(tiny, out=tmp_path / "a")
     file = artefact.graph(part)
     model = ir.load(file)

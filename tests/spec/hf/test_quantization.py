@@ -12,14 +12,14 @@ from moec.spec.files import diff, load_spec
 from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.reduced import twin
+from moec.spec.reduced import reduced
 from moec.spec.scheme import ATTENTION, EXPERTS, SCHEMES, Scheme
 from moec.spec.tensors import quantized
 from tests.damage import NESTED
 from tests.refusals import refusal
 from tests.strategies import checkpoint_specs
 
-SPEC = twin(PRESETS["tiny-scout"], layers=2)
+SPEC = reduced(PRESETS["tiny-scout"], layers=2)
 OWN = "hf_quant_config.json"
 
 ROUTED = {"layers.*.moe.gate_up", "layers.*.moe.down"}
@@ -222,7 +222,7 @@ def test_a_single_layer_is_left_out(tmp_path: Path) -> None:
 
 
 def test_layer_1_is_not_layer_10(tmp_path: Path) -> None:
-    deep = twin(PRESETS["scout"], layers=12)
+    deep = reduced(PRESETS["scout"], layers=12)
     start = "language_model.model.layers.1"
     config = write_config(deep) | {
         "quantization_config": fbgemm(modules_to_not_convert=[*STARTS, start])

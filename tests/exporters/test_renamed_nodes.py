@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-from moec.graph_builder.roles import Role
 from torch import fx
 
 from moec.artefact.engine_options import EngineOptions
@@ -19,6 +18,7 @@ from moec.exporters.tensorrt import onnx_model
 from moec.exporters.torch import program
 from moec.graph_builder.builder import Builder
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
+from moec.graph_builder.roles import Role
 from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from tests.small import SMALL

@@ -32,17 +32,17 @@ class Joined:
     sources: tuple[str, ...]
 
 
-def joined_tensors(spec: ModelSpec, wide: str = "bf16", part: str = "model") -> dict[str, Joined]:
+def joined_tensors(spec: ModelSpec, dtype: str = "bf16", part: str = "model") -> dict[str, Joined]:
     """Every tensor of a part of `spec`, by name.
 
     `part` is "model" (the decoder) or "vision" (the tower). Tensors that are not FP8 have the type
-    `wide`.
+    `dtype`.
     """
     if part == "vision":
-        return {name: Joined(s, wide, (name,)) for name, s in vision_parameters(spec).items()}
+        return {name: Joined(s, dtype, (name,)) for name, s in vision_parameters(spec).items()}
     in_fp8 = fp8_parameters(spec)
     found = {
-        name: Joined(shape, wide, (name,))
+        name: Joined(shape, dtype, (name,))
         for name, shape in text_parameters(spec).items()
         if name not in in_fp8
     }
@@ -58,11 +58,11 @@ def fp8_parameters(spec: ModelSpec) -> set[str]:
     return {source for _, _, sources in _joined(spec.text) for source in sources}
 
 
-def joined_packings(spec: ModelSpec, wide: str = "bf16") -> dict[str, Packing]:
+def joined_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
     """How each weight of `spec` is packed, so that the joined tensors can be read.
 
     The keys are the names of the first stored tensor of each weight. Weights that are not FP8 are
-    stored as `wide`.
+    stored as `dtype`.
     """
     in_fp8, found = fp8_parameters(spec), dict[str, Packing]()
     for name, shape in parameters(spec).items():
@@ -70,14 +70,14 @@ def joined_packings(spec: ModelSpec, wide: str = "bf16") -> dict[str, Packing]:
             how = {"arrange": "transpose" if len(shape) == 3 else "rows", "fp8": "channel"}
             packing = Packing.model_validate({"source": name, "dtype": "fp32", **how})
         else:
-            packing = Packing.model_validate({"source": name, "dtype": wide})
+            packing = Packing.model_validate({"source": name, "dtype": dtype})
         found[packing.names(spec.dtype)[0]] = packing
     return found
 
 
-def unquantised(spec: ModelSpec, wide: str) -> ModelSpec:
-    """`spec` without its scheme, with all weights of type `wide`."""
-    return spec.model_copy(update={"scheme": None, "dtype": wide})
+def unquantised(spec: ModelSpec, dtype: str) -> ModelSpec:
+    """`spec` without its scheme, with all weights of type `dtype`."""
+    return spec.model_copy(update={"scheme": None, "dtype": dtype})
 
 
 def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:

@@ -25,7 +25,7 @@ from moec.weights.view import STORED, read_into, view
 
 #: elements that one thread packs at once, which bounds the memory of the arithmetic
 ELEMENTS_AT_ONCE = 1 << 22
-#: bytes of experts that are in memory at once; at least one expert is
+#: bytes of experts that are in memory at once; a single expert may have more
 GROUP_BYTES = 1 << 28
 #: bytes between two entries of the journal; each entry waits for the disk
 JOURNAL_BYTES = 1 << 28
@@ -60,8 +60,8 @@ def write_packed(
         The bytes of weights that this call read.
 
     Raises:
-        MoecError: a weight is not finite, or its packed type cannot hold it. The file is not
-            finished then, because a file with gaps would look complete.
+        MoecError: a weight is not finite, or its packed type cannot hold it. The journal then
+            still marks the file as unfinished, because a file with gaps would look complete.
     """
     constants = constants or {}
     header, offsets, size = _layout(packings, entries, constants)
@@ -172,7 +172,7 @@ def _write_fp8(
         return sizes
 
     common = None
-    if packing.fp8 == "tensor" and len(groups) > 1:  # one scale needs all of them
+    if packing.fp8 == "tensor" and len(groups) > 1:  # one scale for all groups
         common = torch.stack([magnitudes(group).amax() for group in groups]).amax()
     at = starts[1]
     for group in groups:

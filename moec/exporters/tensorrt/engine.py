@@ -69,7 +69,7 @@ class _Child:
 
 def _run(job: Job, progress: Progress, timeout: float | None) -> Built:
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    said, late = _Child(), threading.Event()
+    reported, late = _Child(), threading.Event()
     clock = None
     process = subprocess.Popen(
         _COMMAND,
@@ -83,12 +83,12 @@ def _run(job: Job, progress: Progress, timeout: float | None) -> Built:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
     try:
-        reader = threading.Thread(target=_collect, args=(process, said.stderr), daemon=True)
+        reader = threading.Thread(target=_collect, args=(process, reported.stderr), daemon=True)
         reader.start()
         if timeout is not None:
             clock = threading.Timer(timeout, _time_out, (process, late))
             clock.start()
-        _converse(process, job, said, progress)
+        _converse(process, job, reported, progress)
         process.wait()
         reader.join()
     finally:
@@ -100,11 +100,11 @@ def _run(job: Job, progress: Progress, timeout: float | None) -> Built:
             if pipe:
                 with suppress(BrokenPipeError):
                     pipe.close()
-    if said.built:
-        return said.built
-    if said.refused:
-        raise said.refused
-    raise _died(job, said, process.returncode, timeout if late.is_set() else None)
+    if reported.built:
+        return reported.built
+    if reported.refused:
+        raise reported.refused
+    raise _died(job, reported, process.returncode, timeout if late.is_set() else None)
 
 
 def _kill(process: "subprocess.Popen[str]") -> None:
@@ -125,7 +125,9 @@ def _collect(process: "subprocess.Popen[str]", lines: deque[str]) -> None:
                 lines.append(line.strip())
 
 
-def _converse(process: "subprocess.Popen[str]", job: Job, said: _Child, progress: Progress) -> None:
+def _converse(
+    process: "subprocess.Popen[str]", job: Job, reported: _Child, progress: Progress
+) -> None:
     assert process.stdin and process.stdout
     with suppress(BrokenPipeError):  # the child died at once; its standard error says why
         process.stdin.write(job.model_dump_json())
@@ -137,14 +139,14 @@ def _converse(process: "subprocess.Popen[str]", job: Job, said: _Child, progress
         if "progress" in event:
             progress(*event["progress"])
         elif "error" in event:
-            said.errors.append(event["error"])
+            reported.errors.append(event["error"])
         elif "built" in event:
-            said.built = Built.model_validate(event["built"])
+            reported.built = Built.model_validate(event["built"])
         elif "refused" in event:
-            said.refused = MoecError(*event["refused"])
+            reported.refused = MoecError(*event["refused"])
 
 
-def _died(job: Job, said: _Child, code: int, timeout: float | None) -> MoecError:
+def _died(job: Job, reported: _Child, code: int, timeout: float | None) -> MoecError:
     """The error for a child that ended without a result."""
     title = PACKAGES[job.package][0]
     where = f"{title}: {job.onnx}"
@@ -156,7 +158,7 @@ def _died(job: Job, said: _Child, code: int, timeout: float | None) -> MoecError
             "allow more time",
             exit_code=1,
         )
-    words = [*said.errors, *reversed(said.stderr)]
+    words = [*reported.errors, *reversed(reported.stderr)]
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     if -code == signal.SIGKILL or ran_out(words):
         words = [f"killed ({how}), probably because it ran out of memory: out of memory", *words]

@@ -185,8 +185,8 @@ def _timing(
 ) -> Timing:
     manifest = open_artefact(lane.path).manifest
     batch, prompt, new = sizes
-    wide = lane.engine in (*PEERS, "eager")
-    precision = manifest.compute if wide else manifest.precision
+    unquantised = lane.engine in (*PEERS, "eager")
+    precision = manifest.compute if unquantised else manifest.precision
     stored = sum(shard.size for shard in manifest.weights.shards.values())
     shown = (lane.path, lane.engine, lane.preset, precision, batch, prompt, new)
     failed = next((each for each in (opened, *turns, held) if isinstance(each, str)), None)
@@ -201,7 +201,7 @@ def _timing(
         spec = spec.model_copy(update={"scheme": None})
     read = "fp8" if spec.scheme else spec.dtype if mapped else precision
     needed = plan(spec, read, context=prompt + new).decode_read_bytes
-    alone = batch == 1 and lane.device == "cpu"
+    has_share = batch == 1 and lane.device == "cpu"
     return Timing(
         *shown,
         open_s=opened,
@@ -212,7 +212,7 @@ def _timing(
         peak_bytes=held.peak,
         weights_bytes=stored,
         bytes_per_token=needed,
-        bandwidth_share=needed * rate / bandwidth if alone else None,
+        bandwidth_share=needed * rate / bandwidth if has_share else None,
     )
 
 

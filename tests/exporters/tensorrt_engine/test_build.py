@@ -156,7 +156,7 @@ def test_no_gpu_to_build_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpu", ["SM90", "SM89"])
 def test_the_gpu_here(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_gpu_here", lambda: gpu)
+    monkeypatch.setattr(api, "_architecture_of_first_gpu", lambda: gpu)
     config = trt.Builder(new_log(trt, print)).create_builder_config()
     if gpu == "SM90":
         error = refusal(lambda: api.select_architectures(trt, config, ()), "the GPU here")

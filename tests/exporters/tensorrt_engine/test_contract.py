@@ -23,10 +23,13 @@ import moec
 
 ROOT = Path(moec.__file__).parent
 SCRIPT = Path(__file__).with_name("bindings.py")
-NEAR = (*(ROOT / "exporters" / "tensorrt").rglob("*.py"), *(ROOT / "runtime").glob("*tensorrt*.py"))
+NEAR = (
+    *(ROOT / "exporters" / "tensorrt").rglob("*.py"),
+    *(ROOT / "runtime" / "engines").glob("tensorrt*.py"),
+)
 #: the sources that touch the API
 TOUCHING = {
-    "api.py", "callbacks.py", "checks.py", "child.py", "parse.py", "tensorrt_engine.py",
+    "api.py", "callbacks.py", "checks.py", "child.py", "parse.py", "tensorrt.py",
     "tensorrt_open.py",
 }  # fmt: skip
 SOURCES = [path for path in sorted(NEAR) if path.name in TOUCHING]

@@ -59,7 +59,7 @@ OTHERS = {
     "self", "job", "span", "writer", "log", "sys.stdin", "np", "held", "each", "whole", "data",
     "data.ctypes", "callbacks.py:file", "child.py:out", "major", "minor",
     "x", "io", "opened", "opened.stream", "current", "stream", "recorded", "each.value", "torch",
-    "feeds['input_ids']", "feeds[first]",
+    "feeds[INPUT_IDS]", "feeds[first]",
 }  # fmt: skip
 
 #: class -> member -> signature, of properties their type; "value": a member of an enumeration

@@ -7,25 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from moec.spec.frozen import Frozen
+from moec.spec.data import Frozen, dtypes
 
-#: a dtype's name in ONNX -> its name in TensorRT. TensorRT lacks the dtypes that are missing here,
-#: or silently widens them: uint8 weights become int32, float64 becomes float32.
-DTYPES = {
-    "float": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "float8e4m3fn": "FP8",
-    "float4e2m1": "FP4",
-    "int4": "INT4",
-    "int8": "INT8",
-    "int32": "INT32",
-    "int64": "INT64",
-    "bool": "BOOL",
-}
-
-
-#: the folder of an artefact that holds its TensorRT engines
+#: the name of each dtype in ONNX -> its name in TensorRT
+DTYPES = {onnx.lower(): theirs for onnx, theirs in dtypes("onnx", "tensorrt").items()}
+#: the folder of an artefact that holds its engines
 ENGINES = "engine"
 #: the suffix of an engine's file name while the file is incomplete
 PARTIAL = ".partial"

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from moec.spec.data import Frozen
 from moec.spec.errors import refuse
-from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 from moec.spec.names import GLOBAL, RING, slots
 

@@ -26,7 +26,7 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
 
     Args:
         out: the folder to write.
-        ours: whether `out` may be replaced whatever it holds, as a folder inside an artefact may.
+        ours: whether to replace `out` whatever it holds; only for folders inside an artefact.
 
     Raises:
         MoecError: `out` holds something that is not an artefact, `out` cannot be written, or the
@@ -81,7 +81,7 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
 
 
 def _unused_name(out: Path) -> Path:
-    """An unused name for a leftover folder; "0" before its number marks it as of no process."""
+    """An unused name for a leftover folder. Its number begins with 0, as no process id does."""
     names = (out.parent / f".{out.name}.moec-partial-0{i}" for i in itertools.count())
     return next(name for name in names if not name.exists())
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from moec.artefact.engine_job import Built
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.targets import find_target
-from moec.spec.frozen import Frozen
+from moec.spec.data import Frozen
 from moec.spec.model import ModelSpec
 from moec.spec.names import is_past
 from moec.weights.packing import Packing
@@ -126,8 +126,8 @@ class Manifest(Frozen):
         checkpoint: the folder of the weights; None while the artefact is unbound.
         inputs, outputs: those of the decoder.
         vision: those of the vision tower, if the model has one.
-        packings: how each packed weight is made, by the name of its first tensor; empty if all
-            weights are the checkpoint's own bytes.
+        packings: how moec packs each weight. The key is the name of the first tensor that this
+            makes. Empty if all weights are the checkpoint's own bytes.
         presets: sets of session options for ONNX Runtime, by name.
         options: the sizes that TensorRT engines are built for.
         engines: the TensorRT engines, by part; a build does not run them.

@@ -1,4 +1,4 @@
-"""What a command is given, checked before torch is imported: a refusal should not wait for that."""
+"""Check a command's arguments before it imports torch, so that a refusal comes at once."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def check_given(
 
 
 def check_source(variant: str | None, spec: Path | None, checkpoint: Path | None) -> None:
-    """Refuse a source of another kind than its option says: a typo must not change the kind."""
+    """Refuse a source that is not what its option names; moec does not guess what a typo meant."""
     from moec.spec.presets import PRESETS
 
     if variant is not None and variant not in PRESETS:

@@ -173,8 +173,8 @@ def bind(
 ) -> Artefact:
     """Attach a checkpoint to an artefact that was built without one, or replace its checkpoint.
 
-    The graphs stay as they were built. A TensorRT engine that takes all weights as inputs stays,
-    too. Other engines contain weights, so that they are built again.
+    The graphs stay as they were built. `bind` keeps a TensorRT engine that takes all weights as
+    inputs. It builds other TensorRT engines again, because they contain weights.
 
     Args:
         artefact: the artefact's folder.

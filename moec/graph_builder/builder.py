@@ -33,7 +33,7 @@ class Builder:
     ) -> fx.Node:
         """A graph input, named `name` with dots replaced in the module's signature.
 
-        A caller may leave out one with a `default`, which is in `node.meta`.
+        A caller may leave out an input that has a `default`. The default is in `node.meta`.
         """
         node = self._graph.placeholder(name.replace(".", "_"))
         node.meta["default"] = default
@@ -106,7 +106,7 @@ def replace(
 
 
 def stand_in(new: fx.Node, old: fx.Node) -> None:
-    """Put `new` in the place of `old`: it takes its name, its role and all its users."""
+    """Replace `old` by `new`, which takes the name, the role and all users of `old`."""
     new.meta["name"] = old.meta["name"]
     if "role" in old.meta:
         _placed(new, old.meta["role"])

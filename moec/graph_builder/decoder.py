@@ -1,9 +1,9 @@
 """The text decoder: embedding, interleaved layers, head; one graph for prefill and decode.
 
 Inputs
-    input_ids      int64 [batch, sequence]   a row's own tokens first, padding on the right
-    past_lengths   int64 [batch]             tokens that each row has in the caches
-    lengths        int64 [batch]             tokens of this call that are the row's own
+    input_ids      int64 [batch, sequence]   each sequence's tokens first, padding on the right
+    past_lengths   int64 [batch]             tokens that each sequence has in the caches
+    lengths        int64 [batch]             tokens of each sequence in this call, without padding
     logit_index    int64 [batch, logits]     which tokens of this call get logits
     past.{i}.key, past.{i}.value             caches, [batch, slots, kv_heads * head_dim]
     image_features [image_tokens, dim]       of the vision tower, one for each image token of this

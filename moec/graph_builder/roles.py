@@ -52,13 +52,13 @@ class Place(NamedTuple):
         return self.role if self.layer is None else f"{self.role} of layer {self.layer}"
 
 
-#: products of attention, which four bits cost most
+#: products of attention: four bits cost these the most accuracy
 ATTENTION_PRODUCTS = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
 _CACHED = {Role.KEYS: "k", Role.VALUES: "v"}
 
 
 class Find(Protocol):
-    """Finds the one node of a role, in a layer where the role is of layers."""
+    """Finds the node that has a role; a role that occurs in every layer needs `layer` too."""
 
     def __call__(self, role: Role, layer: int | None = None) -> fx.Node:
         """The node; a `MoecError` names the role if there is none."""
@@ -83,7 +83,7 @@ def place_of(node: fx.Node, wanted_by: str, roles: Container[Role] = tuple(Role)
     """The role of `node`, which must be one of `roles`, and its layer.
 
     Raises:
-        MoecError: it has no such role, and `wanted_by` cannot do without.
+        MoecError: the node has none of these roles. The message names the pass `wanted_by`.
     """
     place: Place | None = node.meta.get("role")
     if place is not None and place.role in roles:

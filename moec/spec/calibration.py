@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from moec.spec import names
+from moec.spec.data import Frozen
 from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import read_json
-from moec.spec.frozen import Frozen
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import LARGEST, STATIC
 from moec.spec.tensors import quantized

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from moec.spec.data import Frozen
 from moec.spec.errors import refuse
-from moec.spec.frozen import Frozen
 from moec.spec.hf.config import read_config
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS

@@ -15,7 +15,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from moec.spec.frozen import DType, Frozen
+from moec.spec.data import DType, Frozen
 from moec.spec.scheme import Scheme
 
 #: the characters that each pattern field may hold, and what they mean

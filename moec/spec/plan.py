@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moec.spec import names
+from moec.spec.data import BYTES
 from moec.spec.errors import MoecError
 from moec.spec.files import load_scheme, load_spec
 from moec.spec.model import ModelSpec
@@ -33,7 +34,8 @@ DEVICES = {
 }
 
 #: bytes of one weight; integers include their share of a float32 scale for each block of 64
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}
+_BYTES = {name: BYTES[name] for name in ("fp32", "fp16", "bf16", "fp8", "int8", "int4")}
+_BYTES |= {name: BYTES[name] + BYTES["fp32"] / 64 for name in ("int8", "int4")}
 #: bytes of one weight of embedding, router or norms, which integer precisions do not quantise
 _WIDE = {"int8": 4, "int4": 4}
 #: the default scheme for unquantised weights: every linear layer in FP8

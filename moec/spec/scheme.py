@@ -13,7 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from moec.spec import names
-from moec.spec.frozen import DType, Frozen
+from moec.spec.data import DType, Frozen
 
 #: the largest E4M3 number; larger values saturate
 LARGEST = 448.0

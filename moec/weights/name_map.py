@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+from moec.spec.data import DType
 from moec.spec.errors import refuse
 from moec.spec.files import load_spec
-from moec.spec.frozen import DType
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.names import is_scale

@@ -21,7 +21,7 @@ from moec.weights import fp8, packed_journal
 from moec.weights.arrange import arrange, store
 from moec.weights.packing import Packing
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
-from moec.weights.view import STORED, read_into, view
+from moec.weights.view import STORED, name_of, read_into, view
 
 #: elements that one thread packs at once, which bounds the memory of the arithmetic
 ELEMENTS_AT_ONCE = 1 << 22
@@ -327,8 +327,7 @@ def _layout(
         for entry in [entries[packing.source]]
         for name, kind in zip(packing.names(entry.dtype), packing.shapes(entry.shape), strict=True)
     }
-    names = {dtype: name for name, dtype in STORED.items()}
-    kinds |= {name: (tuple(each.shape), names[each.dtype]) for name, each in constants.items()}
+    kinds |= {name: (tuple(each.shape), name_of(each.dtype)) for name, each in constants.items()}
     rows: dict[str, dict[str, Any]] = {}
     at = 0
     for name, (shape, dtype) in sorted(

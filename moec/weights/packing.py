@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moec.spec.frozen import DType, Frozen
+from moec.spec.data import DType, Frozen
 from moec.spec.names import scale_of
 from moec.spec.tensors import scale_shape
 from moec.weights.shard import TensorEntry

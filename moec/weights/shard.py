@@ -7,23 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from moec.spec.data import DTYPES as TABLE
 from moec.spec.errors import refuse
 from moec.spec.names import expert_of
 
 #: the types of safetensors: our name, and bytes per element
-DTYPES = {
-    "F32": ("fp32", 4),
-    "F16": ("fp16", 2),
-    "BF16": ("bf16", 2),
-    "F8_E4M3": ("fp8", 1),
-    "F64": ("fp64", 8),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
+DTYPES = {each.safetensors: (each.name, each.bits // 8) for each in TABLE if each.safetensors}
 _SIZES = dict(DTYPES.values())
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 _DOWNLOAD = "download the shard again"

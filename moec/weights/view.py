@@ -1,20 +1,31 @@
 """Read a checkpoint's bytes as torch tensors, by mapping the file or by reading it directly."""
 
 import os
+from typing import get_args
 
 import numpy as np
 import torch
 
+from moec.spec.data import DType, dtypes
 from moec.spec.errors import refuse
 from moec.weights.shard import TensorEntry
 
+_TORCH: dict[str, torch.dtype] = {
+    name: getattr(torch, theirs) for name, theirs in dtypes("name", "torch").items()
+}
 #: our names of the types that a graph computes in
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES = {name: _TORCH[name] for name in get_args(DType)}
 #: our names of all types in which a weight can be stored
-STORED = {**TORCH_DTYPES, "fp8": torch.float8_e4m3fn, "uint8": torch.uint8}
+STORED = {**TORCH_DTYPES, "fp8": _TORCH["fp8"], "uint8": _TORCH["uint8"]}
+_NAMES = {theirs: name for name, theirs in _TORCH.items()}
 
 #: bytes that the operating system is asked to read ahead
 AHEAD = 1 << 26
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Our name of a type of torch: the inverse of `STORED`."""
+    return _NAMES[dtype]
 
 
 def view(entry: TensorEntry) -> torch.Tensor:

@@ -6,17 +6,13 @@ from pathlib import Path
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from moec.spec.data import dtypes
 from moec.spec.errors import refuse
 from moec.spec.names import split_expert
 from moec.weights.shard import TensorEntry
 
-_DTYPES = {
-    "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-    "fp8": ir.DataType.FLOAT8E4M3FN,
-    "uint8": ir.DataType.UINT8,
-}
+#: types of ONNX by our names
+ONNX_TYPES = {name: ir.DataType[theirs] for name, theirs in dtypes("name", "onnx").items()}
 
 
 def load_onnx(path: Path) -> ir.Model:
@@ -49,7 +45,7 @@ def set_external_data(model: ir.Model, entries: Mapping[str, TensorEntry], root:
             entry.file.relative_to(root).as_posix(),
             entry.offset,
             entry.nbytes,
-            _DTYPES[entry.dtype],
+            ONNX_TYPES[entry.dtype],
             shape=ir.Shape(entry.shape),
             name=str(weight.name),
             base_dir=root,

@@ -18,21 +18,17 @@ from torch import fx
 
 from moec.graph_builder.ops import Op
 from moec.graph_builder.types import TensorType
+from moec.spec.data import dtypes
 from moec.spec.errors import MoecError
 from moec.spec.names import expert_of
 from moec.weights.packing import Packing
-from moec.weights.view import TORCH_DTYPES
+from moec.weights.view import STORED, name_of
 
-DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.int64: ir.DataType.INT64,
-    torch.int32: ir.DataType.INT32,
-    torch.uint8: ir.DataType.UINT8,
-    torch.bool: ir.DataType.BOOL,
-    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+#: types of ONNX by those of torch
+DTYPES: dict[torch.dtype, ir.DataType] = {
+    getattr(torch, name): ir.DataType[theirs] for name, theirs in dtypes("torch", "onnx").items()
 }
+_TORCH = {theirs: ours for ours, theirs in DTYPES.items()}
 #: operators of this domain are written "com.microsoft::Name"
 MICROSOFT = "com.microsoft"
 
@@ -63,11 +59,11 @@ class Weights:
     def packed(self, parameter: ir.Value, packing: Packing) -> Values:
         """The ONNX values for the tensors in which `packing` stores `parameter`."""
         kind = type_of(parameter)
-        names = packing.names(dtype_name(kind.dtype))
+        names = packing.names(name_of(kind.dtype))
         self.packings[names[0]] = packing
         for name, (shape, dtype) in zip(names, packing.shapes(kind.shape), strict=True):
             if name not in self.values:
-                self.values[name] = value(name, TensorType(shape, _torch_dtype(dtype)))
+                self.values[name] = value(name, TensorType(shape, STORED[dtype]))
         return tuple(self.values[name] for name in names)
 
     def slice(self, stacked: ir.Value, index: int) -> ir.Value:
@@ -150,7 +146,7 @@ class Emitter:
         """
         have = type_of(x)
         if self.weights.packs and x.name in self.weights.values:
-            return self.packed(x, dtype=dtype_name(dtype))[0]
+            return self.packed(x, dtype=name_of(dtype))[0]
         if have.dtype == dtype:
             return x
         to = TensorType(have.shape, dtype)
@@ -177,18 +173,8 @@ def value(name: str, of: TensorType) -> ir.Value:
 def type_of(x: ir.Value) -> TensorType:
     """The type and shape of an ONNX value that this module made."""
     assert x.shape is not None and x.dtype is not None
-    dtype = next(ours for ours, theirs in DTYPES.items() if theirs == x.dtype)
     shape = tuple(dim.value if isinstance(dim, ir.SymbolicDim) else dim for dim in x.shape)
-    return TensorType(shape, dtype)
-
-
-def dtype_name(dtype: torch.dtype) -> Any:
-    """Our name of a float type."""
-    return next(name for name, each in TORCH_DTYPES.items() if each == dtype)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return torch.uint8 if name == "uint8" else TORCH_DTYPES[name]
+    return TensorType(shape, _TORCH[x.dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +236,8 @@ def lower(
     if packs:  # weights that no lowering rule changed need a packing too
         for each in used:
             if each.name in stored and each.name not in weights.packings:
-                kind = dtype_name(type_of(each).dtype)
-                weights.packings[each.name] = Packing(source=each.name, dtype=kind)
+                kind = {"source": each.name, "dtype": name_of(type_of(each).dtype)}
+                weights.packings[each.name] = Packing.model_validate(kind)
     domains = {node.domain: 1 for node in nodes} | {"": opset}
     ir_graph = ir.Graph(
         [*inputs, *used],

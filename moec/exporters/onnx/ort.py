@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from moec.exporters.onnx.expert_branches import lower_branches
-from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, dtype_name, type_of
+from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.ort_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops
@@ -22,6 +22,7 @@ from moec.graph_builder.types import TensorType
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.names import EMBED_WEIGHT
+from moec.weights.view import name_of
 
 _INT64 = torch.int64
 #: added to the scores of masked keys: finite in float16, and low enough to leave no weight
@@ -95,7 +96,7 @@ def _quantized_linear(
 ) -> ir.Value:
     out: TensorType = node.meta["type"]
     rows, length = type_of(weight).shape
-    stored = e.packed(weight, dtype=dtype_name(out.dtype), bits=bits, block=BLOCK)
+    stored = e.packed(weight, dtype=name_of(out.dtype), bits=bits, block=BLOCK)
     inputs: list[ir.Value | None] = [x, *stored]
     if bias is not None:
         inputs += [None, None, e.cast(bias, out.dtype, "bias")]

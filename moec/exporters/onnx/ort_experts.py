@@ -5,8 +5,9 @@ from torch import fx
 
 from moec.exporters.onnx.expert_branches import choice_of
 from moec.exporters.onnx.experts import over_rows
-from moec.exporters.onnx.lowering import MICROSOFT, Emitter, dtype_name, type_of
+from moec.exporters.onnx.lowering import MICROSOFT, Emitter, type_of
 from moec.graph_builder.ops.operands import Moe
+from moec.weights.view import name_of
 
 #: how many elements of a row share a scale
 BLOCK = 64
@@ -16,7 +17,7 @@ INT8_ACTIVATIONS = 4
 
 def lower_fused(e: Emitter, node: fx.Node, moe: Moe[ir.Value]) -> ir.Value:
     """com.microsoft.MoE. Gate and up are interleaved: its other layout gives wrong sums on CUDA."""
-    count, dtype = type_of(moe.gate_up).shape[0], dtype_name(type_of(moe.x).dtype)
+    count, dtype = type_of(moe.gate_up).shape[0], name_of(type_of(moe.x).dtype)
 
     def fused(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
         (fc1,) = e.packed(moe.gate_up, arrange="interleave", dtype=dtype)
@@ -37,7 +38,7 @@ def lower_fused(e: Emitter, node: fx.Node, moe: Moe[ir.Value]) -> ir.Value:
 
 def lower_quantized(e: Emitter, node: fx.Node, moe: Moe[ir.Value], bits: int) -> ir.Value:
     """com.microsoft.QMoE on experts of `bits` bits, quantised in blocks along their inputs."""
-    count, dtype = type_of(moe.gate_up).shape[0], dtype_name(type_of(moe.x).dtype)
+    count, dtype = type_of(moe.gate_up).shape[0], name_of(type_of(moe.x).dtype)
 
     def fused(scaled: ir.Value, chosen: ir.Value, label: str) -> ir.Value:
         how = {"dtype": dtype, "bits": bits, "block": BLOCK}

@@ -15,7 +15,7 @@ from moec.graph_builder.ops.operands import Fp8Moe
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import Dim, TensorType
 from moec.spec.scheme import INPUTS, LARGEST, STATIC
-from moec.weights.view import TORCH_DTYPES
+from moec.weights.view import TORCH_DTYPES, name_of
 
 FP8 = torch.float8_e4m3fn
 #: no dynamic scale is below: a token of zeros has one too
@@ -109,7 +109,7 @@ def rounded(
         return x
     if scale is None:
         scale = token_scale.eager(x, block if inputs == "group" else 0, bound)
-    name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == x.dtype)
+    name = name_of(x.dtype)
     return dequantize.eager(quantize.eager(x, scale, 0, block), scale, 0, block, name)
 
 

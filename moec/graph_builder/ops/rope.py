@@ -12,9 +12,10 @@ from moec.graph_builder.types import TensorType
 def inverse_frequencies(dim: int, theta: float, scaling: list[float]) -> Tensor:
     """float32 [dim / 2]: radians per position of each pair.
 
-    `scaling` is empty or Llama 3's [factor, low, high, original positions]: long waves are divided
-    by the factor, short ones kept, a band between is blended. Released Scout has low == high: no
-    band, so the blend, which would divide by zero, must not be evaluated.
+    `scaling` is empty or Llama 3's [factor, low, high, original positions]. It divides the
+    frequencies of long waves by the factor, keeps those of short waves, and blends in the band
+    between. Released Scout has low == high, so there is no band, and the blend would divide by
+    zero.
     """
     base: Tensor = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     if not scaling:

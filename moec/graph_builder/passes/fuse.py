@@ -18,7 +18,7 @@ from moec.graph_builder.types import TensorType
 from moec.spec import names
 from moec.spec.model import LayerSpec, ModelSpec
 from moec.weights.joined import joined_tensors
-from moec.weights.view import STORED, TORCH_DTYPES
+from moec.weights.view import STORED, name_of
 
 
 def fuse(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
@@ -73,7 +73,7 @@ class _Rewrite:
         self.kinds = joined_tensors(spec)
         self.find = finder(self.graph, "fuse")
         wide = self.find(Role.EMBEDDING).meta["type"].dtype
-        self.dtype = next(name for name, each in TORCH_DTYPES.items() if each == wide)
+        self.dtype = name_of(wide)
 
     def attention(self, layer: LayerSpec) -> None:
         i, at, find = layer.index, names.attention(layer.index), self.find

@@ -1,4 +1,4 @@
-"""Replace inner values of a graph by inputs, so that each stretch runs on values that are given."""
+"""Replace inner values of a graph by inputs, so that a proof can give the nodes their values."""
 
 from collections.abc import Sequence
 

@@ -14,7 +14,7 @@ from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import STATIC, Rule, Scheme
 from moec.spec.tensors import quantized, tensors
-from moec.weights.view import STORED, TORCH_DTYPES
+from moec.weights.view import STORED, name_of
 
 
 def quantize(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
@@ -172,4 +172,4 @@ class _Rewrite:
 
 
 def _name(x: fx.Node) -> str:
-    return next(name for name, each in TORCH_DTYPES.items() if each == x.meta["type"].dtype)
+    return name_of(x.meta["type"].dtype)

@@ -41,6 +41,7 @@ from moec.kernels.launches.descriptors import block_shapes
 from moec.kernels.launches.few_tokens import few_moe
 from moec.kernels.launches.launch import SHARED, Buffers, Launch
 from moec.kernels.sizes import MOST_TOKENS, Sizes
+from moec.spec.data import DTYPES
 from moec.spec.errors import refuse
 
 MAGIC, VERSION = b"moecprog", 1
@@ -53,7 +54,7 @@ EVERY = -1
 #: numbers of tokens after which a quantity's steps repeat: 16 share a program, 128 share a tile
 PERIODS = (1, 16, 128)
 #: bytes of an element
-BYTES = {"fp8e4nv": 1, "bf16": 2, "fp32": 4, "i32": 4}
+BYTES = {each.triton: each.bits // 8 for each in DTYPES if each.triton}
 NUMBERS = {"i1": 1, "i32": 4, "i64": 8}
 
 

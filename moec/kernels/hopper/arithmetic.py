@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def add_truncated(total, left, right):
-    """total + (left, right) as two bf16 in an int32, by truncation; and the two remainders."""
+    """Add left and right to the two bf16 in total; return truncated sums and two remainders."""
     return gl.inline_asm_elementwise(
         """{
         .reg .b32 t, u;
@@ -37,7 +37,7 @@ def add_truncated(total, left, right):
 
 @gluon.jit
 def add(total, left, right):
-    """total + (left, right) as two float32."""
+    """Add left and right to the two bf16 in total, an int32; return two float32."""
     return gl.inline_asm_elementwise(
         """{
         .reg .b32 t;

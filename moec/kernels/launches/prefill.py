@@ -191,7 +191,7 @@ def _product(
 
 
 def _chunk(inputs: int, cut: Product) -> int:
-    """The largest divisor of `inputs` in whole steps that is at most `cut.chunk`, or one step."""
+    """The largest multiple of a step, up to `cut.chunk`, that divides `inputs`; at least a step."""
     steps = inputs // cut.depth
     fits = (each for each in range(steps, 0, -1) if steps % each == 0)
     most = (cut.chunk or inputs) // cut.depth

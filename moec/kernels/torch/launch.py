@@ -11,12 +11,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moec.kernels.launches.descriptors import block_shapes, layouts
 from moec.kernels.launches.launch import Buffers, Launch
+from moec.spec.data import dtypes
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "i32": torch.int32,
-    "fp8e4nv": torch.float8_e4m3fn,
+#: types of torch by those of Triton
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, theirs) for name, theirs in dtypes("triton", "torch").items()
 }
 
 

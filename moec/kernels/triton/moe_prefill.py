@@ -9,13 +9,13 @@ A layer is six launches, one after the other:
     down      the down product
     combine   the sum of a token's routed and shared row
 
-The rows are first all tokens, for the shared expert, then the tokens of each routed expert. The
-rows of each expert are padded to whole tiles; padding is never read again. Only the device knows
-how many tiles there are: `plan` holds that number, then the expert and the rows in use of each
-tile.
+The shared expert has the first rows, one for each token. The rows of each routed expert follow. The
+rows of an expert fill whole tiles, and `combine` does not read the padding. Only the device knows
+how many tiles there are. `plan` holds that number, and then two numbers for each tile: its expert,
+and how many of its rows are in use.
 
-A row's place is the rank of its token among those of its expert, and every sum has a fixed order.
-So results repeat to the bit.
+The rows of an expert keep the order of their tokens, and every sum has a fixed order. So results
+repeat to the bit.
 """
 
 import triton
@@ -92,8 +92,8 @@ def arrange(
     """Copy the quantised values of every token to a row among those of its expert.
 
     Grid (tokens / BLOCK). Every program counts the choices of all tokens, then copies its own
-    tokens. It writes the row of each token's copy to place [tokens], the copy to that row of rows
-    and row_scale, and plan [1 + 2 * tiles].
+    tokens: the values to rows, the scale times the score to row_scale, and the number of the row to
+    place [tokens]. The first program also writes plan [1 + 2 * tiles].
     """
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS_2)
     first = block * BLOCK
@@ -141,7 +141,7 @@ def arrange(
 
 @triton.jit
 def _tile(tile, tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of an output tile, in groups of GROUP rows, which find their weights in L2."""
+    """Row and column of an output tile. GROUP tiles of a column follow each other, to share L2."""
     group = tile // (GROUP * COLUMNS)
     height = tl.minimum(tiles - group * GROUP, GROUP)
     inner = tile % (GROUP * COLUMNS)
@@ -163,7 +163,7 @@ def gate_up(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The SwiGLU of gate and up: tiles of TILE rows by COLUMNS outputs of gate and as many of up.
+    """Multiply by gate and up, then apply SwiGLU. A tile has TILE rows and COLUMNS of its outputs.
 
     Any grid of one axis. Descriptors: rows, weight [(experts + 1) * 2 * hidden, dim], act.
     """

@@ -19,7 +19,7 @@ from moec.spec.errors import refuse
 _FOLDER = "session.model_external_initializers_file_folder_path"
 #: the first version of onnxruntime that is known to run quantised artefacts; 1.30 refuses them
 QUANTIZED_FROM = (1, 32)
-_KINDS = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+_KINDS = {f"tensor({DTYPES[each].name.lower()})": each for each in (torch.float32, torch.int64)}
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
 
 

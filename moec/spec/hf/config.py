@@ -5,13 +5,13 @@ out. Any other missing field is an error that names it, and so is an unknown fie
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from moec.spec.data import DType, dtypes
 from moec.spec.errors import refuse
 from moec.spec.fields import REQUIRED, Fields, read_json
-from moec.spec.frozen import DType
 from moec.spec.hf.quantization import read_scheme
 from moec.spec.model import (
     Experts,
@@ -50,7 +50,9 @@ INERT = frozenset(
 )
 
 #: The values of `torch_dtype` (4.x) or `dtype` (5.x), and our names for them.
-DTYPES: dict[str, DType] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+DTYPES: dict[str, DType] = {
+    dtypes("name", "torch")[name]: name for name in reversed(get_args(DType))
+}
 
 
 def read_config(path: Path) -> ModelSpec:

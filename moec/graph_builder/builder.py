@@ -1,4 +1,4 @@
-"""Emit ops into a torch.fx graph whose weights are on the meta device."""
+"""Build a torch.fx graph of our ops. Its weights are on the meta device, so they take no memory."""
 
 from collections.abc import Sequence
 from operator import getitem
@@ -31,7 +31,7 @@ class Builder:
         dtype: torch.dtype,
         default: torch.Tensor | None = None,
     ) -> fx.Node:
-        """A graph input, named `name` with dots replaced in the module's signature.
+        """Add a graph input. The module's signature has its `name` with underscores for dots.
 
         A caller may leave out an input that has a `default`. The default is in `node.meta`.
         """
@@ -40,7 +40,7 @@ class Builder:
         return tag(node, name, TensorType(shape, dtype))
 
     def parameter(self, name: str) -> fx.Node:
-        """Parameter `name`; a second call gives the same node."""
+        """The node of parameter `name`. A second call returns the same node."""
         if name not in self._known:
             shape = self._shapes[name]
             owner, _, leaf = name.rpartition(".")
@@ -53,9 +53,9 @@ class Builder:
         return self._known[name]
 
     def emit(self, op: Op, *args: Any, name: str, place: Place | None = None) -> fx.Node:
-        """Call `op`, after its shape rule has agreed to the operands.
+        """Add a node that calls `op`. The shape rule of `op` checks the operands first.
 
-        `place` is the role of the node, for the passes that look for it.
+        `place` is the node's role, for the passes that look for it.
         """
         node = call(self._graph, op, *args, name=name)
         return node if place is None else _placed(node, place)
@@ -63,7 +63,7 @@ class Builder:
     def emit_pair(
         self, op: Op, *args: Any, name: str, places: Sequence[Place] = ()
     ) -> tuple[fx.Node, fx.Node]:
-        """`emit` for an op with two outputs: `name.0` and `name.1`."""
+        """Do what `emit` does, for an op with two outputs, called `name.0` and `name.1`."""
         first, second = call_each(
             self._graph, op, *args, name=name, each=(f"{name}.0", f"{name}.1")
         )
@@ -72,14 +72,14 @@ class Builder:
         return first, second
 
     def output(self, outputs: dict[str, fx.Node]) -> fx.GraphModule:
-        """Close the graph; its result is the tuple of `outputs`, named by `meta["outputs"]`."""
+        """Close the graph. It returns a tuple of `outputs`; `meta["outputs"]` has their names."""
         node = self._graph.output(tuple(outputs.values()))
         node.meta["outputs"] = tuple(outputs)
         return fx.GraphModule(self._root, self._graph, "MoecGraph")
 
 
 def call(graph: fx.Graph, op: Op, *args: Any, name: str) -> fx.Node:
-    """A node that calls `op`, after its shape rule has agreed to the operands."""
+    """Add a node that calls `op`. The shape rule of `op` checks the operands first."""
     types = op.rule(*fx.map_arg(args, lambda node: node.meta["type"]))
     return tag(graph.call_function(op.target, args), name, types)
 
@@ -87,7 +87,7 @@ def call(graph: fx.Graph, op: Op, *args: Any, name: str) -> fx.Node:
 def call_each(
     graph: fx.Graph, op: Op, *args: Any, name: str, each: Sequence[str]
 ) -> tuple[fx.Node, ...]:
-    """`call` for an op with several outputs: a node for each, named by `each`."""
+    """Do what `call` does, for an op with several outputs; return a node for each of `each`."""
     node = call(graph, op, *args, name=name)
     return tuple(
         tag(graph.call_function(getitem, (node, i)), label, kind)
@@ -98,7 +98,7 @@ def call_each(
 def replace(
     graph: fx.Graph, old: Sequence[fx.Node], op: Op, *args: Any, name: str
 ) -> tuple[fx.Node, ...]:
-    """`call_each` for an op whose outputs, in order, take the places of the nodes `old`."""
+    """Do what `call_each` does; the op's outputs take the places of the nodes `old`, in order."""
     new = call_each(graph, op, *args, name=name, each=[node.meta["name"] for node in old])
     for before, after in zip(old, new, strict=True):
         stand_in(after, before)
@@ -114,7 +114,7 @@ def stand_in(new: fx.Node, old: fx.Node) -> None:
 
 
 def tag(node: fx.Node, name: str, kind: Any) -> fx.Node:
-    """`node`, with its name and its type or types."""
+    """Store the name of `node`, and its type or types; return `node`."""
     node.meta["name"], node.meta["type"] = name, kind
     return node
 
@@ -125,7 +125,7 @@ def _placed(node: fx.Node, place: Place) -> fx.Node:
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
-    """The module at `path` below `root`; made if it is not there."""
+    """The module at `path` below `root`. Modules that are missing are made."""
     module = root
     for part in filter(None, path.split(".")):
         if part not in module._modules:

@@ -1,13 +1,14 @@
-"""The text decoder: embedding, interleaved layers, head; one graph for prefill and decode.
+"""The text decoder: embedding, layers and head. One graph serves prefill and decode.
 
 Inputs
-    input_ids      int64 [batch, sequence]   each sequence's tokens first, padding on the right
-    past_lengths   int64 [batch]             tokens that each sequence has in the caches
+    input_ids      int64 [batch, sequence]   tokens of each sequence, then padding on the right
+    past_lengths   int64 [batch]             tokens of each sequence that are in the caches
     lengths        int64 [batch]             tokens of each sequence in this call, without padding
-    logit_index    int64 [batch, logits]     which tokens of this call get logits
+    logit_index    int64 [batch, logits]     the tokens of this call that get logits
     past.{i}.key, past.{i}.value             caches, [batch, slots, kv_heads * head_dim]
-    image_features [image_tokens, dim]       of the vision tower, one for each image token of this
-                                             call, row by row; may be left out; only with a tower
+    image_features [image_tokens, dim]       output of the vision tower, one row for each image
+                                             token of this call, sequence by sequence; optional;
+                                             only models with a vision tower have this input
 Outputs
     logits         float32 [batch, logits, vocab]
     present.{i}.key, present.{i}.value       the caches after this call
@@ -40,7 +41,7 @@ _PRODUCTS = {
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What the layers have in common: made once for each kind of cache."""
+    """The nodes that all layers use. Masks and indices are made once for each kind of cache."""
 
     ids: fx.Node
     rope: tuple[fx.Node, fx.Node] | None
@@ -50,7 +51,10 @@ class _Shared:
 
 
 def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
-    """The decoder of `spec`, computing in `precision`, weights on meta in their stored dtype."""
+    """Build the decoder of `spec`, which computes in `precision`.
+
+    Weights are on the meta device, in the dtype in which they are stored.
+    """
     text = spec.text
     b = Builder(text_parameters(spec), TORCH_DTYPES[spec.dtype])
     ids = b.input(names.INPUT_IDS, ("batch", "sequence"), torch.int64)

@@ -1,9 +1,10 @@
-"""The decoder of fused FP8 ops, which writes its caches in place.
+"""The decoder of target torch: fused FP8 ops, which write the caches in place.
 
-Inputs are those of `moec.graph_builder.decoder`, but for `lengths`: a call has no padding. Caches
-are buffers, see `moec.graph_builder.passes.buffers`: `past.{i}.key` and `past.{i}.value`, written
-by the call; `ring.last`, `ring.total`, `global.last`, `global.total` say where. The output is
-`logits`. Weights are those of `moec.weights.joined`.
+The inputs are those of `moec.graph_builder.decoder` without `lengths`, because a call has no
+padding. The caches `past.{i}.key` and `past.{i}.value` are buffers, as
+`moec.graph_builder.passes.buffers` describes: a call writes into them, and `ring.last`,
+`ring.total`, `global.last` and `global.total` say where. The output is `logits`. The weights are
+those of `moec.weights.joined`.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,14 @@ from moec.weights.joined import unquantised
 def build_fused(
     spec: ModelSpec, precision: str = "bf16", taps: Sequence[str] = ()
 ) -> fx.GraphModule:
-    """The decoder of `spec`, computing in `precision`; wide weights are of it too.
+    """Build the decoder of `spec`, which computes in `precision`.
 
-    `taps` names inner values, by the decoder's names for them, that are outputs too. What a fused
-    op keeps to itself is computed beside it, from the op's own input: a router's logits and choice.
+    Unquantised weights are in `precision` too. `taps` names inner values, by the decoder's names,
+    that become outputs. A fused op hides its router's logits and choice; the graph computes these
+    again beside the op, from the op's own input.
 
     Raises:
-        MoecError: a model or scheme that the fused ops cannot express.
+        MoecError: the fused ops cannot express the model or its scheme.
     """
     graph = join_skip_norms(keep_buffers(build_decoder(unquantised(spec, precision), precision)))
     return join_neighbours(join_encodes(fuse(tap(graph, taps), spec)))

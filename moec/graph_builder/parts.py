@@ -1,4 +1,4 @@
-"""The graphs that a model is made of: the decoder, and the vision tower where there is one."""
+"""The graphs of a model: the decoder, and the vision tower if the model has one."""
 
 from torch import fx
 
@@ -7,12 +7,12 @@ from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
 
-#: part -> its builder; an artefact holds each as PART.onnx
+#: part -> the function that builds it; an artefact has a file for each part
 _BUILDERS = {"model": build_decoder, "vision": build_vision}
 
 
 def parts_of(spec: ModelSpec) -> tuple[str, ...]:
-    """The parts that `spec` has."""
+    """The names of the parts of `spec`."""
     return ("model", "vision") if spec.vision else ("model",)
 
 
@@ -31,5 +31,5 @@ def build_graph(spec: ModelSpec, precision: str = "fp32", *, part: str = "model"
 
 
 def build_parts(spec: ModelSpec, precision: str = "fp32") -> dict[str, fx.GraphModule]:
-    """Every graph of `spec`, by part."""
+    """Build every graph of `spec`; the result is by part."""
     return {part: build_graph(spec, precision, part=part) for part in parts_of(spec)}

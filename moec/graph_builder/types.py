@@ -1,4 +1,4 @@
-"""Shapes and dtypes that flow through the graph, with symbolic dimensions."""
+"""The types of values in a graph: a shape, which may have symbolic sizes, and a dtype."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +11,25 @@ Dim = Any
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """What is known of a value before it exists."""
+    """The shape and the dtype of a value, known before the value is computed."""
 
     shape: tuple[Dim, ...]
     dtype: torch.dtype
 
     def like(self, *shape: Dim) -> "TensorType":
-        """Another shape, the same dtype."""
+        """The type with another shape and the same dtype."""
         return TensorType(shape, self.dtype)
 
 
 def times(left: Dim, right: Dim) -> Dim:
-    """The product of two sizes; a symbol where either is one."""
+    """The product of two sizes. It is a symbol if either size is one."""
     if isinstance(left, str) or isinstance(right, str):
         return f"{left}*{right}"
     return left * right
 
 
 def plus(left: Dim, right: Dim) -> Dim:
-    """The sum of two sizes; a symbol where either is one."""
+    """The sum of two sizes. It is a symbol if either size is one."""
     if isinstance(left, str) or isinstance(right, str):
         return f"{left}+{right}"
     return left + right

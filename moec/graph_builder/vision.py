@@ -1,12 +1,12 @@
-"""The vision tower: a tile of pixels to the image tokens that the decoder fuses in.
+"""The vision tower: it turns tiles of pixels into the features that early fusion puts in the text.
 
 Inputs
     pixel_values    float32 [tiles, channels, height, width]   normalised
 Outputs
-    image_features  [tiles * tokens, dim]   in the decoder's width and precision, tile by tile
+    image_features  [tiles * tokens, dim]   tile by tile, in the decoder's width and precision
 
-A tile is a row of its own: 576 patches and a class token at full size, attention without a mask,
-144 tokens after the pixel shuffle.
+The tower treats each tile as a sequence of its own, without an attention mask. At full size a tile
+has 576 patches and a class token; the pixel shuffle makes 144 image tokens of them.
 """
 
 import torch
@@ -19,14 +19,15 @@ from moec.spec.model import ModelSpec, VisionSpec
 from moec.spec.parameters import vision_parameters
 from moec.weights.view import TORCH_DTYPES
 
-#: of every LayerNorm; the published `norm_eps` is not read by the released model either
+#: epsilon of every LayerNorm; the released model does not read the published `norm_eps` either
 EPS = 1e-5
 
 
 def build_vision(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
-    """The vision tower, adapter and projector of `spec`, computing in `precision`.
+    """Build the vision tower, adapter and projector of `spec`, which compute in `precision`.
 
-    `spec` must have a vision tower. Weights are on meta in their stored dtype.
+    `spec` must have a vision tower. Weights are on the meta device, in the dtype in which they are
+    stored.
     """
     vision, at = spec.vision, names.vision
     assert vision is not None

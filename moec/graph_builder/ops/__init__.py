@@ -1,4 +1,4 @@
-"""The op vocabulary: every op that a graph can hold, one family a file."""
+"""All ops that a graph can hold. Each file has one family of ops."""
 
 from moec.graph_builder.ops.attention import (
     attention,

@@ -18,8 +18,9 @@ def _mask_rule(queries: TensorType, keys: TensorType, chunk: int | None) -> Tens
 def attention_mask(queries: Tensor, keys: Tensor, chunk: int | None) -> Tensor:
     """Positions of queries [B, S] and keys [B, K] (-1: none) -> bool [B, 1, S, K], True = attend.
 
-    Causal; with `chunk` also within the query's own chunk, which is no sliding window: the first
-    token of a chunk sees itself only. Every query sees itself, so no row is empty.
+    The mask is causal. With `chunk` a query also sees its own chunk only. This is no sliding
+    window: the first token of a chunk sees only itself. Every query sees itself, so no row is
+    empty.
     """
     q, k = queries[:, None, :, None], keys[:, None, None, :]
     seen = (k >= 0) & (k <= q)

@@ -1,11 +1,11 @@
-"""Attention over key/value buffers that stay in place: a call writes its tokens, then attends.
+"""Attention over buffers of keys and values: a call writes its tokens into them, then attends.
 
-The S tokens of a row go to slots `last - S + 1` to `last`, and each sees the slots up to its own. A
-global layer has a slot for each position. A chunked layer needs `chunk` slots, position p in slot
-p mod chunk: as nobody sees past a chunk border, the current chunk is slots 0 to p mod chunk, and
-plain causal attention over them is chunked attention. So a call must not cross a border of any
-row's; whoever calls sees to that. With a mask a chunked layer's buffer may hold every position, and
-a call may be as long as it likes.
+The S tokens of a sequence go to slots `last - S + 1` to `last`. Each token sees the slots up to its
+own. A global layer has a slot for each position. A chunked layer needs only `chunk` slots: position
+p is in slot p mod chunk. A token sees its own chunk only, which is in slots 0 to p mod chunk. So
+causal attention over these slots is chunked attention, as long as no sequence crosses a chunk
+border within a call; the caller splits its calls there. With a mask, the buffer of a chunked layer
+may hold every position, and calls may have any length.
 """
 
 import torch
@@ -49,7 +49,7 @@ def buffered_attention(of: BufferedAttention[Tensor]) -> tuple[Tensor, Tensor, T
     """Append a call's tokens, then attend: out [B, S, heads * d], and both buffers.
 
     Raises:
-        MoecError: the tokens of a row do not fit its buffer or cross the end of its chunk.
+        MoecError: the tokens of a sequence do not fit its buffer, or cross the end of its chunk.
     """
     q, last = of.q, of.last
     steps, slots, count = q.shape[1], of.key.shape[2], int(of.total)
@@ -76,10 +76,10 @@ def _slot_rule(ids: TensorType, last: TensorType, buffer: TensorType) -> TensorT
 
 @op("slot_mask(Tensor ids, Tensor last, Tensor buffer) -> Tensor", _slot_rule)
 def slot_mask(ids: Tensor, last: Tensor, buffer: Tensor) -> Tensor:
-    """Which slots of `buffer` the tokens ids [B, S] see, bool [B, 1, S, N]: those up to their own.
+    """The slots of `buffer` that each token of ids [B, S] sees, bool [B, 1, S, N]: up to its own.
 
-    `last` [B] is the slot of each row's last token. It is all the mask that `buffered_attention`
-    has without one.
+    `last` [B] is the slot of each sequence's last token. `buffered_attention` limits tokens in the
+    same way if it has no mask.
     """
     at = last.long()[:, None] + torch.arange(1 - ids.shape[1], 1, device=ids.device)  # [B, S]
     return (torch.arange(buffer.shape[2], device=ids.device) <= at[..., None])[:, None]
@@ -94,10 +94,10 @@ def _mask_rule(mask: TensorType, ids: TensorType) -> tuple[TensorType, TensorTyp
 
 @op("spans_of_mask(Tensor mask, Tensor ids) -> (Tensor, Tensor, Tensor)", _mask_rule)
 def spans_of_mask(mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Padding mask [B, K] of all tokens so far, of which ids [B, S] are the last S.
+    """mask [B, K] says which tokens so far are no padding; ids [B, S] are the last S of them.
 
-    Returns the tokens before [B], the slot of the last token [B] and K, as `buffered_attention`
-    wants them: padding on the right takes slots too, until real tokens do.
+    Returns the number of earlier tokens [B], the slot of the last token [B], and K. Padding on the
+    right occupies slots too, until later tokens overwrite it.
     """
     past = mask[:, : mask.shape[1] - ids.shape[1]].sum(1)
     return past, (past + ids.shape[1] - 1).int(), torch.tensor(mask.shape[1], dtype=torch.int32)

@@ -1,11 +1,12 @@
 """Key/value caches of N slots: position p lives in slot p mod N.
 
-A chunked layer needs no more than N = chunk slots (a new chunk empties what can be seen), a global
-layer as many as there are positions, where p mod N is p. So one set of ops serves both, at any
-position, for rows of different length: what differs is N. N may be 0: then nothing is kept.
+A chunked layer needs N = chunk slots, because a token sees its own chunk only. A global layer needs
+a slot for each position, and p mod N is p. So the same ops serve both kinds of layers, for any
+position and for sequences of different lengths. N may be 0; then nothing is kept.
 
-`past` [B] counts the tokens a row has seen, `new` [B] how many of this call's S tokens are its own;
-the rest is padding on the right, which causal masks hide and `cache_index` does not write.
+`past` [B] is the number of tokens that are in the cache. `new` [B] says how many of this call's S
+tokens belong to each sequence. The rest is padding on the right: causal masks hide it, and
+`cache_index` does not write it.
 """
 
 import torch

@@ -1,9 +1,10 @@
-"""How an op is declared: its schema, its eager meaning, its shape rule with refusals. Once each.
+"""How an op is declared: its schema, its eager function and its shape rule.
 
-The eager function is the reference that every lowering is checked against. The rule works on sizes
-that are ints, symbols or SymInts; it gives the builder its shapes, refuses bad operands in eager
-runs, and serves torch as the op's fake kernel. An op with many operands has a record for them, of
-`operands`: its eager function, its rule and its lowerings then take that instead.
+The eager function defines what the op computes. It is the reference that every lowering is checked
+against. The shape rule checks the types of the operands and gives the type of the result. It serves
+the builder, eager runs and torch's fake tensors, so its sizes are ints, symbols or SymInts. An op
+with many operands has one record for them (`operands`): its eager function, its rule and its
+lowerings take that record.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,9 +74,9 @@ def op(
 
 
 def implement(name: str, function: Callable[..., Any], device: str) -> None:
-    """Let `function` compute op `name` on `device`, torch's name of it, instead of plain torch.
+    """Let `function` compute op `name` on `device`, such as "cuda", instead of the eager function.
 
-    Operands are no longer checked there. Once for each op and device.
+    The operands are not checked there any more. Call this once for each op and device.
     """
     _LIBRARY.impl(name, function, device)
 

@@ -1,7 +1,7 @@
-"""Between rows of tokens [batch, sequence] and the packed stream [batch*sequence, dim].
+"""From token ids [batch, sequence] to the packed stream [batch*sequence, dim], and back.
 
-The residual stream is packed because linear layers and experts treat tokens alike; only attention
-needs to know which row and position a token has.
+The residual stream is packed, because linear layers and experts treat all tokens alike. Only
+attention needs to know the sequence and the position of a token.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _positions_rule(ids: TensorType, past: TensorType) -> TensorType:
 
 @op("positions(Tensor ids, Tensor past) -> Tensor", _positions_rule)
 def positions(ids: Tensor, past: Tensor) -> Tensor:
-    """ids [B, S], past [B] tokens seen before -> each token's true position [B, S]."""
+    """ids [B, S] and the number of earlier tokens past [B] -> the position of each token [B, S]."""
     return past[:, None] + torch.arange(ids.shape[1], device=ids.device)
 
 
@@ -87,11 +87,12 @@ def _fuse_rule(
 def fuse(x: Tensor, ids: Tensor, features: Tensor, image_token: int) -> Tensor:
     """Early fusion: embeddings x [B*S, D] of ids [B, S], image features [N, D] -> [B*S, D].
 
-    Features replace the embeddings where ids are `image_token`, in order, row by row. Without any
-    (N = 0) an image token is a token like others, as it is when the model itself emits one.
+    Image features replace the embeddings where ids are `image_token`, in order, sequence by
+    sequence. Without features (N = 0) an image token is a token like any other, as when the model
+    itself generates one.
 
     Raises:
-        MoecError: there are features, and not exactly one for each image token.
+        MoecError: there are features, and their number differs from that of the image tokens.
     """
     out, count = x.clone(), len(features)
     if count:

@@ -1,6 +1,6 @@
-"""The vision tower's own ops: patches in, tiles with a class token, 2D rotary positions, shuffle.
+"""The ops of the vision tower alone: patches, class token, 2D rotary positions, pixel shuffle.
 
-Every tile is one row of tokens: its patches row-major, then the class token, which comes *last*.
+Each tile is one sequence of tokens: its patches in row-major order, then the class token, *last*.
 """
 
 import torch

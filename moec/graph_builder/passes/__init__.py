@@ -1,1 +1,1 @@
-"""Rewrites of a built graph, one a file."""
+"""Passes: each file has a function that rewrites a built graph in place."""

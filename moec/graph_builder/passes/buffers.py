@@ -1,4 +1,4 @@
-"""Keep keys and values in buffers that stay in place, instead of passing new caches on."""
+"""Keep keys and values in buffers that a call writes into, instead of returning new caches."""
 
 from typing import Any
 
@@ -13,11 +13,15 @@ from moec.spec import names
 
 
 def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
-    """`graph`, changed in place: append, mask, attention and write become `buffered_attention`.
+    """Rewrite `graph` in place: append, mask, attention and write become `buffered_attention`.
 
-    Caches turn from [batch, slots, kv_heads * head_dim] to [batch, kv_heads, slots, head_dim].
-    Inputs `ring.last` [batch] and `ring.total`, of chunked layers, and `global.last` and
-    `global.total` say where tokens go. `lengths` goes: every token of a call is its row's own.
+    The caches change from [batch, slots, kv_heads * head_dim] to
+    [batch, kv_heads, slots, head_dim]. New inputs say which slots a call writes: `ring.last`
+    [batch] and `ring.total` for chunked layers, `global.last` and `global.total` for the others.
+    The input `lengths` is removed, because a call has no padding.
+
+    Raises:
+        MoecError: the graph has no input `lengths`.
     """
     after = find_input(graph.graph, names.LENGTHS, "keep_buffers")
     batch = after.meta["type"].shape
@@ -65,7 +69,7 @@ def _input(graph: fx.GraphModule, after: fx.Node, name: str, shape: tuple[Any, .
 
 
 def without_unused(graph: fx.GraphModule, *inputs: str) -> fx.GraphModule:
-    """`graph` without nodes whose result nobody uses, and without those `inputs`."""
+    """Remove the nodes whose results nobody uses, and the inputs called `inputs`."""
     graph.graph.eliminate_dead_code()
     for node in list(graph.graph.nodes):
         if node.op == "placeholder" and node.meta["name"] in inputs:

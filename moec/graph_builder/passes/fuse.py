@@ -1,6 +1,6 @@
-"""Put fused FP8 ops in place of a layer's products, experts and attention, on joined weights.
+"""Replace a layer's products, experts and attention by fused FP8 ops, which use joined weights.
 
-What is joined, and from which tensors: `moec.weights.joined`.
+`moec.weights.joined` says which tensors are joined.
 """
 
 from typing import Any
@@ -22,14 +22,15 @@ from moec.weights.view import STORED, name_of
 
 
 def fuse(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
-    """A wide decoder after `keep_buffers` and `join_skip_norms`, changed in place.
+    """Rewrite an unquantised decoder in place, after `keep_buffers` and `join_skip_norms`.
 
-    Buffers are written where they are and leave the outputs. Codes are made by `encode` wherever a
-    product wants some; `join_encodes` lets whoever makes the values make the codes. What is an
-    output besides, such as a router's logits, stays.
+    The fused ops write the buffers in place, so the buffers are outputs no longer. An `encode`
+    before each product quantises its input; `join_encodes` moves that work into the op before. All
+    other outputs stay, such as the logits of a router that is tapped.
 
     Raises:
-        MoecError: a model or scheme that the fused ops cannot express: see `check_fusible`.
+        MoecError: the fused ops cannot express the model or its scheme, as `check_fusible` says;
+            or the graph lacks a node with a role that the pass looks for.
     """
     check_fusible(spec)
     rewrite = _Rewrite(graph, spec)
@@ -52,9 +53,12 @@ def fuse(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
 
 
 def fuse_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
-    """A wide decoder, changed in place: `moe_layer` for each MoE layer, on joined weights.
+    """Rewrite an unquantised decoder in place: each MoE layer becomes a `moe_layer`.
 
-    The rest stays wide, for `quantize` to go on with.
+    `moe_layer` uses joined weights. All else stays as it is; `quantize` can follow.
+
+    Raises:
+        MoecError: the graph lacks a node with a role that the pass looks for.
     """
     rewrite = _Rewrite(graph, spec)
     for layer in spec.text.all_layers:

@@ -1,4 +1,4 @@
-"""Join fused ops with the one before them, where nobody else wants what goes between."""
+"""Join a fused op with the op before it, if no other op uses the values between them."""
 
 from operator import getitem
 from typing import Any
@@ -12,10 +12,10 @@ _LATTER = (ops.attend_fp8.target, ops.moe_layer.target)
 
 
 def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
-    """`graph`, changed in place: fewer, longer ops, each of which a kernel starts once.
+    """Rewrite `graph` in place into fewer ops that each do more, so that fewer kernels start.
 
-    `rope_append` and `attend_fp8` become `attention_fp8`; `skip_norm` and `moe_layer`, `norm_moe`;
-    `norm_moe` and `skip_norm_fp8`, `norm_moe_norm_fp8`.
+    `rope_append` and `attend_fp8` become `attention_fp8`. `skip_norm` and `moe_layer` become
+    `norm_moe`. `norm_moe` and `skip_norm_fp8` become `norm_moe_norm_fp8`.
     """
     for node in list(graph.graph.nodes):
         before: Any = node.args[0] if node.args else None
@@ -54,6 +54,6 @@ def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
 def _join(
     graph: fx.Graph, node: fx.Node, op: ops.Op, args: tuple[Any, ...], old: list[fx.Node]
 ) -> None:
-    """`op` in place of `node`; its results in that of `old`, in order."""
+    """Put `op` before `node`; its results take the places of the nodes `old`, in order."""
     with graph.inserting_before(node):
         replace(graph, old, op, *args, name=f"{node.meta['name']}.joined")

@@ -1,4 +1,4 @@
-"""Let the op that makes values make their FP8 codes as well."""
+"""Let the op that computes values also quantise them to FP8."""
 
 from operator import getitem
 from typing import Any
@@ -8,7 +8,7 @@ from torch import fx
 from moec.graph_builder import ops
 from moec.graph_builder.builder import replace
 
-#: who makes values -> the op that makes codes and scale of them instead, from the same operands
+#: an op -> the op that takes the same operands and returns quantised values and their scales
 _JOINS = {
     ops.rms_norm.target: ops.norm_fp8,
     ops.skip_norm.target: ops.skip_norm_fp8,
@@ -17,7 +17,7 @@ _JOINS = {
 
 
 def join_encodes(graph: fx.GraphModule) -> fx.GraphModule:
-    """`graph`, changed in place: `encode` goes where nobody else wants the values."""
+    """Rewrite `graph` in place: remove each `encode` whose input no other op uses."""
     for encode in list(graph.graph.nodes):
         if encode.target != ops.encode.target:
             continue
@@ -25,7 +25,7 @@ def join_encodes(graph: fx.GraphModule) -> fx.GraphModule:
         maker = values.args[0] if values.target in (getitem, ops.pack.target) else values
         if maker.target not in _JOINS or len(values.users) > 1:
             continue
-        old = list(encode.users)  # codes, scale
+        old = list(encode.users)  # quantised values, scales
         if maker.target == ops.skip_norm.target:
             old += [user for user in maker.users if user.args[1] == 1]  # the sum
         with graph.graph.inserting_before(maker):

@@ -1,4 +1,4 @@
-"""Give a decoder the inputs that onnxruntime-genai feeds."""
+"""Give a decoder the inputs that onnxruntime-genai passes."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,11 +16,14 @@ from moec.spec import names
 
 
 def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
-    """`graph` after `keep_buffers`, changed in place.
+    """Rewrite `graph` in place, after `keep_buffers`.
 
-    `attention_mask` int64 [batch, total] replaces all inputs but the ids and the buffers: every
-    token gets logits. All buffers hold all positions, because genai may call across chunk borders,
-    so chunked layers get a mask.
+    The new input `attention_mask` int64 [batch, total] replaces all inputs except `input_ids` and
+    the buffers. Every token gets logits. All buffers hold all positions, because genai may make
+    calls that cross a chunk border. So chunked layers get a mask.
+
+    Raises:
+        MoecError: the graph has no input `input_ids`.
     """
     ids = find_input(graph.graph, names.INPUT_IDS, "genai_inputs")
     inputs = {n.meta["name"]: n for n in graph.graph.nodes if n.op == "placeholder"}

@@ -1,4 +1,4 @@
-"""Replace inner values of a graph by inputs, so that a proof can give the nodes their values."""
+"""Replace inner values of a graph by inputs, so that a caller can give these values."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,12 @@ from moec.spec.names import given
 
 
 def inject(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """`graph`, changed in place: whoever used a value of `names` now uses input "NAME.given".
+    """Rewrite `graph` in place: the users of each value in `names` now use an input "NAME.given".
 
-    The values themselves are still computed, for `tap` to make visible.
+    The graph still computes the values themselves, so that `tap` can make them outputs.
+
+    Raises:
+        MoecError: no value has one of the `names`.
     """
     wanted = set(names)
     missing = wanted - {node.meta.get("name") for node in graph.graph.nodes}

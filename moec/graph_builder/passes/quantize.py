@@ -1,4 +1,4 @@
-"""Put FP8 where the scheme of a spec says: codes and scales for weights, rounding for inputs."""
+"""Quantise a graph to FP8 as the scheme of a spec says: the weights, and the inputs of products."""
 
 from typing import Any
 
@@ -18,11 +18,15 @@ from moec.weights.view import STORED, name_of
 
 
 def quantize(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
-    """`graph`, a part of `spec` with wide weights, changed in place; none without a scheme.
+    """Rewrite `graph`, a part of `spec` with unquantised weights, in place.
 
-    A `linear` gets a `dequantize` for its weight, and for its input `quantize` and `dequantize`,
-    with `token_scale` before them where scales are dynamic. `moe` becomes `fp8_moe`. With FP8
-    caches, keys and values are rounded before they are appended, and stored as codes.
+    Nothing changes if `spec` has no scheme. A `linear` that the scheme names gets a `dequantize`
+    for its weight. Its input gets a `quantize` and a `dequantize`; dynamic scales need a
+    `token_scale` before them. `moe` becomes `fp8_moe`. With FP8 caches, keys and values are rounded
+    to FP8 before they are appended, and the caches hold FP8 values.
+
+    Raises:
+        MoecError: a cache is FP8, and the node that appends to it lacks the role of keys or values.
     """
     if spec.scheme is None:
         return graph
@@ -67,7 +71,7 @@ class _Rewrite:
         self.forget(old)
 
     def rounded(self, x: fx.Node, weight: str, rule: Rule) -> fx.Node:
-        """x as the product with `weight` sees it."""
+        """The input `x`, rounded as the rule of `weight` says."""
         if rule.inputs == "none":
             return x
         static = rule.inputs in STATIC
@@ -119,14 +123,14 @@ class _Rewrite:
         self.graph.erase_node(node)
         self.forget(old.gate_up, old.down)
 
-    def parts(self, fused: str) -> tuple[str, ...]:
-        """The tensors that hold fused experts."""
+    def parts(self, stacked: str) -> tuple[str, ...]:
+        """The stored tensors that hold the experts of a stacked weight."""
         if not self.scheme.separate_experts:
-            return (fused,)
-        return tuple(part for e in range(self.experts) for part in names.separate(fused, e))
+            return (stacked,)
+        return tuple(part for e in range(self.experts) for part in names.separate(stacked, e))
 
     def append(self, node: fx.Node) -> None:
-        """FP8 caches: what is seen is rounded, old and new, and what is kept is codes."""
+        """Make a cache FP8: attention sees rounded keys or values, and the cache holds FP8."""
         args: Any = node.args
         past, new = args
         label = cached(node, "quantize")
@@ -152,7 +156,7 @@ class _Rewrite:
         return call(self.graph, ops.dequantize, codes, scale, axis, block, dtype, name=name)
 
     def parameter(self, name: str) -> fx.Node:
-        """A node for the stored tensor `name`."""
+        """Add a node for the stored tensor `name`."""
         shape, dtype = self.kinds[name]
         owner, _, leaf = name.rpartition(".")
         meta = torch.empty(shape, dtype=STORED[dtype], device="meta")
@@ -162,7 +166,7 @@ class _Rewrite:
 
     def forget(self, *wide: fx.Node) -> None:
         for node in wide:
-            if node.users:  # another user still wants it wide
+            if node.users:  # another node still uses it unquantised
                 continue
             name = str(node.target)
             self.graph.erase_node(node)

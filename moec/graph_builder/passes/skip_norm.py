@@ -1,4 +1,4 @@
-"""Join a residual sum and the norm that follows it."""
+"""Join a residual sum with the norm that follows it."""
 
 from torch import fx
 
@@ -7,13 +7,13 @@ from moec.graph_builder.builder import replace
 
 
 def join_skip_norms(graph: fx.GraphModule) -> fx.GraphModule:
-    """`graph`, changed in place: `add` then `rms_norm` becomes `skip_norm`, which gives both."""
+    """Rewrite `graph` in place: `add` and `rms_norm` become `skip_norm`, with both results."""
     for norm in list(graph.graph.nodes):
         if norm.target != ops.rms_norm.target or norm.args[0].target != ops.add.target:
             continue
         total, weight, eps = norm.args
         with graph.graph.inserting_before(total):
-            # The weight is a node of its own, made where the norm was: the sum needs it earlier.
+            # The new op stands at the sum, so the node of the norm's weight moves there.
             weight = _moved(graph.graph, weight)
             replace(
                 graph.graph,
@@ -30,7 +30,7 @@ def join_skip_norms(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _moved(graph: fx.Graph, weight: fx.Node) -> fx.Node:
-    """A parameter's node at the insertion point, used instead of `weight` from there on."""
+    """Add a node for the parameter of `weight` at the insertion point; it replaces `weight`."""
     moved = graph.get_attr(str(weight.target))
     moved.meta.update(weight.meta)
     weight.replace_all_uses_with(moved)

@@ -1,4 +1,4 @@
-"""What an engine that is compiled ahead of time wants of a decoder with buffers."""
+"""Fix the sizes of a decoder's buffers, for an engine that is compiled ahead of time."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,13 +16,17 @@ from moec.spec import names
 
 
 def make_static(graph: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModule:
-    """A decoder after `keep_buffers`, changed in place; `sizes` gives symbols of sizes numbers.
+    """Rewrite a decoder in place, after `keep_buffers`.
 
-    Each kind of buffer gets one mask, that all its layers share. No input may be left out, and
-    `ring.total` and `global.total`, of which the masks know nothing, go.
+    `sizes` maps symbols of sizes to numbers. Each kind of buffer gets one mask, which all its
+    layers share. No input has a default any more. The inputs `ring.total` and `global.total` lose
+    their last use, because the masks do not need them.
+
+    Raises:
+        MoecError: the graph has no input `input_ids`.
     """
     ids = find_input(graph.graph, names.INPUT_IDS, "make_static")
-    masks: dict[fx.Node, fx.Node] = {}  # by the input that says where tokens go
+    masks: dict[fx.Node, fx.Node] = {}  # by the input that says which slots a call writes
     for node in list(graph.graph.nodes):
         if "type" in node.meta:
             node.meta["type"] = _sized(node.meta["type"], sizes)

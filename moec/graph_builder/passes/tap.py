@@ -1,4 +1,4 @@
-"""Make inner values of a graph visible as further outputs."""
+"""Make inner values of a graph outputs as well."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,11 @@ from moec.spec.errors import refuse
 
 
 def tap(graph: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """`graph`, changed in place, with the values called `names` appended to its outputs."""
+    """Rewrite `graph` in place: append the values called `names` to its outputs.
+
+    Raises:
+        MoecError: no value has one of the `names`.
+    """
     by_name = {node.meta.get("name"): node for node in graph.graph.nodes}
     missing = [name for name in names if name not in by_name]
     if missing:

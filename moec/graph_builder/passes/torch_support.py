@@ -1,4 +1,4 @@
-"""What the fused FP8 ops can express, and what to say of the rest."""
+"""Which models the fused FP8 ops can express, and the refusals of all others."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _OTHER_TARGET = "use --target onnx"
 
 
 class _Odd(NamedTuple):
-    """A field of a spec that is not as it must be."""
+    """A field of a spec with a value that the fused ops cannot express."""
 
     field: str
     found: object
@@ -22,12 +22,13 @@ class _Odd(NamedTuple):
 
 
 def check_fusible(spec: ModelSpec) -> None:
-    """Refuse what the fused ops cannot express.
+    """Refuse a model or a scheme that the fused ops cannot express.
 
-    Sizes are all right: a CPU runs any, and a session on a GPU asks what its kernels take.
+    Sizes are not checked here. A CPU runs any size, and a session on a GPU checks the sizes that
+    its kernels take.
 
     Raises:
-        MoecError: names the field of the spec, what it is, and what it may be.
+        MoecError: names the field of the spec, its value, and the values that are supported.
     """
     odd = next(_odd(spec), None)
     if odd:

@@ -1,4 +1,4 @@
-"""Make weights inputs, so that a graph holds none."""
+"""Turn the weights of a graph into inputs."""
 
 from torch import fx, nn
 
@@ -6,9 +6,10 @@ from moec.graph_builder.builder import tag
 
 
 def lift_weights(graph: fx.GraphModule) -> fx.GraphModule:
-    """A graph like `graph`, which is used up, with its weights as inputs behind all others.
+    """Make a graph from `graph` with its weights as inputs, after all other inputs.
 
-    Their names are those of the weights, as for any input: see `Builder.input`.
+    `graph` cannot be used afterwards. An input has the name of its weight; `Builder.input` says how
+    the module's signature writes it.
     """
     nodes, lifted = graph.graph, dict[str, fx.Node]()
     first = next(node for node in nodes.nodes if node.op != "placeholder")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,11 +26,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: a thread each, or they spin
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Examples are judged by what they compute: on a busy machine one of them may take a second.
+settings.register_profile("moec", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moec")
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-scout"
 
-
-#: seconds that a test without a mark should take at most, its fixtures included
+#: seconds that set-up or call of a test without a mark should take at most
 FAST = 2.0
 
 

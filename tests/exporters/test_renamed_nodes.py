@@ -48,7 +48,7 @@ def _written(model: Any, packings: dict[str, Any]) -> list[str]:
 def _torch(graph: fx.GraphModule, part: str) -> list[str]:
     outputs = list(graph.graph.nodes)[-1].meta["outputs"]
     flat = lift_weights(graph)
-    return [*outputs, *(f"{node.op} {_kind(node)}" for node in flat.graph.nodes)]
+    return [*outputs, *(f"{node.op} {node.target}" for node in flat.graph.nodes)]
 
 
 def _kind(node: fx.Node) -> str:

@@ -126,7 +126,7 @@ def calibrate(
         refuse(
             folder,
             f"FP8 weights ({spec.scheme.name})",
-            "unquantised weights",
+            "wide weights",
             "calibrate the checkpoint that the FP8 weights were made from",
         )
     if not 0 < percentile <= 100:

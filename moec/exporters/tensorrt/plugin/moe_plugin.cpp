@@ -141,7 +141,7 @@ moec::Failure wrong(int32_t input, std::string const& found, std::string const& 
 
 void checkCount(int32_t count) {
     if (count != kInputs)
-        throw moec::refusal("inputs", std::to_string(count) + " inputs", std::to_string(kInputs),
+        throw moec::refusal("inputs", std::to_string(count), std::to_string(kInputs),
                             "export the model again");
 }
 

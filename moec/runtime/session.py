@@ -304,7 +304,8 @@ class Session:
         Sequences that end early are padded on the right.
 
         Args:
-            input_ids, pixel_values: the prompts and their image tiles, as in `logits`.
+            input_ids: the prompts, as in `logits`.
+            pixel_values: the prompts' image tiles, as in `logits`.
             max_new_tokens: the most tokens to add to each sequence.
             lengths: the tokens of each sequence, if they differ.
             temperature: the sampling temperature; 0 takes the likeliest token (greedy).

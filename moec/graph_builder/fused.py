@@ -16,6 +16,7 @@ from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.fuse import fuse
 from moec.graph_builder.passes.fuse_neighbours import join_neighbours
 from moec.graph_builder.passes.fuse_quantisation import join_encodes
+from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.tap import tap
 from moec.spec.model import ModelSpec
@@ -23,16 +24,19 @@ from moec.weights.joined import unquantised
 
 
 def build_fused(
-    spec: ModelSpec, precision: str = "bf16", taps: Sequence[str] = ()
+    spec: ModelSpec,
+    precision: str = "bf16",
+    taps: Sequence[str] = (),
+    given: Sequence[str] = (),
 ) -> fx.GraphModule:
     """Build the decoder of `spec`, which computes in `precision`.
 
     Unquantised weights are in `precision` too. `taps` names inner values, by the decoder's names,
     that become outputs. A fused op hides its router's logits and choice; the graph computes these
-    again beside the op, from the op's own input.
+    again beside the op, from the op's own input. Inputs "NAME.given" replace the values `given`.
 
     Raises:
         MoecError: the fused ops cannot express the model or its scheme.
     """
     graph = join_skip_norms(keep_buffers(build_decoder(unquantised(spec, precision), precision)))
-    return join_neighbours(join_encodes(fuse(tap(graph, taps), spec)))
+    return join_neighbours(join_encodes(fuse(tap(inject(graph, given), taps), spec)))

@@ -33,3 +33,11 @@ def plus(left: Dim, right: Dim) -> Dim:
     if isinstance(left, str) or isinstance(right, str):
         return f"{left}+{right}"
     return left + right
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, where the ops do what half precision cannot; float64 stays float64.
+
+    A proof runs the ops in float64 to see the rounding of float32.
+    """
+    return x if x.dtype == torch.float64 else x.float()

@@ -22,6 +22,7 @@ from moec.artefact.artefact import Artefact
 from moec.artefact.manifest import Port, Ports
 from moec.graph_builder.fused import build_fused
 from moec.graph_builder.parts import parts_of
+from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.tap import tap
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.types import TensorType
@@ -46,16 +47,21 @@ class Program:
 
 
 def part_graph(
-    spec: ModelSpec, precision: str, part: str = "model", taps: Sequence[str] = ()
+    spec: ModelSpec,
+    precision: str,
+    part: str = "model",
+    taps: Sequence[str] = (),
+    given: Sequence[str] = (),
 ) -> fx.GraphModule:
     """The graph of a part as target `torch` runs it.
 
     The decoder consists of fused FP8 ops, the vision tower of plain ops without quantisation.
-    `taps` names values that become further outputs.
+    `taps` names values that become further outputs. Inputs "NAME.given" replace the values `given`.
     """
     if part == "model":
-        return build_fused(spec, precision, taps)
-    return tap(build_vision(unquantised(spec, precision), precision), taps)
+        return build_fused(spec, precision, taps, given)
+    graph = build_vision(unquantised(spec, precision), precision)
+    return tap(inject(graph, given), taps)
 
 
 def graphs_of(spec: ModelSpec, precision: str) -> dict[str, fx.GraphModule]:

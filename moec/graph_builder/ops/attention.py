@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.graph_builder.ops.registry import need, op
-from moec.graph_builder.types import TensorType
+from moec.graph_builder.types import TensorType, widened
 
 
 def _mask_rule(queries: TensorType, keys: TensorType, chunk: int | None) -> TensorType:
@@ -66,7 +66,7 @@ def _head_norm_rule(x: TensorType, heads: int, eps: float) -> TensorType:
 @op("head_norm(Tensor x, int heads, float eps) -> Tensor", _head_norm_rule)
 def head_norm(x: Tensor, heads: int, eps: float) -> Tensor:
     """QK-norm: weightless RMS norm of each head of x [B, S, heads*d], in float32, cast back."""
-    wide = _split(x, heads).float()
+    wide = widened(_split(x, heads))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide.flatten(2).to(x.dtype)
 

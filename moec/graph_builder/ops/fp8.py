@@ -13,9 +13,9 @@ from moec.graph_builder.ops.linear import swiglu
 from moec.graph_builder.ops.moe import need_routed, over_chosen
 from moec.graph_builder.ops.operands import Fp8Moe
 from moec.graph_builder.ops.registry import need, op
-from moec.graph_builder.types import Dim, TensorType
+from moec.graph_builder.types import Dim, TensorType, widened
 from moec.spec.scheme import INPUTS, LARGEST, STATIC
-from moec.weights.view import TORCH_DTYPES, name_of
+from moec.weights.view import TORCH_DTYPES
 
 FP8 = torch.float8_e4m3fn
 #: no dynamic scale is below: a token of zeros has one too
@@ -48,7 +48,7 @@ def _quantize_rule(x: TensorType, scale: TensorType, axis: int, block: int) -> T
 def quantize(x: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
     """x over scale, in float32, to E4M3 codes of the same shape."""
     # Of what is larger, versions of torch make 448 or NaN.
-    return (x.float() / spread(scale, x.shape, axis, block)).clamp(-LARGEST, LARGEST).to(FP8)
+    return (widened(x) / spread(scale, x.shape, axis, block)).clamp(-LARGEST, LARGEST).to(FP8)
 
 
 def _dequantize_rule(
@@ -92,7 +92,7 @@ def token_scale(x: Tensor, group: int, bound: float | None) -> Tensor:
 
     float32 [T]; with `group` one for each so many elements, [T, D / group].
     """
-    wide = x.float().abs()
+    wide = widened(x).abs()
     if group:
         wide = functional.pad(wide, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     largest = wide.amax(-1)
@@ -109,8 +109,8 @@ def rounded(
         return x
     if scale is None:
         scale = token_scale.eager(x, block if inputs == "group" else 0, bound)
-    name = name_of(x.dtype)
-    return dequantize.eager(quantize.eager(x, scale, 0, block), scale, 0, block, name)
+    codes = quantize.eager(x, scale, 0, block)
+    return dequantize.eager(codes, scale, 0, block, "fp32").to(x.dtype)
 
 
 def _moe_rule(moe: Fp8Moe[TensorType]) -> TensorType:

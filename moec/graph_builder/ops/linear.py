@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.graph_builder.ops.registry import need, op
-from moec.graph_builder.types import TensorType
+from moec.graph_builder.types import TensorType, widened
 
 
 def _linear_rule(x: TensorType, weight: TensorType, bias: TensorType | None) -> TensorType:
@@ -31,7 +31,7 @@ def _norm_rule(x: TensorType, weight: TensorType, eps: float) -> TensorType:
 @op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _norm_rule)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise x [T, D] in float32, cast to x's dtype, *then* multiply by weight [D]."""
-    wide = x.float()
+    wide = widened(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * weight.to(x.dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moec.graph_builder.ops.linear import swiglu
 from moec.graph_builder.ops.operands import Moe, Routed
 from moec.graph_builder.ops.registry import need, op
-from moec.graph_builder.types import TensorType
+from moec.graph_builder.types import TensorType, widened
 
 
 def _route_rule(logits: TensorType, top_k: int) -> tuple[TensorType, TensorType]:
@@ -28,7 +28,7 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     No softmax, bias, groups or renormalisation; the sigmoid is taken in float32 and cast back.
     """
     values, experts = logits.topk(top_k, -1)
-    return values.float().sigmoid().to(logits.dtype), experts
+    return widened(values).sigmoid().to(logits.dtype), experts
 
 
 def need_routed(name: str, routed: Routed[TensorType]) -> None:

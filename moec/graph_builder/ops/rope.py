@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moec.graph_builder.ops.registry import need, op
-from moec.graph_builder.types import TensorType
+from moec.graph_builder.types import TensorType, widened
 
 
 def inverse_frequencies(dim: int, theta: float, scaling: list[float]) -> Tensor:
@@ -65,7 +65,7 @@ def _rope_rule(x: TensorType, cos: TensorType, sin: TensorType, heads: int) -> T
 @op("rope(Tensor x, Tensor cos, Tensor sin, int heads) -> Tensor", _rope_rule)
 def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Rotate x [B, S, heads*d] by cos and sin [B, S, d/2], in float32, cast back."""
-    pairs = x.float().unflatten(2, (heads, -1, 2))  # [B, S, heads, d/2, 2]
+    pairs = widened(x).unflatten(2, (heads, -1, 2))  # [B, S, heads, d/2, 2]
     even, odd = pairs.unbind(-1)
     cos, sin = cos[:, :, None], sin[:, :, None]  # [B, S, 1, d/2]
     out = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)

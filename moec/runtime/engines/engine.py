@@ -55,6 +55,11 @@ class Engine:
         compute: the dtype that it computes in; None: the one in the artefact's manifest.
         note: (artefact) -> a remark for the report of a proof; None: there is none.
         queues: whether a decode step on a GPU returns before the GPU has finished.
+        shown: (artefact, part, names) -> those of the names that are values of the part, which
+            `open` takes as taps; None: all of them.
+        gives: (artefact, part, device, name of the session options, taps, names) -> what `open`
+            returns, for calls whose inputs "NAME.given" stand for the inner values `names`; None:
+            the engine cannot do that.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Engine:
     compute: str | None = None
     note: Callable[[Artefact], str] | None = None
     queues: bool = False
+    shown: Callable[[Artefact, str, Sequence[str]], list[str]] | None = None
+    gives: Callable[[Artefact, str, str, str, Sequence[str], Sequence[str]], Run] | None = None
 
     def computes(self, artefact: Artefact) -> str:
         """The dtype in which it computes `artefact`: "fp32", "fp16" or "bf16"."""

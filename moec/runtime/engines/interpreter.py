@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.exporters.onnx.external_data import entry_of, load_onnx
+from moec.exporters.onnx.inner_values import open_values
 from moec.exporters.onnx.lowering import type_of
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.graph_builder import ops
@@ -30,10 +31,16 @@ _HALF = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _FLOAT = ir.DataType.FLOAT
 
 
-def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model") -> Run:
+def interpreter(
+    artefact: Artefact,
+    taps: Sequence[str] = (),
+    part: str = "model",
+    given: Sequence[str] = (),
+) -> Run:
     """Open a part of `artefact`, "model" or "vision", to be run node by node.
 
-    `taps` names values that the engine returns in addition to its outputs.
+    `taps` names values that the engine returns in addition to its outputs. Inputs "NAME.given"
+    stand for the inner values `given`.
 
     Raises:
         MoecError: the artefact has no weights, or they have changed; or the ONNX model is damaged
@@ -42,17 +49,16 @@ def interpreter(artefact: Artefact, taps: Sequence[str] = (), part: str = "model
     model = load_onnx(artefact.graph(part))
     weights = unbound(model, artefact)
     show_routers(model.graph)
-    known = {each.name: each for node in model.graph for each in node.outputs}
-    model.graph.outputs.extend(known[name] for name in taps)
+    open_values(model, taps, given)
     widen(model)
     evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[Attention, MoecMoe])
-    given = [str(each.name) for each in model.graph.inputs if each.name not in weights]
+    taken = [str(each.name) for each in model.graph.inputs if each.name not in weights]
     outputs = [str(each.name) for each in model.graph.outputs]
     no_images = {names.IMAGE_FEATURES: torch.zeros(0, artefact.manifest.spec.text.dim)}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fed = no_images | dict(feeds)
-        values = {name: _array(fed[name]) for name in given}
+        values = {name: _array(fed[name]) for name in taken}
         results = map(_tensor, evaluator.run(None, weights | values))
         found = dict(zip(outputs, results, strict=True))
         for name in filter(names.is_present, outputs):
@@ -156,6 +162,25 @@ def _open(artefact: Artefact, part: str, device: str, options: str, taps: Sequen
     return interpreter(artefact, taps, part)
 
 
+def _gives(
+    artefact: Artefact,
+    part: str,
+    device: str,
+    options: str,
+    taps: Sequence[str],
+    given: Sequence[str],
+) -> Run:
+    return interpreter(artefact, taps, part, given)
+
+
+def _shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
+    """Those of the names `wanted` that the interpreter can show."""
+    model = load_onnx(artefact.graph(part))
+    show_routers(model.graph)
+    known = {each.name for node in model.graph for each in node.outputs}
+    return [name for name in wanted if name in known]
+
+
 def _check(artefact: Artefact, device: str) -> None:
     if device == "cuda":
         refuse(
@@ -179,5 +204,13 @@ def _note(artefact: Artefact) -> str:
 
 
 ENGINE = Engine(
-    "interpreter", "ONNX's interpreter", _open, _check, _limits, compute="fp32", note=_note
+    "interpreter",
+    "ONNX's interpreter",
+    _open,
+    _check,
+    _limits,
+    compute="fp32",
+    note=_note,
+    shown=_shown,
+    gives=_gives,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.exporters.onnx.external_data import load_onnx
+from moec.exporters.onnx.inner_values import open_values, shown
 from moec.exporters.onnx.lowering import DTYPES
 from moec.graph_builder.ops import FP8
 from moec.runtime.engines.engine import Engine, Limits, Run
@@ -29,12 +30,13 @@ def ort_engine(
     taps: Sequence[str] = (),
     part: str = "model",
     device: str = "cpu",
+    given: Sequence[str] = (),
 ) -> Run:
-    """Open a part of `artefact`, "model" or "vision", in ONNX Runtime.
+    """Open a part of `artefact`, such as "model" or "vision", in ONNX Runtime.
 
     `options_name` is the name of a set of session options, and `taps` are inner values that a call
-    returns besides the outputs. Caches that are buffers are bound, not copied: a call writes into
-    the tensors that it is given.
+    returns besides the outputs. Inputs "NAME.given" stand for the inner values `given`. Caches that
+    are buffers are bound, not copied: a call writes into the tensors that it is given.
 
     Raises:
         MoecError: onnxruntime is not installed (exit code 3), it has no kernels for the artefact's
@@ -65,7 +67,7 @@ def ort_engine(
     options.log_severity_level = 3
     file = artefact.graph(part)
     try:
-        model = _with_outputs(file, taps)
+        model = _with_outputs(file, taps, given)
         session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         refuse(
@@ -237,22 +239,21 @@ def check_kernels(artefact: Artefact, device: str) -> None:
         refuse(artefact.path, found, wanted, fix, exit_code=3)
 
 
-def _with_outputs(file: Path, taps: Sequence[str]) -> str | bytes:
+def _with_outputs(file: Path, taps: Sequence[str], given: Sequence[str]) -> str | bytes:
     """The model in `file` with `taps` as further outputs; bf16 outputs are cast to float32.
 
-    numpy has no bf16. Returns the path if nothing has to change, else the changed model as bytes;
-    its weights stay in their files.
+    numpy has no bf16. `given` are as in `open_values`. Returns the path if nothing has to change,
+    else the changed model as bytes; its weights stay in their files.
     """
     model = load_onnx(file)
-    known = {each.name: each for node in model.graph for each in node.outputs}
-    model.graph.outputs.extend(known[name] for name in taps)
+    open_values(model, taps, given)
     outputs = model.graph.outputs
     narrow = [
         i
         for i, each in enumerate(outputs)
         if each.dtype == ir.DataType.BFLOAT16 and not names.is_present(str(each.name))
     ]
-    if not taps and not narrow:
+    if not taps and not given and not narrow:
         return str(file)
     for i in narrow:
         inner = outputs[i]
@@ -275,4 +276,17 @@ def _limits(artefact: Artefact, device: str) -> Limits:
     return Limits("buffers" if artefact.manifest.buffered else "slots")
 
 
-ENGINE = Engine("onnxruntime", "onnxruntime", _open, check_kernels, _limits)
+def _gives(
+    artefact: Artefact,
+    part: str,
+    device: str,
+    options: str,
+    taps: Sequence[str],
+    given: Sequence[str],
+) -> Run:
+    return ort_engine(artefact, options, taps, part, device, given)
+
+
+ENGINE = Engine(
+    "onnxruntime", "onnxruntime", _open, check_kernels, _limits, shown=shown, gives=_gives
+)

@@ -38,6 +38,7 @@ def torch_engine(
     taps: Sequence[str] = (),
     part: str = "model",
     weights: Mapping[str, Tensor] | None = None,
+    set_values: Sequence[str] = (),
 ) -> Run:
     """Open a part of `artefact`, "model" or "vision", on `device`.
 
@@ -48,6 +49,7 @@ def torch_engine(
             built again from the spec and runs in place of the file's program.
         weights: tensors on `device`, by name, to use in place of the artefact's weights, which may
             be missing then.
+        set_values: inner values for which a call gets inputs "NAME.given".
 
     Raises:
         MoecError: the artefact has no weights, or its program is broken. With exit code 3: the
@@ -63,10 +65,13 @@ def torch_engine(
         register()
     with memory_for(f"weights of {artefact.path}"):
         given = load(artefact, device, part) if weights is None else weights
-    graph, outputs = _tapped(artefact, part, taps) if taps else _stored(artefact, part)
+    graph, outputs = (
+        _tapped(artefact, part, taps, set_values) if taps or set_values else _stored(artefact, part)
+    )
     flat = {_flat(name): each for name, each in given.items()}
     ports = artefact.manifest.ports(part).inputs
     known = {_flat(port.name): port.name for port in ports}
+    known |= {_flat(names.given(name)): names.given(name) for name in set_values}
     taken = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
     values: list[Any] = [flat.get(name) for name in taken]
     fed = [(i, known[name]) for i, name in enumerate(taken) if name not in flat]
@@ -120,10 +125,10 @@ def _stored(artefact: Artefact, part: str) -> tuple[fx.GraphModule, tuple[str, .
 
 
 def _tapped(
-    artefact: Artefact, part: str, taps: Sequence[str]
+    artefact: Artefact, part: str, taps: Sequence[str], given: Sequence[str]
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The graph from which a part's file was made, with `taps` as further outputs."""
-    graph = part_graph(artefact.manifest.spec, artefact.manifest.compute, part, taps)
+    graph = part_graph(artefact.manifest.spec, artefact.manifest.compute, part, taps, given)
     outputs = list(graph.graph.nodes)[-1].meta["outputs"]
     return lift_weights(graph), outputs
 
@@ -144,7 +149,28 @@ def torch_with(weights: Mapping[str, Tensor] | None) -> Engine:
         given = weights if part == "model" else None
         return torch_engine(artefact, device, taps, part, given)
 
-    return Engine("torch", "torch", opened, _check, _limits, queues=True)
+    def gives(
+        artefact: Artefact,
+        part: str,
+        device: str,
+        options: str,
+        taps: Sequence[str],
+        names: Sequence[str],
+    ) -> Run:
+        given = weights if part == "model" else None
+        return torch_engine(artefact, device, taps, part, given, names)
+
+    return Engine("torch", "torch", opened, _check, _limits, queues=True, shown=_shown, gives=gives)
+
+
+def _shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
+    """Those of the names `wanted` that no fused op hides."""
+    spec = artefact.manifest.spec
+    graph = part_graph(spec, artefact.manifest.compute, part)
+    known = {node.meta.get("name") for node in graph.graph.nodes if node.op == "call_function"}
+    for layer in (layer.index for layer in spec.text.all_layers if layer.moe):
+        known |= {names.router(layer), names.chosen(layer)}  # see `build_fused`
+    return [name for name in wanted if name in known]
 
 
 def _check(artefact: Artefact, device: str) -> None:

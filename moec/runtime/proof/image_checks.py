@@ -9,6 +9,8 @@ from torch import Tensor
 from moec.runtime.engines.eager import eager_engine
 from moec.runtime.proof.chunked_prefill import chunked_prefill
 from moec.runtime.proof.compare import Tolerance, argmax_agreement, error
+from moec.runtime.proof.each_op.table import checks_of
+from moec.runtime.proof.each_op.watch import watch
 from moec.runtime.proof.near_ties import choices, following
 from moec.runtime.proof.report import Check
 from moec.runtime.proof.under_test import ArtefactUnderTest
@@ -58,8 +60,11 @@ def draw_images(
 
 def tower(tested: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> Iterator[Check]:
     """Compare the vision tower stage by stage: patches, every layer, adapter, projector."""
-    spec, entries = tested.artefact.manifest.spec, tested.artefact.entries()
+    spec, entries = tested.artefact.manifest.spec, tested.entries()
     assert spec.vision is not None
+    seen = watch(tested, "vision")
+    seen.run(tested.tower(seen.taps), {})({names.PIXEL_VALUES: pixels})
+    yield from checks_of(seen.found.values(), tolerance.error, "vision, ")
     shown = {
         names.vision("tokens"): names.vision("tokens"),
         **{names.vision_layer(i): names.vision_layer(i, "out") for i in range(spec.vision.layers)},

@@ -1,12 +1,12 @@
 """The artefact under test: it opens sessions on its engine, and on the reference."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from moec.artefact.artefact import Artefact
+from moec.artefact.artefact import Artefact, Entry
 from moec.artefact.targets import find_target
 from moec.runtime.cache import new_cache
 from moec.runtime.engines.eager import eager_engine
@@ -47,13 +47,35 @@ class ArtefactUnderTest:
         """Refuse a device that the engine cannot use (exit code 3), or that does not exist (2)."""
         self.engine.check(self.artefact, self.device)
 
-    def session(self, taps: Sequence[str] = ()) -> Session:
-        """Open a new session on the engine."""
-        return artefact_session(self.artefact, self.device, self.options, taps, self.engine)
+    def session(self, taps: Sequence[str] = (), given: Sequence[str] = ()) -> Session:
+        """Open a new session on the engine.
+
+        Calls of the decoder need inputs "NAME.given" for the inner values `given`, which stand for
+        those that it computes. Only engines that have `gives` take any.
+        """
+        engine, gives = self.engine, self.engine.gives
+        if given and gives:
+
+            def opened(
+                artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]
+            ) -> Run:
+                return gives(artefact, part, device, options, taps, given)
+
+            engine = replace(engine, open=opened)
+        return artefact_session(self.artefact, self.device, self.options, taps, engine)
 
     def tower(self, taps: Sequence[str]) -> Run:
         """Open the vision tower alone."""
         return self.engine.open(self.artefact, "vision", self.device, self.options, taps)
+
+    def shown(self, part: str, wanted: Sequence[str]) -> list[str]:
+        """Those of the inner values `wanted` of a part that the engine can show."""
+        shown = self.engine.shown
+        return shown(self.artefact, part, wanted) if shown else list(wanted)
+
+    def entries(self) -> Mapping[str, Entry]:
+        """Where the reference reads each parameter."""
+        return self.artefact.entries()
 
     def reference(self, taps: Sequence[str] = (), near: float | None = None) -> Session:
         """Open the float32 eager reference on the same weights; `near` is as in `eager_engine`."""

@@ -18,6 +18,7 @@ from moec.artefact.session_options import EXACT
 from moec.runtime.proof.checks import cached_decode, fast_products, generation, layer_by_layer
 from moec.runtime.proof.compare import FP8_NOISE, TOLERANCES
 from moec.runtime.proof.cost import cost
+from moec.runtime.proof.each_op.stage import every_op
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.reduced import (
     MOST_TOKENS,
@@ -162,7 +163,12 @@ def _prove(
         report.notes.append(
             f"No chunk border was crossed: chunk {chunk}, {longest} tokens; use --tokens for more."
         )
+    more = torch.Generator().manual_seed(seed + 1)
     stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        (
+            "each op",
+            lambda: every_op(tested, ids, lengths, tolerance, more, report.notes),
+        ),
         ("layer by layer", lambda: layer_by_layer(tested, ids, lengths, tolerance)),
         ("cached decode", lambda: cached_decode(tested, ids, lengths, tolerance)),
         ("generation", lambda: generation(tested, ids, tolerance)),

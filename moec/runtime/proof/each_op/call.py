@@ -1,0 +1,134 @@
+"""Compare one call of a graph op by op.
+
+The reference computes each op from the engine's own values: what the ops before it gave. So the
+errors of ops do not add up, and the op that is wrong is the one that differs. The reference runs in
+float64. Beside it each op runs in the dtype of the graph, on the same values: the distance of these
+two is the noise, the error that rounding alone makes here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moec.graph_builder import ops
+from moec.graph_builder.ops import FP8
+from moec.graph_builder.ops.registry import OPS
+from moec.graph_builder.roles import Role
+from moec.runtime.proof.each_op.distance import Distance, distance, same_codes, same_values
+from moec.spec import names
+
+#: ops whose rounding to FP8 may go to either neighbour, which changes what follows
+_ROUND_TO_FP8 = (ops.quantize.target, ops.fp8_moe.target)
+#: how much coarser than a rounding the polynomials of engines are for exp and erf
+_LEAST_NOISE: dict[Any, float] = {ops.swiglu.target: 4.0, ops.gelu.target: 4.0}
+
+
+def each_op(
+    graph: fx.GraphModule,
+    feeds: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    lengths: Tensor | None,
+    given: Mapping[str, Tensor],
+) -> Iterator[Distance]:
+    """Run `graph` beside the values `found` of an engine, and compare each of these.
+
+    Args:
+        graph: the reference, with its weights.
+        feeds: the inputs of the call, by name.
+        found: values of the engine's call, by the names that they have in `graph`.
+        lengths: int64 [B], the tokens of each sequence that are not padding; None for the tower.
+        given: values, by name, that the engine's graph used in place of those that it computed.
+    """
+    exact: dict[fx.Node, Any] = {}
+    rounded: dict[fx.Node, Any] = {}
+    left = {node: len(node.users) for node in graph.graph.nodes}
+    flips: set[fx.Node] = set()
+    own: dict[str, Tensor] = {}
+    open_names = set(found)
+    weights = dict(graph.named_parameters())
+    for node in graph.graph.nodes:
+        name = node.meta.get("name")
+        if node.op == "placeholder":
+            value = feeds.get(name, node.meta["default"])
+            if name == names.INPUT_IDS and lengths is not None:
+                mine = torch.arange(value.shape[1]) < lengths[:, None]
+                own = {"batch": mine, "batch*sequence": mine.flatten()}
+            exact[node] = rounded[node] = value
+        elif node.op == "get_attr":
+            exact[node] = rounded[node] = weights[str(node.target)]
+        elif node.op == "call_function":
+            run = _function(node)
+            exact[node] = run(*fx.map_arg(node.args, lambda arg: _double(exact[arg])))
+            rounded[node] = run(*fx.map_arg(node.args, rounded.__getitem__))
+            if node.target in _ROUND_TO_FP8 or not flips.isdisjoint(node.all_input_nodes):
+                flips.add(node)
+            if name in found:
+                open_names.discard(name)
+                value = _laid_out(found[name], rounded[node])
+                # An engine may use a name for another value, such as a mask of other width.
+                if value.shape == rounded[node].shape:
+                    yield _compared(node, value, exact, rounded, own, node in flips)
+                    flips.discard(node)
+                    exact[node] = rounded[node] = value.to(rounded[node].dtype)
+                if not open_names:
+                    return
+            if name in given:
+                value = given[name].reshape(rounded[node].shape)
+                exact[node] = rounded[node] = value.to(rounded[node].dtype)
+        for used in node.all_input_nodes:  # free what no later op uses; choices need the logits
+            left[used] -= 1
+            if not left[used] and node.target != ops.route.target:
+                exact[used] = rounded[used] = None
+
+
+def _function(node: fx.Node) -> Callable[..., Any]:
+    """What `node` calls, without the checks of operands, which know no float64."""
+    if node.target is getitem:
+        return getitem
+    return OPS[str(node.target._schema.name).partition("::")[2]].eager  # type: ignore[union-attr]
+
+
+def _double(value: Any) -> Any:
+    wide = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != FP8
+    return value.double() if wide else value
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """`value` in the shape of `like`: engines keep heads [B, heads, S, d], the reference [B, S, N].
+
+    The result has its own shape where the elements do not fit.
+    """
+    value = value.cpu()
+    if value.dim() == 4 and like.dim() == 3:
+        value = value.transpose(1, 2).flatten(2)
+    return value.reshape(like.shape) if value.numel() == like.numel() else value
+
+
+def _compared(
+    node: fx.Node,
+    value: Tensor,
+    exact: Mapping[fx.Node, Any],
+    rounded: Mapping[fx.Node, Any],
+    own: Mapping[str, Tensor],
+    flips: bool,
+) -> Distance:
+    name, right, near = str(node.meta["name"]), exact[node], rounded[node]
+    mask = own.get(node.meta["type"].shape[0])
+    if mask is not None and mask.dim() == 2 and value.dim() == 4:  # [B, 1, S, K]
+        mask = mask[:, None].expand(value.shape[:3])
+    if mask is not None and mask.shape == value.shape[: mask.dim()]:
+        value, right, near = value[mask], right[mask], near[mask]
+    if node.meta.get("role") and node.meta["role"].role == Role.CHOICE:
+        logits = exact[node.args[0].args[0]]  # type: ignore[union-attr]
+        logits = logits[own["batch*sequence"]]
+        known = value.clamp(0, logits.shape[1] - 1)
+        # experts whose logits are equal may stand for each other
+        return same_values(name, logits.gather(1, known), logits.gather(1, right), known == value)
+    if near.dtype == FP8:
+        return same_codes(name, value.to(FP8), right)
+    if not near.is_floating_point():
+        return same_values(name, value, right)
+    return distance(name, value, right, near, _LEAST_NOISE.get(node.target, 1.0), flips)

@@ -1,0 +1,105 @@
+"""How far a value of an engine is from the right one, and how far rounding alone may take it."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+#: A value may be this many times as far off as the same op in the dtype of the graph is from the op
+#: in float64. Engines add in other orders and have other polynomials for exp and cos.
+MULTIPLE = 16.0
+#: the share of tokens that a rounding to FP8 may change, and by how much of their largest element
+FLIPS, FLIPPED = 0.05, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """The distance of a value from the right one, relative to the value's largest element.
+
+    Attributes:
+        name: the value's name in the graph.
+        error: the distance at the worst token.
+        limit: how large it may be at that token.
+        detail: what differs, where a number does not say it.
+    """
+
+    name: str
+    error: float
+    limit: float
+    detail: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """The distance as a share of the limit; above 1 it is too large."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.limit if self.limit else math.inf
+
+
+def worst(distances: Iterable[Distance]) -> dict[str, Distance]:
+    """The worst of several distances of each value, by name, in the order of the values."""
+    found: dict[str, Distance] = {}
+    for each in distances:
+        known = found.get(each.name)
+        if known is None or not each.ratio <= known.ratio:  # NaN is the worst
+            found[each.name] = each
+    return found
+
+
+def distance(
+    name: str,
+    value: Tensor,
+    right: Tensor,
+    near: Tensor,
+    least: float = 1.0,
+    flips: bool = False,
+) -> Distance:
+    """The distance of `value` from `right`, both [tokens, ...]; `near` is `right` with rounding.
+
+    Each token has a limit of its own, because sums that cancel round more than others: a multiple
+    of its own noise, or of the usual noise of all tokens if that is larger. `least` is the least
+    usual noise, in roundings. With `flips` distances are Euclidean, and a few tokens may be further
+    off: a rounding to FP8 went to the other neighbour.
+    """
+    if not value.numel():
+        return Distance(name, 0.0, 0.0)
+    value, right, noisy = (x.reshape(len(x), -1).double() for x in (value, right, near))
+    if not bool(value.isfinite().all()):
+        where = "" if right.isfinite().all() else " in the reference too: look at the weights"
+        return Distance(name, math.nan, 0.0, f"not finite{where}")
+    norm = partial(torch.linalg.vector_norm, ord=2 if flips else torch.inf, dim=1)
+    size = norm(right).clamp(min=1e-30)
+    error, noise = norm(value - right), norm(noisy - right)
+    usual = (noise / size).square().mean().sqrt()
+    usual = usual.clamp(min=least * torch.finfo(near.dtype).eps / 2)
+    limit = MULTIPLE * torch.maximum(noise, usual * size)
+    if flips:
+        few = (error / limit).argsort(descending=True)[: max(1, int(FLIPS * len(error)))]
+        limit[few] = limit[few].maximum(FLIPPED * size[few])
+    at = int((error / limit).argmax())
+    scale = float(size[at])
+    return Distance(name, float(error[at]) / scale, float(limit[at]) / scale)
+
+
+def same_values(name: str, value: Tensor, right: Tensor, known: Tensor | None = None) -> Distance:
+    """0 if integers or choices are the same everywhere, else the share that differs."""
+    same = value == right
+    if known is not None:
+        same &= known
+    share = 1 - float(same.double().mean()) if same.numel() else 0.0
+    detail = f"{int((~same).sum())} of {same.numel()} differ" if share else ""
+    return Distance(name, share, 0.0, detail)
+
+
+def same_codes(name: str, value: Tensor, right: Tensor) -> Distance:
+    """The share of FP8 values that differ by more than a rounding to the neighbour."""
+    value, right = value.float(), right.float()
+    step = right.abs().clamp(min=2.0**-6) / 8
+    off = (value - right).abs()
+    share = float((off > 1.01 * step).double().mean())
+    # among neighbours, a rounding decides only where the value was in the middle
+    moved = float((off > 0).double().mean())
+    return Distance(name, max(share, moved), 0.0 if share else 1e-2, "")

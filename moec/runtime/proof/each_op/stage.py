@@ -1,0 +1,81 @@
+"""The stage of a proof that compares every op of the decoder, in calls that reach all of it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moec.runtime.proof.compare import Tolerance
+from moec.runtime.proof.each_op.reach import (
+    each_expert,
+    expert_inputs,
+    far_positions,
+    ring_wrap,
+    vocabulary,
+    with_images,
+)
+from moec.runtime.proof.each_op.table import checks_of
+from moec.runtime.proof.each_op.watch import Watch, watch
+from moec.runtime.proof.report import Check
+from moec.runtime.proof.under_test import ArtefactUnderTest
+from moec.spec import names
+from moec.spec.parameters import counts
+
+#: the arithmetic that `vocabulary` may cost, in multiplications and additions
+VOCABULARY_COST = 1 << 35
+#: the fewest tokens that it runs, if the vocabulary has so many
+FEWEST_TOKENS = 512
+
+
+def every_op(
+    tested: ArtefactUnderTest,
+    ids: Tensor,
+    lengths: Tensor,
+    tolerance: Tolerance,
+    generator: torch.Generator,
+    notes: list[str],
+) -> Iterator[Check]:
+    """Compare every value of the decoder that the engine shows, over several kinds of calls.
+
+    The calls are: ids [B, S] without a cache; sequences of different length that pass a chunk
+    border; single tokens at positions up to the last; image features in text; tokens of the whole
+    vocabulary; and tokens for each expert. `notes` gets a remark on what was not reached.
+    """
+    spec = tested.artefact.manifest.spec
+    seen = watch(tested)
+    session = tested.session(seen.taps)
+    seen.on(session).trace(ids, lengths, [])
+    ring_wrap(seen.on(session), session.limits.context or 2 * ids.shape[1], generator)
+    last = far_positions(seen, session, generator)
+    if spec.vision:
+        with_images(seen.on(session), generator)
+    embedded = _vocabulary(tested, seen, generator)
+    unreached = _experts(tested, seen, generator)
+    # Roundings to FP8 make noise that no fixed ceiling fits.
+    most = math.inf if spec.scheme else tolerance.error
+    yield from checks_of(seen.found.values(), most)
+    notes.append(
+        f"Each op was compared with float64 on the engine's own inputs: {len(seen.found)} values, "
+        f"positions up to {last}, {embedded} of {spec.text.vocab} embeddings, "
+        + (f"each expert but {unreached}." if unreached else "each expert.")
+    )
+
+
+def _vocabulary(tested: ArtefactUnderTest, seen: Watch, generator: torch.Generator) -> int:
+    spec = tested.artefact.manifest.spec
+    alone = replace(seen, only={names.EMBED})
+    most = max(FEWEST_TOKENS, VOCABULARY_COST // counts(spec)["active_text"])
+    count = vocabulary(alone.on(tested.session([names.EMBED])), most, generator)
+    seen.found = alone.found
+    return count
+
+
+def _experts(tested: ArtefactUnderTest, seen: Watch, generator: torch.Generator) -> int:
+    given, missed = expert_inputs(
+        tested.artefact.manifest.spec, tested.compute, seen.graph, generator
+    )
+    if given and tested.engine.gives:
+        each_expert(seen, tested.session(seen.taps, list(given)), given, generator)
+    return missed

@@ -45,13 +45,20 @@ def validate(
             "drawn from the reference.",
         ),
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="The checkpoint that the artefact was built from: its weights are compared with "
+            "the artefact's. Default: the folder in the manifest, if it is there."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare an artefact with the eager reference, layer by layer; exit code 1 if they differ.
+    """Compare an artefact with the eager reference, op by op; exit code 1 if they differ.
 
     The report goes into the artefact's manifest, where `moec inspect` finds it.
     """
-    prove(artefact, tokens, seed, reduced, html, as_json, device, reference, eval_file)
+    prove(artefact, tokens, seed, reduced, html, as_json, device, reference, eval_file, source)
 
 
 def prove(
@@ -64,6 +71,7 @@ def prove(
     device: str = "cpu",
     reference: str | None = None,
     rows: Path | None = None,
+    source: Path | None = None,
 ) -> None:
     """Prove an artefact, store the report in its manifest and print it.
 
@@ -85,6 +93,7 @@ def prove(
             device=device,
             reference=reference,
             rows=rows,
+            source=source,
         )
     record(artefact, report)
     if html:

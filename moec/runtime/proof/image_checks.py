@@ -63,7 +63,7 @@ def tower(tested: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> It
     spec, entries = tested.artefact.manifest.spec, tested.entries()
     assert spec.vision is not None
     seen = watch(tested, "vision")
-    seen.run(tested.tower(seen.taps), {})({names.PIXEL_VALUES: pixels})
+    seen.run(tested.open("vision", seen.taps), {})({names.PIXEL_VALUES: pixels})
     yield from checks_of(seen.found.values(), tolerance.error, "vision, ")
     shown = {
         names.vision("tokens"): names.vision("tokens"),
@@ -77,7 +77,7 @@ def tower(tested: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> It
     found, expected = (
         {name: each.cpu() for name, each in run({names.PIXEL_VALUES: pixels}).items()}
         for run in (
-            tested.tower(taps),
+            tested.open("vision", taps),
             eager_engine(spec, entries, "fp32", taps, "vision"),
         )
     )

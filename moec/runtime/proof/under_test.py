@@ -20,12 +20,13 @@ from moec.spec import names
 class ArtefactUnderTest:
     """An artefact that is being proven, on a device and with a named set of session options.
 
-    In its methods, `taps` are the inner values that a call returns besides the outputs.
+    The reference reads the tensors of `source`, a checkpoint; None: those of the artefact. In its methods, `taps` are the inner values that a call returns besides the outputs.
     """
 
     artefact: Artefact
     device: str
     options: str
+    source: Mapping[str, Entry] | None = None
 
     @property
     def engine(self) -> Engine:
@@ -64,9 +65,9 @@ class ArtefactUnderTest:
             engine = replace(engine, open=opened)
         return artefact_session(self.artefact, self.device, self.options, taps, engine)
 
-    def tower(self, taps: Sequence[str]) -> Run:
-        """Open the vision tower alone."""
-        return self.engine.open(self.artefact, "vision", self.device, self.options, taps)
+    def open(self, part: str, taps: Sequence[str]) -> Run:
+        """Open one part alone, such as "vision"."""
+        return self.engine.open(self.artefact, part, self.device, self.options, taps)
 
     def shown(self, part: str, wanted: Sequence[str]) -> list[str]:
         """Those of the inner values `wanted` of a part that the engine can show."""
@@ -75,12 +76,12 @@ class ArtefactUnderTest:
 
     def entries(self) -> Mapping[str, Entry]:
         """Where the reference reads each parameter."""
-        return self.artefact.entries()
+        return self.artefact.entries() if self.source is None else self.source
 
     def reference(self, taps: Sequence[str] = (), near: float | None = None) -> Session:
         """Open the float32 eager reference on the same weights; `near` is as in `eager_engine`."""
         return eager_session(
-            self.artefact.manifest.spec, self.artefact.entries(), "fp32", taps=taps, near=near
+            self.artefact.manifest.spec, self.entries(), "fp32", taps=taps, near=near
         )
 
     def reference_from(
@@ -93,7 +94,7 @@ class ArtefactUnderTest:
         [tokens, ...] without padding, as `Session.trace` returns them.
         """
         spec = self.artefact.manifest.spec
-        run = eager_engine(spec, self.artefact.entries(), "fp32", taps, given=tuple(given))
+        run = eager_engine(spec, self.entries(), "fp32", taps, given=tuple(given))
         own = torch.arange(ids.shape[1]) < lengths[:, None]
         cache = new_cache(spec, "fp32", len(ids), 0)
         feeds = {

@@ -4,10 +4,11 @@
 docs/numerics.md says what each check means and where the limits come from.
 """
 
+import math
 import secrets
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact, open_artefact, write_manifest
 from moec.artefact.session_options import EXACT
+from moec.exporters.onnx.write import GENAI
 from moec.runtime.proof.checks import cached_decode, fast_products, generation, layer_by_layer
 from moec.runtime.proof.compare import FP8_NOISE, TOLERANCES
 from moec.runtime.proof.cost import cost
+from moec.runtime.proof.each_op.genai import genai
 from moec.runtime.proof.each_op.stage import every_op
+from moec.runtime.proof.graph_files import graph_files
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.reduced import (
     MOST_TOKENS,
@@ -28,10 +32,12 @@ from moec.runtime.proof.reduced import (
     reduced_spec,
 )
 from moec.runtime.proof.report import Check, Report
+from moec.runtime.proof.source import covered, read_source, weights_against_source
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec import names
-from moec.spec.errors import refuse
+from moec.spec.errors import MoecError, refuse
 from moec.spec.tensors import quantized
+from moec.weights.shard import TensorEntry
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,12 +52,14 @@ def validate(
     device: str = "cpu",
     reference: str | None = None,
     rows: Tensor | str | Path | None = None,
+    source: str | Path | None = None,
     on_twin: bool | None = None,
 ) -> Report:
     """Compare an artefact, run by its engine, with the float32 eager reference on its weights.
 
     For an artefact without weights, moec builds a reduced-size model for the same target and proves
-    that: it has the same patterns of layers, smaller widths and random weights.
+    that: it has the same patterns of layers, smaller widths and random weights. The artefact's own
+    graph files are then compared node for node with those that moec writes now.
 
     Args:
         path: the artefact's folder.
@@ -66,6 +74,9 @@ def validate(
             or "fp32" for those that the artefact was built from, or a checkpoint folder.
         rows: the tokens to measure that on, int64 [rows, length] or a file; default drawn from the
             reference.
+        source: the checkpoint folder that the artefact was built from: its weights are compared
+            with the artefact's, and the reference reads them; default the folder in the manifest,
+            if it is there.
         on_twin: the old name of `reduced`; it works for one more version.
 
     Raises:
@@ -85,6 +96,13 @@ def validate(
     artefact = open_artefact(path)
     seed = secrets.randbits(31) if seed is None else seed
     unbound = artefact.manifest.weights.mode == "unbound"
+    if source is not None and (unbound or reduced):
+        refuse(
+            f"--source {source}",
+            "a proof of the reduced-size model (the twin), whose weights are random",
+            "an artefact with weights",
+            "leave --source out, or bind a checkpoint",
+        )
     if reference is None and rows is not None:
         refuse("--eval", "no --reference", "a reference", "add --reference bf16")
     if reference is not None:
@@ -96,24 +114,30 @@ def validate(
                 "leave --reference out, or bind a checkpoint",
             )
         found = cost(artefact, reference, rows, device, seed, progress)
-        report = _prove(artefact, tokens, seed, progress, device)
+        report = _prove(artefact, tokens, seed, progress, device, source=source)
         report.cost = found.to_dict()
         return report
     if not unbound and not reduced:
-        return _prove(artefact, tokens, seed, progress, device)
+        return _prove(artefact, tokens, seed, progress, device, source=source)
     ArtefactUnderTest(artefact, device, "lean").check_device()
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = REDUCED.get(artefact.manifest.precision, (None, None))
         small = reduced_spec(artefact.manifest, layers)
+        notes = list[str]()
+        progress("graph files", 0, 1)
+        files = list(graph_files(artefact, True, notes))
         progress("reduced-size model", 0, 1)
         built = build_reduced(artefact, small, Path(folder), seed)
         least = REDUCED_TOKENS if longest else 1
-        report = _prove(built, tokens or longest, seed, progress, device, least)
+        report = _prove(built, tokens or longest, seed, progress, device, least, twin=True)
         report.twin, report.subject = True, f"{artefact.path} (reduced-size model)"
+        report.checks[:0] = files
         report.notes.append(
             f"The artefact's {'weights are not bound' if unbound else 'own weights were not run'}: "
             f"proven on its reduced-size model (twin), {small.text.layers} layers of width "
-            f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}."
+            f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}. "
+            "The artefact's own graph files did not run: they were compared node for node with "
+            "what this version of moec writes for the model's full size."
         )
     return report
 
@@ -124,6 +148,26 @@ def record(path: str | Path, report: Report) -> None:
     write_manifest(artefact.path, artefact.manifest.model_copy(update={"parity": report.to_dict()}))
 
 
+def _source(
+    artefact: Artefact, folder: str | Path | None, notes: list[str]
+) -> Mapping[str, TensorEntry]:
+    """The tensors of the checkpoint to compare with, by name; none if no folder is known."""
+    if folder is not None:
+        return read_source(artefact, Path(folder))
+    known = artefact.manifest.checkpoint
+    try:
+        if known and Path(known).is_dir():
+            return read_source(artefact, Path(known))
+        found = f"{known} is no folder here" if known else "none is known"
+    except MoecError as error:
+        found = f"{error.where}: {error.found}"
+    notes.append(
+        f"The weights were not compared with a checkpoint ({found}): a wrong expert in them would "
+        "not be found. Use --source DIR."
+    )
+    return {}
+
+
 def _prove(
     artefact: Artefact,
     tokens: int | None,
@@ -131,12 +175,21 @@ def _prove(
     progress: Progress,
     device: str,
     least: int = 1,
+    source: str | Path | None = None,
+    twin: bool = False,
 ) -> Report:
     manifest = artefact.manifest
     # An artefact with quantised weights is proven with float32 products on dequantised weights. A
     # check of its own measures the error that fast products add.
     exact = EXACT in manifest.presets
-    tested = ArtefactUnderTest(artefact, device, EXACT if exact else "lean")
+    notes = list[str]()
+    original = {} if twin else _source(artefact, source, notes)
+    tested = ArtefactUnderTest(
+        artefact,
+        device,
+        EXACT if exact else "lean",
+        original if original and covered(artefact, original) else None,
+    )
     tested.check_device()
     tolerance = FP8_NOISE if manifest.spec.scheme else TOLERANCES[tested.compute]
     chunk = manifest.spec.text.chunk
@@ -156,6 +209,7 @@ def _prove(
         seed,
         lengths.tolist(),
         versions=dict(manifest.versions),
+        notes=notes,
     )
     if tested.engine.note:
         report.notes.append(tested.engine.note(artefact))
@@ -173,6 +227,11 @@ def _prove(
         ("cached decode", lambda: cached_decode(tested, ids, lengths, tolerance)),
         ("generation", lambda: generation(tested, ids, tolerance)),
     ]
+    if original:
+        stages.insert(0, ("weights", lambda: weights_against_source(artefact, original)))
+    if GENAI in artefact.parts:
+        most = math.inf if manifest.spec.scheme else tolerance.error
+        stages.append(("genai", lambda: genai(tested, most, more)))
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
         narrow = any(names.of_vision(name) for name in quantized(manifest.spec))
@@ -186,6 +245,8 @@ def _prove(
             )
     if exact:
         stages.append(("fast products", lambda: fast_products(tested, ids, lengths)))
+    if not twin:
+        stages.append(("graph files", lambda: graph_files(artefact, False, notes)))
     for done, (name, checks) in enumerate(stages):
         progress(name, done, len(stages))
         report.checks += checks()

@@ -78,8 +78,11 @@ class Watch:
         self.found = worst([*known, *each_op(self.graph, inputs, out, lengths, given)])
 
 
-def watch(tested: ArtefactUnderTest, part: str = "model") -> Watch:
-    """A watch over a part, "model" or "vision", of the artefact under test."""
+def watch(tested: ArtefactUnderTest, part: str = "model", file: str | None = None) -> Watch:
+    """A watch over the artefact under test, whose reference is part "model" or "vision".
+
+    `file` is the part that runs, if it is another one.
+    """
     spec = tested.artefact.manifest.spec
     graph = build_graph(spec, tested.compute, part=part)
     fill(graph, tested.entries())
@@ -92,4 +95,4 @@ def watch(tested: ArtefactUnderTest, part: str = "model") -> Watch:
         and isinstance(node.meta["type"], TensorType)
         and node.meta["name"] not in outputs
     ]
-    return Watch(graph, tested.shown(part, inner))
+    return Watch(graph, tested.shown(file or part, inner))

@@ -1,0 +1,89 @@
+"""Compare the graphs of an artefact with those that the exporter writes now, node for node."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moec.artefact.artefact import Artefact
+from moec.artefact.engine_options import EngineOptions
+from moec.artefact.placement import Bound
+from moec.exporters.builder import Wanted, builder_for
+from moec.exporters.stages import no_collection
+
+
+@no_collection()
+def other_graphs(artefact: Artefact) -> dict[str, str]:
+    """The parts whose files are not what the exporter writes now, and the first difference of each.
+
+    The graphs are built again from the manifest, at full size; no weights are read. The result is
+    empty if every file has the same bytes, or the same nodes.
+    """
+    with tempfile.TemporaryDirectory(prefix="moec-graphs-") as folder:
+        written = _write(artefact, Path(folder))
+        found = {}
+        for part, file in written.items():
+            stored = artefact.graph(part)
+            if stored.read_bytes() != file.read_bytes():
+                found[part] = _difference(stored, file)
+        return {part: what for part, what in found.items() if what}
+
+
+def _write(artefact: Artefact, folder: Path) -> dict[str, Path]:
+    """Write every graph into `folder` as a build or `bind` would write it."""
+    manifest, builder = artefact.manifest, builder_for(artefact)
+    options = manifest.options or EngineOptions()
+    wanted = Wanted(manifest.spec, manifest.precision, manifest.compute, manifest.dialect, options)
+    bound = None
+    if manifest.weights.mode != "unbound":
+        bound = Bound(artefact.stored(), artefact.weights_folder, manifest.weights)
+    files = {}
+    for part, graph in builder.graphs(wanted).items():
+        model, _ = builder.lower(wanted, graph, part)
+        files[part] = folder / artefact.graph(part).relative_to(artefact.path)
+        files[part].parent.mkdir(parents=True, exist_ok=True)
+        builder.save_unbound(model, files[part])
+        if bound:
+            builder.save_bound(model, files[part], bound, options)
+    return files
+
+
+def _difference(stored: Path, written: Path) -> str | None:
+    """How the graph in `stored` differs from that in `written`; None if only their bytes do."""
+    if stored.suffix != ".onnx":
+        return "another program"
+    import onnx
+
+    left, right = (onnx.load(file, load_external_data=False) for file in (stored, written))
+    for a, b in zip(_facts(left.graph), _facts(right.graph), strict=False):
+        if a != b:
+            return f"{a[0]}: {_short(a[1])}, expected {b[0]}: {_short(b[1])}"
+    counts = [sum(1 for _ in _facts(each.graph)) for each in (left, right)]
+    if counts[0] != counts[1]:
+        return f"{counts[0]} nodes, inputs and constants, expected {counts[1]}"
+    left.graph.Clear()
+    right.graph.Clear()
+    left.producer_version = right.producer_version = ""
+    return None if left == right else "other operator sets, functions or metadata"
+
+
+def _facts(graph: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything that a graph says, piece by piece: (where, what)."""
+    for kind in ("input", "output", "initializer"):
+        for each in getattr(graph, kind):
+            yield f"{at}{kind} {each.name}", each.SerializeToString(deterministic=True)
+    for node in graph.node:
+        where = f"{at}{node.name or node.output[0]}"
+        yield where, (node.domain, node.op_type, tuple(node.input), tuple(node.output))
+        for attribute in sorted(node.attribute, key=lambda each: each.name):
+            if attribute.HasField("g"):
+                yield from _facts(attribute.g, f"{where}/{attribute.name}/")
+            else:
+                what = attribute.SerializeToString(deterministic=True)
+                yield f"{where}, attribute {attribute.name}", what
+
+
+def _short(what: Any) -> str:
+    if isinstance(what, bytes):
+        return f"{len(what)} bytes" if len(what) > 40 else repr(what)[1:]
+    return str(what)

@@ -20,7 +20,8 @@ from moec.spec import names
 class ArtefactUnderTest:
     """An artefact that is being proven, on a device and with a named set of session options.
 
-    The reference reads the tensors of `source`, a checkpoint; None: those of the artefact. In its methods, `taps` are the inner values that a call returns besides the outputs.
+    The reference reads the tensors of `source`, a checkpoint; None: those of the artefact. In the
+    methods, `taps` are the inner values that a call returns besides the outputs.
     """
 
     artefact: Artefact

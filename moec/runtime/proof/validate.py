@@ -227,8 +227,6 @@ def _prove(
         ("cached decode", lambda: cached_decode(tested, ids, lengths, tolerance)),
         ("generation", lambda: generation(tested, ids, tolerance)),
     ]
-    if original:
-        stages.insert(0, ("weights", lambda: weights_against_source(artefact, original)))
     if GENAI in artefact.parts:
         most = math.inf if manifest.spec.scheme else tolerance.error
         stages.append(("genai", lambda: genai(tested, most, more)))
@@ -243,6 +241,8 @@ def _prove(
             report.notes.append(
                 f"No image was placed in the text: {longest} tokens are too few; use --tokens."
             )
+    if original:
+        stages.insert(0, ("weights", lambda: weights_against_source(artefact, original)))
     if exact:
         stages.append(("fast products", lambda: fast_products(tested, ids, lengths)))
     if not twin:

@@ -1,6 +1,7 @@
-"""Faults in attention: rotary positions, QK-norm, temperature, heads, masks and caches."""
+"""Faults in attention: rotary positions, QK-norm, temperature, heads, masks and caches.
 
-from typing import Any
+QK-norm ahead of RoPE is not among them: it has no weight, and a rotation keeps the norm of a head.
+"""
 
 import numpy as np
 from onnx import ModelProto, NodeProto
@@ -125,8 +126,15 @@ def key_heads_in_the_wrong_order(model: ModelProto, layer: int) -> None:
     if mix.domain:  # GroupQueryAttention repeats them itself: bring the query heads out of order
         count, width = _heads(mix, "num_heads"), dims_of(model, f"{_at(layer)}.q.weight")[0]
         order = np.arange(count).reshape(attribute_of(mix, "kv_num_heads"), -1).T.ravel()
-        _reorder(model, mix.input[0], order, width)
-        _reorder(model, f"{_at(layer)}.mix", np.argsort(order), width)
+        columns, back = (
+            constant(model, np.arange(width).reshape(count, -1)[each].ravel(), np.int64)
+            for each in (order, np.argsort(order))
+        )
+        queries = mix.input[0]
+        wrong = before(model, f"{_at(layer)}.mix")("Gather", [queries, columns], axis=2)
+        rewire(model, f"{_at(layer)}.mix", queries, wrong)
+        inner, add = after(model, f"{_at(layer)}.mix")
+        add("Gather", [inner, back], f"{_at(layer)}.mix", axis=2)
         return
     add = before(model, f"{_at(layer)}.mix")
     heads, groups = attribute_of(mix, "q_num_heads"), attribute_of(mix, "kv_num_heads")
@@ -134,12 +142,6 @@ def key_heads_in_the_wrong_order(model: ModelProto, layer: int) -> None:
     mix = node_of(model, f"{_at(layer)}.mix")
     mix.input[1], mix.input[2] = tiled
     set_attribute(mix, "kv_num_heads", heads)
-
-
-def _reorder(model: ModelProto, value: str, order: Any, width: int) -> None:
-    columns = np.arange(width).reshape(len(order), -1)[order].ravel()
-    inner, add = after(model, value)
-    add("Gather", [inner, constant(model, columns, np.int64)], value, axis=2)
 
 
 def columns_of_output_permuted(model: ModelProto, layer: int) -> None:

@@ -8,6 +8,8 @@ changes none of their outputs is no fault, and a proof that passes it is right.
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import torch
 from torch import Tensor
 
@@ -16,12 +18,17 @@ from moec.runtime.session import Session
 
 #: lengths of the sequences of the first call, in chunks, and of the last positions
 RAGGED, FAR, STEPS = (2.2, 1.35), 3.5, 6
+GENAI = Path("genai") / "model.onnx"
+FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def outputs(folder: Path, seed: int = 5) -> dict[str, Tensor]:
     """Logits and image features of the artefact at `folder` on fixed inputs, by what was run."""
     session = moec.open_session(folder)
-    return dict(_runs(session, torch.Generator().manual_seed(seed)))
+    found = dict(_runs(session, torch.Generator().manual_seed(seed)))
+    if (folder / GENAI).is_file():
+        found["GenAI"] = _genai(folder, session)
+    return found
 
 
 def _runs(session: Session, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -53,6 +60,23 @@ def _runs(session: Session, generator: torch.Generator) -> Iterator[tuple[str, T
         text_ids = draw(1, 2 * vision.tokens + 8)
         text_ids[0, 4 : 4 + 2 * vision.tokens] = image
         yield "images", session.logits(text_ids, pixels)[0]
+
+
+def _genai(folder: Path, session: Session) -> Tensor:
+    """The logits of the graph for ONNX Runtime's GenAI; weights lie in the artefact's folder."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(FOLDER, str(folder))
+    graph = onnxruntime.InferenceSession(folder / GENAI, options)
+    count = int(RAGGED[0] * (session.spec.text.chunk or 16))
+    feeds = {}
+    for port in graph.get_inputs():
+        shape = [1 if size == "batch" else count if isinstance(size, str) else size
+                 for size in port.shape]  # fmt: skip
+        feeds[port.name] = np.zeros(shape, np.float32 if "float" in port.type else np.int64)
+    feeds["input_ids"] += np.arange(count)[None] % (session.spec.text.vocab - 6) + 6
+    feeds["attention_mask"] += 1
+    return torch.from_numpy(graph.run(["logits"], feeds)[0])
 
 
 def change(clean: dict[str, Tensor], faulty: dict[str, Tensor]) -> tuple[float, str]:

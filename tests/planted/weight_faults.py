@@ -32,13 +32,22 @@ def _write(folder: Path, ref: Ref, data: bytes | bytearray) -> None:
         file.write(data)
 
 
+def _stored(folder: Path, *parameters: str) -> list[Ref]:
+    """Where the tensors are that hold these parameters.
+
+    A packed parameter has tensors of its own: "head.weight.int8", "head.weight.scales".
+    """
+    tensors = _manifest(folder)["weights"]["tensors"]
+    stems = tuple(f"{each}." for each in parameters)
+    found = [ref for name, ref in tensors.items() if f"{name}.".startswith(stems)]
+    assert found, f"no tensor holds {parameters}"
+    return found
+
+
 def _stacked(folder: Path, layer: int) -> tuple[int, list[Ref]]:
     """How many experts a layer has, and the tensors that hold all of them one after the other."""
-    manifest = _manifest(folder)
-    stems = tuple(f"layers.{layer}.moe.{part}" for part in ("gate_up", "down"))
-    refs = [ref for name, ref in manifest["weights"]["tensors"].items() if name.startswith(stems)]
-    assert refs, f"layer {layer} has no experts"
-    return manifest["spec"]["text"]["experts"]["count"], refs
+    count = _manifest(folder)["spec"]["text"]["experts"]["count"]
+    return count, _stored(folder, *(f"layers.{layer}.moe.{part}" for part in ("gate_up", "down")))
 
 
 def expert_zeroed(folder: Path, layer: int, expert: int = 4) -> None:
@@ -58,12 +67,12 @@ def experts_swapped(folder: Path, layer: int, pair: tuple[int, int] = (2, 5)) ->
         _write(folder, ref, data)
 
 
-def _row_replaced(folder: Path, name: str, row: int, by: int) -> None:
-    manifest = _manifest(folder)
-    ref, count = manifest["weights"]["tensors"][name], manifest["spec"]["text"]["vocab"]
-    data, size = _read(folder, ref), ref["length"] // count
-    data[row * size : (row + 1) * size] = data[by * size : (by + 1) * size]
-    _write(folder, ref, data)
+def _row_replaced(folder: Path, parameter: str, row: int, by: int) -> None:
+    count = _manifest(folder)["spec"]["text"]["vocab"]
+    for ref in _stored(folder, parameter):
+        data, size = _read(folder, ref), ref["length"] // count
+        data[row * size : (row + 1) * size] = data[by * size : (by + 1) * size]
+        _write(folder, ref, data)
 
 
 def embedding_row_replaced(folder: Path, _: None) -> None:
@@ -78,9 +87,8 @@ def head_row_replaced(folder: Path, _: None) -> None:
 
 def gain_scaled(folder: Path, layer: int) -> None:
     """Multiply the gain of a norm by 1.01, in bfloat16 or float32."""
-    manifest = _manifest(folder)
-    ref = manifest["weights"]["tensors"][f"layers.{layer}.ffn.norm.weight"]
-    data, width = bytes(_read(folder, ref)), manifest["spec"]["text"]["dim"]
+    (ref,) = _stored(folder, f"layers.{layer}.ffn.norm.weight")
+    data, width = bytes(_read(folder, ref)), _manifest(folder)["spec"]["text"]["dim"]
     if ref["length"] == 4 * width:
         _write(folder, ref, (np.frombuffer(data, np.float32) * np.float32(1.01)).tobytes())
         return
@@ -91,20 +99,27 @@ def gain_scaled(folder: Path, layer: int) -> None:
 
 
 def queries_exchanged(folder: Path, layer: int) -> None:
-    """Exchange the query weights of a layer and the next, in the graph and in the manifest."""
-    names = [f"layers.{n}.attn.q.weight" for n in (layer, layer + 1)]
+    """Exchange the query weights of a layer and the next, in the graphs and in the manifest."""
+    one, two = (f"layers.{n}.attn.q.weight" for n in (layer, layer + 1))
     manifest = _manifest(folder)
     tensors = manifest["weights"]["tensors"]
-    tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+    pairs = [(name, name.replace(one, two)) for name in tensors if f"{name}.".startswith(f"{one}.")]
+    for name, other in pairs:
+        tensors[name], tensors[other] = tensors[other], tensors[name]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in sorted(folder.rglob("*.onnx")):
         model = onnx.load(path, load_external_data=False)
-        found = {each.name: each for each in model.graph.initializer if each.name in names}
-        if len(found) == 2:
-            one, two = (list(found[name].external_data) for name in names)
-            copies = [onnx.StringStringEntryProto(key=e.key, value=e.value) for e in one]
-            del found[names[0]].external_data[:]
-            found[names[0]].external_data.extend(two)
-            del found[names[1]].external_data[:]
-            found[names[1]].external_data.extend(copies)
-            onnx.save(model, path)
+        places = {each.name: each.external_data for each in model.graph.initializer}
+        for name, other in pairs:
+            if name in places:
+                _exchange(places[name], places[other])
+        onnx.save(model, path)
+
+
+def _exchange(one: Any, two: Any) -> None:
+    held = onnx.TensorProto()
+    held.external_data.extend(one)
+    del one[:]
+    one.extend(two)
+    del two[:]
+    two.extend(held.external_data)

@@ -1,5 +1,6 @@
 """A fault: what it does to which file of an artefact, and where a proof should find it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,9 +48,10 @@ def split(name: str) -> tuple[int | None, str]:
 
     "layers.3.attn.q.rope" and "layer 3: attn.q.rope" are (3, "attn.q.rope"); "ring.mask" has no
     layer. The layers of the vision tower and of the caches keep their first word:
-    "vision.layers.1.attn.o" is (1, "vision.attn.o"), "present.0.key" is (0, "present.key").
+    "vision.layers.1.attn.o" is (1, "vision.attn.o"), "present.0.key" is (0, "present.key"). The
+    weight of expert 4, "weights, layers.2: moe.down[4]", is (2, "moe.down").
     """
-    words = name.replace(":", " ").replace(",", " ").replace(".", " ").replace("/", " ").split()
+    words = re.sub(r"\[\d+\]|^weights,|[:,./]", " ", name).split()
     numbers = [i for i, word in enumerate(words) if word.isdigit() and _counts_layers(words, i)]
     if not numbers:
         return None, ".".join(words)

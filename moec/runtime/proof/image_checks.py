@@ -64,7 +64,7 @@ def tower(tested: ArtefactUnderTest, pixels: Tensor, tolerance: Tolerance) -> It
     assert spec.vision is not None
     seen = watch(tested, "vision")
     seen.run(tested.open("vision", seen.taps), {})({names.PIXEL_VALUES: pixels})
-    yield from checks_of(seen.found.values(), tolerance.error, "vision, ")
+    yield from checks_of(seen.found.values(), tolerance.error, "vision tower, ")
     shown = {
         names.vision("tokens"): names.vision("tokens"),
         **{names.vision_layer(i): names.vision_layer(i, "out") for i in range(spec.vision.layers)},

@@ -57,4 +57,4 @@ def genai(tested: ArtefactUnderTest, most: float, generator: torch.Generator) ->
             seen.compare(feeds | before, kept, {})
             past, width = past + new, 1
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-    yield from checks_of(seen.found.values(), most, f"{GENAI}, ")
+    yield from checks_of(seen.found.values(), most, prefix=f"{GENAI}, ")

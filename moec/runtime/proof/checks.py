@@ -26,6 +26,7 @@ from moec.runtime.proof.compare import (
     error,
     worst_error,
 )
+from moec.runtime.proof.each_op.stage import shown_layers
 from moec.runtime.proof.near_ties import (
     choices,
     following,
@@ -39,16 +40,22 @@ from moec.spec import names
 
 
 def layer_by_layer(
-    tested: ArtefactUnderTest, ids: Tensor, lengths: Tensor, tolerance: Tolerance
+    tested: ArtefactUnderTest,
+    ids: Tensor,
+    lengths: Tensor,
+    tolerance: Tolerance,
+    found: dict[str, Tensor],
 ) -> Iterator[Check]:
-    """Compare every layer's output and choice of experts, then the logits, of one call."""
+    """Compare every layer's output and choice of experts, then the logits, of one call.
+
+    `found` are the engine's values of ids [B, S], as `shown_layers` names them, and the logits.
+    """
     spec = tested.artefact.manifest.spec
     layers = spec.text.all_layers
     routers = {i: names.router(i) for i in (la.index for la in layers if la.moe)}
     hidden = [names.EMBED, *(names.out(layer.index) for layer in layers)]
     chosen = {i: names.chosen(i) for i in routers}
-    taps = [*hidden, *routers.values(), *chosen.values()]
-    found = tested.session(taps).trace(ids, lengths, taps)
+    taps = shown_layers(spec)
     reference = tested.reference(taps, tolerance.near)
     followed = {name: found[name] for name in choices(spec, tolerance)}
     expected = following(reference, followed, lengths).trace(ids, lengths, taps)
@@ -122,7 +129,7 @@ def cached_decode(
     have different lengths.
     """
     routes = shown_choices(tested.artefact.manifest.spec, tolerance)
-    session = tested.session(routes)
+    session = tested.session(routes)  # the same one for the stages that follow
     reference = partial(tested.reference, near=tolerance.near)
     chunk = session.spec.text.chunk or 16
     whole = session.trace(ids, lengths, routes)

@@ -1,7 +1,7 @@
 """The artefact under test: it opens sessions on its engine, and on the reference."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +20,16 @@ from moec.spec import names
 class ArtefactUnderTest:
     """An artefact that is being proven, on a device and with a named set of session options.
 
-    The reference reads the tensors of `source`, a checkpoint; None: those of the artefact. In the
-    methods, `taps` are the inner values that a call returns besides the outputs.
+    The reference reads the tensors of `source`, a checkpoint; None: those of the artefact. `last`
+    holds the session that was opened last. In the methods, `taps` are the inner values that a call
+    returns besides the outputs.
     """
 
     artefact: Artefact
     device: str
     options: str
     source: Mapping[str, Entry] | None = None
+    last: dict[tuple[str, ...], Session] = field(default_factory=dict)
 
     @property
     def engine(self) -> Engine:
@@ -50,11 +52,16 @@ class ArtefactUnderTest:
         self.engine.check(self.artefact, self.device)
 
     def session(self, taps: Sequence[str] = (), given: Sequence[str] = ()) -> Session:
-        """Open a new session on the engine.
+        """Open a session on the engine, or return the one that was opened last for these values.
 
-        Calls of the decoder need inputs "NAME.given" for the inner values `given`, which stand for
-        those that it computes. Only engines that have `gives` take any.
+        One session is kept, because its weights may fill the memory. Calls of the decoder need
+        inputs "NAME.given" for the inner values `given`, which stand for those that it computes.
+        Only engines that have `gives` take any.
         """
+        key = (self.options, *taps, "given", *given)
+        if key in self.last:
+            return self.last[key]
+        self.last.clear()
         engine, gives = self.engine, self.engine.gives
         if given and gives:
 
@@ -64,7 +71,9 @@ class ArtefactUnderTest:
                 return gives(artefact, part, device, options, taps, given)
 
             engine = replace(engine, open=opened)
-        return artefact_session(self.artefact, self.device, self.options, taps, engine)
+        session = artefact_session(self.artefact, self.device, self.options, taps, engine)
+        self.last[key] = session
+        return session
 
     def open(self, part: str, taps: Sequence[str]) -> Run:
         """Open one part alone, such as "vision"."""

@@ -217,13 +217,14 @@ def _prove(
         report.notes.append(
             f"No chunk border was crossed: chunk {chunk}, {longest} tokens; use --tokens for more."
         )
+    traced = dict[str, Tensor]()
     more = torch.Generator().manual_seed(seed + 1)
     stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         (
             "each op",
-            lambda: every_op(tested, ids, lengths, tolerance, more, report.notes),
+            lambda: every_op(tested, ids, lengths, tolerance, more, report.notes, traced),
         ),
-        ("layer by layer", lambda: layer_by_layer(tested, ids, lengths, tolerance)),
+        ("layer by layer", lambda: layer_by_layer(tested, ids, lengths, tolerance, traced)),
         ("cached decode", lambda: cached_decode(tested, ids, lengths, tolerance)),
         ("generation", lambda: generation(tested, ids, tolerance)),
     ]

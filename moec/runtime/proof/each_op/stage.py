@@ -21,6 +21,7 @@ from moec.runtime.proof.each_op.watch import Watch, watch
 from moec.runtime.proof.report import Check
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec import names
+from moec.spec.model import ModelSpec
 from moec.spec.parameters import counts
 
 #: the arithmetic that `vocabulary` may cost, in multiplications and additions
@@ -36,26 +37,32 @@ def every_op(
     tolerance: Tolerance,
     generator: torch.Generator,
     notes: list[str],
+    traced: dict[str, Tensor],
 ) -> Iterator[Check]:
     """Compare every value of the decoder that the engine shows, over several kinds of calls.
 
-    The calls are: ids [B, S] without a cache; sequences of different length that pass a chunk
-    border; single tokens at positions up to the last; image features in text; tokens of the whole
-    vocabulary; and tokens for each expert. `notes` gets a remark on what was not reached.
+    The calls are: sequences of different length that pass a chunk border; single tokens at
+    positions up to the last; image features in text; tokens of the whole vocabulary; and tokens
+    for each expert. `notes` gets a remark on what was reached. The values of ids [B, S] in one
+    call, [tokens, ...] without padding, are left in `traced` by name.
     """
     spec = tested.artefact.manifest.spec
     seen = watch(tested)
     session = tested.session(seen.taps)
-    seen.on(session).trace(ids, lengths, [])
+    traced |= session.trace(ids, lengths, shown_layers(spec))
     ring_wrap(seen.on(session), session.limits.context or 2 * ids.shape[1], generator)
     last = far_positions(seen, session, generator)
     if spec.vision:
         with_images(seen.on(session), generator)
-    embedded = _vocabulary(tested, seen, generator)
+    embeddings = replace(seen, only={names.EMBED})
+    most = max(FEWEST_TOKENS, VOCABULARY_COST // counts(spec)["active_text"])
+    embedded = vocabulary(embeddings.on(session), most, generator)
+    seen.found = embeddings.found
+    del session  # its weights may fill the memory
     unreached = _experts(tested, seen, generator)
     # Roundings to FP8 make noise that no fixed ceiling fits.
-    most = math.inf if spec.scheme else tolerance.error
-    yield from checks_of(seen.found.values(), most)
+    most_error = math.inf if spec.scheme else tolerance.error
+    yield from checks_of(seen.found.values(), most_error)
     notes.append(
         f"Each op was compared with float64 on the engine's own inputs: {len(seen.found)} values, "
         f"positions up to {last}, {embedded} of {spec.text.vocab} embeddings, "
@@ -63,13 +70,15 @@ def every_op(
     )
 
 
-def _vocabulary(tested: ArtefactUnderTest, seen: Watch, generator: torch.Generator) -> int:
-    spec = tested.artefact.manifest.spec
-    alone = replace(seen, only={names.EMBED})
-    most = max(FEWEST_TOKENS, VOCABULARY_COST // counts(spec)["active_text"])
-    count = vocabulary(alone.on(tested.session([names.EMBED])), most, generator)
-    seen.found = alone.found
-    return count
+def shown_layers(spec: ModelSpec) -> list[str]:
+    """The values that a comparison layer by layer needs: outputs, router logits and choices."""
+    layers = spec.text.all_layers
+    routed = [layer.index for layer in layers if layer.moe]
+    return [
+        names.EMBED,
+        *(names.out(layer.index) for layer in layers),
+        *(name(index) for name in (names.router, names.chosen) for index in routed),
+    ]
 
 
 def _experts(tested: ArtefactUnderTest, seen: Watch, generator: torch.Generator) -> int:

@@ -138,22 +138,26 @@ def _wrong_rows(
     if packing is None or not (packing.bits or packing.fp8):
         wanted = right if packing is None else arrange(packing, right)
         wanted = wanted if packing is None else wanted.to(TORCH_DTYPES[packing.dtype])
-        same = wanted.contiguous().view(torch.uint8) == found[0].contiguous().view(torch.uint8)
-        return ~same.reshape(max(1, len(same)) if wanted.dim() else 1, -1).all(1)
+        rows = len(wanted) if wanted.dim() else 1
+        left, right = (x.contiguous().view(-1).view(torch.uint8) for x in (wanted, found[0]))
+        return (left != right).view(rows, -1).any(1)
     wide = right.float()
     if packing.fp8:
         codes = found[0] if packing.arrange == "rows" else found[0].t()
         axis = 1 if expert else 0
         value = ops.dequantize.eager(codes, found[1], axis, packing.block, "fp32")
         bound = FP8_ERROR * wide.abs() + FP8_LEAST * wide.abs().amax()
-        return ((value - wide).abs() > bound).any(1)
+        off = (value - wide).abs() > bound
+        return off.any(1)
     value = arrange(packing, unpack(packing, tuple(found))[..., : wide.shape[-1]])
     wide, block = arrange(packing, wide), packing.block
-    padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % block)).unflatten(1, (-1, block))
+    padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % block))
+    blocks = torch.unflatten(padded, 1, (-1, block))
     assert packing.bits
-    scale = padded.abs().amax(2) / (1 << (packing.bits - 1))
+    scale = blocks.abs().amax(2) / (1 << (packing.bits - 1))
     bound = STEPS * scale.repeat_interleave(block, 1)[:, : wide.shape[1]]
-    return ((value - wide).abs() > bound).any(1)
+    off = (value - wide).abs() > bound
+    return off.any(1)
 
 
 def covered(artefact: Artefact, source: Mapping[str, TensorEntry]) -> bool:

@@ -122,7 +122,8 @@ def _compared(
     if mask is not None and mask.shape == value.shape[: mask.dim()]:
         value, right, near = value[mask], right[mask], near[mask]
     if node.meta.get("role") and node.meta["role"].role == Role.CHOICE:
-        logits = exact[node.args[0].args[0]]  # type: ignore[union-attr]
+        route: Any = node.args[0]
+        logits = exact[route.args[0]]
         logits = logits[own["batch*sequence"]]
         known = value.clamp(0, logits.shape[1] - 1)
         # experts whose logits are equal may stand for each other

@@ -113,7 +113,7 @@ def _in_order(rows: Tensor, past: Tensor, held: Tensor, heads: int) -> Tensor:
     order = (past[:, None] - held[:, None] + torch.arange(slots)) % slots
     moved = rows[torch.arange(len(rows))[:, None], order]
     padded = torch.nn.functional.pad(moved.float(), (0, 0, 0, 1)).to(rows.dtype)
-    return padded.unflatten(2, (heads, -1)).transpose(1, 2).contiguous()
+    return torch.unflatten(padded, 2, (heads, -1)).transpose(1, 2).contiguous()
 
 
 def with_images(session: Session, generator: torch.Generator) -> None:
@@ -138,7 +138,7 @@ def vocabulary(session: Session, most: int, generator: torch.Generator) -> int:
     vocab, context = session.spec.text.vocab, session.limits.context
     order = torch.randperm(vocab, generator=generator)[:most]
     width = min(CALL, context or CALL, len(order))
-    for block in order.split(width):
+    for block in torch.split(order, width):
         rows = block[None]
         cache = session.new_cache(1, width if session.limits.layout == "buffers" else 0)
         session.extend(rows, torch.tensor([len(block)]), cache)
@@ -171,7 +171,7 @@ def expert_inputs(
                 break
             x[behind] += step * (router[wanted] - router[rival.indices])[behind]
         first = (x @ router.t()).argmax(1)
-        missed += len(router) - len(first[first == wanted].unique())
+        missed += len(router) - len(torch.unique(first[first == wanted]))
         found[names.dense(layer, "norm")] = x.to(TORCH_DTYPES[precision])
     return found, missed
 

@@ -147,7 +147,7 @@ def _wrong_rows(
         axis = 1 if expert else 0
         value = ops.dequantize.eager(codes, found[1], axis, packing.block, "fp32")
         bound = FP8_ERROR * wide.abs() + FP8_LEAST * wide.abs().amax()
-        off = (value - wide).abs() > bound
+        off: Tensor = (value - wide).abs() > bound
         return off.any(1)
     value = arrange(packing, unpack(packing, tuple(found))[..., : wide.shape[-1]])
     wide, block = arrange(packing, wide), packing.block

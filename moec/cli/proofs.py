@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moec.cli.given import check_given
-from moec.cli.options import Device, Json
+from moec.cli.options import Device, Json, WeightsFrom
 from moec.cli.output import bar, print_json
 from moec.spec.errors import refuse
 
@@ -45,13 +45,16 @@ def validate(
             "drawn from the reference.",
         ),
     ] = None,
+    weights_from: WeightsFrom = None,
     as_json: Json = False,
 ) -> None:
     """Compare an artefact with the eager reference, layer by layer; exit code 1 if they differ.
 
     The report goes into the artefact's manifest, where `moec inspect` finds it.
     """
-    prove(artefact, tokens, seed, reduced, html, as_json, device, reference, eval_file)
+    prove(
+        artefact, tokens, seed, reduced, html, as_json, device, reference, eval_file, weights_from
+    )
 
 
 def prove(
@@ -64,13 +67,14 @@ def prove(
     device: str = "cpu",
     reference: str | None = None,
     rows: Path | None = None,
+    weights_from: Path | None = None,
 ) -> None:
     """Prove an artefact, store the report in its manifest and print it.
 
     Raises:
         typer.Exit: exit code 1, if a check failed.
     """
-    check_given(artefact)
+    check_given(artefact, weights_from=weights_from)
     import moec
     from moec.cli.tables import report_table
     from moec.runtime.proof.validate import record
@@ -85,6 +89,7 @@ def prove(
             device=device,
             reference=reference,
             rows=rows,
+            weights_from=weights_from,
         )
     record(artefact, report)
     if html:

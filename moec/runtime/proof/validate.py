@@ -46,6 +46,7 @@ def validate(
     reference: str | None = None,
     rows: Tensor | str | Path | None = None,
     on_twin: bool | None = None,
+    weights_from: str | Path | None = None,
 ) -> Report:
     """Compare an artefact, run by its engine, with the float32 eager reference on its weights.
 
@@ -66,6 +67,7 @@ def validate(
         rows: the tokens to measure that on, int64 [rows, length] or a file; default drawn from the
             reference.
         on_twin: the old name of `reduced`; it works for one more version.
+        weights_from: the folder of the weights, as in `open_session`.
 
     Raises:
         MoecError: `path` is not an artefact, its weights are missing or have changed, or a package
@@ -81,7 +83,7 @@ def validate(
             "1 token or more, a seed of 0 to 2^63",
             "correct --tokens or --seed",
         )
-    artefact = open_artefact(path)
+    artefact = open_artefact(path, weights_from)
     seed = secrets.randbits(31) if seed is None else seed
     unbound = artefact.manifest.weights.mode == "unbound"
     if reference is None and rows is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from moec.artefact.artefact import Artefact, named_folder, open_artefact
 from moec.artefact.choices import check_placement, choose, default_precision
 from moec.artefact.engine_options import EngineOptions
-from moec.artefact.folder import refuse_foreign
+from moec.artefact.folder import default_out, refuse_foreign
 from moec.artefact.manifest import Build, Manifest, Weights
 from moec.artefact.placement import Progress
 from moec.artefact.targets import find_target
@@ -114,7 +114,7 @@ def export(
             if sizes.build and not checkpoint:  # an engine without weights takes them as inputs
                 sizes = sizes.model_copy(update={"bindings": "all"})
             wanted = replace(wanted, options=sizes)
-        path = Path(out or f"build/{spec.name}-{target}-{precision}")
+        path = Path(out) if out else default_out(spec.name, target, precision)
         refuse_foreign(path)
         if checkpoint:
             _refuse_inside(path, checkpoint.folder)

@@ -16,11 +16,26 @@ OPTION = "--weights-from"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint folder: its shards, and where the bytes of every tensor are, by key."""
+    """A checkpoint folder: its shards, and where the bytes of every tensor are, by key.
+
+    `named` is a further folder in which the user lets links of the checkpoint end.
+    """
 
     folder: Path
     shards: tuple[Shard, ...]
     tensors: dict[str, TensorEntry]
+    named: Path | None = None
+
+    def companion(self, name: str) -> Path | None:
+        """The real path of a file beside the weights, such as a tokenizer; None if there is none.
+
+        Raises:
+            MoecError: the file is a link that leads out of the checkpoint.
+        """
+        path = self.folder / name
+        if not is_regular(path):
+            return None
+        return own_file(path, self.folder, self.named, f"put a copy of {name} into {self.folder}")
 
 
 def read_checkpoint(folder: str | Path, named: Path | None = None) -> Checkpoint:
@@ -56,7 +71,7 @@ def read_checkpoint(folder: str | Path, named: Path | None = None) -> Checkpoint
             )
         shards.append(shard)
         tensors.update(shard.tensors)
-    return Checkpoint(folder, tuple(shards), tensors)
+    return Checkpoint(folder, tuple(shards), tensors, named)
 
 
 def _read_index(path: Path) -> dict[str, set[str] | None]:

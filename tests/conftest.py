@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -23,6 +24,9 @@ from tests.damage import EMBED, FIRST, INDEX, SECOND, SPEC
 pytest.register_assert_rewrite("tests.refusals", "tests.trees")  # asserts that say what differs
 declare_torchvision_ops()  # before any test imports transformers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What tests build is recorded in a folder of their own, and not in that of whoever runs them.
+_STATE = tempfile.TemporaryDirectory(prefix="moec-state-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: a thread each, or they spin
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,6 +9,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moec.artefact.manifest import NAME, Engine, File, Manifest
+from moec.artefact.opening.rules import check_manifest
+from moec.artefact.opening.shards import checkpoint_of, find_shard, holds, keys_in_shards
 from moec.artefact.targets import find_target
 from moec.spec.errors import refuse
 from moec.spec.fields import read_json
@@ -16,7 +18,8 @@ from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.tensors import Kind, tensors
 from moec.weights.packing import Packed, Packing
-from moec.weights.shard import TensorEntry, nbytes, read_shard
+from moec.weights.shard import TensorEntry, read_shard
+from moec.weights.trust.links import is_regular, own_file
 
 #: where the bytes of a parameter are: one stored tensor, or several that a packing describes
 Entry = TensorEntry | Packed
@@ -24,10 +27,19 @@ Entry = TensorEntry | Packed
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """The folder that `export` wrote, and its manifest."""
+    """The folder that `export` wrote, and its manifest.
+
+    Attributes:
+        path: the folder.
+        manifest: the manifest in it.
+        weights_from: the folder that the user named for weights that are not in the artefact.
+        trust_engines: whether the user lets TensorRT engines run that were not built here.
+    """
 
     path: Path
     manifest: Manifest
+    weights_from: Path | None = None
+    trust_engines: bool = False
 
     @property
     def model(self) -> Path:
@@ -51,7 +63,21 @@ class Artefact:
     @property
     def weights_folder(self) -> Path:
         """The folder to which the locations of the graph's external data are relative."""
-        return Path(self.manifest.weights.folder or self.path)
+        folder = self.manifest.weights.folder
+        return self.path if folder is None else self.weights_from or Path(folder)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint's folder, if the user named it or has built or bound from it before."""
+        return checkpoint_of(self.path, self.manifest, self.weights_from)
+
+    def shard(self, name: str) -> Path:
+        """The real path of a shard, which may be missing.
+
+        Raises:
+            MoecError: the shard is in a folder that this user has not allowed.
+        """
+        return find_shard(self.path, self.manifest.weights, name, self.weights_from)
 
     def entries(self) -> dict[str, Entry]:
         """Each parameter by name: one tensor, as the checkpoint stores it, or packed tensors.
@@ -85,9 +111,11 @@ class Artefact:
                 "bound weights",
                 f"moec bind {self.path} --checkpoint DIR",
             )
+        paths = {name: self.shard(name) for name in weights.shards}
+        headers: dict[str, dict[str, TensorEntry]] = {}
         for name, expected in weights.shards.items():
-            path = self.weights_folder / name
-            found = read_shard(path) if path.is_file() else None
+            path = paths[name]
+            found = read_shard(path) if is_regular(path) else None
             if not found or (found.size, found.header_sha256) != (
                 expected.size,
                 expected.header_sha256,
@@ -96,21 +124,22 @@ class Artefact:
                     path,
                     "no such file" if found is None else "another size or header",
                     "the shard that this artefact was bound to",
-                    f"moec bind {self.path} --checkpoint DIR",
+                    f"moec bind {self.path} --checkpoint DIR"
+                    + (", or name its folder: --weights-from DIR" if weights.folder else ""),
                 )
-        kinds = stored_kinds(spec, self.manifest.packings)
+            headers[name] = found.tensors
+        kinds, keys = stored_kinds(spec, self.manifest.packings), keys_in_shards(self.manifest)
         odd = set(kinds) ^ set(weights.tensors) or {
             name
             for name, ref in weights.tensors.items()
-            if ref.file not in weights.shards
-            or ref.length != nbytes(*kinds[name])
-            or not 0 <= ref.offset <= weights.shards[ref.file].size - ref.length
+            if ref.file not in headers
+            or not holds(name, ref, kinds[name], headers[ref.file], keys.get(name, name))
         }
         if odd:
             refuse(
                 f"{self.path / NAME}: weights.tensors.{min(odd)}",
                 "a place that does not fit the spec and the shards",
-                "each parameter of the spec inside one of its shards",
+                "each parameter of the spec at the place of its tensor in a shard's header",
                 "build the artefact again",
             )
         return {
@@ -118,7 +147,7 @@ class Artefact:
                 name,
                 kinds[name][1],
                 kinds[name][0],
-                self.weights_folder / ref.file,
+                paths[ref.file],
                 ref.offset,
                 ref.length,
             )
@@ -128,10 +157,18 @@ class Artefact:
     def companion(self, name: str) -> Path | None:
         """The path of file `name`, such as a tokenizer, in the artefact or else in its checkpoint.
 
-        None if neither folder has the file.
+        None if neither folder has the file, or only a checkpoint that this user has not allowed.
+
+        Raises:
+            MoecError: the file is a link that leads out of its folder.
         """
-        folders = [self.path] + [Path(p) for p in (self.manifest.checkpoint,) if p]
-        return next((f / name for f in folders if (f / name).is_file()), None)
+        copy_it = f"put a copy of the file into {self.path}"
+        if (self.path / name).is_file():
+            return own_file(self.path / name, self.path, self.weights_from, copy_it)
+        folder = self.checkpoint
+        if folder and (folder / name).is_file():
+            return own_file(folder / name, folder, self.weights_from, copy_it)
+        return None
 
 
 def stored_kinds(
@@ -150,8 +187,12 @@ def stored_kinds(
     return {name: (kind.shape, kind.dtype) for name, kind in found.items()}
 
 
-def open_artefact(path: str | Path) -> Artefact:
+def open_artefact(
+    path: str | Path, weights_from: str | Path | None = None, trust_engines: bool = False
+) -> Artefact:
     """Open the artefact at `path`: read its manifest, and check its files by their sizes.
+
+    `weights_from` and `trust_engines` are those of `Artefact`.
 
     Raises:
         MoecError: `path` is not an artefact, another version of moec wrote it, or a file is missing
@@ -171,6 +212,7 @@ def open_artefact(path: str | Path) -> Artefact:
             "build the artefact again",
         )
     find_target(manifest.target, f"{path / NAME}: target", "build the artefact again")
+    check_manifest(path, manifest)
     if bool(manifest.spec.vision) != bool(manifest.vision):
         refuse(
             f"{path / NAME}: vision",
@@ -181,11 +223,29 @@ def open_artefact(path: str | Path) -> Artefact:
             "build the artefact again",
         )
     for name, expected in manifest.files.items():
-        file = path / name
+        file = own_file(path / name, path, None, f"put a copy of the file into {path}")
         size = file.stat().st_size if file.is_file() else None
         if size != expected.size:
-            refuse(file, f"{size} bytes", f"{expected.size} bytes", "build the artefact again")
-    return Artefact(path, manifest)
+            refuse(
+                path / name,
+                f"{size} bytes",
+                f"{expected.size} bytes",
+                "build the artefact again",
+            )
+    return Artefact(path, manifest, named_folder(weights_from), trust_engines)
+
+
+def named_folder(weights_from: str | Path | None) -> Path | None:
+    """The folder that the user named for weights, if it is one.
+
+    Raises:
+        MoecError: there is no such folder.
+    """
+    if weights_from is None or os.path.isdir(weights_from):
+        return None if weights_from is None else Path(weights_from)
+    refuse(
+        f"--weights-from {weights_from}", "no such folder", "a folder with weights", "correct it"
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,14 +1,13 @@
 """Write a folder so that other processes see all of it or nothing."""
 
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from moec.artefact.manifest import FORMAT, NAME
+from moec.artefact.opening.foreign import foreign_file, is_artefact
 from moec.spec.errors import refuse
 from moec.weights.packed_journal import PACKED, resumable_files
 
@@ -93,33 +92,47 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def default_out(name: str, target: str, precision: str) -> Path:
+    """The folder of a build whose user names none: one folder below `build`.
+
+    Raises:
+        MoecError: the spec's name is no name of a folder.
+    """
+    folder = f"{name}-{target}-{precision}"
+    parts = len(PurePath(folder).parts)
+    plain = folder.isprintable() and not set(folder) & set('/\\:*?"<>|') and len(folder) < 200
+    if parts != 1 or not plain or folder.startswith((".", "-", " ")):
+        refuse(
+            f"spec.name {name!r}"[:200],
+            "no name of a folder",
+            "a name of letters, digits and hyphens, or a folder that you name",
+            "add --out DIR",
+        )
+    return Path("build") / folder
+
+
 _KINDS = ("moec-partial", "moec-replaced")
 
 
 def refuse_foreign(out: Path) -> None:
-    """Refuse an `out` that holds something other than an artefact.
+    """Refuse an `out` that holds anything other than an artefact with its own files.
 
     Raises:
-        MoecError: `out` is a file, a link, or a folder of other things.
+        MoecError: `out` is a file, a link, or a folder with a file that no build of moec wrote.
     """
     # os.path returns False for a name that is too long, where pathlib raises.
     if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
         found = "a link" if os.path.islink(out) else "a file"
-    elif os.path.isdir(out) and any(out.iterdir()) and not _is_artefact(out):
-        found = f"a folder that holds something else ({min(p.name for p in out.iterdir())}, ...)"
+    elif os.path.isdir(out) and (foreign := foreign_file(out)) is not None:
+        found = f"a folder that holds something else ({foreign}, ...)"
     else:
         return
     refuse(
-        f"--out {out}", found, "a new or empty folder, or an artefact to replace", "choose another"
+        f"--out {out}",
+        found,
+        "a new or empty folder, or an artefact to replace, with the files of its manifest alone",
+        "choose another, or move that file elsewhere",
     )
-
-
-def _is_artefact(folder: Path) -> bool:
-    try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def _remove_stale(out: Path, partial: Path) -> None:
@@ -134,7 +147,7 @@ def _remove_stale(out: Path, partial: Path) -> None:
             if not path.name.startswith(prefix) or not pid.isdigit() or path == partial:
                 continue
             if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
-                if kind == "moec-replaced" and not out.exists() and _is_artefact(path):
+                if kind == "moec-replaced" and not out.exists() and is_artefact(path):
                     path.rename(out)  # killed between two renames: put the old artefact back
                 else:
                     for file in resumable_files(path / PACKED):

@@ -61,13 +61,14 @@ def place(
     folder: Path,
     progress: Progress,
 ) -> Bound:
-    """Leave, link or copy the shards of `checkpoint`, as `mode` says.
+    """Leave, link or copy the shards of `checkpoint`, as `mode` says; copy its companions.
 
     `folder` is the artefact's folder while it is written. The result says where each parameter
     will be in the finished artefact.
 
     Raises:
-        MoecError: the file system cannot hard-link.
+        MoecError: the file system cannot hard-link, or a companion is a link that leads out of the
+            checkpoint.
     """
     copied = 0
     if mode == "in-place":
@@ -83,7 +84,7 @@ def place(
                 _link(shard.path, folder / shard.name)
             else:
                 copied += _copy(shard.path, folder / shard.name, progress)
-        _companions(checkpoint.folder, folder)
+        _companions(checkpoint, folder)
     at_root = {
         name: replace(entry, file=root / names[entry.file]) for name, entry in entries.items()
     }
@@ -114,10 +115,10 @@ def pack(
     `constants` are static scales by name, which go into the same file. The companion files are
     copied beside it.
     """
+    _companions(checkpoint, folder)
     path = folder / PACKED
     stage = partial(progress, "pack")
     read = write_packed(path, manifest.packings, entries, stage, constants)
-    _companions(checkpoint.folder, folder)
     shard = read_shard(path)
     refs = {
         name: TensorRef(file=PACKED, offset=entry.offset, length=entry.nbytes)
@@ -133,10 +134,10 @@ def pack(
     )
 
 
-def _companions(source: Path, folder: Path) -> None:
+def _companions(checkpoint: Checkpoint, folder: Path) -> None:
     for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        if source := checkpoint.companion(name):
+            shutil.copyfile(source, folder / name)
 
 
 def _link(source: Path, target: Path) -> None:

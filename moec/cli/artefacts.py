@@ -1,15 +1,18 @@
 """Commands that write artefacts, and what artefacts need: build, bind, engine, calibrate."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moec.cli.given import check_given, check_source
-from moec.cli.options import Architectures, Build, Placement, Scales
+from moec.cli.options import Architectures, Build, LinksTo, Placement, Scales, WeightsFrom
 from moec.cli.output import bar, say
 from moec.cli.proofs import prove
 from moec.spec.errors import refuse
+
+if TYPE_CHECKING:
+    from moec.artefact.artefact import Artefact
 
 #: weights above this many bytes are not run after a build: it is proven on a reduced-size model
 PROVE_ON_WEIGHTS = 4 * 10**9
@@ -70,6 +73,7 @@ def build(
         ),
     ] = None,
     engine: Build = True,
+    weights_from: LinksTo = None,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Check the numbers after the build.")
     ] = True,
@@ -89,7 +93,7 @@ def build(
             "moec build --variant scout",
         )
     check_source(variant, spec, checkpoint)
-    check_given(checkpoint=checkpoint, out=out)
+    check_given(checkpoint=checkpoint, out=out, weights_from=weights_from)
     import moec
     from moec.cli.tables import artefact_tables
 
@@ -113,8 +117,10 @@ def build(
             scales=scales,
             cache=cache,
             options=_engine_options(chosen),
+            weights_from=weights_from,
         )
     artefact_tables(art)
+    _note_unrecorded(art)
     if check:
         size = sum(shard.size for shard in art.manifest.weights.shards.values())
         prove(art.path, reduced=size > PROVE_ON_WEIGHTS)
@@ -129,22 +135,29 @@ def engine(
             "--trtexec", help="Build nothing; print the commands that do it without moec."
         ),
     ] = False,
+    weights_from: WeightsFrom = None,
 ) -> None:
     """Build the engines of an artefact that has only their ONNX, or build them again.
 
     Use it after `moec build --no-engine`, or on the machine whose GPU will run them.
     """
-    check_given(artefact)
+    check_given(artefact, weights_from=weights_from)
     import moec
     from moec.cli.tables import artefact_tables
 
     if trtexec:
-        for line in moec.trtexec_commands(artefact):
+        for line in moec.trtexec_commands(artefact, weights_from=weights_from):
             typer.echo(line)
         return
     with bar() as progress:
-        art = moec.build_engines(artefact, architectures=architectures or (), progress=progress)
+        art = moec.build_engines(
+            artefact,
+            architectures=architectures or (),
+            progress=progress,
+            weights_from=weights_from,
+        )
     artefact_tables(art)
+    _note_unrecorded(art)
 
 
 def bind(
@@ -157,9 +170,10 @@ def bind(
     weights: Placement = None,
     scales: Scales = None,
     engine: Build = True,
+    weights_from: LinksTo = None,
 ) -> None:
     """Attach a checkpoint to an artefact that was built without weights, or attach another one."""
-    check_given(artefact, checkpoint, out)
+    check_given(artefact, checkpoint, out, weights_from)
     import moec
     from moec.cli.tables import artefact_tables
 
@@ -172,8 +186,10 @@ def bind(
             progress=progress,
             scales=scales,
             engine=engine,
+            weights_from=weights_from,
         )
     artefact_tables(art)
+    _note_unrecorded(art)
 
 
 def calibrate(
@@ -214,6 +230,14 @@ def calibrate(
             f"their layer: {', '.join(found.unseen[:8])}{', ...' if found.unseen[8:] else ''}",
             "yellow",
         )
+
+
+def _note_unrecorded(art: "Artefact") -> None:
+    """Say what to run later if this user's state folder could not be written."""
+    from moec.artefact.opening.unrecorded import unrecorded
+
+    for line in unrecorded(art):
+        say(f"note: {line}", "yellow")
 
 
 def _engine_options(chosen: dict[str, Any]) -> Any:

@@ -6,7 +6,10 @@ from moec.spec.errors import refuse
 
 
 def check_given(
-    artefact: Path | None = None, checkpoint: Path | None = None, out: Path | None = None
+    artefact: Path | None = None,
+    checkpoint: Path | None = None,
+    out: Path | None = None,
+    weights_from: Path | None = None,
 ) -> None:
     """Read manifest and headers, which takes milliseconds; the API reads them again.
 
@@ -18,9 +21,9 @@ def check_given(
     from moec.weights.name_map import read_model
 
     if artefact is not None:
-        open_artefact(artefact)
+        open_artefact(artefact, weights_from)
     if checkpoint is not None:
-        read_model(checkpoint)
+        read_model(checkpoint, weights_from)
     if out is not None:
         refuse_foreign(out)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.options import Json
+from moec.cli.options import Json, WeightsFrom
 from moec.cli.output import print_json, say
 from moec.spec.errors import refuse
 
@@ -61,6 +61,7 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also hash every file that the build wrote.")
     ] = False,
+    weights_from: WeightsFrom = None,
     as_json: Json = False,
 ) -> None:
     """Show an artefact's manifest: files, weights, costs of the build, and the last proof.
@@ -70,7 +71,7 @@ def inspect(
     from moec.artefact.artefact import open_artefact, verify_files
     from moec.cli.tables import artefact_tables, report_table
 
-    art = open_artefact(artefact)
+    art = open_artefact(artefact, weights_from)
     if as_json:
         print_json(art.manifest.model_dump(mode="json"))
     else:

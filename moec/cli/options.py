@@ -15,6 +15,28 @@ Placement = Annotated[
         "runs fastest). Default: in-place if the precision allows it, else pack."
     ),
 ]
+WeightsFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights-from",
+        help="The folder of the weights, for an artefact that refers to files outside it: if the "
+        "checkpoint has moved, or if the artefact comes from somebody else.",
+    ),
+]
+LinksTo = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights-from", help="A further folder to which links in the checkpoint may lead."
+    ),
+]
+TrustEngines = Annotated[
+    bool,
+    typer.Option(
+        "--trust-engines",
+        help="Run TensorRT engines that you did not build here. They are native code, which can "
+        "do anything.",
+    ),
+]
 Scales = Annotated[
     Path | None,
     typer.Option(help="The file that `moec calibrate` wrote, for schemes with static scales."),

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moec.cli.given import check_given
-from moec.cli.options import Device, Json
+from moec.cli.options import Device, Json, WeightsFrom
 from moec.cli.output import bar, print_json
 from moec.spec.errors import refuse
 
@@ -52,13 +52,26 @@ def validate(
             "the artefact's. Default: the folder in the manifest, if it is there."
         ),
     ] = None,
+    weights_from: WeightsFrom = None,
     as_json: Json = False,
 ) -> None:
     """Compare an artefact with the eager reference, op by op; exit code 1 if they differ.
 
     The report goes into the artefact's manifest, where `moec inspect` finds it.
     """
-    prove(artefact, tokens, seed, reduced, html, as_json, device, reference, eval_file, source)
+    prove(
+        artefact,
+        tokens,
+        seed,
+        reduced,
+        html,
+        as_json,
+        device,
+        reference,
+        eval_file,
+        source,
+        weights_from,
+    )
 
 
 def prove(
@@ -72,13 +85,14 @@ def prove(
     reference: str | None = None,
     rows: Path | None = None,
     source: Path | None = None,
+    weights_from: Path | None = None,
 ) -> None:
     """Prove an artefact, store the report in its manifest and print it.
 
     Raises:
         typer.Exit: exit code 1, if a check failed.
     """
-    check_given(artefact)
+    check_given(artefact, weights_from=weights_from)
     import moec
     from moec.cli.tables import report_table
     from moec.runtime.proof.validate import record
@@ -94,6 +108,7 @@ def prove(
             reference=reference,
             rows=rows,
             source=source,
+            weights_from=weights_from,
         )
     record(artefact, report)
     if html:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from moec.cli.given import check_given
-from moec.cli.options import Device, Json
+from moec.cli.options import Device, Json, TrustEngines, WeightsFrom
 from moec.cli.output import error_line, print_json
 from moec.spec.errors import refuse
 
@@ -53,6 +53,8 @@ def generate(
         ),
     ] = "lean",
     device: Device = "cpu",
+    weights_from: WeightsFrom = None,
+    trust_engines: TrustEngines = False,
 ) -> None:
     """Continue a prompt of text and images, and print each token as it comes.
 
@@ -63,7 +65,7 @@ def generate(
         refuse("generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT")
     if image and prompt is None:
         refuse("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
-    check_given(artefact)
+    check_given(artefact, weights_from=weights_from)
     import moec
     from moec.artefact.artefact import open_artefact
     from moec.runtime.inputs.prompt import compose
@@ -74,7 +76,7 @@ def generate(
     if prompt is None:
         row = _numbers(ids or "")
     else:
-        opened = open_artefact(artefact)
+        opened = open_artefact(artefact, weights_from)
         text = open_text(opened)
         composed = compose(text, opened.manifest.spec, prompt, image or (), chat)
         row, pixels = composed.input_ids, composed.pixel_values
@@ -89,7 +91,14 @@ def generate(
             sys.stdout.write(stream.send(token) if stream else f"{token} ")
             sys.stdout.flush()
 
-    session = moec.open_session(artefact, device, engine=engine, session_options=session_options)
+    session = moec.open_session(
+        artefact,
+        device,
+        engine=engine,
+        session_options=session_options,
+        weights_from=weights_from,
+        trust_engines=trust_engines,
+    )
     if prompt and not chat:
         sys.stdout.write(prompt)
     session.generate(
@@ -118,6 +127,8 @@ def bench(
         int, typer.Option(min=1, help="How often to time each engine; the medians are printed.")
     ] = 3,
     device: Device = "cpu",
+    weights_from: WeightsFrom = None,
+    trust_engines: TrustEngines = False,
     as_json: Json = False,
 ) -> None:
     """Time opening, first token and decode, beside transformers if it is installed.
@@ -126,7 +137,7 @@ def bench(
     the eager reference, and transformers, eager and compiled.
     Each runs in a process of its own, and they take turns.
     """
-    check_given(artefact)
+    check_given(artefact, weights_from=weights_from)
     import moec
     from moec.cli.tables import bench_table
 
@@ -137,6 +148,8 @@ def bench(
         new_tokens=new_tokens,
         device=device,
         rounds=rounds,
+        weights_from=weights_from,
+        trust_engines=trust_engines,
     )
     if as_json:
         print_json([row.to_dict() for row in rows])

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,13 @@ def _write(artefact: Artefact, folder: Path) -> dict[str, Path]:
     wanted = Wanted(manifest.spec, manifest.precision, manifest.compute, manifest.dialect, options)
     bound = None
     if manifest.weights.mode != "unbound":
-        bound = Bound(artefact.stored(), artefact.weights_folder, manifest.weights)
+        root, places = artefact.weights_folder, manifest.weights.tensors
+        # the graph names shards as the manifest does, whatever links lead to them
+        entries = {
+            name: replace(entry, file=root / places[name].file)
+            for name, entry in artefact.stored().items()
+        }
+        bound = Bound(entries, root, manifest.weights)
     files = {}
     for part, graph in builder.graphs(wanted).items():
         model, _ = builder.lower(wanted, graph, part)

@@ -76,7 +76,7 @@ class Builder:
         dialect: (chosen dialect, spec) -> the dialect to use, for schemes that need another one.
         session_options: (quantised to integers, FP8) -> ONNX Runtime's session options by name.
         beside: writes files for other programs beside the models: (folder, its final path,
-            manifest, weights' folder, checkpoint's folder).
+            manifest, weights' folder, checkpoint or None).
         compiler: compiles the models to TensorRT engines; None: the models run as they are.
     """
 

@@ -17,6 +17,7 @@ from moec.artefact.placement import Progress
 from moec.artefact.targets import targets
 from moec.exporters.builder import Compiler, builder_for, builder_of
 from moec.spec.errors import refuse
+from moec.weights.trust.records import allow
 
 
 def build_engines(
@@ -24,6 +25,7 @@ def build_engines(
     *,
     architectures: Sequence[str] = (),
     progress: Progress = lambda stage, done, total: None,
+    weights_from: str | Path | None = None,
 ) -> Artefact:
     """Build the TensorRT engines of an artefact that has only their ONNX, or build them again.
 
@@ -35,12 +37,18 @@ def build_engines(
         architectures: for target "tensorrt-rtx", the compute capabilities to build for, such as
             "SM89"; default those that the artefact was built for.
         progress: called with (stage, done, total).
+        weights_from: the folder of the weights, as in `open_session`.
+
+    The hashes of the engines and of their plugin are recorded in the user's state folder, so that
+    this user may run them.
 
     Raises:
         MoecError: the artefact's target has no engines, an engine cannot be built, or a package is
             not installed (exit code 3).
     """
-    built = artefact if isinstance(artefact, Artefact) else open_artefact(artefact)
+    built = artefact
+    if not isinstance(built, Artefact):
+        built = open_artefact(built, weights_from)
     compiler, options = _compiler_of(built)
     manifest, builder = built.manifest, builder_for(built)
     options = options.model_copy(update={"build": True})
@@ -77,17 +85,21 @@ def build_engines(
     }
     done = replace(built, manifest=manifest.model_copy(update=update))
     write_manifest(built.path, done.manifest)
+    for each in files.values():
+        allow("native", each.sha256)
     return done
 
 
-def trtexec_commands(artefact: str | Path) -> list[str]:
+def trtexec_commands(artefact: str | Path, *, weights_from: str | Path | None = None) -> list[str]:
     """Return the shell commands that build an artefact's engines with trtexec, without moec.
+
+    `weights_from` is the folder of the weights, as in `open_session`.
 
     Raises:
         MoecError: the artefact's target is not "tensorrt", or the commands would not find the
             weights.
     """
-    built = open_artefact(artefact)
+    built = open_artefact(artefact, weights_from)
     compiler, _ = _compiler_of(built)
     if compiler.commands is None:
         refuse(

@@ -4,10 +4,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from moec.artefact.artefact import Artefact, open_artefact
+from moec.artefact.artefact import Artefact, named_folder, open_artefact
 from moec.artefact.choices import check_placement, choose, default_precision
 from moec.artefact.engine_options import EngineOptions
-from moec.artefact.folder import refuse_foreign
+from moec.artefact.folder import default_out, refuse_foreign
 from moec.artefact.manifest import Build, Manifest, Weights
 from moec.artefact.placement import Progress
 from moec.artefact.targets import find_target
@@ -22,8 +22,10 @@ from moec.spec.errors import MoecError, refuse
 from moec.spec.files import diff, load_spec
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
+from moec.weights.checkpoint import Checkpoint
 from moec.weights.name_map import read_model
 from moec.weights.shard import TensorEntry
+from moec.weights.trust.records import allow_folder
 
 
 @no_collection()
@@ -39,6 +41,7 @@ def export(
     scales: str | Path | Calibration | None = None,
     cache: str | None = None,
     options: EngineOptions | None = None,
+    weights_from: str | Path | None = None,
 ) -> Artefact:
     """Build an artefact of a model.
 
@@ -69,6 +72,10 @@ def export(
         cache: "fp8" or "wide": how the caches store keys and values; default as the scheme says.
         options: the sizes that TensorRT engines are built for; only for targets "tensorrt" and
             "tensorrt-rtx".
+        weights_from: a further folder to which links in the checkpoint may lead.
+
+    The folders that hold the checkpoint are recorded in the user's state folder, so that this user
+    may open artefacts whose weights lie there.
 
     Raises:
         MoecError: source, weights, out or another argument is wrong; then nothing is written. Or a
@@ -79,7 +86,7 @@ def export(
         chosen = find_target(target)
         checkpoint, entries = None, dict[str, TensorEntry]()
         if not isinstance(source, ModelSpec) and os.path.isdir(source):
-            spec, checkpoint, entries = read_model(source)
+            spec, checkpoint, entries = read_model(source, named_folder(weights_from))
         else:
             spec = load_spec(source)
         if precision is None:
@@ -107,7 +114,7 @@ def export(
             if sizes.build and not checkpoint:  # an engine without weights takes them as inputs
                 sizes = sizes.model_copy(update={"bindings": "all"})
             wanted = replace(wanted, options=sizes)
-        path = Path(out or f"build/{spec.name}-{target}-{precision}")
+        path = Path(out) if out else default_out(spec.name, target, precision)
         refuse_foreign(path)
         if checkpoint:
             _refuse_inside(path, checkpoint.folder)
@@ -142,6 +149,7 @@ def export(
         build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
     )
     art = write_artefact(path, models, manifest, checkpoint, entries, mode, stages, constants)
+    _allow(checkpoint)
     return _with_engines(art, progress) if compiler and wanted.options.build else art
 
 
@@ -170,6 +178,7 @@ def bind(
     progress: Progress = lambda stage, done, total: None,
     scales: str | Path | Calibration | None = None,
     engine: bool = True,
+    weights_from: str | Path | None = None,
 ) -> Artefact:
     """Attach a checkpoint to an artefact that was built without one, or replace its checkpoint.
 
@@ -184,6 +193,9 @@ def bind(
         progress: called with (stage, done, total).
         scales: as in `export`.
         engine: whether to build TensorRT engines, if the artefact's options ask for them.
+        weights_from: as in `export`.
+
+    The folders that hold the checkpoint are recorded as by `export`.
 
     Raises:
         MoecError: the checkpoint is broken or of another model, or a TensorRT engine cannot be
@@ -191,14 +203,15 @@ def bind(
     """
     stages = Stages(progress)
     with stages("read"):
-        built = open_artefact(artefact)
+        named = named_folder(weights_from)
+        built = open_artefact(artefact, named)
         builder = builder_for(built)
         packs = bool(built.manifest.packings)
         mode = weights or ("pack" if packs else "in-place")
         check_placement(mode, packs)
         path = Path(out or artefact)
         refuse_foreign(path)
-        spec, read, entries = read_model(checkpoint)
+        spec, read, entries = read_model(checkpoint, named)
         _refuse_inside(path, read.folder)
         wanted = built.manifest.spec
         if packs:  # this artefact quantises wide weights
@@ -233,7 +246,15 @@ def bind(
         constants,
         engines=built if stays else None,
     )
+    _allow(read)
     return _with_engines(art, progress) if wants else art
+
+
+def _allow(checkpoint: Checkpoint | None) -> None:
+    """Record the folders of a checkpoint that this user has built or bound from."""
+    if checkpoint:
+        for folder in {checkpoint.folder, *(shard.path.parent for shard in checkpoint.shards)}:
+            allow_folder(folder)
 
 
 def _refuse_inside(out: Path, checkpoint: Path) -> None:

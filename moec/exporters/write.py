@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact, file_of, write_manifest
-from moec.artefact.engine_job import ENGINES
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.folder import writing
 from moec.artefact.manifest import Build, Manifest, Ports
@@ -22,6 +21,7 @@ from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.packed_journal import PACKED, discard
 from moec.weights.shard import TensorEntry
+from moec.weights.trust.links import own_file
 
 
 def write_artefact(
@@ -66,14 +66,14 @@ def write_artefact(
                     builder.save_bound(model, target, bound, options)
         if builder.beside:
             root = Path(bound.weights.folder) if bound and bound.weights.folder else path
-            builder.beside(folder, path, manifest, root, checkpoint.folder if checkpoint else None)
+            builder.beside(folder, path, manifest, root, checkpoint)
         written = {
             each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
         }
         shards = set(bound.weights.shards) if bound else set()
         files = {name: file_of(folder / name) for name in sorted(written - shards)}
         if engines:
-            shutil.copytree(engines.path / ENGINES, folder / ENGINES)
+            _copy_engines(engines, folder)
         done = manifest.model_copy(
             update={
                 "checkpoint": str(checkpoint.folder.resolve()) if checkpoint else None,
@@ -95,6 +95,15 @@ def write_artefact(
         )
         write_manifest(folder, done)
     return Artefact(path, done)
+
+
+def _copy_engines(source: Artefact, folder: Path) -> None:
+    """Copy the files of engines that the manifest lists, and no file that a link leads out to."""
+    for engine in source.manifest.engines.values():
+        for name in {engine.file, *engine.plugins, *engine.files}:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            real = own_file(source.path / name, source.path, None, f"moec engine {source.path}")
+            shutil.copyfile(real, folder / name)
 
 
 def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import cache as once
 from functools import partial
 from pathlib import Path
 
-from moec.artefact.artefact import Artefact, Entry, open_artefact
+from moec.artefact.artefact import Artefact, Entry, named_folder, open_artefact
 from moec.artefact.manifest import NAME
 from moec.artefact.session_options import EXACT, SETS
 from moec.artefact.targets import find_target, imported, targets
@@ -28,6 +28,8 @@ def open_session(
     engine: str | None = None,
     session_options: str = "lean",
     preset: str | None = None,
+    weights_from: str | Path | None = None,
+    trust_engines: bool = False,
 ) -> Session:
     """Open a session on an artefact or on a checkpoint.
 
@@ -43,10 +45,16 @@ def open_session(
             "fast" (constants are folded and weights prepacked) or, for int8 and int4, "exact"
             (products are computed in float32).
         preset: the old name of `session_options`; it works for one more version.
+        weights_from: a folder that holds the weights of an artefact whose weights are not inside
+            it. It is needed if the checkpoint has moved, or if this user neither built nor bound
+            an artefact from the folder that the artefact names.
+        trust_engines: run TensorRT engines and plugins although this user did not build them here.
+            They are native code, which can do anything.
 
     Raises:
-        MoecError: `path` is not an artefact, it has no weights, or they have changed (exit code 2);
-            or the device or a package is missing (3).
+        MoecError: `path` is not an artefact, it has no weights, they have changed, or they or its
+            engines come from where this user allows none (exit code 2); or the device or a package
+            is missing (3).
     """
     if preset is not None:
         warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=2)
@@ -76,9 +84,9 @@ def open_session(
                 f"an artefact for engine {engine}",
                 f"moec build --checkpoint {path}",
             )
-        spec, _, entries = read_model(path)
+        spec, _, entries = read_model(path, named_folder(weights_from))
         return eager_session(spec, entries, "fp32")
-    artefact = open_artefact(path)
+    artefact = open_artefact(path, weights_from, trust_engines)
     if engine == EAGER:
         manifest = artefact.manifest
         return eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)

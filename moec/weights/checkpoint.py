@@ -6,26 +6,46 @@ from pathlib import Path, PurePosixPath
 from moec.spec.errors import refuse
 from moec.spec.fields import read_json
 from moec.weights.shard import Shard, TensorEntry, read_shard
+from moec.weights.trust.links import is_regular, own_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: the option with which a user names a folder that links may lead to
+OPTION = "--weights-from"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint folder: its shards, and where the bytes of every tensor are, by key."""
+    """A checkpoint folder: its shards, and where the bytes of every tensor are, by key.
+
+    `named` is a further folder in which the user lets links of the checkpoint end.
+    """
 
     folder: Path
     shards: tuple[Shard, ...]
     tensors: dict[str, TensorEntry]
+    named: Path | None = None
+
+    def companion(self, name: str) -> Path | None:
+        """The real path of a file beside the weights, such as a tokenizer; None if there is none.
+
+        Raises:
+            MoecError: the file is a link that leads out of the checkpoint.
+        """
+        path = self.folder / name
+        if not is_regular(path):
+            return None
+        return own_file(path, self.folder, self.named, f"put a copy of {name} into {self.folder}")
 
 
-def read_checkpoint(folder: str | Path) -> Checkpoint:
+def read_checkpoint(folder: str | Path, named: Path | None = None) -> Checkpoint:
     """Read the index and all shard headers of the Hugging Face checkpoint in `folder`.
 
+    `named` is a further folder in which the user lets links of the checkpoint end.
+
     Raises:
-        MoecError: the folder has no weights; the index is broken or names a file outside the
-            folder; a shard is missing or cut short; or the index and the shards list different
+        MoecError: the folder has no weights; the index names, or a link leads to, a file outside
+            the folder; a shard is missing or cut short; or the index and the shards list different
             tensors.
     """
     folder = Path(folder)
@@ -37,7 +57,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         refuse(folder, "no safetensors weights", f"{INDEX} or {SINGLE}", "check --checkpoint")
     shards, tensors = [], {}
     for name, listed in files.items():
-        shard = read_shard(_resolve(folder, name), name)
+        shard = read_shard(_resolve(folder, name, named), name)
         found = set(shard.tensors)
         if listed is not None and found != listed:
             odd = sorted(found ^ listed)[0]
@@ -51,7 +71,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             )
         shards.append(shard)
         tensors.update(shard.tensors)
-    return Checkpoint(folder, tuple(shards), tensors)
+    return Checkpoint(folder, tuple(shards), tensors, named)
 
 
 def _read_index(path: Path) -> dict[str, set[str] | None]:
@@ -87,9 +107,9 @@ def _stays_inside(name: object) -> bool:
     return inside and path.suffix == ".safetensors" and len(name) < 4096
 
 
-def _resolve(folder: Path, name: str) -> Path:
+def _resolve(folder: Path, name: str, named: Path | None) -> Path:
     """The real file of a shard; a Hugging Face cache links `snapshots/REV/x` to `blobs/HASH`."""
     path = folder / name
-    if any(len(part) > 255 for part in path.parts) or not path.is_file():
+    if any(len(part) > 255 for part in path.parts) or not is_regular(path):
         refuse(path, "no such file", "the shard that the index names", "download the missing shard")
-    return path.resolve()
+    return own_file(path, folder, named, f"name the folder that it is in: {OPTION} DIR")

@@ -31,13 +31,17 @@ def checkpoint_tensors(spec: ModelSpec) -> list[CheckpointTensor]:
     return [CheckpointTensor(name, theirs[name], *kind) for name, kind in tensors(spec).items()]
 
 
-def read_model(folder: str | Path) -> tuple[ModelSpec, Checkpoint, dict[str, TensorEntry]]:
+def read_model(
+    folder: str | Path, named: Path | None = None
+) -> tuple[ModelSpec, Checkpoint, dict[str, TensorEntry]]:
     """Read a checkpoint folder: its spec, its shards, and the place of every tensor by our name.
+
+    `named` is as in `read_checkpoint`.
 
     Raises:
         MoecError: something is wrong with config.json, the index, a shard or a tensor.
     """
-    spec, checkpoint = load_spec(folder), read_checkpoint(folder)
+    spec, checkpoint = load_spec(folder), read_checkpoint(folder, named)
     spec = _with_scales(spec, checkpoint)
     return spec, checkpoint, match(spec, checkpoint)
 

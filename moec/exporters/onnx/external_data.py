@@ -4,28 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from moec.spec.data import dtypes
-from moec.spec.errors import refuse
 from moec.spec.names import split_expert
 from moec.weights.shard import TensorEntry
 
 #: types of ONNX by our names
 ONNX_TYPES = {name: ir.DataType[theirs] for name, theirs in dtypes("name", "onnx").items()}
-
-
-def load_onnx(path: Path) -> ir.Model:
-    """Load the ONNX model at `path`, without the bytes of its weights.
-
-    Raises:
-        MoecError: the file is missing or damaged (exit code 1).
-    """
-    try:
-        return ir.load(path)
-    except (OSError, DecodeError, ir.serde.SerdeError, ValueError) as error:
-        expected = "a readable ONNX model of an artefact"
-        refuse(path, error, expected, "build the artefact again", exit_code=1)
 
 
 def set_external_data(model: ir.Model, entries: Mapping[str, TensorEntry], root: Path) -> None:

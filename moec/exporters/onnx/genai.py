@@ -9,6 +9,7 @@ from typing import Any
 from moec.artefact.manifest import Manifest
 from moec.spec import names
 from moec.spec.model import ModelSpec
+from moec.weights.checkpoint import Checkpoint
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 #: the positions for which genai allocates its buffers, unless its caller asks for fewer
@@ -16,7 +17,7 @@ CONTEXT = 131_072
 
 
 def write_genai(
-    folder: Path, final: Path, manifest: Manifest, weights: Path, tokenizer: Path | None
+    folder: Path, final: Path, manifest: Manifest, weights: Path, checkpoint: Checkpoint | None
 ) -> None:
     """Write genai's configuration and copies of the tokenizer files to `folder`.
 
@@ -32,8 +33,9 @@ def write_genai(
     config = genai_config(manifest.spec, manifest.compute, entries)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in _TOKENIZER:
-        if tokenizer and (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+        source = checkpoint.companion(name) if checkpoint else None
+        if source:
+            shutil.copyfile(source, folder / name)
 
 
 def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> dict[str, Any]:

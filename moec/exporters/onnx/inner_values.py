@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-import onnx
 import onnx_ir as ir
 
 from moec.artefact.artefact import Artefact
+from moec.exporters.onnx.strangers import read_checked
 from moec.spec import names
 
 
 def shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
     """Those of the names `wanted` that are values of a part of `artefact`."""
-    model = onnx.load(artefact.graph(part), load_external_data=False)  # faster than onnx_ir
+    model = read_checked(artefact, part)
     known = {name for node in model.graph.node for name in node.output}
     return [name for name in wanted if name in known]
 

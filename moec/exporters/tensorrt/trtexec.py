@@ -7,7 +7,7 @@ from pathlib import Path
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_job import Job
 from moec.artefact.engine_options import EngineOptions
-from moec.exporters.onnx.external_data import load_onnx
+from moec.exporters.onnx.strangers import load_checked
 from moec.exporters.tensorrt.build import job_of, plugin_of, wants_plugin_library
 from moec.spec.errors import refuse
 
@@ -48,7 +48,8 @@ def commands(artefact: Artefact) -> Iterator[str]:
 def _parts(artefact: Artefact, options: EngineOptions, folder: Path) -> Iterator[str]:
     manifest, path = artefact.manifest, artefact.path
     for part in artefact.parts:
-        model, plugins = load_onnx(artefact.graph(part)), tuple[str, ...]()
+        model = load_checked(artefact, part)
+        plugins = tuple[str, ...]()
         if wants_plugin_library(model):
             plugin = plugin_of(folder, manifest.spec, options, "tensorrt")
             yield plugin.command

@@ -2,8 +2,11 @@
 
 The inputs of a program are first those of the graph and then its weights. Each has its name with
 dots replaced by underscores. A program therefore runs on any device, and parts or sessions can
-share weights. To open a program by hand, import `moec.graph_builder.ops` and call
-`torch.export.load(file).module()`.
+share weights.
+
+A session never loads the file: it builds the same program again from the spec. To open a program by
+hand, import `moec.graph_builder.ops` and call `torch.export.load(file).module()`. Do so only with a
+file that you built yourself, because `torch.export.load` runs code that a file may contain.
 """
 
 import io
@@ -20,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moec.artefact.artefact import Artefact
 from moec.artefact.manifest import Port, Ports
+from moec.exporters.torch.archive import canonical, difference
 from moec.graph_builder.fused import build_fused
 from moec.graph_builder.parts import parts_of
 from moec.graph_builder.passes.inject import inject
@@ -70,18 +74,35 @@ def graphs_of(spec: ModelSpec, precision: str) -> dict[str, fx.GraphModule]:
 
 
 def program_of(graph: fx.GraphModule) -> Program:
-    """Export `graph` as a program. The call changes `graph`, which cannot be used afterwards."""
+    """Export `graph` as a program. The call changes `graph`, which cannot be used afterwards.
+
+    Every process with this version of torch makes the same bytes.
+    """
     nodes = list(graph.graph.nodes)
     inputs = _ports([n for n in nodes if n.op == "placeholder"])
     outputs = _ports(nodes[-1].args[0], nodes[-1].meta["outputs"])
     file = io.BytesIO()
     torch.export.save(_export(lift_weights(graph)), file)
-    return Program(file.getvalue(), Ports(inputs=inputs, outputs=outputs))
+    return Program(canonical(file.getvalue()), Ports(inputs=inputs, outputs=outputs))
 
 
 def load(artefact: Artefact, part: str) -> Program:
-    """Read the program of a part from an artefact."""
-    return Program(artefact.graph(part).read_bytes(), artefact.manifest.ports(part))
+    """Build the program of a part of an artefact again, from the spec in its manifest.
+
+    The stored file is not read, because it may come from a stranger.
+    """
+    return program_of(part_graph(artefact.manifest.spec, artefact.manifest.compute, part))
+
+
+def same_program(artefact: Artefact, part: str) -> str | None:
+    """Compare the stored file of a part with what the exporter writes now for the same spec.
+
+    Nothing in the file is unpickled or evaluated. Returns None if the bytes are the same, and
+    otherwise a short description of the first difference. A file that another version of torch
+    wrote has other bytes although it may be sound; the description then names both versions, and
+    says whether the nodes differ.
+    """
+    return difference(artefact.graph(part), load(artefact, part).data)
 
 
 def _ports(nodes: Sequence[fx.Node], names: Sequence[str] = ()) -> tuple[Port, ...]:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,13 +31,16 @@ from moec.spec.plan import plan
 class Lane:
     """One engine on one artefact.
 
-    `preset` names session options of ONNX Runtime; it is "" for other engines.
+    `preset` names session options of ONNX Runtime; it is "" for other engines. `weights_from` and
+    `trust_engines` are those of `open_session`.
     """
 
     path: str
     engine: str
     preset: str = ""
     device: str = "cpu"
+    weights_from: str | Path | None = None
+    trust_engines: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +88,26 @@ class Engine(Protocol):
         """Run one more token of each sequence, [B]; return its logits [B, vocab]."""
 
 
-def lanes_of(path: str | Path, device: str = "cpu") -> list[Lane]:
+def lanes_of(
+    path: str | Path,
+    device: str = "cpu",
+    weights_from: str | Path | None = None,
+    trust_engines: bool = False,
+) -> list[Lane]:
     """The lanes of an artefact: its engine, the eager reference, and transformers.
 
     ONNX Runtime has a lane for each set of session options.
     """
-    artefact = open_artefact(path)
+    artefact = open_artefact(path, weights_from)
     name = str(path)
     engine = artefact.manifest.engine
     presets = [preset for preset in SETS if preset in artefact.manifest.presets]
     lanes = [Lane(name, engine, preset, device) for preset in presets or [""]]
     if device == "cpu" and not artefact.manifest.packings:
         lanes.append(Lane(name, "eager"))
-    if artefact.manifest.checkpoint:
+    if artefact.checkpoint:
         lanes += [Lane(name, peer, device=device) for peer in PEERS]
-    return lanes
+    return [replace(x, weights_from=weights_from, trust_engines=trust_engines) for x in lanes]
 
 
 def bench(
@@ -110,6 +118,8 @@ def bench(
     new_tokens: int = 32,
     device: str = "cpu",
     rounds: int = 3,
+    weights_from: str | Path | None = None,
+    trust_engines: bool = False,
 ) -> list[Timing]:
     """Time an artefact in its engine, in the eager reference and in transformers: `lanes_of`.
 
@@ -123,6 +133,8 @@ def bench(
         new_tokens: the tokens to add to each sequence.
         device: "cpu" or "cuda".
         rounds: how often each lane is timed; figures are medians.
+        weights_from: the folder of the weights, as in `open_session`.
+        trust_engines: as in `open_session`.
 
     Returns:
         One timing for each lane; a lane that fails says why in its `error`.
@@ -133,7 +145,8 @@ def bench(
     if device != "cpu":
         artefact = open_artefact(path)
         find_engine(artefact).check(artefact, device)
-    return race(lanes_of(path, device), batch, prompt_tokens, new_tokens, rounds)
+    lanes = lanes_of(path, device, weights_from, trust_engines)
+    return race(lanes, batch, prompt_tokens, new_tokens, rounds)
 
 
 def race(
@@ -287,10 +300,14 @@ def _turn(engine: Engine, ids: Tensor, new_tokens: int) -> tuple[float, float]:
 def open_lane(lane: Lane) -> Engine:
     """Open the engine of a lane."""
     if lane.engine in PEERS:
-        manifest = open_artefact(lane.path).manifest
-        return open_transformers(
-            manifest.checkpoint or "", lane.engine, manifest.compute, lane.device
-        )
+        artefact = open_artefact(lane.path, lane.weights_from)
+        folder, dtype = artefact.checkpoint or "", artefact.manifest.compute
+        return open_transformers(folder, lane.engine, dtype, lane.device)
     return open_session(
-        lane.path, lane.device, engine=lane.engine, session_options=lane.preset or "lean"
+        lane.path,
+        lane.device,
+        engine=lane.engine,
+        session_options=lane.preset or "lean",
+        weights_from=lane.weights_from,
+        trust_engines=lane.trust_engines,
     )

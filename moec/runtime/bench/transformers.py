@@ -80,7 +80,13 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
             exit_code=3,
         )
     kind = Llama4ForConditionalGeneration if load_spec(checkpoint).vision else Llama4ForCausalLM
-    model: Any = kind.from_pretrained(checkpoint, dtype=TORCH_DTYPES[dtype])
+    model: Any = kind.from_pretrained(
+        checkpoint,
+        dtype=TORCH_DTYPES[dtype],
+        use_safetensors=True,  # other files of weights are pickles
+        local_files_only=True,
+        trust_remote_code=False,
+    )
     model = model.to(device).eval()
     step = torch.compile(model) if engine == ENGINES[1] else model
     return Transformers(model, step, device)

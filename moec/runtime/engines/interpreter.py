@@ -17,9 +17,10 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
-from moec.exporters.onnx.external_data import entry_of, load_onnx
+from moec.exporters.onnx.external_data import entry_of
 from moec.exporters.onnx.inner_values import open_values
 from moec.exporters.onnx.lowering import type_of
+from moec.exporters.onnx.strangers import load_checked
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.graph_builder import ops
 from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
@@ -46,7 +47,7 @@ def interpreter(
         MoecError: the artefact has no weights, or they have changed; or the ONNX model is damaged
             (exit code 1).
     """
-    model = load_onnx(artefact.graph(part))
+    model = load_checked(artefact, part)
     weights = unbound(model, artefact)
     show_routers(model.graph)
     open_values(model, taps, given)
@@ -175,7 +176,7 @@ def _gives(
 
 def _shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
     """Those of the names `wanted` that the interpreter can show."""
-    model = load_onnx(artefact.graph(part))
+    model = load_checked(artefact, part)
     show_routers(model.graph)
     known = {each.name for node in model.graph for each in node.outputs}
     return [name for name in wanted if name in known]

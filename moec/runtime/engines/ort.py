@@ -1,17 +1,18 @@
 """The ONNX Runtime engine: it runs an artefact's ONNX files on the CPU or on CUDA."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
-from moec.exporters.onnx.external_data import load_onnx
+from moec.artefact.session_options import session_options
 from moec.exporters.onnx.inner_values import open_values, shown
 from moec.exporters.onnx.lowering import DTYPES
+from moec.exporters.onnx.strangers import read_checked, relocate
 from moec.graph_builder.ops import FP8
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.spec import names
@@ -55,20 +56,24 @@ def ort_engine(
             "choose one of them" if manifest.presets else "build the artefact again",
         )
     artefact.stored()  # refuses unbound artefacts and changed shards
+    model = read_checked(artefact, part)
+    root = relocate(artefact, model)
     options = onnxruntime.SessionOptions()
-    chosen = manifest.presets[options_name].model_dump()
+    # Only moec's own table decides: the manifest may come from a stranger.
+    quantized = any(packing.bits for packing in manifest.packings.values())
+    chosen = session_options(quantized, bool(manifest.spec.scheme))[options_name].model_dump()
     for key, text in chosen.pop("entries").items():
         options.add_session_config_entry(key, text)
     options.execution_order = getattr(onnxruntime.ExecutionOrder, chosen.pop("execution_order"))
     for key, setting in chosen.items():
         setattr(options, key, setting)
-    options.add_session_config_entry(_FOLDER, str(artefact.weights_folder.resolve()))
+    options.add_session_config_entry(_FOLDER, str(root))
     # Log errors only: ONNX Runtime warns of the optional input image_features at each start.
     options.log_severity_level = 3
     file = artefact.graph(part)
     try:
-        model = _with_outputs(file, taps, given)
-        session = onnxruntime.InferenceSession(model, options, _PROVIDERS[device])
+        data = _with_outputs(model, taps, given).SerializeToString()
+        session = onnxruntime.InferenceSession(data, options, _PROVIDERS[device])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         refuse(
             file,
@@ -239,13 +244,21 @@ def check_kernels(artefact: Artefact, device: str) -> None:
         refuse(artefact.path, found, wanted, fix, exit_code=3)
 
 
-def _with_outputs(file: Path, taps: Sequence[str], given: Sequence[str]) -> str | bytes:
-    """The model in `file` with `taps` as further outputs; bf16 outputs are cast to float32.
+def _with_outputs(
+    proto: onnx.ModelProto, taps: Sequence[str], given: Sequence[str]
+) -> onnx.ModelProto:
+    """The model `proto` with `taps` as further outputs; bf16 outputs are cast to float32.
 
-    numpy has no bf16. `given` are as in `open_values`. Returns the path if nothing has to change,
-    else the changed model as bytes; its weights stay in their files.
+    numpy has no bf16. `given` are as in `open_values`. Returns `proto` itself if nothing has to
+    change. Weights stay in their files.
     """
-    model = load_onnx(file)
+    half = onnx.TensorProto.BFLOAT16
+    if not (taps or given) and all(
+        each.type.tensor_type.elem_type != half or names.is_present(each.name)
+        for each in proto.graph.output
+    ):
+        return proto
+    model = ir.from_proto(proto)
     open_values(model, taps, given)
     outputs = model.graph.outputs
     narrow = [
@@ -253,8 +266,6 @@ def _with_outputs(file: Path, taps: Sequence[str], given: Sequence[str]) -> str 
         for i, each in enumerate(outputs)
         if each.dtype == ir.DataType.BFLOAT16 and not names.is_present(str(each.name))
     ]
-    if not taps and not given and not narrow:
-        return str(file)
     for i in narrow:
         inner = outputs[i]
         name, inner.name = inner.name, f"{inner.name}/bf16"
@@ -264,8 +275,7 @@ def _with_outputs(file: Path, taps: Sequence[str], given: Sequence[str]) -> str 
         cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         model.graph.append(cast)
         outputs[i] = cast.outputs[0]
-    serialized: bytes = ir.to_proto(model).SerializeToString()
-    return serialized
+    return ir.to_proto(model)
 
 
 def _open(artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]) -> Run:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_job import ENGINES
+from moec.artefact.opening.native import check_native
 from moec.exporters.tensorrt.api import add_plugins
 from moec.exporters.tensorrt.callbacks import new_log
 from moec.exporters.tensorrt.weight_inputs import weights_of
@@ -84,6 +85,7 @@ def open_engine(trt: Any, artefact: Artefact, part: str, device: str) -> OpenEng
         MoecError: see `moec.runtime.engines.tensorrt.tensorrt_engine`.
     """
     recorded, manifest = engine_of(artefact, part), artefact.manifest
+    check_native(artefact, (recorded.file, *recorded.plugins))
     parts = weights_of(manifest, artefact.stored(), list(recorded.bindings))
     file, log = artefact.path / recorded.file, _log(trt)
     _add_plugins(trt, [(artefact.path / path).resolve() for path in recorded.plugins])

@@ -1,5 +1,7 @@
 """The engine of target `torch`: it runs an artefact's programs on the CPU or on CUDA.
 
+It builds each program from the artefact's spec, and never loads the file of a program.
+
 On CUDA the fused FP8 ops run moec's kernels. On the CPU they run their eager code in plain torch,
 which gives the right numbers and is slow. Triton is imported only when a session on CUDA opens.
 """
@@ -10,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import moec.graph_builder.ops  # noqa: F401  a program's file refers to these ops
-from moec.artefact.artefact import Artefact
+from moec.artefact.artefact import Artefact, file_of
 from moec.exporters.torch.program import part_graph
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
@@ -45,16 +46,15 @@ def torch_engine(
     A call writes into the caches that it is given.
 
     Args:
-        taps: inner values that a call returns besides the outputs. With taps, the part's graph is
-            built again from the spec and runs in place of the file's program.
+        taps: inner values that a call returns besides the outputs.
         weights: tensors on `device`, by name, to use in place of the artefact's weights, which may
             be missing then.
         set_values: inner values for which a call gets inputs "NAME.given".
 
     Raises:
-        MoecError: the artefact has no weights, or its program is broken. With exit code 3: the
-            device or Triton is missing, the kernels do not support the model's sizes, or memory is
-            short, now or in a call.
+        MoecError: the artefact has no weights, or the part's file is damaged. With exit code 3:
+            the device or Triton is missing, the kernels do not support the model's sizes, or
+            memory is short, now or in a call.
     """
     check_device(device, str(artefact.path))
     if device == "cuda":
@@ -65,9 +65,8 @@ def torch_engine(
         register()
     with memory_for(f"weights of {artefact.path}"):
         given = load(artefact, device, part) if weights is None else weights
-    graph, outputs = (
-        _tapped(artefact, part, taps, set_values) if taps or set_values else _stored(artefact, part)
-    )
+    _check_file(artefact, part)
+    graph, outputs = _program(artefact, part, taps, set_values)
     flat = {_flat(name): each for name, each in given.items()}
     ports = artefact.manifest.ports(part).inputs
     known = {_flat(port.name): port.name for port in ports}
@@ -106,31 +105,31 @@ def torch_engine(
     return run
 
 
-def _stored(artefact: Artefact, part: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The program in a part's file, and the names of its outputs."""
-    file = artefact.graph(part)
-    try:
-        program = torch.export.load(file)
-    except Exception as error:  # torch raises exceptions of many types
-        refuse(
-            file,
-            next(iter(str(error).splitlines()), type(error).__name__),
-            f"a program that torch {torch.__version__} loads",
-            "build the artefact again",
-            exit_code=1,
-            cause=error,
-        )
-    # Not `program.module()`: it would check a thousand inputs in each call.
-    return program.graph_module, tuple(p.name for p in artefact.manifest.ports(part).outputs)
-
-
-def _tapped(
+def _program(
     artefact: Artefact, part: str, taps: Sequence[str], given: Sequence[str]
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The graph from which a part's file was made, with `taps` as further outputs."""
+    """The program of a part, and the names of its outputs; `taps` are the last of these.
+
+    The program is built from the spec, as it was when the artefact was built. The part's file is
+    not loaded: torch would unpickle members of it, which runs any code that they hold.
+    """
     graph = part_graph(artefact.manifest.spec, artefact.manifest.compute, part, taps, given)
     outputs = list(graph.graph.nodes)[-1].meta["outputs"]
     return lift_weights(graph), outputs
+
+
+def _check_file(artefact: Artefact, part: str) -> None:
+    """Refuse a part whose file is damaged, although its program is built from the spec."""
+    file = artefact.graph(part)
+    found, expected = file_of(file), artefact.manifest.files.get(file.name)
+    if found != expected:
+        refuse(
+            file,
+            f"sha256 {found.sha256}",
+            expected.sha256 if expected else "a file that the manifest lists",
+            "build the artefact again",
+            exit_code=1,
+        )
 
 
 def _flat(name: str) -> str:

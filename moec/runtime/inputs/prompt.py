@@ -40,7 +40,14 @@ class Prompt:
     notes: tuple[str, ...]
 
 
-def encode(path: str | Path, text: str, images: Images = (), *, chat: bool = False) -> Prompt:
+def encode(
+    path: str | Path,
+    text: str,
+    images: Images = (),
+    *,
+    chat: bool = False,
+    weights_from: str | Path | None = None,
+) -> Prompt:
     """Turn `text` and `images` into token ids and image tiles.
 
     Args:
@@ -49,6 +56,7 @@ def encode(path: str | Path, text: str, images: Images = (), *, chat: bool = Fal
             first.
         images: one or several image files, their bytes, or Pillow images.
         chat: put the text into the checkpoint's chat template, as a message of the user.
+        weights_from: the folder of the weights, as in `open_session`.
 
     Raises:
         MoecError: there is no tokenizer, or it has no image tokens; an image cannot be read; the
@@ -57,7 +65,7 @@ def encode(path: str | Path, text: str, images: Images = (), *, chat: bool = Fal
     path = Path(path)
     if not (path / NAME).is_file() and (path / "config.json").is_file():
         return compose(open_text(path), load_spec(path), text, images, chat)
-    artefact = open_artefact(path)
+    artefact = open_artefact(path, weights_from)
     return compose(open_text(artefact), artefact.manifest.spec, text, images, chat)
 
 

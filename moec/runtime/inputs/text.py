@@ -103,7 +103,9 @@ def open_text(source: Artefact | Path) -> Text:
             folder,
             "no tokenizer.json",
             "a tokenizer.json beside the model or in the checkpoint",
-            "copy the checkpoint's there, or generate from token ids: --ids 1,2,3",
+            "copy the checkpoint's there, or generate from token ids: --ids 1,2,3"
+            if isinstance(source, Path) or source.manifest.checkpoint is None or source.checkpoint
+            else f"if you trust its checkpoint: --weights-from {source.manifest.checkpoint}",
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))

@@ -141,16 +141,16 @@ def _folder(artefact: Artefact, reference: str) -> Path:
                 "correct --reference",
             )
         return Path(reference)
-    known = artefact.manifest.checkpoint
-    if known is None or not Path(known).is_dir():
-        found = f"{artefact.path}, whose checkpoint is {known or 'unbound'}"
+    known = artefact.checkpoint
+    if known is None or not known.is_dir():
+        found = f"{artefact.path}, whose checkpoint is {artefact.manifest.checkpoint or 'unbound'}"
         refuse(
             f"--reference {reference}",
             found,
             "wide weights",
             "name their folder: --reference DIR",
         )
-    return Path(known)
+    return known
 
 
 def _draw(session: Session, seed: int) -> Tensor:

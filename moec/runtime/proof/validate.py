@@ -54,6 +54,7 @@ def validate(
     rows: Tensor | str | Path | None = None,
     source: str | Path | None = None,
     on_twin: bool | None = None,
+    weights_from: str | Path | None = None,
 ) -> Report:
     """Compare an artefact, run by its engine, with the float32 eager reference on its weights.
 
@@ -78,6 +79,7 @@ def validate(
             with the artefact's, and the reference reads them; default the folder in the manifest,
             if it is there.
         on_twin: the old name of `reduced`; it works for one more version.
+        weights_from: the folder of the weights, as in `open_session`.
 
     Raises:
         MoecError: `path` is not an artefact, its weights are missing or have changed, or a package
@@ -93,7 +95,7 @@ def validate(
             "1 token or more, a seed of 0 to 2^63",
             "correct --tokens or --seed",
         )
-    artefact = open_artefact(path)
+    artefact = open_artefact(path, weights_from)
     seed = secrets.randbits(31) if seed is None else seed
     unbound = artefact.manifest.weights.mode == "unbound"
     if source is not None and (unbound or reduced):
@@ -154,11 +156,11 @@ def _source(
     """The tensors of the checkpoint to compare with, by name; none if no folder is known."""
     if folder is not None:
         return read_source(artefact, Path(folder))
-    known = artefact.manifest.checkpoint
+    known = artefact.checkpoint
     try:
-        if known and Path(known).is_dir():
-            return read_source(artefact, Path(known))
-        found = f"{known} is no folder here" if known else "none is known"
+        if known and known.is_dir():
+            return read_source(artefact, known)
+        found = f"{known} is no folder here" if known else "none is known that you have used"
     except MoecError as error:
         found = f"{error.where}: {error.found}"
     notes.append(

@@ -11,8 +11,8 @@ from moec.artefact.manifest import Ports
 from moec.artefact.placement import Bound
 from moec.artefact.session_options import session_options
 from moec.exporters.builder import Builder, Wanted
-from moec.exporters.onnx.external_data import load_onnx
 from moec.exporters.onnx.standard import OPSET
+from moec.exporters.onnx.strangers import load_checked
 from moec.exporters.onnx.write import graphs_of, lower_model, ports, save_bound, save_checked
 from moec.exporters.precision import fp8_packings
 from moec.weights.packing import Packing
@@ -35,7 +35,7 @@ def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[ir.Model, d
 
 def load(artefact: Artefact, part: str) -> ir.Model:
     """Read the ONNX file of a part; its weights stay in their files."""
-    return load_onnx(artefact.graph(part))
+    return load_checked(artefact, part)
 
 
 def save(model: ir.Model, path: Path, bound: Bound, options: EngineOptions) -> None:

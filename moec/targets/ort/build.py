@@ -9,6 +9,7 @@ from moec.exporters.onnx.genai import write_genai
 from moec.exporters.onnx.ort import check_sizes
 from moec.spec.errors import refuse
 from moec.targets.onnx.build import BUILDER as ONNX
+from moec.weights.checkpoint import Checkpoint
 
 #: bits of a weight, in the precisions that quantise weights only
 _BITS = {"int8": 8, "int4": 4}
@@ -32,7 +33,7 @@ def check(wanted: Wanted) -> None:
 
 
 def genai(
-    folder: Path, final: Path, manifest: Manifest, weights: Path, checkpoint: Path | None
+    folder: Path, final: Path, manifest: Manifest, weights: Path, checkpoint: Checkpoint | None
 ) -> None:
     """Write the files that onnxruntime-genai reads into `folder`/genai."""
     write_genai(folder / "genai", final / "genai", manifest, weights, checkpoint)

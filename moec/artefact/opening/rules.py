@@ -1,0 +1,96 @@
+"""What the manifest of an artefact may say: names inside its folder, and session options of moec.
+
+Anybody can write a manifest. Its names become paths, and its session options can make ONNX Runtime
+write files. So names must stay inside the artefact, and session options must be a table that moec
+itself writes.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path, PurePosixPath
+
+from moec.artefact.manifest import NAME, Manifest
+from moec.artefact.session_options import session_options
+from moec.spec.errors import refuse
+
+_LONGEST = 4096  # characters of a path, as Linux limits it
+_BUILD_AGAIN = "do not use this artefact unless you trust its source; build it again"
+
+
+def check_manifest(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest with names outside the artefact, or with foreign session options.
+
+    `path` is the artefact's folder.
+
+    Raises:
+        MoecError: the message names the field and its value.
+    """
+    for field, name in _names(manifest):
+        if not stays_inside(name):
+            refuse(
+                f"{path / NAME}: {field}",
+                f"the name {name!r}"[:200],
+                "a relative path inside the folder, without ..",
+                _BUILD_AGAIN,
+            )
+    for field, folder in (
+        ("weights.folder", manifest.weights.folder),
+        ("checkpoint", manifest.checkpoint),
+    ):
+        if folder is not None and not _is_folder_name(folder):
+            refuse(f"{path / NAME}: {field}", f"{folder!r}"[:200], "an absolute path", _BUILD_AGAIN)
+    _check_options(path, manifest)
+
+
+def stays_inside(name: str) -> bool:
+    """Whether `name` is a relative path that stays inside its folder, in its shortest spelling."""
+    path = PurePosixPath(name)
+    return (
+        0 < len(name) < _LONGEST
+        and name.isprintable()
+        and "\\" not in name
+        and str(path) == name != "."
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and all(len(part.encode()) <= 255 for part in path.parts)
+    )
+
+
+def _is_folder_name(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        len(name) < _LONGEST and path.is_absolute() and ".." not in path.parts and "\0" not in name
+    )
+
+
+def _names(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Every name of a file in the manifest, with its field."""
+    yield from (("files", name) for name in manifest.files)
+    yield from (("weights.shards", name) for name in manifest.weights.shards)
+    for tensor, ref in manifest.weights.tensors.items():
+        yield f"weights.tensors.{tensor}", ref.file
+    for part, engine in manifest.engines.items():
+        for name in (part, engine.file, *engine.plugins, *engine.files):
+            yield f"engines.{part}", name
+
+
+def _check_options(path: Path, manifest: Manifest) -> None:
+    known = [session_options(*kinds) for kinds in product((False, True), repeat=2)]
+    if not manifest.presets or manifest.presets in known:
+        return
+    values: Mapping[str, set[tuple[str, str]]] = {
+        name: {each for table in known if name in table for each in table[name].entries.items()}
+        for name in manifest.presets
+    }
+    odd = [
+        f"{name}: {key}={value}"
+        for name, each in manifest.presets.items()
+        for key, value in each.entries.items()
+        if (key, value) not in values[name]
+    ]
+    refuse(
+        f"{path / NAME}: presets",
+        f"session options that moec never writes: {', '.join(odd or manifest.presets)}"[:300],
+        f"the tables {', '.join(known[-1])} as moec writes them",
+        _BUILD_AGAIN,
+    )

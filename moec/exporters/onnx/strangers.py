@@ -1,0 +1,179 @@
+"""Check an ONNX file that a stranger may have written, before anything runs or follows it.
+
+External data of an ONNX file may name any file, and operators of further domains may do anything.
+moec itself writes little of what ONNX allows: external data only for weights of the decoder or the
+tower, operators of a few domains, and no functions. All else is refused.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from moec.artefact.artefact import Artefact, stored_kinds
+from moec.exporters.onnx.external_data import ONNX_TYPES, entry_of
+from moec.spec.errors import refuse
+from moec.weights.shard import TensorEntry
+
+_EXTERNAL = onnx.TensorProto.EXTERNAL
+_KEYS = {"location", "offset", "length"}
+#: domain -> the operators of it that moec writes; of ONNX's own domain moec may write any
+_WRITES = {
+    "com.microsoft": {
+        "GroupQueryAttention",
+        "MatMulNBits",
+        "MoE",
+        "QMoE",
+        "SkipSimplifiedLayerNormalization",
+    },
+    "trt": {"Attention"},
+    "moec": {"MoecMoe"},
+}
+
+
+def read_checked(artefact: Artefact, part: str) -> onnx.ModelProto:
+    """Read the ONNX file of a part, and check it; the bytes of its weights stay in their files.
+
+    Raises:
+        MoecError: the file cannot be read (exit code 1). Or it has external data that is not the
+            place of a weight in the manifest, functions, or operators that moec never writes.
+    """
+    file = artefact.graph(part)
+    try:
+        model: onnx.ModelProto = onnx.ModelProto.FromString(file.read_bytes())
+    except (OSError, DecodeError) as error:
+        expected = "a readable ONNX model of an artefact"
+        refuse(file, error, expected, "build the artefact again", exit_code=1)
+    check_model(file, model, _places(artefact))
+    return model
+
+
+def load_checked(artefact: Artefact, part: str) -> ir.Model:
+    """Like `read_checked`, as a model to change.
+
+    Raises:
+        MoecError: as `read_checked`; or the file is damaged (exit code 1).
+    """
+    proto = read_checked(artefact, part)
+    try:
+        return ir.from_proto(proto)
+    except (ir.serde.SerdeError, ValueError, TypeError) as error:
+        expected = "a readable ONNX model of an artefact"
+        refuse(artefact.graph(part), error, expected, "build the artefact again", exit_code=1)
+
+
+def _places(artefact: Artefact) -> dict[str, TensorEntry]:
+    """Where the manifest says that each stored tensor is; its file is the name of a shard."""
+    manifest = artefact.manifest
+    kinds = stored_kinds(manifest.spec, manifest.packings)
+    return {
+        name: TensorEntry(
+            name, kinds[name][1], kinds[name][0], Path(ref.file), ref.offset, ref.length
+        )
+        for name, ref in manifest.weights.tensors.items()
+        if name in kinds
+    }
+
+
+def check_model(file: Path, model: Any, places: Mapping[str, TensorEntry]) -> None:
+    """Refuse what moec never writes into an ONNX file.
+
+    `places` says where each stored tensor is, by name, in a shard that is named as in the manifest.
+
+    Raises:
+        MoecError: the message names the first tensor, operator or field.
+    """
+    for field in ("functions", "training_info"):
+        if getattr(model, field):
+            _refuse(file, field, "functions or training data of a model", "a plain graph")
+    for each in model.opset_import:
+        if each.domain not in ("", "ai.onnx", *_WRITES):
+            _refuse(file, f"domain {each.domain}", "operators that moec does not write", _known())
+    for depth, graph in _graphs(model.graph):
+        if graph.sparse_initializer:
+            _refuse(file, graph.name, "sparse initializers", "dense ones")
+        for tensor in graph.initializer:
+            if tensor.data_location == _EXTERNAL or tensor.external_data:
+                entry = entry_of(tensor.name, places) if depth == 0 else None
+                _check_place(file, tensor, entry)
+        for node in graph.node:
+            _check_node(file, node)
+
+
+def relocate(artefact: Artefact, model: Any) -> Path:
+    """Let external data of `model` name the real files of the shards, below the returned folder.
+
+    ONNX Runtime refuses a location that is a link to a file elsewhere, as each file of a download
+    cache is. If no file is a link, the model stays as it is.
+    """
+    shards = {name: artefact.shard(name) for name in artefact.manifest.weights.shards}
+    root = Path(os.path.commonpath([file.parent for file in shards.values()]))
+    names = {name: file.relative_to(root).as_posix() for name, file in shards.items()}
+    if any(name != new for name, new in names.items()):
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = names[entry.value]
+    return root
+
+
+def _graphs(graph: Any, depth: int = 0) -> Iterator[tuple[int, Any]]:
+    """`graph` and all graphs inside it, each with its depth."""
+    yield depth, graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH or attribute.HasField("g"):
+                yield from _graphs(attribute.g, depth + 1)
+            for inner in attribute.graphs:
+                yield from _graphs(inner, depth + 1)
+
+
+def _check_node(file: Path, node: Any) -> None:
+    known = _WRITES.get(node.domain)
+    if node.domain not in ("", "ai.onnx") and (known is None or node.op_type not in known):
+        found = "an operator that moec does not write"
+        _refuse(file, f"node {node.name}: {node.domain}::{node.op_type}", found, _known())
+    for attribute in node.attribute:
+        tensors = [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else ())]
+        sparse = attribute.HasField("sparse_tensor") or attribute.sparse_tensors
+        if sparse or any(each.data_location == _EXTERNAL or each.external_data for each in tensors):
+            where = f"node {node.name}: {attribute.name}"
+            _refuse(file, where, "external or sparse data", "data in the attribute itself")
+
+
+def _check_place(file: Path, tensor: Any, entry: TensorEntry | None) -> None:
+    """Refuse external data unless it is the place of the weight of this name."""
+    given = {each.key: each.value for each in tensor.external_data}
+    where = f"weight {tensor.name}"
+    odd = set(given) != _KEYS or len(tensor.external_data) > len(_KEYS)  # a key may be there twice
+    if entry is None or tensor.data_location != _EXTERNAL or odd:
+        _refuse(
+            file,
+            where,
+            f"external data in {given.get('location')!r}"[:200],
+            "external data of weights in the manifest alone",
+        )
+    place = (entry.file.as_posix(), str(entry.offset), str(entry.nbytes))
+    found = (given["location"], given["offset"], given["length"])
+    kind = (ONNX_TYPES[entry.dtype].value, entry.shape)
+    if (found, (tensor.data_type, tuple(tensor.dims))) != (place, kind):
+        _refuse(
+            file,
+            where,
+            f"{', '.join(found)}, type {tensor.data_type}, shape {list(tensor.dims)}"[:200],
+            f"{', '.join(place)}, type {kind[0]}, shape {list(kind[1])}, as the manifest says",
+        )
+
+
+def _known() -> str:
+    return "operators of ONNX, and " + ", ".join(
+        f"{domain}::{name}" for domain, each in _WRITES.items() for name in sorted(each)
+    )
+
+
+def _refuse(file: Path, where: str, found: str, expected: str) -> NoReturn:
+    refuse(f"{file}: {where}", found, expected, "build the artefact again")

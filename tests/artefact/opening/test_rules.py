@@ -1,0 +1,135 @@
+"""A manifest from a stranger names files of its folder alone, and session options of moec alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moec
+from moec.artefact.artefact import open_artefact
+from moec.artefact.opening.rules import stays_inside
+from tests.damage import manifest, put, tensor_refs
+from tests.refusals import refusal
+
+NAMES = [
+    "../x", "a/../../x", "/etc/passwd", "..", ".", "", "./x", "a//b", "a/", "a\\b", "x\0", "x\n",
+    "\x1b[2Jx", "x" * 300, "/".join("x" * 3000), "\udcff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=[ascii(name)[:20] for name in NAMES])
+def test_names_that_leave_the_folder(name: str) -> None:
+    assert not stays_inside(name)
+
+
+@pytest.mark.parametrize("name", ["x", "a/b.safetensors", "genai/model.onnx", "..x", "x y", "é"])
+def test_names_that_stay(name: str) -> None:
+    assert stays_inside(name)
+
+
+def _rename(field: str, name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "manifest.json"
+        values = json.loads(path.read_text())
+        rows = values["weights"]["shards"] if field == "shards" else values[field]
+        rows[name] = next(iter(rows.values()), {"size": 1, "sha256": ""})
+        path.write_text(json.dumps(values))
+
+    return change
+
+
+def _engine(**changed: Any) -> Callable[[Path], object]:
+    built = {
+        "package": "tensorrt", "version": "1", "architectures": [], "size": 1, "seconds": {},
+        "peak_bytes": 0, "layers": 0, "layer_types": {}, "precisions": {},
+    }  # fmt: skip
+    value = {"file": "engine/model.engine", "built": built} | changed
+    return manifest("engines", {"model": value})
+
+
+CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file above": (_rename("files", "../../.bashrc"), ".bashrc"),
+    "an absolute file": (_rename("files", "/etc/passwd"), "/etc/passwd"),
+    "a shard above": (_rename("shards", "../secret.safetensors"), "secret"),
+    "an absolute shard": (_rename("shards", "/x.safetensors"), "/x.safetensors"),
+    "a tensor above": (
+        tensor_refs(lambda refs: refs["norm.weight"].update(file="../x")),
+        "norm.weight",
+    ),
+    "an engine above": (_engine(file="../../evil.engine"), "evil.engine"),
+    "a plugin elsewhere": (_engine(plugins=["/tmp/evil.so"]), "evil.so"),
+    "an engine's file above": (_engine(files={"../x": {"size": 1, "sha256": ""}}), "../x"),
+    "a relative folder of weights": (manifest("weights.folder", "weights"), "weights.folder"),
+    "a folder of weights with ..": (manifest("weights.folder", "/a/../b"), "weights.folder"),
+    "a relative checkpoint": (manifest("checkpoint", "../x"), "checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_outside_the_artefact_are_refused(artefact: Path, case: str) -> None:
+    damage, names = CASES[case]
+    damage(artefact)
+    refusal(lambda: open_artefact(artefact), names)
+
+
+OPTIONS: dict[str, tuple[str, object]] = {
+    "a file to write": ("entries.session.collect_node_memory_stats_to_file", "/tmp/moec-written"),
+    "a profile": ("entries.session.enable_profiling", "1"),
+    "another value": ("entries.session.disable_prepacking", "0"),
+    "another optimizer": ("entries.optimization.disable_specified_optimizers", "x"),
+    "a folder": ("entries.session.model_external_initializers_file_folder_path", "/"),
+    "a custom op": ("entries.session.register_custom_ops", "/tmp/evil.so"),
+    "another order": ("execution_order", "DEFAULT"),
+    "another pattern": ("enable_mem_pattern", True),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_foreign_session_options_are_refused(artefact: Path, case: str) -> None:
+    field, value = OPTIONS[case]
+    path = artefact / "manifest.json"
+    values = json.loads(path.read_text())
+    chosen = values["presets"]["lean"]
+    kind, _, key = field.partition(".")
+    if key:
+        chosen[kind][key] = value
+    else:
+        chosen[kind] = value
+    path.write_text(json.dumps(values))
+    refusal(lambda: moec.open_session(artefact), "presets")
+
+
+def test_a_further_set_of_session_options_is_refused(artefact: Path) -> None:
+    path = artefact / "manifest.json"
+    values = json.loads(path.read_text())
+    values["presets"]["mine"] = {"entries": {"session.x": "1"}}
+    path.write_text(json.dumps(values))
+    refusal(lambda: open_artefact(artefact), "mine: session.x=1")
+
+
+def test_values_of_another_precision_have_no_effect(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that moec writes for quantised weights is allowed, and this artefact has others."""
+    from onnxruntime import SessionOptions
+
+    added: dict[str, str] = {}
+
+    class Spy(SessionOptions):  # type: ignore[misc]
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            added[key] = value
+            super().add_session_config_entry(key, value)
+
+    lean = {
+        "entries": {"optimization.disable_specified_optimizers": "ConstantFolding"},
+        "execution_order": "PRIORITY_BASED",
+        "enable_mem_pattern": False,
+    }
+    prepacked = {"session.disable_prepacking": "1", **lean["entries"]}  # type: ignore[dict-item]
+    table = {"lean": lean, "fast": {}, "exact": lean | {"entries": prepacked}}
+    put("manifest.json", "presets", table)(artefact)
+    monkeypatch.setattr("onnxruntime.SessionOptions", Spy)
+    moec.open_session(artefact)
+    assert added["session.disable_prepacking"] == "1"

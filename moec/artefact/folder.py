@@ -80,6 +80,48 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def held(path: Path) -> Iterator[int]:
+    """Hold the folder `path` open for a block, and yield its descriptor.
+
+    Raises:
+        MoecError: there is no such folder; or a build has put another in its place when the block
+            ends.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        found = f"no {NAME}" if absent else error.strerror or error
+        refuse(path, found, "a folder that build wrote", "moec build --help")
+    try:
+        yield handle
+        refuse_replaced(path, handle)
+    finally:
+        os.close(handle)
+
+
+def refuse_replaced(path: Path, handle: int) -> None:
+    """Refuse to go on if `path` is not the folder of descriptor `handle` any more.
+
+    The descriptor keeps the number of the old folder from being used again.
+
+    Raises:
+        MoecError: another folder is there, or none.
+    """
+    try:
+        same = os.path.samestat(os.stat(path), os.fstat(handle))
+    except OSError:
+        same = False
+    if not same:
+        refuse(
+            path,
+            "another artefact, which a build has put there meanwhile",
+            "the same folder from start to end",
+            "run the command again",
+        )
+
+
 def _unused_name(out: Path) -> Path:
     """An unused name for a leftover folder. Its number begins with 0, as no process id does."""
     names = (out.parent / f".{out.name}.moec-partial-0{i}" for i in itertools.count())

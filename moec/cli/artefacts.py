@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from moec.cli.given import check_given, check_source
-from moec.cli.options import Architectures, Build, Placement, Scales
+from moec.cli.options import Architectures, Build, Hashed, Placement, Scales
 from moec.cli.output import bar, say
 from moec.cli.proofs import prove
 from moec.spec.errors import refuse
@@ -70,6 +70,7 @@ def build(
         ),
     ] = None,
     engine: Build = True,
+    hashed: Hashed = False,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Check the numbers after the build.")
     ] = True,
@@ -113,6 +114,7 @@ def build(
             scales=scales,
             cache=cache,
             options=_engine_options(chosen),
+            hash_weights=hashed,
         )
     artefact_tables(art)
     if check:
@@ -157,6 +159,7 @@ def bind(
     weights: Placement = None,
     scales: Scales = None,
     engine: Build = True,
+    hashed: Hashed = False,
 ) -> None:
     """Attach a checkpoint to an artefact that was built without weights, or attach another one."""
     check_given(artefact, checkpoint, out)
@@ -172,6 +175,7 @@ def bind(
             progress=progress,
             scales=scales,
             engine=engine,
+            hash_weights=hashed,
         )
     artefact_tables(art)
 

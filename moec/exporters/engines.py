@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moec.artefact.artefact import Artefact, file_of, open_artefact, write_manifest
+from moec.artefact.artefact import (
+    Artefact,
+    check_files,
+    check_manifest,
+    file_of,
+    open_artefact,
+    write_manifest,
+)
 from moec.artefact.engine_job import ENGINES
 from moec.artefact.engine_options import EngineOptions, engine_options
 from moec.artefact.folder import writing
@@ -41,6 +48,8 @@ def build_engines(
             not installed (exit code 3).
     """
     built = artefact if isinstance(artefact, Artefact) else open_artefact(artefact)
+    check_manifest(built)
+    check_files(built, built.graphs)
     compiler, options = _compiler_of(built)
     manifest, builder = built.manifest, builder_for(built)
     options = options.model_copy(update={"build": True})
@@ -75,9 +84,8 @@ def build_engines(
         },
         "build": manifest.build.model_copy(update={"seconds": seconds}),
     }
-    done = replace(built, manifest=manifest.model_copy(update=update))
-    write_manifest(built.path, done.manifest)
-    return done
+    done = write_manifest(built.path, manifest.model_copy(update=update))
+    return replace(built, manifest=done, content=done.digest)
 
 
 def trtexec_commands(artefact: str | Path) -> list[str]:

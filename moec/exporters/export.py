@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from moec.artefact.artefact import Artefact, open_artefact
+from moec.artefact.artefact import Artefact, check_files, check_manifest, open_artefact
 from moec.artefact.choices import check_placement, choose, default_precision
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.folder import refuse_foreign
@@ -39,6 +39,7 @@ def export(
     scales: str | Path | Calibration | None = None,
     cache: str | None = None,
     options: EngineOptions | None = None,
+    hash_weights: bool = False,
 ) -> Artefact:
     """Build an artefact of a model.
 
@@ -139,9 +140,11 @@ def export(
         else {},
         options=wanted.options if compiler else None,
         versions=versions(),
-        build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
+        build=Build(bytes_written=0, bytes_copied=0),
     )
-    art = write_artefact(path, models, manifest, checkpoint, entries, mode, stages, constants)
+    art = write_artefact(
+        path, models, manifest, checkpoint, entries, mode, stages, constants, hashed=hash_weights
+    )
     return _with_engines(art, progress) if compiler and wanted.options.build else art
 
 
@@ -170,6 +173,7 @@ def bind(
     progress: Progress = lambda stage, done, total: None,
     scales: str | Path | Calibration | None = None,
     engine: bool = True,
+    hash_weights: bool = False,
 ) -> Artefact:
     """Attach a checkpoint to an artefact that was built without one, or replace its checkpoint.
 
@@ -184,14 +188,17 @@ def bind(
         progress: called with (stage, done, total).
         scales: as in `export`.
         engine: whether to build TensorRT engines, if the artefact's options ask for them.
+        hash_weights: as in `export`.
 
     Raises:
-        MoecError: the checkpoint is broken or of another model, or a TensorRT engine cannot be
-            built.
+        MoecError: the checkpoint is broken or of another model; the artefact's graphs are not as
+            they were built (exit code 1); or a TensorRT engine cannot be built.
     """
     stages = Stages(progress)
     with stages("read"):
         built = open_artefact(artefact)
+        check_manifest(built)
+        check_files(built, built.graphs)
         builder = builder_for(built)
         packs = bool(built.manifest.packings)
         mode = weights or ("pack" if packs else "in-place")
@@ -232,6 +239,7 @@ def bind(
         stages,
         constants,
         engines=built if stays else None,
+        hashed=hash_weights,
     )
     return _with_engines(art, progress) if wants else art
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moec.artefact.artefact import Artefact, open_artefact, write_manifest
+from moec.artefact.artefact import Artefact, open_artefact
+from moec.artefact.parity import identity
+from moec.artefact.parity import record as record
 from moec.artefact.session_options import EXACT
 from moec.runtime.proof.checks import cached_decode, fast_products, generation, layer_by_layer
 from moec.runtime.proof.compare import FP8_NOISE, TOLERANCES
@@ -100,6 +102,7 @@ def validate(
         return report
     if not unbound and not reduced:
         return _prove(artefact, tokens, seed, progress, device)
+    proven = identity(artefact)
     ArtefactUnderTest(artefact, device, "lean").check_device()
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = REDUCED.get(artefact.manifest.precision, (None, None))
@@ -108,6 +111,7 @@ def validate(
         built = build_reduced(artefact, small, Path(folder), seed)
         least = REDUCED_TOKENS if longest else 1
         report = _prove(built, tokens or longest, seed, progress, device, least)
+        report.identity = proven
         report.twin, report.subject = True, f"{artefact.path} (reduced-size model)"
         report.notes.append(
             f"The artefact's {'weights are not bound' if unbound else 'own weights were not run'}: "
@@ -115,12 +119,6 @@ def validate(
             f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}."
         )
     return report
-
-
-def record(path: str | Path, report: Report) -> None:
-    """Store `report` in the manifest of the artefact at `path`."""
-    artefact = open_artefact(path)
-    write_manifest(artefact.path, artefact.manifest.model_copy(update={"parity": report.to_dict()}))
 
 
 def _prove(
@@ -155,6 +153,7 @@ def _prove(
         seed,
         lengths.tolist(),
         versions=dict(manifest.versions),
+        identity=identity(artefact),
     )
     if tested.engine.note:
         report.notes.append(tested.engine.note(artefact))

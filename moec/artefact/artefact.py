@@ -1,22 +1,24 @@
 """Read an artefact from disk, find its weights, and notice when its files have changed."""
 
-import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from moec.artefact.manifest import NAME, Engine, File, Manifest
+from moec.artefact.manifest import NAME, Engine, File, Manifest, digest_of
 from moec.artefact.opening.rules import check_manifest
 from moec.artefact.opening.shards import checkpoint_of, find_shard, holds, keys_in_shards
 from moec.artefact.targets import find_target
+from moec.artefact.weight_hashes import verify_weights
 from moec.spec.errors import refuse
 from moec.spec.fields import read_json
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.tensors import Kind, tensors
+from moec.weights.hashed import file_sha256
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import TensorEntry, read_shard
 from moec.weights.trust.links import is_regular, own_file
@@ -34,12 +36,15 @@ class Artefact:
         manifest: the manifest in it.
         weights_from: the folder that the user named for weights that are not in the artefact.
         trust_engines: whether the user lets TensorRT engines run that were not built here.
+        content: the digest of the manifest as it was read from disk. It differs from
+            `manifest.digest` if the file has changed since it was written.
     """
 
     path: Path
     manifest: Manifest
     weights_from: Path | None = None
     trust_engines: bool = False
+    content: str | None = None
 
     @property
     def model(self) -> Path:
@@ -49,8 +54,12 @@ class Artefact:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts whose graphs are files in the folder: "model", "vision", "genai/model"."""
-        end = self._suffix
-        return tuple(n.removesuffix(end) for n in self.manifest.files if n.endswith(end))
+        return tuple(name.removesuffix(self._suffix) for name in self.graphs)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The names of the files of all parts."""
+        return tuple(name for name in self.manifest.files if name.endswith(self._suffix))
 
     def graph(self, part: str) -> Path:
         """The file of a part: "model" or "vision"."""
@@ -129,11 +138,13 @@ class Artefact:
                 )
             headers[name] = found.tensors
         kinds, keys = stored_kinds(spec, self.manifest.packings), keys_in_shards(self.manifest)
+        hashes = weights.hashes
         odd = set(kinds) ^ set(weights.tensors) or {
             name
             for name, ref in weights.tensors.items()
             if ref.file not in headers
             or not holds(name, ref, kinds[name], headers[ref.file], keys.get(name, name))
+            or (name in hashes and hashes[name].pieces not in (1, *kinds[name][0][:1]))
         }
         if odd:
             refuse(
@@ -201,8 +212,9 @@ def open_artefact(
     path = Path(path)
     if not (path / NAME).is_file():
         refuse(path, f"no {NAME}", "a folder that build wrote", "moec build --help")
+    values = read_json(path / NAME)
     try:
-        manifest = Manifest.model_validate(read_json(path / NAME))
+        manifest = Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         refuse(
@@ -232,7 +244,8 @@ def open_artefact(
                 f"{expected.size} bytes",
                 "build the artefact again",
             )
-    return Artefact(path, manifest, named_folder(weights_from), trust_engines)
+    named = named_folder(weights_from)
+    return Artefact(path, manifest, named, trust_engines, digest_of(values))
 
 
 def named_folder(weights_from: str | Path | None) -> Path | None:
@@ -248,46 +261,110 @@ def named_folder(weights_from: str | Path | None) -> Path | None:
     )
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder`/manifest.json in one step: a reader sees the old file or the new one."""
-    draft = folder / f".{NAME}.{os.getpid()}"
-    draft.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    draft.replace(folder / NAME)
+def write_manifest(path: Path, manifest: Manifest, folder: int | None = None) -> Manifest:
+    """Write the manifest of the artefact at `path` in one step: readers see the old or the new one.
+
+    With the descriptor `folder` of the artefact's folder, a build that puts another folder there at
+    this moment keeps its own manifest.
+
+    Returns:
+        The manifest with its digest, as it was written.
+    """
+    sealed, draft = manifest.sealed(), f".{NAME}.{os.getpid()}"
+    at = folder if folder is not None else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=at)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(sealed.to_json())
+            os.rename(draft, NAME, src_dir_fd=at, dst_dir_fd=at)
+        except BaseException:
+            os.unlink(draft, dir_fd=at)
+            raise
+    finally:
+        if folder is None:
+            os.close(at)
+    return sealed
 
 
 def file_of(path: Path) -> File:
     """The size and the SHA-256 hash of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return File(size=path.stat().st_size, sha256=digest)
+    return File(size=path.stat().st_size, sha256=file_sha256(path))
 
 
-def verify_files(artefact: Artefact) -> None:
-    """Hash every file that the build wrote, and check the shards of the weights.
+def check_digest(artefact: Artefact) -> None:
+    """Refuse a manifest whose content is not that of its digest; one without a digest passes.
+
+    Raises:
+        MoecError: the manifest has changed since it was written (exit code 1).
+    """
+    expected = artefact.manifest.digest
+    if expected and artefact.content and expected != artefact.content:
+        refuse(
+            artefact.path / NAME,
+            f"content of SHA-256 {artefact.content}",
+            f"{expected}, as it was written",
+            "build the artefact again",
+            exit_code=1,
+        )
+
+
+def check_files(artefact: Artefact, names: Iterable[str] | None = None) -> None:
+    """Hash files that the build wrote: `names`, or all files but the weights and the engines.
 
     Raises:
         MoecError: a file has changed; the message names the first one (exit code 1).
     """
-    for name, expected in artefact.manifest.files.items():
-        found = file_of(artefact.path / name).sha256
-        if found != expected.sha256:
-            refuse(
-                artefact.path / name,
-                f"sha256 {found}",
-                expected.sha256,
-                "build the artefact again",
-                exit_code=1,
-            )
-    for engine in artefact.manifest.engines.values():
+    written = artefact.manifest.files
+    for name in written if names is None else names:
+        path, expected = artefact.path / name, written[name].sha256
+        found = file_sha256(path)
+        if found != expected:
+            refuse(path, f"sha256 {found}", expected, "build the artefact again", exit_code=1)
+
+
+class Verified(NamedTuple):
+    """The files of an artefact that were hashed, by name, and what was not, for people to read."""
+
+    hashed: tuple[str, ...]
+    not_hashed: tuple[str, ...]
+
+
+def verify_files(artefact: Artefact) -> Verified:
+    """Hash all that has a hash in the manifest, and check the sizes and headers of the weights.
+
+    Raises:
+        MoecError: something has changed; the message names the first such thing (exit code 1).
+    """
+    manifest = artefact.manifest
+    check_digest(artefact)
+    check_files(artefact)
+    for engine in manifest.engines.values():
         check_engine(artefact, engine, whole=True)
-    if artefact.manifest.weights.mode != "unbound":
+    engines = {name for engine in manifest.engines.values() for name in engine.files}
+    shards = manifest.weights.shards
+    weights: set[str] = set()
+    if manifest.weights.mode != "unbound":
         artefact.stored()
+        weights = verify_weights(manifest.weights, artefact.weights_folder)
+    known = {NAME, *manifest.files, *engines, *shards}
+    here = {p.relative_to(artefact.path).as_posix() for p in artefact.path.rglob("*")}
+    others = sorted(name for name in here - known if not (artefact.path / name).is_dir())
+    return Verified(
+        (*((NAME,) if manifest.digest else ()), *manifest.files, *sorted(engines | weights)),
+        (
+            *(() if manifest.digest else (f"{NAME}: it has no digest",)),
+            *(f"{name}: its size and header are right" for name in sorted(shards.keys() - weights)),
+            *(f"{name}: the build did not write it" for name in others),
+        ),
+    )
 
 
 def check_engine(artefact: Artefact, engine: Engine, whole: bool = False) -> None:
     """Refuse a TensorRT engine whose files have changed since the build wrote them.
 
-    The sizes are compared, and the hashes too if `whole`.
+    The sizes are compared, and the hashes of the plugins, which are small. `whole` asks for the
+    hashes of the engines too, which hold weights.
 
     Raises:
         MoecError: a file has changed; the message names the first one (exit code 1).
@@ -295,7 +372,8 @@ def check_engine(artefact: Artefact, engine: Engine, whole: bool = False) -> Non
     for name, expected in engine.files.items():
         path = artefact.path / name
         size = path.stat().st_size if path.is_file() else None
-        if size != expected.size or (whole and file_of(path).sha256 != expected.sha256):
+        hashed = whole or name != engine.file
+        if size != expected.size or (hashed and file_of(path).sha256 != expected.sha256):
             found = "other bytes" if size == expected.size else f"{size} bytes"
             refuse(
                 path,

@@ -1,8 +1,14 @@
-"""The manifest of an artefact, `manifest.json`, as frozen data."""
+"""The manifest of an artefact, `manifest.json`, as frozen data that protects itself.
 
-from typing import Any, Literal
+The manifest holds a digest of its own content. Two builds of the same model write the same bytes:
+how long a build took is printed, and not stored.
+"""
 
-from pydantic import Field
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field, field_validator
 
 from moec.artefact.engine_job import Built
 from moec.artefact.engine_options import EngineOptions
@@ -26,10 +32,15 @@ class File(Frozen):
 
 
 class ShardRef(Frozen):
-    """A weight file, by its size and the hash of its header: hashing all of it takes too long."""
+    """A weight file, by its size and the hash of its header.
+
+    `sha256` is the hash of the whole file. A copy has it, because the build read every byte. Files
+    that stay in place or are linked have it if the user asked for it.
+    """
 
     size: int
     header_sha256: str
+    sha256: str | None = None
 
 
 class TensorRef(Frozen):
@@ -40,17 +51,30 @@ class TensorRef(Frozen):
     length: int
 
 
+class TensorHash(Frozen):
+    """The SHA-256 of a stored tensor.
+
+    If `pieces` is above 1, the tensor was written in that many pieces of one size, one for each
+    expert, and the hash is that of the hashes of its pieces, 32 bytes each, one after the other.
+    """
+
+    sha256: str
+    pieces: int = Field(default=1, ge=1)
+
+
 class Weights(Frozen):
     """The weights of an artefact.
 
     Shard names are relative to `folder`, an absolute path for weights in place; None means the
-    artefact's own folder. An unbound artefact has no shards and no tensors.
+    artefact's own folder. An unbound artefact has no shards and no tensors. `hashes` has the
+    tensors that moec packed, which it hashed while it wrote them.
     """
 
     mode: WeightMode
     folder: str | None = None
     shards: dict[str, ShardRef] = Field(default_factory=dict)
     tensors: dict[str, TensorRef] = Field(default_factory=dict)
+    hashes: dict[str, TensorHash] = Field(default_factory=dict)
 
 
 class Port(Frozen):
@@ -101,21 +125,54 @@ class Engine(Frozen):
 class Build(Frozen):
     """How the build of an artefact went.
 
+    The first three say how one run went. They are known to the process that built the artefact, and
+    are not stored.
+
     Attributes:
         seconds: duration of each stage, by name.
         peak_bytes: the most resident memory of the building process.
+        bytes_read: bytes of the checkpoint that packing read.
         bytes_written: bytes of all files that were written.
         bytes_copied: bytes of weights that were copied unchanged.
         bytes_packed: bytes of weights that were packed.
-        bytes_read: bytes of the checkpoint that packing read.
     """
 
-    seconds: dict[str, float]
-    peak_bytes: int
+    seconds: dict[str, float] = Field(default_factory=dict)
+    peak_bytes: int = 0
+    bytes_read: int = 0
     bytes_written: int
     bytes_copied: int
     bytes_packed: int = 0
-    bytes_read: int = 0
+
+
+#: what `manifest.json` leaves out
+_OF_ONE_RUN = {"build": {"seconds", "peak_bytes", "bytes_read"}}
+
+
+class _Check(BaseModel):
+    """The fields of a check that are shown; a report may have more."""
+
+    name: str
+    kind: str
+    found: float | None
+    limit: float
+    detail: str
+    passed: bool
+
+
+class _Report(BaseModel):
+    """The fields of a report that are shown; it may have more."""
+
+    subject: str
+    engine: str
+    reference: str
+    precision: str
+    seed: int
+    tokens: list[int]
+    checks: list[_Check]
+    notes: list[str]
+    passed: bool
+    first_divergence: str | None
 
 
 class Manifest(Frozen):
@@ -132,6 +189,7 @@ class Manifest(Frozen):
         options: the sizes that TensorRT engines are built for.
         engines: the TensorRT engines, by part; a build does not run them.
         parity: the report of the last proof. Nothing else in the manifest speaks of accuracy.
+        digest: the SHA-256 of all other fields, by `digest_of`. Older versions wrote none.
     """
 
     format: Literal["moec/1"] = "moec/1"
@@ -153,6 +211,22 @@ class Manifest(Frozen):
     versions: dict[str, str]
     build: Build
     parity: dict[str, Any] | None = None
+    digest: str | None = None
+
+    @field_validator("parity")
+    @classmethod
+    def _is_a_report(cls, parity: dict[str, Any] | None) -> dict[str, Any] | None:
+        if parity is not None:
+            _Report.model_validate(parity)
+        return parity
+
+    def sealed(self) -> Self:
+        """The same manifest with the digest of its content."""
+        return self.model_copy(update={"digest": digest_of(json.loads(self.to_json()))})
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`."""
+        return self.model_dump_json(indent=1, exclude=_OF_ONE_RUN)
 
     @property
     def engine(self) -> str:
@@ -183,3 +257,12 @@ class Manifest(Frozen):
             for packing in self.packings.values()
             if packing.names(self.spec.dtype) != (packing.source,)
         }
+
+
+def digest_of(values: dict[str, Any], without: tuple[str, ...] = ("digest",)) -> str:
+    """The SHA-256 of the content of a manifest, whose JSON was parsed to `values`.
+
+    The fields `without` do not count, and neither do spaces and the order of fields.
+    """
+    counted = {name: each for name, each in values.items() if name not in without}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,10 @@
 """Place the weights of an artefact: leave them in the checkpoint, link, copy or pack them."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +12,19 @@ from typing import cast
 
 from torch import Tensor
 
-from moec.artefact.manifest import Manifest, ShardRef, TensorRef, WeightMode, Weights
+from moec.artefact.manifest import (
+    Manifest,
+    ShardRef,
+    TensorHash,
+    TensorRef,
+    WeightMode,
+    Weights,
+)
+from moec.artefact.weight_hashes import hash_files
 from moec.spec.errors import refuse
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.packed_file import write_packed
-from moec.weights.packed_journal import PACKED
+from moec.weights.packed_journal import PACKED, Hash
 from moec.weights.shard import TensorEntry, read_shard
 
 #: files of a checkpoint that a runtime may need beside the weights
@@ -60,17 +70,21 @@ def place(
     mode: str,
     folder: Path,
     progress: Progress,
+    hashed: bool = False,
 ) -> Bound:
     """Leave, link or copy the shards of `checkpoint`, as `mode` says; copy its companions.
 
     `folder` is the artefact's folder while it is written. The result says where each parameter
-    will be in the finished artefact.
+    will be in the finished artefact. A copy is hashed while it is written; `hashed` asks for a hash
+    of shards that are left or linked, which means to read all of them.
 
     Raises:
         MoecError: the file system cannot hard-link, or a companion is a link that leads out of the
             checkpoint.
     """
-    copied = 0
+    copied, sha256 = 0, dict[Path, str]()
+    if hashed and mode != "copy":
+        sha256 = hash_files([s.path for s in checkpoint.shards], partial(progress, "hash"))
     if mode == "in-place":
         root = Path(os.path.commonpath([shard.path.parent for shard in checkpoint.shards]))
         names = {shard.path: shard.path.relative_to(root).as_posix() for shard in checkpoint.shards}
@@ -83,7 +97,8 @@ def place(
             if mode == "link":
                 _link(shard.path, folder / shard.name)
             else:
-                copied += _copy(shard.path, folder / shard.name, progress)
+                sha256[shard.path] = _copy(shard.path, folder / shard.name, progress)
+                copied += shard.size
         _companions(checkpoint, folder)
     at_root = {
         name: replace(entry, file=root / names[entry.file]) for name, entry in entries.items()
@@ -93,7 +108,9 @@ def place(
         for name, entry in entries.items()
     }
     shards = {
-        names[shard.path]: ShardRef(size=shard.size, header_sha256=shard.header_sha256)
+        names[shard.path]: ShardRef(
+            size=shard.size, header_sha256=shard.header_sha256, sha256=sha256.get(shard.path)
+        )
         for shard in checkpoint.shards
     }
     placed = cast(WeightMode, mode)
@@ -118,17 +135,19 @@ def pack(
     _companions(checkpoint, folder)
     path = folder / PACKED
     stage = partial(progress, "pack")
-    read = write_packed(path, manifest.packings, entries, stage, constants)
+    hashes: dict[str, Hash] = {}
+    read = write_packed(path, manifest.packings, entries, stage, constants, hashes)
     shard = read_shard(path)
     refs = {
         name: TensorRef(file=PACKED, offset=entry.offset, length=entry.nbytes)
         for name, entry in shard.tensors.items()
     }
     shards = {PACKED: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
+    kept = {name: TensorHash(sha256=h.sha256, pieces=h.pieces) for name, h in hashes.items()}
     return Bound(
         shard.tensors,
         folder,
-        Weights(mode="pack", shards=shards, tensors=refs),
+        Weights(mode="pack", shards=shards, tensors=refs, hashes=dict(sorted(kept.items()))),
         packed=shard.size,
         read=read,
     )
@@ -152,11 +171,18 @@ def _link(source: Path, target: Path) -> None:
         )
 
 
-def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) -> int:
-    size, done = source.stat().st_size, 0
-    with source.open("rb") as reader, target.open("wb") as writer:
+def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) -> str:
+    """Copy a file; return the SHA-256 of what was written."""
+    size, done, digest = source.stat().st_size, 0, hashlib.sha256()
+    with (
+        source.open("rb") as reader,
+        target.open("wb") as writer,
+        ThreadPoolExecutor(1) as beside,
+    ):
         while data := reader.read(block):
+            hashing = beside.submit(digest.update, data)  # while the block is written
             writer.write(data)
+            hashing.result()
             done += len(data)
             progress(f"copy {source.name}", done, size)
-    return size
+    return digest.hexdigest()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moec.cli.given import check_given, check_source
-from moec.cli.options import Architectures, Build, LinksTo, Placement, Scales, WeightsFrom
+from moec.cli.options import Architectures, Build, Hashed, LinksTo, Placement, Scales, WeightsFrom
 from moec.cli.output import bar, say
 from moec.cli.proofs import prove
 from moec.spec.errors import refuse
@@ -74,6 +74,7 @@ def build(
     ] = None,
     engine: Build = True,
     weights_from: LinksTo = None,
+    hashed: Hashed = False,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Check the numbers after the build.")
     ] = True,
@@ -118,6 +119,7 @@ def build(
             cache=cache,
             options=_engine_options(chosen),
             weights_from=weights_from,
+            hash_weights=hashed,
         )
     artefact_tables(art)
     _note_unrecorded(art)
@@ -171,6 +173,7 @@ def bind(
     scales: Scales = None,
     engine: Build = True,
     weights_from: LinksTo = None,
+    hashed: Hashed = False,
 ) -> None:
     """Attach a checkpoint to an artefact that was built without weights, or attach another one."""
     check_given(artefact, checkpoint, out, weights_from)
@@ -187,6 +190,7 @@ def bind(
             scales=scales,
             engine=engine,
             weights_from=weights_from,
+            hash_weights=hashed,
         )
     artefact_tables(art)
     _note_unrecorded(art)

@@ -59,14 +59,16 @@ def plan(
 def inspect(
     artefact: Annotated[Path, typer.Argument(help="The artefact's folder.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Also hash every file that the build wrote.")
+        bool,
+        typer.Option("--verify", help="Also hash everything that has a hash in the manifest."),
     ] = False,
     weights_from: WeightsFrom = None,
     as_json: Json = False,
 ) -> None:
     """Show an artefact's manifest: files, weights, costs of the build, and the last proof.
 
-    With --verify the exit code is 1 if a file is not as it was written.
+    With --verify the exit code is 1 if something is not as it was written.
+    Hashes find damage, not malice: who can change a file can change its hash.
     """
     from moec.artefact.artefact import open_artefact, verify_files
     from moec.cli.tables import artefact_tables, report_table
@@ -79,8 +81,11 @@ def inspect(
         if art.manifest.parity:
             report_table(art.manifest.parity)
     if verify:
-        verify_files(art)
-        say("verified: every file is as it was written")
+        hashed, not_hashed = verify_files(art)
+        say(f"verified: {len(hashed)} files are as they were written: {', '.join(hashed)}")
+        for what in not_hashed:
+            say(f"not hashed: {what}")
+        say("note: hashes find damage, not malice; who can change a file can change its hash")
 
 
 def spec_list() -> None:

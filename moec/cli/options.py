@@ -53,3 +53,11 @@ Architectures = Annotated[
         "the option for more. Default: both of these, or what the artefact was built for.",
     ),
 ]
+Hashed = Annotated[
+    bool,
+    typer.Option(
+        "--hash",
+        help="Also hash weights that stay in place or are linked, which means to read all of them. "
+        "Weights that are copied or packed are hashed anyway.",
+    ),
+]

@@ -7,8 +7,8 @@ import typer
 
 from moec.cli.given import check_given
 from moec.cli.options import Device, Json, WeightsFrom
-from moec.cli.output import bar, print_json
-from moec.spec.errors import refuse
+from moec.cli.output import bar, error_line, print_json
+from moec.spec.errors import MoecError, refuse
 
 
 def validate(
@@ -87,15 +87,17 @@ def prove(
     source: Path | None = None,
     weights_from: Path | None = None,
 ) -> None:
-    """Prove an artefact, store the report in its manifest and print it.
+    """Prove an artefact, print the report and store it in the artefact's manifest.
+
+    A report that cannot be stored is a warning: the exit code says what the proof said.
 
     Raises:
         typer.Exit: exit code 1, if a check failed.
     """
     check_given(artefact, weights_from=weights_from)
     import moec
+    from moec.artefact.parity import record
     from moec.cli.tables import report_table
-    from moec.runtime.proof.validate import record
 
     with bar(quiet=as_json) as progress:
         report = moec.validate(
@@ -110,15 +112,18 @@ def prove(
             source=source,
             weights_from=weights_from,
         )
-    record(artefact, report)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        report_table(report.to_dict())
+    try:
+        record(artefact, report)
+    except MoecError as error:
+        error_line(f"warning: the report was not stored: {error.where}: {error.found}", "yellow")
     if html:
         try:
             report.to_html(html)
         except OSError as error:
             refuse(f"--html {html}", error.strerror, "a file that can be written", "choose another")
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        report_table(report.to_dict())
     if not report.passed:
         raise typer.Exit(1)

@@ -52,8 +52,9 @@ def artefact_tables(art: "Artefact") -> None:
     if manifest.weights.folder:
         say(f"weights in {manifest.weights.folder}")
     build = manifest.build
-    stages = " · ".join(f"{name} {seconds:.2f} s" for name, seconds in build.seconds.items())
-    say(f"stages: {stages}")
+    if build.seconds:  # known to the process that built it
+        stages = " · ".join(f"{name} {seconds:.2f} s" for name, seconds in build.seconds.items())
+        say(f"stages: {stages}")
     total, tower = counts(manifest.spec), manifest.spec.vision
     say(
         f"{total['text']:,} parameters in the text model ({total['active_text']:,} active)"
@@ -64,8 +65,7 @@ def artefact_tables(art: "Artefact") -> None:
         f"{size(build.bytes_written)} written · {size(build.bytes_copied)} of weights copied"
         + (f", {size(build.bytes_packed)} rewritten" if build.bytes_packed else "")
         + _rate(build)
-        + " · "
-        f"peak memory {size(build.peak_bytes)}",
+        + (f" · peak memory {size(build.peak_bytes)}" if build.peak_bytes else ""),
     )
     for engine in manifest.engines.values():
         say(_engine(engine))

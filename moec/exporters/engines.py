@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moec.artefact.artefact import Artefact, file_of, open_artefact, write_manifest
+from moec.artefact.artefact import (
+    Artefact,
+    check_digest,
+    check_files,
+    file_of,
+    open_artefact,
+    write_manifest,
+)
 from moec.artefact.engine_job import ENGINES
 from moec.artefact.engine_options import EngineOptions, engine_options
 from moec.artefact.folder import writing
@@ -49,6 +56,8 @@ def build_engines(
     built = artefact
     if not isinstance(built, Artefact):
         built = open_artefact(built, weights_from)
+    check_digest(built)
+    check_files(built, built.graphs)
     compiler, options = _compiler_of(built)
     manifest, builder = built.manifest, builder_for(built)
     options = options.model_copy(update={"build": True})
@@ -83,11 +92,10 @@ def build_engines(
         },
         "build": manifest.build.model_copy(update={"seconds": seconds}),
     }
-    done = replace(built, manifest=manifest.model_copy(update=update))
-    write_manifest(built.path, done.manifest)
+    done = write_manifest(built.path, manifest.model_copy(update=update))
     for each in files.values():
         allow("native", each.sha256)
-    return done
+    return replace(built, manifest=done, content=done.digest)
 
 
 def trtexec_commands(artefact: str | Path, *, weights_from: str | Path | None = None) -> list[str]:

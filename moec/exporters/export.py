@@ -4,7 +4,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from moec.artefact.artefact import Artefact, named_folder, open_artefact
+from moec.artefact.artefact import (
+    Artefact,
+    check_digest,
+    check_files,
+    named_folder,
+    open_artefact,
+)
 from moec.artefact.choices import check_placement, choose, default_precision
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.folder import default_out, refuse_foreign
@@ -42,6 +48,7 @@ def export(
     cache: str | None = None,
     options: EngineOptions | None = None,
     weights_from: str | Path | None = None,
+    hash_weights: bool = False,
 ) -> Artefact:
     """Build an artefact of a model.
 
@@ -146,9 +153,11 @@ def export(
         else {},
         options=wanted.options if compiler else None,
         versions=versions(),
-        build=Build(seconds={}, peak_bytes=0, bytes_written=0, bytes_copied=0),
+        build=Build(bytes_written=0, bytes_copied=0),
     )
-    art = write_artefact(path, models, manifest, checkpoint, entries, mode, stages, constants)
+    art = write_artefact(
+        path, models, manifest, checkpoint, entries, mode, stages, constants, hashed=hash_weights
+    )
     _allow(checkpoint)
     return _with_engines(art, progress) if compiler and wanted.options.build else art
 
@@ -179,6 +188,7 @@ def bind(
     scales: str | Path | Calibration | None = None,
     engine: bool = True,
     weights_from: str | Path | None = None,
+    hash_weights: bool = False,
 ) -> Artefact:
     """Attach a checkpoint to an artefact that was built without one, or replace its checkpoint.
 
@@ -194,17 +204,20 @@ def bind(
         scales: as in `export`.
         engine: whether to build TensorRT engines, if the artefact's options ask for them.
         weights_from: as in `export`.
+        hash_weights: as in `export`.
 
     The folders that hold the checkpoint are recorded as by `export`.
 
     Raises:
-        MoecError: the checkpoint is broken or of another model, or a TensorRT engine cannot be
-            built.
+        MoecError: the checkpoint is broken or of another model; the artefact's graphs are not as
+            they were built (exit code 1); or a TensorRT engine cannot be built.
     """
     stages = Stages(progress)
     with stages("read"):
         named = named_folder(weights_from)
         built = open_artefact(artefact, named)
+        check_digest(built)
+        check_files(built, built.graphs)
         builder = builder_for(built)
         packs = bool(built.manifest.packings)
         mode = weights or ("pack" if packs else "in-place")
@@ -245,6 +258,7 @@ def bind(
         stages,
         constants,
         engines=built if stays else None,
+        hashed=hash_weights,
     )
     _allow(read)
     return _with_engines(art, progress) if wants else art

@@ -34,8 +34,11 @@ def write_artefact(
     stages: Stages,
     constants: dict[str, Tensor],
     engines: Artefact | None = None,
+    hashed: bool = False,
 ) -> Artefact:
     """Write the artefact at `path`.
+
+    `hashed` asks for hashes of weights that stay where they are.
 
     `engines` is an artefact whose TensorRT engines are copied because they still fit; None: the new
     artefact has none yet.
@@ -60,7 +63,7 @@ def write_artefact(
                     bound = pack(checkpoint, entries, manifest, folder, stages.progress, constants)
                 else:
                     used = {name: entries[name] for name in tensors(manifest.spec)}
-                    bound = place(checkpoint, used, mode, folder, stages.progress)
+                    bound = place(checkpoint, used, mode, folder, stages.progress, hashed)
             with stages("write"):
                 for target, model in targets.items():
                     builder.save_bound(model, target, bound, options)
@@ -93,7 +96,7 @@ def write_artefact(
                 ),
             }
         )
-        write_manifest(folder, done)
+        done = write_manifest(folder, done)
     return Artefact(path, done)
 
 

@@ -6,7 +6,15 @@ from functools import cache as once
 from functools import partial
 from pathlib import Path
 
-from moec.artefact.artefact import Artefact, Entry, named_folder, open_artefact
+from moec.artefact.artefact import (
+    Artefact,
+    Entry,
+    check_digest,
+    check_files,
+    named_folder,
+    open_artefact,
+)
+from moec.artefact.folder import held
 from moec.artefact.manifest import NAME
 from moec.artefact.session_options import EXACT, SETS
 from moec.artefact.targets import find_target, imported, targets
@@ -52,9 +60,10 @@ def open_session(
             They are native code, which can do anything.
 
     Raises:
-        MoecError: `path` is not an artefact, it has no weights, they have changed, or they or its
-            engines come from where this user allows none (exit code 2); or the device or a package
-            is missing (3).
+        MoecError: `path` is not an artefact, it has no weights, a file has another size or header,
+            or weights or engines come from where this user allows none (exit code 2); a graph,
+            another small file or the manifest has other bytes than it was written with (1); or the
+            device or a package is missing (3).
     """
     if preset is not None:
         warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=2)
@@ -86,11 +95,22 @@ def open_session(
             )
         spec, _, entries = read_model(path, named_folder(weights_from))
         return eager_session(spec, entries, "fp32")
-    artefact = open_artefact(path, weights_from, trust_engines)
-    if engine == EAGER:
-        manifest = artefact.manifest
-        return eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)
-    return artefact_session(artefact, device, session_options, engine=engine)
+    with held(path):
+        artefact = open_artefact(path, weights_from, trust_engines)
+        check_files(artefact, files_of_sessions(artefact))
+        if engine == EAGER:
+            manifest = artefact.manifest
+            session = eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)
+        else:
+            session = artefact_session(artefact, device, session_options, engine=engine)
+        # A field that cannot be right was refused before, by its name.
+        check_digest(artefact)
+    return session
+
+
+def files_of_sessions(artefact: Artefact) -> list[str]:
+    """The files of an artefact that sessions read: all but those for other programs."""
+    return [name for name in artefact.manifest.files if "/" not in name]
 
 
 def engines() -> tuple[str, ...]:

@@ -3,15 +3,14 @@
 `packed_journal` records which weights are on disk, so that a call that was cut off can go on.
 """
 
-import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,12 @@ from torch import Tensor
 from moec.spec.errors import refuse
 from moec.weights import fp8, packed_journal
 from moec.weights.arrange import arrange, store
+from moec.weights.hashed import Piece, joined
+from moec.weights.packed_journal import Hash, Landed
+from moec.weights.packed_layout import in_file_order, layout
 from moec.weights.packing import Packing
-from moec.weights.shard import DTYPES, TensorEntry, nbytes
-from moec.weights.view import STORED, name_of, read_into, view
+from moec.weights.shard import TensorEntry, nbytes
+from moec.weights.view import STORED, read_into, view
 
 #: elements that one thread packs at once, which bounds the memory of the arithmetic
 ELEMENTS_AT_ONCE = 1 << 22
@@ -29,7 +31,6 @@ ELEMENTS_AT_ONCE = 1 << 22
 GROUP_BYTES = 1 << 28
 #: bytes between two entries of the journal; each entry waits for the disk
 JOURNAL_BYTES = 1 << 28
-_SAFETENSORS_TYPES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,79 +42,143 @@ class _Rows:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A weight that is being packed.
+
+    Attributes:
+        packing: how it is packed.
+        entry: where it comes from.
+        pieces: where each of its stored tensors goes, in pieces. What the matrices of a stack
+            become are pieces of their own, because several threads pack them at once.
+        crcs: the CRC-32 of each matrix of its source.
+    """
+
+    packing: Packing
+    entry: TensorEntry
+    pieces: list[list[Piece]]
+    crcs: list[int]
+
+    def landed(self) -> Landed:
+        """What the journal and the manifest say of it, once it is written."""
+        names = self.packing.names(self.entry.dtype)
+        hashes = [
+            Hash(joined([each.sha256.digest() for each in pieces]), len(pieces))
+            for pieces in self.pieces
+        ]
+        return Landed(packed_journal.checksum(self.crcs), dict(zip(names, hashes, strict=True)))
+
+
 def write_packed(
     path: Path,
     packings: Mapping[str, Packing],
     entries: Mapping[str, TensorEntry],
     progress: Callable[[int, int], None],
     constants: Mapping[str, Tensor] | None = None,
+    hashes: dict[str, Hash] | None = None,
 ) -> int:
     """Pack each parameter from `entries` into `path`, and write `constants` unchanged.
 
     Each core holds one matrix, at most twice. For FP8 all cores share the memory of a group of
     experts and their quantised values. `progress` is called with the bytes read so far and in all.
+    The hash of every stored tensor, made while it is written, goes into `hashes`.
 
     A journal beside `path` records which weights are on disk. If the call is cut off, the same call
-    goes on from there.
+    goes on from there, unless the weights' sources have changed meanwhile.
 
     Returns:
-        The bytes of weights that this call read.
+        The bytes of weights that this call packed.
 
     Raises:
         MoecError: a weight is not finite, or its packed type cannot hold it. The journal then
             still marks the file as unfinished, because a file with gaps would look complete.
     """
-    constants = constants or {}
-    header, offsets, size = _layout(packings, entries, constants)
+    constants, hashes = constants or {}, {} if hashes is None else hashes
+    header, offsets, size = layout(packings, entries, constants)
     fingerprint = packed_journal.fingerprint(header, packings, entries)
-    done = packed_journal.resume(path, fingerprint, size, set(packings))
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     journal = packed_journal.journal_of(path)
     total = sum(entries[p.source].nbytes for p in packings.values())
-    before = at = sum(entries[packings[name].source].nbytes for name in done)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pending: list[str] = []
+    pending: dict[str, Landed] = {}
     syncs: list[Future[None]] = []  # these wait for the disk while the next weights are packed
-    with (
-        path.open("r+b" if done else "wb") as file,
-        journal.open("a", encoding="utf-8") as log,
-        ThreadPoolExecutor(workers) as pool,
-        ThreadPoolExecutor(1) as disk,
-        _single_threaded_torch(),
-    ):
-        handle = file.fileno()
+    with ThreadPoolExecutor(workers) as pool:
+        done = packed_journal.landed(path, fingerprint, size, packings)
+        sources = [_matrices(entries[packings[name].source]) for name in done]
+        now = pool.map(packed_journal.checksum_of, sources)
+        done = {
+            name: each
+            for (name, each), source in zip(done.items(), now, strict=True)
+            if each.source == source
+        }
+        packed_journal.begin(path, fingerprint, done)
+        before = at = sum(entries[packings[name].source].nbytes for name in done)
+        for each in done.values():
+            hashes.update(each.hashes)
+        with (
+            path.open("r+b" if done else "wb") as file,
+            journal.open("a", encoding="utf-8") as log,
+            ThreadPoolExecutor(1) as disk,
+            ThreadPoolExecutor(1) as beside,
+            _single_threaded_torch(),
+        ):
+            handle = file.fileno()
 
-        def sync(names: list[str]) -> None:
-            """Wait until the file is on disk, then enter `names` in the journal."""
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            log.write("".join(f"{name}\n" for name in names))
-            log.flush()
+            def sync(landed: dict[str, Landed]) -> None:
+                """Wait until the file is on disk, then enter `landed` in the journal."""
+                os.fsync(handle)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                log.write("".join(packed_journal.line(*each) for each in landed.items()))
+                log.flush()
 
-        if not done:
-            os.truncate(handle, size)
-            _write(handle, header, 0)
-        for name, tensor in constants.items():
-            _write(handle, tensor.contiguous().flatten().view(torch.uint8).numpy(), offsets[name])
-        waiting = 0
-        for name, packing in _in_file_order(packings, entries):
-            if name in done:
-                continue
-            entry = entries[packing.source]
-            starts = [offsets[part] for part in packing.names(entry.dtype)]
-            write = _write_fp8 if packing.fp8 else _write_rows
-            for read in write(handle, packing, entry, starts, pool):
-                at += read
-                progress(at, total)
-            pending.append(name)
-            waiting += entry.nbytes
-            if waiting >= JOURNAL_BYTES:
-                syncs.append(disk.submit(sync, pending))
-                pending, waiting = [], 0
-        syncs.append(disk.submit(sync, pending))
-        for each in syncs:
-            each.result()
+            if not done:
+                os.truncate(handle, size)
+                Piece(handle, 0).write(header)
+            for name, tensor in constants.items():
+                piece = Piece(handle, offsets[name])
+                piece.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+                hashes[name] = Hash(piece.sha256.hexdigest())
+            waiting = 0
+            for name, packing in in_file_order(packings, entries):
+                if name in done:
+                    continue
+                weight = _weight(handle, packing, entries[packing.source], offsets)
+                write = _write_fp8 if packing.fp8 else _write_rows
+                for read in write(weight, pool, beside):
+                    at += read
+                    progress(at, total)
+                pending[name] = weight.landed()
+                hashes.update(pending[name].hashes)
+                waiting += weight.entry.nbytes
+                if waiting >= JOURNAL_BYTES:
+                    syncs.append(disk.submit(sync, pending))
+                    pending, waiting = {}, 0
+            syncs.append(disk.submit(sync, pending))
+            for each_sync in syncs:
+                each_sync.result()
     journal.unlink()
     return total - before
+
+
+def _weight(
+    handle: int, packing: Packing, entry: TensorEntry, offsets: Mapping[str, int]
+) -> _Weight:
+    count = len(_matrices(entry))
+    pieces: list[list[Piece]] = []
+    for name, kind in zip(packing.names(entry.dtype), packing.shapes(entry.shape), strict=True):
+        # One thread writes the FP8 scales of all matrices.
+        parts = 1 if packing.fp8 and pieces else count
+        size = nbytes(*kind) // parts
+        pieces.append([Piece(handle, offsets[name] + i * size) for i in range(parts)])
+    return _Weight(packing, entry, pieces, [0] * count)
+
+
+def _matrices(entry: TensorEntry) -> list[TensorEntry]:
+    """The experts of a stacked weight; any other weight is one matrix."""
+    return [entry] if len(entry.shape) < 3 else [entry[i] for i in range(entry.shape[0])]
+
+
+def _crc(values: Tensor) -> int:
+    return zlib.crc32(memoryview(values.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -127,17 +192,12 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _write_fp8(
-    handle: int,
-    packing: Packing,
-    entry: TensorEntry,
-    starts: list[int],
-    pool: ThreadPoolExecutor,
-) -> Iterator[int]:
+def _write_fp8(weight: _Weight, pool: ThreadPoolExecutor, beside: Executor) -> Iterator[int]:
     """Quantise one group of experts after another, and write scales and quantised values.
 
     Yields the bytes of weights that have been packed, after each step.
     """
+    packing, entry = weight.packing, weight.entry
     block, stacked = packing.block, len(entry.shape) == 3
     along = {"tensor": "all", "expert": "all", "block": "block"}.get(
         packing.fp8 or "", "column" if stacked else "row"
@@ -174,7 +234,7 @@ def _write_fp8(
     common = None
     if packing.fp8 == "tensor" and len(groups) > 1:  # one scale for all groups
         common = torch.stack([magnitudes(group).amax() for group in groups]).amax()
-    at = starts[1]
+    values_to, (scales_to,) = weight.pieces
     for group in groups:
         sizes = magnitudes(group)
         if packing.fp8 == "tensor":
@@ -183,7 +243,7 @@ def _write_fp8(
         _refuse_not_finite(packing, entry, scales)
         if packing.fp8 != "tensor" or group.start == 0:
             stored = scales[0] if packing.fp8 == "tensor" else scales
-            at += _write(handle, stored.flatten().view(torch.uint8).numpy(), at)
+            scales_to.write(stored.flatten().view(torch.uint8).numpy())
 
         def pack(
             place: _Rows, group: range = group, scales: Tensor = scales
@@ -196,14 +256,18 @@ def _write_fp8(
             fp8.quantise(rows, own, along, block, out)
             return place, out
 
+        whole = [_Rows(i, 0, entry.shape[-2]) for i in group]
+        crcs = [pool.submit(_crc, part(weights, each, group)) for each in whole]
         packed = pool.map(pack, _row_ranges(entry, group, block if along == "block" else 1))
         if packing.arrange == "transpose":
+            wait(crcs)  # what follows overwrites the weights
             packed = _transposed(packed, entry.shape[-2:], weights, values, pool)
         for place, out in packed:
             # Only this thread writes. Several threads would wait for one another in spin locks.
-            start = place.matrix * elements + place.start * out.shape[-1]
-            _write(handle, out.view(torch.uint8).numpy(), starts[0] + start)
+            values_to[place.matrix].write(out.view(torch.uint8).numpy(), beside)
             yield out.numel() * dtype.itemsize
+        for i, crc in zip(group, crcs, strict=True):
+            weight.crcs[i] = crc.result()
 
 
 def _transposed(
@@ -238,27 +302,20 @@ def _transposed(
     yield from pool.map(transpose, places)
 
 
-def _write_rows(
-    handle: int,
-    packing: Packing,
-    entry: TensorEntry,
-    starts: list[int],
-    pool: ThreadPoolExecutor,
-) -> Iterator[int]:
+def _write_rows(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Iterator[int]:
     """Arrange one matrix after another, cast or quantise it a few rows at a time, and write it.
 
     Yields the bytes of weights that have been packed, after each matrix.
     """
-    matrices = [entry] if len(entry.shape) < 3 else [entry[i] for i in range(entry.shape[0])]
-    sizes = [nbytes(*kind) // len(matrices) for kind in packing.shapes(entry.shape)]
+    packing, matrices = weight.packing, _matrices(weight.entry)
 
     def pack(index: int) -> int:
-        at = [start + index * size for start, size in zip(starts, sizes, strict=True)]
-        rows = arrange(packing, view(matrices[index]))
-        for some in _split(rows):
-            for i, part in enumerate(store(packing, some)):
-                _refuse_not_finite(packing, entry, part)
-                at[i] += _write(handle, part.flatten().view(torch.uint8).numpy(), at[i])
+        matrix = view(matrices[index])
+        weight.crcs[index] = _crc(matrix)
+        for some in _split(arrange(packing, matrix)):
+            for pieces, part in zip(weight.pieces, store(packing, some), strict=True):
+                _refuse_not_finite(packing, weight.entry, part)
+                pieces[index].write(part.flatten().view(torch.uint8).numpy())
         return matrices[index].nbytes
 
     yield from pool.map(pack, range(len(matrices)))
@@ -288,60 +345,3 @@ def _split(rows: Tensor) -> tuple[Tensor, ...]:
     return (
         torch.split(rows, max(1, ELEMENTS_AT_ONCE // rows.shape[-1])) if rows.dim() > 1 else (rows,)
     )
-
-
-def _write(handle: int, data: Any, offset: int) -> int:
-    """Write all of `data` at `offset`; return its bytes. Nothing uses the file's own position."""
-    left = memoryview(data).cast("B")
-    size = len(left)
-    while left:
-        count = os.pwrite(handle, left, offset)
-        left, offset = left[count:], offset + count
-    return size
-
-
-def _in_file_order(
-    packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]
-) -> list[tuple[str, Packing]]:
-    """The packings, in the order of their sources on disk."""
-
-    def place(item: tuple[str, Packing]) -> tuple[str, int]:
-        entry = entries[item[1].source]
-        return str(entry.file), entry.offset
-
-    return sorted(packings.items(), key=place)
-
-
-def _layout(
-    packings: Mapping[str, Packing],
-    entries: Mapping[str, TensorEntry],
-    constants: Mapping[str, Tensor],
-) -> tuple[bytes, dict[str, int], int]:
-    """The header, the offset of each tensor, and the file's size, all in bytes.
-
-    Tensors with the largest elements come first, so that every tensor is aligned.
-    """
-    kinds: dict[str, tuple[tuple[int, ...], str]] = {
-        name: kind
-        for packing in packings.values()
-        for entry in [entries[packing.source]]
-        for name, kind in zip(packing.names(entry.dtype), packing.shapes(entry.shape), strict=True)
-    }
-    kinds |= {name: (tuple(each.shape), name_of(each.dtype)) for name, each in constants.items()}
-    rows: dict[str, dict[str, Any]] = {}
-    at = 0
-    for name, (shape, dtype) in sorted(
-        kinds.items(), key=lambda each: -_SAFETENSORS_TYPES[each[1][1]][1]
-    ):
-        end = at + nbytes(shape, dtype)
-        rows[name] = {
-            "dtype": _SAFETENSORS_TYPES[dtype][0],
-            "shape": shape,
-            "data_offsets": (at, end),
-        }
-        at = end
-    header = json.dumps(rows).encode()
-    header += b" " * (-len(header) % 64 + 56)  # with the length in front: a multiple of 64
-    start = 8 + len(header)
-    whole = len(header).to_bytes(8, "little") + header
-    return whole, {name: start + row["data_offsets"][0] for name, row in rows.items()}, start + at

@@ -1,13 +1,22 @@
 """The journal of a packed file: which weights are on disk, so that packing can be resumed.
 
 The journal lies beside the packed file. Its first line identifies the file that is being written.
-Each further line names a weight that is on disk.
+Each further line is about a weight that is on disk.
+
+A checkpoint may change between a kill and the next build: somebody downloads another fine-tune of
+the same model into the same folder, and neither sizes nor headers differ. Times of files do not
+tell, because copies and archives change them or keep them as they like. So the journal holds a
+checksum of the bytes that each weight was made from, and the next build reads these bytes again.
 """
 
 import hashlib
-from collections.abc import Mapping
+import json
+import zlib
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from moec.weights.hashed import BLOCK
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 
@@ -15,16 +24,47 @@ from moec.weights.shard import TensorEntry
 PACKED = "weights.safetensors"
 
 
+class Hash(NamedTuple):
+    """The SHA-256 of a stored tensor, and the number of pieces that it was written in."""
+
+    sha256: str
+    pieces: int = 1
+
+
+class Landed(NamedTuple):
+    """A weight that is on disk: the checksum of its source, and its stored tensors by name."""
+
+    source: int
+    hashes: dict[str, Hash]
+
+
 def fingerprint(
     header: bytes, packings: Mapping[str, Packing], entries: Mapping[str, TensorEntry]
 ) -> str:
-    """Identify the packed file: its layout, its packings, and the present state of its sources."""
+    """Identify the packed file: its layout, its packings, and the sizes of its sources."""
     digest = hashlib.sha256(header)
     digest.update("".join(p.model_dump_json() for p in packings.values()).encode())
     for file in sorted({entry.file for entry in entries.values()}):
-        status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return digest.hexdigest()
+
+
+def checksum(matrices: Iterable[int]) -> int:
+    """The checksum of a weight, from the CRC-32 of each of its matrices."""
+    return zlib.crc32(b"".join(each.to_bytes(4, "little") for each in matrices))
+
+
+def checksum_of(matrices: Iterable[TensorEntry]) -> int:
+    """The checksum of a weight whose matrices are in a checkpoint; it reads all of them."""
+    found = []
+    for matrix in matrices:
+        crc, left = 0, matrix.nbytes
+        with matrix.file.open("rb", buffering=0) as file:
+            file.seek(matrix.offset)
+            while left and (data := file.read(min(left, BLOCK))):
+                crc, left = zlib.crc32(data, crc), left - len(data)
+        found.append(crc)
+    return checksum(found)
 
 
 def journal_of(path: Path) -> Path:
@@ -46,21 +86,31 @@ def resumable_files(path: Path) -> tuple[Path, ...]:
     return ()
 
 
-def resume(path: Path, fingerprint: str, size: int, known: set[str]) -> set[str]:
-    """The names of the weights that an earlier call for the same file has written.
+def landed(path: Path, fingerprint: str, size: int, known: Collection[str]) -> dict[str, Landed]:
+    """The weights that an earlier call for the same file has written, by name.
 
-    If the journal belongs to another file, no weight counts as written. The journal is written anew
-    with `fingerprint` and these names.
+    They are none if the journal is damaged, or belongs to another file.
     """
-    journal = journal_of(path)
     try:
-        first, *lines = journal.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        first, lines = "", []
-    done = set(lines[:-1])  # what follows the last line break was cut off
+        first, *lines = journal_of(path).read_text(encoding="utf-8").split("\n")
+        found = dict(_read(line) for line in lines[:-1])  # what follows the last "\n" was cut off
+    except (OSError, ValueError, TypeError):
+        return {}
     whole = path.is_file() and path.stat().st_size == size
-    if not whole or first != fingerprint or not done <= known:
-        done = set()
-    text = "".join(f"{line}\n" for line in (fingerprint, *sorted(done)))
-    journal.write_text(text, encoding="utf-8")
-    return done
+    return found if whole and first == fingerprint and found.keys() <= set(known) else {}
+
+
+def begin(path: Path, fingerprint: str, landed: Mapping[str, Landed]) -> None:
+    """Write the journal anew, with the weights that count as written."""
+    text = "".join(line(*each) for each in sorted(landed.items()))
+    journal_of(path).write_text(f"{fingerprint}\n{text}", encoding="utf-8")
+
+
+def line(name: str, weight: Landed) -> str:
+    """The line of the journal about a weight."""
+    return json.dumps([name, weight.source, weight.hashes]) + "\n"
+
+
+def _read(line: str) -> tuple[str, Landed]:
+    name, source, hashes = json.loads(line)
+    return name, Landed(source, {part: Hash(*each) for part, each in hashes.items()})

@@ -16,9 +16,9 @@ from moec.cli import COMMANDS, SPEC_COMMANDS, app
 OPTIONS = {
     "build": "--variant --spec --checkpoint --target --precision --out --weights --scheme --scales "
     "--cache --context --batch --prefill-chunk --sm --bindings --engine --no-engine "
-    "--validate --no-validate",
+    "--hash --validate --no-validate",
     "engine": "artefact --sm --trtexec",
-    "bind": "artefact --checkpoint --out --weights --scales --engine --no-engine",
+    "bind": "artefact --checkpoint --out --weights --scales --engine --no-engine --hash",
     "calibrate": "checkpoint --tokens --out --percentile",
     "validate": "artefact --tokens --seed --reduced --html --device --reference --eval --json",
     "generate": "artefact --prompt --ids --image --chat --max-new-tokens --temperature --top-k "

@@ -1,5 +1,7 @@
 """Packing that was cut off goes on where it was, if all is as it was; else it starts anew."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +18,9 @@ from safetensors.torch import load_file, save_file
 import moec
 from moec.artefact.artefact import open_artefact, verify_files
 from moec.spec.errors import MoecError
+from moec.weights.hashed import tensor_sha256
 from moec.weights.packed_file import write_packed
-from moec.weights.packed_journal import PACKED
+from moec.weights.packed_journal import PACKED, Hash
 from moec.weights.packing import Packing
 from moec.weights.random import write_random_checkpoint
 from moec.weights.shard import TensorEntry, read_shard
@@ -98,7 +101,7 @@ def _cut_off(folder: Path, call: int) -> None:
 
 
 def _landed(folder: Path) -> list[str]:
-    return (folder / JOURNAL).read_text().split("\n")[1:-1]
+    return [json.loads(line)[0] for line in (folder / JOURNAL).read_text().split("\n")[1:-1]]
 
 
 def _fresh(folder: Path, packings: dict[str, Packing] = PACKINGS) -> bytes:
@@ -154,6 +157,12 @@ def _touch(folder: Path) -> None:
     os.utime(folder / "in.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
 
 
+def _move(folder: Path) -> None:
+    """The same file under the same name, but another inode."""
+    path = folder / "in.safetensors"
+    path.write_bytes(path.rename(folder / "old.safetensors").read_bytes())
+
+
 def _grow(folder: Path) -> None:
     """Another size, the same time."""
     path = folder / "in.safetensors"
@@ -170,7 +179,6 @@ def _journal(change: Callable[[str], str]) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     "change",
     [
-        _touch,
         _grow,
         lambda folder: _write_source(folder, seed=1),
         lambda folder: (folder / PACKED).unlink(),
@@ -181,14 +189,16 @@ def _journal(change: Callable[[str], str]) -> Callable[[Path], object]:
         _journal(lambda text: text[1:]),
         _journal(lambda text: "0" + text[1:] if text[0] != "0" else "1" + text[1:]),
         _journal(lambda text: "\n" + text),
+        _journal(lambda text: text + '["another", 0, {}]\n'),
         _journal(lambda text: text + "another\n"),
         lambda folder: (folder / JOURNAL).write_bytes((folder / JOURNAL).read_bytes() + b"\xff\n"),
         lambda folder: os.truncate(folder / PACKED, 500),
     ],
     ids=[
-        "source touched", "source grown", "another source", "no file", "no journal",
+        "source grown", "another source", "no file", "no journal",
         "journal empty", "journal cut", "journal of nothing", "journal damaged",
-        "journal of another", "journal shifted", "an unknown name", "no text", "file cut",
+        "journal of another", "journal shifted", "an unknown name", "no JSON",
+        "no text", "file cut",
     ],
 )  # fmt: skip
 def test_anything_else_starts_anew(folder: Path, change: Callable[[Path], object]) -> None:
@@ -210,6 +220,52 @@ def test_another_packing_starts_anew(folder: Path, update: dict[str, object]) ->
     other = {**PACKINGS, "experts": PACKINGS["experts"].model_copy(update=update)}
     assert _pack(folder, packings=other) == sum(SIZES.values())
     assert (folder / PACKED).read_bytes() == _fresh(folder, other)
+
+
+@pytest.mark.parametrize("change", [_touch, _move], ids=["touched", "moved"])
+def test_times_and_places_of_files_do_not_matter(
+    folder: Path, change: Callable[[Path], None]
+) -> None:
+    whole = _fresh(folder)
+    _cut_off(folder, _calls(folder))
+    done = sum(SIZES[PACKINGS[name].source] for name in _landed(folder))
+    change(folder)
+    assert _pack(folder) == sum(SIZES.values()) - done
+    assert (folder / PACKED).read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_a_weight_whose_source_has_changed_is_packed_again(folder: Path, name: str) -> None:
+    """One byte has changed; size, header and time of the file are as they were."""
+    _cut_off(folder, _calls(folder))
+    landed = [PACKINGS[each].source for each in _landed(folder)]
+    path = folder / "in.safetensors"
+    status, entry, raw = path.stat(), read_shard(path).tensors[name], bytearray(path.read_bytes())
+    raw[entry.offset + entry.nbytes // 2] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    kept = sum(SIZES[each] for each in landed if each != name)
+    assert _pack(folder) == sum(SIZES.values()) - kept
+    assert (folder / PACKED).read_bytes() == _fresh(folder)
+
+
+def test_hashes_are_those_of_the_file_wherever_it_was_cut_off(folder: Path) -> None:
+    for call in range(_calls(folder) + 1):
+        if call:
+            _cut_off(folder, call)
+        hashes: dict[str, Hash] = {}
+        entries = read_shard(folder / "in.safetensors").tensors
+        write_packed(folder / PACKED, PACKINGS, entries, lambda *_: None, CONSTANTS, hashes)
+        tensors = read_shard(folder / PACKED).tensors
+        assert hashes.keys() == tensors.keys()
+        for name, (sha256, pieces) in hashes.items():
+            at = tensors[name]
+            assert pieces == (3 if at.name in ("experts", "later") else 1)
+            assert sha256 == tensor_sha256(at.file, at.offset, at.nbytes, pieces), (call, name)
+        at = tensors["head.int8"]
+        whole = (folder / PACKED).read_bytes()[at.offset : at.offset + at.nbytes]
+        assert hashes["head.int8"].sha256 == hashlib.sha256(whole).hexdigest()
+        (folder / PACKED).unlink()
 
 
 def test_a_name_that_was_cut_off_has_not_landed(folder: Path) -> None:

@@ -37,11 +37,10 @@ from moec.runtime.engines.tensorrt_fit import (
 )
 from moec.runtime.engines.tensorrt_weights import load_bindings
 from moec.spec.errors import MoecError, refuse
+from moec.weights.hashed import file_sha256
 
 #: layer types of branches and loops, which a CUDA graph cannot contain
 _BRANCHES = {"CONDITION", "TRIP_LIMIT", "RECURRENCE"}
-#: the size of a file in bytes, and the time of its last change in nanoseconds
-Stamp = tuple[int, int]
 #: TensorRT takes addresses that are multiples of this many bytes
 ALIGNED = 256
 
@@ -130,17 +129,14 @@ def _log(trt: Any) -> Any:
 
 
 @cache
-def _libraries(trt: Any) -> dict[Path, Stamp | None]:
-    """The plugin libraries that this process has loaded, with their stamps at that time."""
+def _libraries(trt: Any) -> dict[Path, str | None]:
+    """The plugin libraries that this process has loaded, with their hashes at that time."""
     return {}
 
 
-def _stamp(path: Path) -> Stamp | None:
-    """The stamp of a file, which tells whether it has changed; None if there is no file."""
-    if not path.is_file():
-        return None
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+def _hash(path: Path) -> str | None:
+    """The hash of a file, which tells whether it has changed; None if there is no file."""
+    return file_sha256(path) if path.is_file() else None
 
 
 def _add_plugins(trt: Any, paths: Sequence[Path]) -> None:
@@ -155,8 +151,8 @@ def _add_plugins(trt: Any, paths: Sequence[Path]) -> None:
     loaded = _libraries(trt)
     others = loaded.keys() - set(paths)
     for path in paths:
-        stamp = _stamp(path)
-        if others or loaded.get(path, stamp) != stamp:
+        found = _hash(path)
+        if others or loaded.get(path, found) != found:
             was = f"{min(others)}, which was loaded before" if others else "changed since it loaded"
             refuse(
                 f"plugin: {path}",
@@ -166,7 +162,7 @@ def _add_plugins(trt: Any, paths: Sequence[Path]) -> None:
             )
         if path not in loaded:
             add_plugins(trt, (str(path),), _log(trt))
-            loaded[path] = stamp
+            loaded[path] = found
 
 
 def _deserialized(trt: Any, file: Path, log: Any) -> tuple[Any, Any]:

@@ -43,6 +43,7 @@ class Report:
         notes: remarks for the reader.
         versions: the versions of the packages that built the artefact.
         cost: what the precision costs, if that was measured.
+        identity: the artefact that was proven, by `moec.artefact.parity.identity`.
     """
 
     subject: str
@@ -56,6 +57,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     cost: dict[str, object] | None = None
+    identity: str | None = None
 
     @property
     def passed(self) -> bool:

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moec.artefact.artefact import Artefact, open_artefact, write_manifest
+from moec.artefact.artefact import Artefact, open_artefact
+from moec.artefact.parity import identity
+from moec.artefact.parity import record as record
 from moec.artefact.session_options import EXACT
 from moec.exporters.onnx.write import GENAI
 from moec.runtime.proof.checks import cached_decode, fast_products, generation, layer_by_layer
@@ -121,6 +123,7 @@ def validate(
         return report
     if not unbound and not reduced:
         return _prove(artefact, tokens, seed, progress, device, source=source)
+    proven = identity(artefact)
     ArtefactUnderTest(artefact, device, "lean").check_device()
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = REDUCED.get(artefact.manifest.precision, (None, None))
@@ -132,6 +135,7 @@ def validate(
         built = build_reduced(artefact, small, Path(folder), seed)
         least = REDUCED_TOKENS if longest else 1
         report = _prove(built, tokens or longest, seed, progress, device, least, twin=True)
+        report.identity = proven
         report.twin, report.subject = True, f"{artefact.path} (reduced-size model)"
         report.checks[:0] = files
         report.notes.append(
@@ -142,12 +146,6 @@ def validate(
             "what this version of moec writes for the model's full size."
         )
     return report
-
-
-def record(path: str | Path, report: Report) -> None:
-    """Store `report` in the manifest of the artefact at `path`."""
-    artefact = open_artefact(path)
-    write_manifest(artefact.path, artefact.manifest.model_copy(update={"parity": report.to_dict()}))
 
 
 def _source(
@@ -212,6 +210,7 @@ def _prove(
         lengths.tolist(),
         versions=dict(manifest.versions),
         notes=notes,
+        identity=identity(artefact),
     )
     if tested.engine.note:
         report.notes.append(tested.engine.note(artefact))

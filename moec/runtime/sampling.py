@@ -6,6 +6,12 @@ from torch import Tensor
 from moec.spec.errors import refuse
 
 
+#: float64 has subnormal numbers below; a quotient by one of them may be no number
+_COLDEST = 2.3e-308
+#: the largest temperature that float64 holds
+_HOTTEST = 1.7e308
+
+
 def sample(
     logits: Tensor,
     temperature: float = 0.0,
@@ -21,7 +27,9 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits.double() / temperature).sort(-1, descending=True)
+    ordered, tokens = logits.double().sort(-1, descending=True)
+    # Without the largest, quotients are at most 0: a tiny temperature gives -infinity, never NaN.
+    ordered = ((ordered - ordered[:, :1]) / max(temperature, _COLDEST)).nan_to_num(nan=-torch.inf)
     if top_k is not None:
         ordered[:, top_k:] = -torch.inf
     shares = ordered.softmax(-1)
@@ -30,6 +38,12 @@ def sample(
         shares[shares.cumsum(-1) - shares >= top_p] = 0
     drawn = torch.multinomial(shares, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
+
+
+def _is(kind: type, value: object, least: float, most: float) -> bool:
+    """Whether `value` is a number of `kind`, from `least` to `most`. NaN is in no range."""
+    kinds = (int, float) if kind is float else int
+    return isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_sampling(
@@ -46,10 +60,10 @@ def check_sampling(
     """
     for name, given, good, expected in (
         ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int), "an integer"),
-        ("seed", seed, seed is None or 0 <= seed < 2**63, "0 to 2^63 - 1"),
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
+        ("seed", seed, seed is None or _is(int, seed, 0, 2**63 - 1), "0 to 2^63 - 1"),
+        ("temperature", temperature, _is(float, temperature, 0, _HOTTEST), "0 or more, and finite"),
+        ("top_k", top_k, top_k is None or _is(int, top_k, 1, 2**63), "at least 1"),
+        ("top_p", top_p, top_p is None or _is(float, top_p, 0, 1) and top_p, "above 0, at most 1"),
     ):
         if not good:
             refuse(name, given, expected, f"correct --{name.replace('_', '-')}")

@@ -70,7 +70,7 @@ def _npy(path: Path) -> Array:
             raise ValueError(f"{dtype!s:.80} {list(shape)!s:.80}")
         left = os.fstat(file.fileno()).st_size - file.tell()
         if math.prod(shape) > TOKENS:
-            raise ValueError(f"{str(list(shape)):.80}; over {TOKENS:,} tokens in one file")
+            raise ValueError(f"{list(shape)!s:.80}; over {TOKENS:,} tokens in one file")
         if len(shape) > 2 or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > left:
             raise ValueError(f"{dtype} {list(shape)!s:.80} in {left} bytes")
         values: Array = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype)

@@ -144,7 +144,7 @@ def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry
             f"at most {AXES} sizes, each from 0 to 2^62, are expected"
         )
     dtype, itemsize = DTYPES.get(row["dtype"], (row["dtype"], 0))
-    if type(dtype) is not str:
+    if type(dtype) is not str or len(dtype) > 32:
         raise ValueError(f"{name}: dtype {shown(dtype)}")
     nbytes = math.prod(shape) * itemsize
     if itemsize and end - start != nbytes:

@@ -65,7 +65,10 @@ def _npy(path: Path) -> Array:
         version = npy.read_magic(file)
         if version not in _HEADERS:
             raise ValueError(f"version {version} of the .npy format")
-        shape, fortran, dtype = _HEADERS[version](file, max_header_size=_NPY_HEADER)
+        try:
+            shape, fortran, dtype = _HEADERS[version](file, max_header_size=_NPY_HEADER)
+        except Exception as error:  # numpy evaluates a literal: SyntaxError, TokenError, ...
+            raise ValueError(f"a broken header: {error}") from None
         if dtype.kind not in "iu":  # nor structures, nor objects, which would be pickles
             raise ValueError(f"{dtype!s:.80} {list(shape)!s:.80}")
         left = os.fstat(file.fileno()).st_size - file.tell()

@@ -1,6 +1,7 @@
 """What a refusal looks like: one message in four lines, whoever shows it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,18 @@ def one_message(err: str, names: str) -> None:
         assert err.count(label) == 1, err
     assert err.startswith("error: ")
     assert names in "".join(err.split("\n")), err
+
+
+@contextlib.contextmanager
+def within_a_gigabyte() -> Iterator[None]:
+    """What runs inside adds less than 1 GiB to the memory of this process at any moment."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = _resident("VmRSS")
+    yield
+    added = _resident("VmHWM") - before
+    assert added < 1 << 30, f"{added >> 20} MiB"
+
+
+def _resident(field: str) -> int:
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(row.split()[1]) for row in rows if row.startswith(f"{field}:"))

@@ -8,9 +8,14 @@ from torch.nn import functional
 
 from moec.runtime.engines.engine import Layout
 from moec.runtime.engines.gpu import memory_for
+from moec.runtime.memory import available, cache_bytes, most_tokens, slots
 from moec.spec import names
+from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.view import STORED, TORCH_DTYPES
+
+#: new tokens after a prompt for which a cache has room from the start
+AHEAD = 8192
 
 
 @dataclass(slots=True)
@@ -21,22 +26,19 @@ class Cache:
         lengths: int64 [B], the number of tokens that each sequence has so far.
         tensors: the graph's inputs `past.*`, by name.
         capacity: the number of tokens of a sequence for which there is room.
+        most: the number of tokens for which room was asked.
     """
 
     lengths: Tensor
     tensors: dict[str, Tensor]
     capacity: int
+    most: int = 0
 
     def of(self, rows: slice) -> dict[str, Tensor]:
         """The tensors of some sequences, without a copy."""
         if rows == slice(None):
             return self.tensors
         return {name: tensor[rows] for name, tensor in self.tensors.items()}
-
-
-def slots(chunk: int | None, capacity: int) -> int:
-    """A layer's cache slots for `capacity` tokens; a chunked layer needs at most `chunk`."""
-    return capacity if chunk is None else min(chunk, capacity)
 
 
 def new_cache(
@@ -46,16 +48,23 @@ def new_cache(
     capacity: int,
     layout: Layout = "slots",
     device: str = "cpu",
+    prompt: int | None = None,
 ) -> Cache:
-    """An empty cache with room for `capacity` tokens of each of `batch` sequences.
+    """An empty cache for `capacity` tokens of each of `batch` sequences.
+
+    Memory must have room for all of them. With `prompt`, the tokens of a prompt, room for many new
+    tokens is made only when they come, because sequences may end early.
 
     A cache of capacity 0 keeps nothing. `precision` is the dtype that the graph computes in.
 
     Raises:
-        MoecError: the GPU has too little memory (exit code 3).
+        MoecError: there is too little memory (exit code 2), or the GPU's is too small (3).
     """
-    text, narrow = spec.text, spec.scheme is not None and spec.scheme.cache
-    dtype = STORED["fp8"] if narrow else TORCH_DTYPES[precision]
+    text, dtype = spec.text, _dtype(spec, precision)
+    _check_room(spec, dtype.itemsize, batch, capacity, layout, device, prompt)
+    most = capacity
+    if prompt is not None:
+        capacity = min(capacity, prompt + AHEAD)
 
     def shape(chunk: int | None) -> tuple[int, ...]:
         count = slots(chunk, capacity)
@@ -71,19 +80,68 @@ def new_cache(
             for layer in text.all_layers
             for kind in names.CACHED
         }
-    return Cache(torch.zeros(batch, dtype=torch.int64), tensors, capacity)
+    return Cache(torch.zeros(batch, dtype=torch.int64), tensors, capacity, most)
 
 
-def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
-    """Make room for `capacity` tokens of each sequence.
+def _dtype(spec: ModelSpec, precision: str) -> torch.dtype:
+    """The type of keys and values in caches, for a graph that computes in `precision`."""
+    narrow = spec.scheme is not None and spec.scheme.cache
+    return STORED["fp8"] if narrow else TORCH_DTYPES[precision]
+
+
+def _check_room(
+    spec: ModelSpec,
+    element: int,
+    batch: int,
+    capacity: int,
+    layout: Layout,
+    device: str,
+    prompt: int | None = None,
+) -> None:
+    """Refuse caches for which memory has no room; see `new_cache` for the arguments.
+
+    `element` is the bytes of one number; `prompt` is the length of a prompt, if the caller asked
+    for new tokens after it; the message then speaks of these.
+
+    Raises:
+        MoecError: the message says how many tokens have room, and how many the model is made for.
+    """
+    wanted, free = cache_bytes(spec, element, batch, capacity, layout), available(device)
+    if wanted <= free:
+        return
+    most = most_tokens(spec, element, batch, layout, free, capacity)
+    if prompt is None:
+        where, fits = f"{capacity:,} positions", f"{most:,} positions"
+    else:
+        where = f"max_new_tokens {capacity - prompt + 1:,}"
+        fits = f"at most {max(0, most - prompt + 1):,} new tokens after a prompt of {prompt:,}"
+    refuse(
+        where,
+        f"caches of {batch} x {capacity:,} positions need {wanted / 2**30:,.1f} GiB, and "
+        f"{free / 2**30:,.1f} GiB are free on {device}",
+        f"{fits}; {spec.name} is made for {spec.text.max_positions:,} positions in all",
+        "ask for fewer tokens: --max-new-tokens, or fewer sequences at once",
+        exit_code=2 if device == "cpu" else 3,
+    )
+
+
+def grow(spec: ModelSpec, cache: Cache, needed: int, layout: Layout = "slots") -> None:
+    """Make room for `needed` tokens of each sequence, and for more that may follow.
 
     Tokens keep their slots: a ring reuses slots only when it has its full size, and then it does
     not grow.
 
     Raises:
-        MoecError: the GPU has too little memory (exit code 3). The layers that have grown by then
-            stay larger.
+        MoecError: there is too little memory (exit code 2), or the GPU's is too small (3). The
+            layers that have grown by then stay larger.
     """
+    batch, first = len(cache.lengths), next(iter(cache.tensors.values()))
+    twice = 2 * cache.capacity
+    capacity = max(needed, min(twice, cache.most) if needed <= cache.most else twice)
+    room = available(first.device.type)
+    if cache_bytes(spec, first.itemsize, batch, capacity, layout) > room:
+        capacity = needed
+    _check_room(spec, first.itemsize, batch, capacity, layout, first.device.type)
     with memory_for(f"caches of {len(cache.lengths)} x {capacity} positions"):
         for layer in spec.text.all_layers:
             wanted = slots(layer.chunk, capacity)

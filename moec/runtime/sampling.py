@@ -1,9 +1,17 @@
 """Sample the next token from logits."""
 
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moec.spec.errors import refuse
+
+#: A smaller temperature gives the same tokens, but quotients that float64 does not hold.
+_COLDEST = 1e-200
+#: the largest temperature that float64 holds
+_HOTTEST = 1.7e308
 
 
 def sample(
@@ -18,18 +26,34 @@ def sample(
     Temperature 0 takes the largest logit. Otherwise logits are divided by the temperature, then
     limited to the `top_k` largest, then to the smallest set of tokens whose probability reaches
     `top_p`.
+
+    Raises:
+        MoecError: the logits are not finite, so that there is nothing to draw (exit code 1).
     """
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits.double() / temperature).sort(-1, descending=True)
+    ordered, tokens = (logits.double() / max(temperature, _COLDEST)).sort(-1, descending=True)
     if top_k is not None:
-        ordered[:, top_k:] = -torch.inf
+        ordered[:, min(top_k, ordered.shape[1]) :] = -torch.inf
     shares = ordered.softmax(-1)
     if top_p is not None:
         # Keep the smallest set that reaches top_p: drop a token if those before it reach top_p.
         shares[shares.cumsum(-1) - shares >= top_p] = 0
+    if bool(shares.isnan().any()):
+        refuse(
+            "logits",
+            "NaN or infinity",
+            "finite logits to draw a token from",
+            "moec validate says whether the artefact or its weights are damaged",
+            exit_code=1,
+        )
     drawn = torch.multinomial(shares, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
+
+
+def _is(kind: type, value: Any, least: float, most: float) -> bool:
+    """Whether `value` is a number of `kind`, from `least` to `most`. NaN is in no range."""
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_sampling(
@@ -46,10 +70,10 @@ def check_sampling(
     """
     for name, given, good, expected in (
         ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int), "an integer"),
-        ("seed", seed, seed is None or 0 <= seed < 2**63, "0 to 2^63 - 1"),
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
+        ("seed", seed, seed is None or _is(Integral, seed, 0, 2**63 - 1), "0 to 2^63 - 1"),
+        ("temperature", temperature, _is(Real, temperature, 0, _HOTTEST), "0 or more, and finite"),
+        ("top_k", top_k, top_k is None or _is(Integral, top_k, 1, 2**63), "at least 1"),
+        ("top_p", top_p, top_p is None or (_is(Real, top_p, 0, 1) and top_p), "above 0, at most 1"),
     ):
         if not good:
             refuse(name, given, expected, f"correct --{name.replace('_', '-')}")

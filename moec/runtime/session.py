@@ -114,13 +114,13 @@ class Session:
         capacity = ids.shape[1] if self.limits.layout == "buffers" else 0
         return self._new_cache(len(ids), capacity)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` sequences of `capacity` tokens.
+    def new_cache(self, batch: int, capacity: int, prompt: int | None = None) -> Cache:
+        """An empty cache for `batch` sequences of `capacity` tokens, with prompts of `prompt`.
 
         It grows when sequences get longer. An engine that was compiled has one size of caches.
 
         Raises:
-            MoecError: the engine takes fewer sequences or tokens, or the GPU has too little memory.
+            MoecError: the engine takes fewer sequences or tokens, or there is too little memory.
         """
         most = self.limits.batch
         if most is not None and batch > most:  # else only the first decode step would fail
@@ -130,15 +130,15 @@ class Session:
                 f"{most} or fewer",
                 f"give it fewer at once, or build with --batch {batch}",
             )
-        return self._new_cache(batch, capacity)
+        return self._new_cache(batch, capacity, prompt)
 
-    def _new_cache(self, batch: int, capacity: int) -> Cache:
+    def _new_cache(self, batch: int, capacity: int, prompt: int | None = None) -> Cache:
         context = self.limits.context
         if context is not None:
             self._check_context(capacity)
-            capacity = context
+            capacity, prompt = context, None
         return new_cache(
-            self.spec, self.precision, batch, capacity, self.limits.layout, self.device
+            self.spec, self.precision, batch, capacity, self.limits.layout, self.device, prompt
         )
 
     def _check_context(self, positions: int) -> None:
@@ -227,7 +227,7 @@ class Session:
         needed = int((cache.lengths + lengths.clamp(min=1)).max())
         self._check_context(needed)
         if cache.capacity and needed > cache.capacity:
-            grow(self.spec, cache, max(needed, 2 * cache.capacity))
+            grow(self.spec, cache, needed, self.limits.layout)
         if features is not None:
             images = images_for(self.spec, ids, lengths, features)
             features = features.to(TORCH_DTYPES[self.precision])
@@ -328,7 +328,7 @@ class Session:
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
         alive = torch.ones(len(rows), dtype=torch.bool)
         capacity = int(counts.max()) + max_new_tokens - 1  # the last new token is not run
-        cache = self.new_cache(len(ids), capacity)
+        cache = self.new_cache(len(ids), capacity, int(counts.max()))
         logits = self.extend(ids, counts, cache, features)
         for step in range(max_new_tokens):
             # argmax runs where the logits are; sampling runs on the CPU.

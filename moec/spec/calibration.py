@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from moec.spec import names
+from moec.spec.bounded import limits
 from moec.spec.data import Frozen
 from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import read_json
@@ -27,7 +28,7 @@ class Calibration(Frozen):
     """
 
     format: Literal["moec-scales/1"] = "moec-scales/1"
-    model: str
+    model: str = Field(max_length=limits.NAME)
     tokens: int = Field(gt=0)
     percentile: float = Field(default=100.0, gt=0, le=100)
     inputs: dict[str, float | tuple[float, ...]]
@@ -48,7 +49,7 @@ def read_calibration(path: str | Path) -> Calibration:
         first = error.errors()[0]
         refuse(
             f"{path}: {'.'.join(map(str, first['loc']))}",
-            first["msg"],
+            first["msg"][:400],
             "a scales file that moec calibrate wrote",
             _NEXT,
         )

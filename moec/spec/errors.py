@@ -45,10 +45,18 @@ def refuse(
     raise MoecError(where, found, expected, next_step, exit_code) from cause
 
 
+#: characters of one part of a message
+_LONGEST = 4096
+
+
 def _line(text: object) -> str:
     """Put `text` on one line; an empty text becomes "nothing".
 
-    A name from a file may hold control characters. Each of them becomes "?".
+    A name from a file may hold control characters. Each of them becomes "?". It may also be longer
+    than a screen, and is then cut.
     """
-    line = " ".join(str(text).splitlines()).strip()
+    text = str(text)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]} ..."
+    line = " ".join(text.splitlines()).strip()
     return "".join(char if char.isprintable() else "?" for char in line) or "nothing"

@@ -3,11 +3,12 @@
 Every field must be read, or be listed as having no effect ("inert"), or it is an error.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moec.spec.bounded.limits import JSON
+from moec.spec.bounded.read import parse_json, read_bytes
 from moec.spec.errors import MoecError, refuse
 
 REQUIRED: Any = object()
@@ -18,18 +19,24 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in `path`.
 
     Raises:
-        MoecError: the file is missing, is not JSON, or holds something other than an object.
+        MoecError: the file is missing, is not JSON, holds something other than an object, or is
+            above a limit of `moec.spec.bounded.limits`.
     """
+    raw = read_bytes(path, JSON.bytes, "a readable JSON file", f"check that {path} exists")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        refuse(path, error.strerror or error, "a readable JSON file", f"check that {path} exists")
+        value = parse_json(raw, path)
     except (ValueError, RecursionError) as error:
         refuse(path, f"broken JSON: {error}", "one JSON object", "download the file again")
     if not isinstance(value, dict):
         found = f"JSON of type {type(value).__name__}"
         refuse(path, found, "one JSON object", "download the file again")
     return value
+
+
+def shown(value: object) -> str:
+    """`value` as a message shows it: at most 200 characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 class Fields:
@@ -59,20 +66,20 @@ class Fields:
             return default
         exact = type(value) in kinds or (float in kinds and type(value) is int)
         if not exact:
-            raise self.error(key, f"{value!r}", names)
+            raise self.error(key, shown(value), names)
         if isinstance(value, int | float) and not abs(value) < 1e300:
             raise self.error(key, "an infinite or far too large number", names)
         return value
 
     def inner(self, key: str) -> "Fields":
         """Read the object in field `key`, to be read field by field in turn."""
-        return Fields(f"{self.where}.{key}", self.take(key, dict), self.next_step)
+        return Fields(f"{self.where}.{key[:200]}", self.take(key, dict), self.next_step)
 
     def size(self, key: str, most: int = 2**31 - 1) -> int:
         """Read field `key`, an integer from 1 to `most`. The default is far above any model."""
         value: int = self.take(key, int)
         if not 1 <= value <= most:
-            raise self.error(key, str(value), f"1 to {most}")
+            raise self.error(key, str(value), f"1 to {most}, which is far above any known model")
         return value
 
     def require(self, key: str, expected: Any, default: Any = REQUIRED) -> None:
@@ -91,14 +98,14 @@ class Fields:
         if unknown:
             raise self.error(
                 unknown[0],
-                f"unknown field, value {self.left[unknown[0]]!r}",
+                f"unknown field, value {shown(self.left[unknown[0]])}",
                 f"fields of a Llama 4 config such as {', '.join(sorted(self.taken)[:6])}, ...",
             )
 
     def error(self, key: str, found: str, expected: str) -> MoecError:
         """Make the error for field `key`; the caller raises it."""
         return MoecError(
-            f"{self.where}.{key}" if ":" in self.where else f"{self.where}: {key}",
+            f"{self.where}.{key[:200]}" if ":" in self.where else f"{self.where}: {key[:200]}",
             found,
             expected,
             self.next_step,

@@ -1,6 +1,5 @@
 """Load a spec from a preset name, a spec file or a checkpoint folder; write and compare specs."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,8 +7,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from moec.spec.bounded.limits import JSON, YAML
+from moec.spec.bounded.read import parse_json, parse_yaml, read_bytes
 from moec.spec.data import Frozen
 from moec.spec.errors import refuse
+from moec.spec.fields import shown
 from moec.spec.hf.config import read_config
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
@@ -66,12 +68,13 @@ _Data = TypeVar("_Data", bound=Frozen)
 
 
 def _read_file(path: Path, kind: type[_Data], expected: str) -> _Data:
+    is_json = path.suffix == ".json"
+    what, fix = "a readable JSON or YAML file", "correct the file"
+    raw = read_bytes(path, (JSON if is_json else YAML).bytes, what, fix)
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        summary = " ".join(str(error).split())
-        refuse(path, summary, "a readable JSON or YAML file", "correct the file")
+        values = parse_json(raw, path) if is_json else parse_yaml(raw, path)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        refuse(path, " ".join(str(error).split()), what, fix)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -79,7 +82,7 @@ def _read_file(path: Path, kind: type[_Data], expected: str) -> _Data:
         field = ".".join(str(part) for part in first["loc"]) or "top level"
         refuse(
             f"{path}: {field}",
-            f"{first['msg']} (value {str(first['input'])[:80]})",
+            f"{first['msg'][:400]} (value {shown(first['input'])})",
             expected,
             "moec spec schema" if kind is ModelSpec else "correct the file",
         )

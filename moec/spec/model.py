@@ -11,10 +11,11 @@ the two are often confused.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from moec.spec.bounded import limits
 from moec.spec.data import DType, Frozen
 from moec.spec.scheme import Scheme
 
@@ -28,6 +29,20 @@ ALPHABETS = {
 }
 
 
+Width = Annotated[int, Field(gt=0, le=limits.WIDTH)]
+Positions = Annotated[int, Field(gt=0, le=limits.POSITIONS)]
+Depth = Annotated[int, Field(gt=0, le=limits.LAYERS)]
+Heads = Annotated[int, Field(gt=0, le=limits.HEADS)]
+HeadDim = Annotated[int, Field(gt=0, le=limits.HEAD_DIM)]
+ExpertCount = Annotated[int, Field(gt=0, le=limits.EXPERTS)]
+#: a base of RoPE
+Base = Annotated[float, Field(gt=0, le=1e15)]
+#: a factor of RoPE scaling or of the attention temperature
+Factor = Annotated[float, Field(gt=0, le=1e6)]
+TokenId = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
+
+
 class RopeScaling(Frozen):
     """The parameters of Llama 3's RoPE frequency scaling.
 
@@ -35,10 +50,10 @@ class RopeScaling(Frozen):
     `low_freq_factor` and `high_freq_factor` of `config.json`; `original_positions` is in tokens.
     """
 
-    factor: float = Field(gt=0)
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
-    original_positions: int = Field(gt=0)
+    factor: Factor
+    low: Factor
+    high: Factor
+    original_positions: Positions
 
 
 class Experts(Frozen):
@@ -47,10 +62,10 @@ class Experts(Frozen):
     Each token goes through `top_k` of `count` routed SwiGLU experts, and through a shared expert.
     """
 
-    count: int = Field(gt=0)
-    top_k: int = Field(gt=0)
-    hidden: int = Field(gt=0, description="width of each routed expert")
-    shared_hidden: int = Field(gt=0, description="width of the shared expert")
+    count: ExpertCount
+    top_k: ExpertCount
+    hidden: Width = Field(description="width of each routed expert")
+    shared_hidden: Width = Field(description="width of the shared expert")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -77,14 +92,14 @@ class LayerSpec:
 class TextSpec(Frozen):
     """The decoder. Widths are in elements; `chunk` and positions are in tokens."""
 
-    layers: int = Field(gt=0, le=4096)
-    dim: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    vocab: int = Field(gt=0)
-    max_positions: int = Field(gt=0)
-    norm_eps: float = Field(gt=0)
+    layers: Depth
+    dim: Width
+    heads: Heads
+    kv_heads: Heads
+    head_dim: HeadDim
+    vocab: int = Field(gt=0, le=limits.VOCAB)
+    max_positions: Positions
+    norm_eps: float = Field(ge=1e-30, le=1)
     attention_bias: bool = False
     tie_embeddings: bool = False
 
@@ -94,14 +109,14 @@ class TextSpec(Frozen):
     temperature: str = "---T"
     ffn: str = "M"
 
-    chunk: int | None = Field(gt=0, description="the most tokens that a local layer attends to")
-    rope_theta: float = Field(gt=0)
+    chunk: Positions | None = Field(description="the most tokens that a local layer attends to")
+    rope_theta: Base
     rope_scaling: RopeScaling | None
-    temperature_floor: int = Field(
-        gt=0, description="tokens for which the attention temperature stays the same"
+    temperature_floor: Positions = Field(
+        description="tokens for which the attention temperature stays the same"
     )
-    temperature_scale: float
-    dense_hidden: int = Field(gt=0, description="width of a dense layer's SwiGLU")
+    temperature_scale: float = Field(ge=-1e6, le=1e6)
+    dense_hidden: Width = Field(description="width of a dense layer's SwiGLU")
     experts: Experts
 
     @model_validator(mode="before")
@@ -123,7 +138,7 @@ class TextSpec(Frozen):
             pattern = getattr(self, name)
             if not 0 < len(pattern) <= self.layers or set(pattern) - set(letters):
                 raise ValueError(
-                    f"{name} pattern {pattern!r}: 1 to {self.layers} characters from "
+                    f"{name} pattern {pattern[:80]!r}: 1 to {self.layers} characters from "
                     f"{''.join(letters)!r} are expected"
                 )
         if self.heads % self.kv_heads:
@@ -132,6 +147,12 @@ class TextSpec(Frozen):
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
         if "L" in self.attention and self.chunk is None:
             raise ValueError("local layers need a chunk size")
+        experts = self.experts.count * sum(layer.moe for layer in self.all_layers)
+        if experts > limits.ALL_EXPERTS:
+            raise ValueError(
+                f"{experts} experts in all layers: at most {limits.ALL_EXPERTS} are expected, "
+                "which is far above any known model"
+            )
         return self
 
     def layer(self, index: int) -> LayerSpec:
@@ -168,17 +189,19 @@ class TextSpec(Frozen):
 class VisionSpec(Frozen):
     """The vision tower, its adapter and the projector into the decoder's width."""
 
-    layers: int = Field(gt=0, le=4096)
-    dim: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    hidden: int = Field(gt=0, description="width of each layer's GELU MLP")
-    image: int = Field(gt=0, description="pixels along one side of a tile")
-    patch: int = Field(gt=0, description="pixels along one side of a patch")
-    channels: int = Field(gt=0)
-    shuffle: int = Field(gt=0, description="the pixel shuffle joins shuffle x shuffle patches")
-    adapter_hidden: int = Field(gt=0)
-    adapter_out: int = Field(gt=0)
-    rope_theta: float = Field(gt=0)
+    layers: Depth
+    dim: Width
+    heads: Heads
+    hidden: Width = Field(description="width of each layer's GELU MLP")
+    image: int = Field(gt=0, le=limits.TILE, description="pixels along one side of a tile")
+    patch: int = Field(gt=0, le=limits.TILE, description="pixels along one side of a patch")
+    channels: int = Field(gt=0, le=limits.CHANNELS)
+    shuffle: int = Field(
+        gt=0, le=limits.PATCHES, description="the pixel shuffle joins shuffle x shuffle patches"
+    )
+    adapter_hidden: Width
+    adapter_out: Width
+    rope_theta: Base
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -186,6 +209,16 @@ class VisionSpec(Frozen):
             raise ValueError(
                 f"image {self.image} must be a multiple of patch {self.patch}, and the patches "
                 f"along a side a multiple of shuffle {self.shuffle}"
+            )
+        if self.side > limits.PATCHES:
+            raise ValueError(
+                f"{self.side} patches along a side: at most {limits.PATCHES} are expected, which "
+                "is far above any known model"
+            )
+        if self.side**2 * self.head_dim > limits.ROTATIONS:
+            raise ValueError(
+                f"{self.side**2} patches of heads of width {self.head_dim}: at most "
+                f"{limits.ROTATIONS} products are expected, which is far above any known model"
             )
         if self.dim % self.heads or self.head_dim % 4:
             raise ValueError(
@@ -223,12 +256,12 @@ class VisionSpec(Frozen):
 class Tokens(Frozen):
     """The ids of special tokens; None where a checkpoint does not name the token."""
 
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
-    pad: int | None = None
-    image: int | None = None
-    image_start: int | None = None
-    image_end: int | None = None
+    bos: TokenId | None = None
+    eos: tuple[TokenId, ...] = Field(default=(), max_length=1024)
+    pad: TokenId | None = None
+    image: TokenId | None = None
+    image_start: TokenId | None = None
+    image_end: TokenId | None = None
 
     @property
     def padding(self) -> int:
@@ -244,7 +277,7 @@ class ModelSpec(Frozen):
     weights are stored as FP8; `dtype` is the type of the others.
     """
 
-    name: str = Field(min_length=1)
+    name: Name
     provenance: Literal["released", "estimated", "custom"]
     notes: tuple[str, ...] = ()
     dtype: DType = Field(description="type of the weights on disk that the scheme leaves alone")
@@ -266,7 +299,7 @@ class ModelSpec(Frozen):
 
 def shortest_tile(pattern: str, layers: int) -> str:
     """The shortest string that, repeated over `layers`, gives the same layers as `pattern`."""
-    if not pattern or not len(pattern) <= layers <= 4096:
+    if not pattern or not len(pattern) <= layers <= limits.LAYERS:
         return pattern
     full = (pattern * math.ceil(layers / len(pattern)))[:layers]
     for size in range(1, len(pattern)):

@@ -8,11 +8,13 @@ of each token). Weights that no scheme rule names stay in their stored type.
 """
 
 from fnmatch import fnmatchcase
-from typing import Literal, Self
+from functools import cached_property
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from moec.spec import names
+from moec.spec.bounded import limits
 from moec.spec.data import DType, Frozen
 
 #: the largest E4M3 number; larger values saturate
@@ -51,7 +53,7 @@ class Rule(Frozen):
     In a pattern, "*" stands for any characters.
     """
 
-    of: tuple[str, ...] = Field(min_length=1)
+    of: tuple[Annotated[str, Field(max_length=limits.PATTERN)], ...] = Field(min_length=1)
     weight: Literal["tensor", "expert", "channel", "block"] = Field(description=str(WEIGHTS))
     inputs: Literal["none", "tensor", "expert", "token", "group"] = Field(
         default="none", description=str(INPUTS)
@@ -59,7 +61,18 @@ class Rule(Frozen):
 
     def matches(self, parameter: str) -> bool:
         """Whether this scheme rule applies to `parameter`."""
-        return any(fnmatchcase(parameter, pattern) for pattern in self.of)
+        return parameter in self._plain or any(
+            fnmatchcase(parameter, pattern) for pattern in self.wild
+        )
+
+    @cached_property
+    def wild(self) -> tuple[str, ...]:
+        """The patterns that are more than a name."""
+        return tuple(each for each in self.of if set("*?[") & set(each))
+
+    @cached_property
+    def _plain(self) -> frozenset[str]:
+        return frozenset(self.of) - frozenset(self.wild)
 
 
 class Scheme(Frozen):
@@ -69,8 +82,8 @@ class Scheme(Frozen):
     stored in E4M3 too, with one calibrated scale for the keys of a layer and one for the values.
     """
 
-    name: str = Field(min_length=1)
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=limits.NAME)
+    rules: tuple[Rule, ...] = Field(min_length=1, max_length=limits.RULES)
     block: int = Field(default=128, ge=2, le=1024)
     bound: float | None = Field(
         default=None, gt=0, description="dynamic scales treat larger input magnitudes as this one"
@@ -81,6 +94,11 @@ class Scheme(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if (wild := sum(len(rule.wild) for rule in self.rules)) > limits.WILDCARDS:
+            raise ValueError(
+                f"{wild} patterns with wildcards: at most {limits.WILDCARDS} are expected, "
+                "and any number of plain names"
+            )
         if self.layout == "compressed-tensors" and any(r.inputs in STATIC for r in self.rules):
             raise ValueError("compressed-tensors with static input scales is not supported")
         return self

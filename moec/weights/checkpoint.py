@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from moec.spec.errors import refuse
-from moec.spec.fields import read_json
+from moec.spec.fields import read_json, shown
 from moec.weights.shard import Shard, TensorEntry, read_shard
 from moec.weights.trust.links import is_regular, own_file
 
@@ -87,8 +87,8 @@ def _read_index(path: Path) -> dict[str, set[str] | None]:
     for tensor, name in weight_map.items():
         if not _stays_inside(name):
             refuse(
-                f"{path}: {tensor}",
-                f"file {name!r}",
+                f"{path}: {tensor[:200]}",
+                f"file {shown(name)}",
                 "a relative path to a .safetensors file inside the checkpoint folder",
                 "do not use this checkpoint unless you trust its source; correct the index",
             )

@@ -1,20 +1,22 @@
 """Read the header of a safetensors file: where the bytes of each tensor are."""
 
 import hashlib
-import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from moec.spec.bounded.limits import AXES, JSON, NAME, SIZE
+from moec.spec.bounded.read import open_file, parse_json
 from moec.spec.data import DTYPES as TABLE
 from moec.spec.errors import refuse
+from moec.spec.fields import shown
 from moec.spec.names import expert_of
 
 #: the types of safetensors: our name, and bytes per element
 DTYPES = {each.safetensors: (each.name, each.bits // 8) for each in TABLE if each.safetensors}
 _SIZES = dict(DTYPES.values())
-_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 _DOWNLOAD = "download the shard again"
 
 
@@ -74,30 +76,38 @@ def read_shard(path: Path, name: str = "") -> Shard:
     Raises:
         MoecError: the file is missing, is cut short, or has a header that contradicts itself.
     """
-    try:
-        with path.open("rb") as file:
+    with open_file(path, what="a readable shard", next_step=_DOWNLOAD) as file:
+        try:
             prefix = file.read(8)
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
+            if len(prefix) < 8 or length > size - 8:
                 refuse(
                     path,
                     f"{size} bytes, header of {length}",
                     "a complete safetensors file",
                     _DOWNLOAD,
                 )
+            if length > JSON.bytes:
+                refuse(
+                    path,
+                    f"header of {length:,} bytes",
+                    f"at most {JSON.bytes:,} bytes, room for 200,000 tensors in one shard",
+                    "save the checkpoint in more shards",
+                )
             header = file.read(length)
-    except OSError as error:
-        refuse(path, error.strerror, "a readable shard", _DOWNLOAD)
+        except OSError as error:
+            refuse(path, error.strerror or error, "a readable shard", _DOWNLOAD)
     try:
-        rows = json.loads(header)
+        rows = parse_json(header, f"{path}: header", next_step=_DOWNLOAD)
         tensors = {
             name: _entry(path, name, row, 8 + length)
             for name, row in rows.items()
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        refuse(path, f"broken header: {error!r}", "a safetensors header", _DOWNLOAD)
+        found = f"broken header: {error!r:.400}"
+        refuse(path, found, "a safetensors header", _DOWNLOAD)
     for entry in tensors.values():
         if entry.offset + entry.nbytes > size:
             refuse(
@@ -124,17 +134,23 @@ def read_shard(path: Path, name: str = "") -> Shard:
 def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry:
     start, end = row["data_offsets"]
     shape = tuple(row["shape"])
-    dtype, itemsize = DTYPES.get(row["dtype"], (row["dtype"], 0))
-    nbytes = math.prod(shape) * itemsize
     if (
-        type(start) is not int
-        or type(end) is not int
-        or start < 0
-        or any(type(size) is not int or size < 0 for size in shape)
+        len(shape) > AXES
+        or len(name) > NAME
+        or any(type(n) is not int or not 0 <= n <= SIZE for n in (start, end, *shape))
     ):
-        raise ValueError(f"{name}: offset {start}, shape {shape}")
+        raise ValueError(
+            f"{name[:200]}: offsets {shown([start, end])}, shape {shown(shape[: AXES + 1])}; "
+            f"at most {AXES} sizes, each from 0 to 2^62, are expected"
+        )
+    dtype, itemsize = DTYPES.get(row["dtype"], (row["dtype"], 0))
+    if type(dtype) is not str or len(dtype) > 32:
+        raise ValueError(f"{name}: dtype {shown(dtype)}")
+    nbytes = math.prod(shape) * itemsize
     if itemsize and end - start != nbytes:
         refuse(
             f"{path}: {name}", f"{end - start} bytes", f"{nbytes} for {dtype} {shape}", _DOWNLOAD
         )
+    if start > end:
+        raise ValueError(f"{name}: offsets {start} to {end}")
     return TensorEntry(name, dtype, shape, path, data + start, end - start)

@@ -3,17 +3,21 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
 from moec.artefact.artefact import Artefact
+from moec.runtime.inputs.template import fill
+from moec.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
+from moec.spec.bounded.limits import TEMPLATE
+from moec.spec.bounded.read import read_bytes
 from moec.spec.errors import refuse
 from moec.spec.fields import read_json
 
 #: finds the path of a file by its name; None if there is no such file
 Find = Callable[[str], Path | None]
+#: numbers of the streams of all tokenizers
+_STREAMS = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Text:
 
     def encode(self, prompt: str) -> list[int]:
         """The token ids of `prompt`, with those that the tokenizer's post-processor adds."""
-        return list(self.tokenizer.encode(prompt).ids)
+        return self.tokenizer.encode(prompt)
 
     def has(self, token: str) -> bool:
         """Whether `token` is in the vocabulary."""
@@ -40,7 +44,7 @@ class Text:
         """Put one message of the user into the chat template; return the text.
 
         Raises:
-            MoecError: there is no chat template, it is broken, or jinja2 is missing (exit code 3).
+            MoecError: there is no chat template, or it cannot be filled: see `fill`.
         """
         if self.template is None:
             refuse(
@@ -49,42 +53,17 @@ class Text:
                 "chat_template.jinja, chat_template.json or a template in tokenizer_config.json",
                 "leave --chat out; base models complete text",
             )
-        try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            refuse(
-                "--chat",
-                "jinja2 is not installed",
-                "the package jinja2, which fills chat templates",
-                "pip install 'moec[chat]'",
-                exit_code=3,
-            )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        try:
-            return environment.from_string(self.template).render(
-                messages=[{"role": "user", "content": message}],
-                add_generation_prompt=True,
-                bos_token="",
-            )
-        except TemplateError as error:
-            refuse(
-                "--chat",
-                f"a broken chat template: {error}",
-                "a Jinja template",
-                "download the chat template again",
-            )
+        return fill(self.template, message)
 
     def stream(self) -> Iterator[str]:
         """A coroutine that decodes a stream of tokens.
 
         Send it a token id; it yields the new text that later tokens cannot change.
         """
-        decoder = DecodeStream(skip_special_tokens=True)
-        text = ""
+        number, text = next(_STREAMS), ""
         while True:
             token = yield text
-            text = decoder.step(self.tokenizer, token) or ""
+            text = self.tokenizer.decode_next(number, token)
 
 
 def open_text(source: Artefact | Path) -> Text:
@@ -107,11 +86,7 @@ def open_text(source: Artefact | Path) -> Text:
             if isinstance(source, Path) or source.manifest.checkpoint is None or source.checkpoint
             else f"if you trust its checkpoint: --weights-from {source.manifest.checkpoint}",
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the bindings raise a bare Exception
-        refuse(path, str(error), "a file of the tokenizers library", "download the file again")
-    return Text(tokenizer, _template(find), find)
+    return Text(load_tokenizer(path), _template(find), find)
 
 
 def _beside(folder: Path, name: str) -> Path | None:
@@ -121,7 +96,11 @@ def _beside(folder: Path, name: str) -> Path | None:
 def _template(find: Find) -> str | None:
     path = find("chat_template.jinja")
     if path:
-        return path.read_text(encoding="utf-8")
+        raw = read_bytes(path, TEMPLATE, "a chat template", "download the file again")
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            refuse(path, error, "a chat template in UTF-8", "download the file again")
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = find(name)
         template = read_json(path).get("chat_template") if path else None

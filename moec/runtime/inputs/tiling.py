@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moec.spec.fields import Fields, read_json
+from moec.spec.bounded.limits import CANVAS
+from moec.spec.errors import refuse
+from moec.spec.fields import Fields, read_json, shown
 
 Three = tuple[float, float, float]
 
@@ -62,6 +64,14 @@ def tile(image: Image.Image, tiling: Tiling) -> tuple[Tensor, tuple[int, int]]:
     side, grid = tiling.side, canvas(image.height, image.width, tiling)
     rows, columns = grid
     height, width = fitted(image.height, image.width, grid, tiling)
+    if rows * columns * side**2 > CANVAS:
+        refuse(
+            "image",
+            f"{image.width} x {image.height} pixels, which make {rows} x {columns} tiles of "
+            f"{side} x {side} pixels",
+            f"at most {CANVAS:,} pixels in all tiles, which is far above any known model",
+            "scale the image down, or correct max_patches in the processor's settings",
+        )
     sheet = torch.zeros(3, rows * side, columns * side, dtype=torch.uint8)
     sheet[:, :height, :width] = _resize(pixels, height, width)
     tiles = sheet.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).flatten(0, 1)
@@ -177,7 +187,7 @@ def _three(fields: Fields, key: str) -> Three:
     values = fields.take(key, list, default=[0.5, 0.5, 0.5])
     numbers = [float(v) for v in values if type(v) in (int, float) and abs(v) < 1e300]
     if not len(numbers) == len(values) == 3:
-        raise fields.error(key, f"{values!r}", "three numbers, for red, green and blue")
+        raise fields.error(key, shown(values), "three numbers, for red, green and blue")
     return numbers[0], numbers[1], numbers[2]
 
 

@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from moec.spec.bounded import limits
 from moec.spec.data import DType, dtypes
 from moec.spec.errors import refuse
-from moec.spec.fields import REQUIRED, Fields, read_json
+from moec.spec.fields import REQUIRED, Fields, read_json, shown
 from moec.spec.hf.quantization import read_scheme
 from moec.spec.model import (
     Experts,
@@ -113,7 +114,7 @@ def _with_scheme(spec: ModelSpec, quantization: object, path: Path) -> ModelSpec
 
 def _text(at: Fields) -> TextSpec:
     at.left.pop("model_type", None)
-    layers = at.size("num_hidden_layers", 4096)
+    layers = at.size("num_hidden_layers", limits.LAYERS)
     at.require("hidden_act", "silu")
     theta, scaling = _rope(at, "default", "llama3")
     rope = _rope_layers(at, layers)
@@ -123,16 +124,16 @@ def _text(at: Fields) -> TextSpec:
     temperature = bool(
         at.take("attn_temperature_tuning", bool, int, default=PUBLISHED["attn_temperature_tuning"])
     )
-    hidden = at.size("intermediate_size")
+    hidden = at.size("intermediate_size", limits.WIDTH)
     chunk = at.take("attention_chunk_size", int, default=None)
     text = TextSpec(
         layers=layers,
-        dim=at.size("hidden_size"),
-        heads=at.size("num_attention_heads"),
-        kv_heads=at.size("num_key_value_heads"),
-        head_dim=at.size("head_dim"),
-        vocab=at.size("vocab_size"),
-        max_positions=at.size("max_position_embeddings"),
+        dim=at.size("hidden_size", limits.WIDTH),
+        heads=at.size("num_attention_heads", limits.HEADS),
+        kv_heads=at.size("num_key_value_heads", limits.HEADS),
+        head_dim=at.size("head_dim", limits.HEAD_DIM),
+        vocab=at.size("vocab_size", limits.VOCAB),
+        max_positions=at.size("max_position_embeddings", limits.POSITIONS),
         norm_eps=at.take("rms_norm_eps", float),
         attention_bias=at.take("attention_bias", bool, default=PUBLISHED["attention_bias"]),
         tie_embeddings=at.take("tie_word_embeddings", bool, default=False),
@@ -146,10 +147,10 @@ def _text(at: Fields) -> TextSpec:
         rope_scaling=scaling,
         temperature_floor=at.take("floor_scale", int, default=PUBLISHED["floor_scale"]),
         temperature_scale=at.take("attn_scale", float, default=PUBLISHED["attn_scale"]),
-        dense_hidden=at.size("intermediate_size_mlp"),
+        dense_hidden=at.size("intermediate_size_mlp", limits.WIDTH),
         experts=Experts(
-            count=at.size("num_local_experts"),
-            top_k=at.size("num_experts_per_tok"),
+            count=at.size("num_local_experts", limits.EXPERTS),
+            top_k=at.size("num_experts_per_tok", limits.EXPERTS),
             hidden=hidden,
             shared_hidden=hidden,
         ),
@@ -180,7 +181,7 @@ def _local_layers(at: Fields, layers: int, rope: list[bool]) -> list[bool]:
     if len(types) != layers or kinds - {"chunked_attention", "full_attention"}:
         raise at.error(
             "layer_types",
-            f"{len(types)} values of {sorted(kinds)}",
+            f"{len(types)} values of {shown(sorted(kinds))}",
             f"{layers} values, each 'chunked_attention' or 'full_attention'",
         )
     return [kind == "chunked_attention" for kind in types]
@@ -194,9 +195,10 @@ def _moe_layers(at: Fields, layers: int) -> list[bool]:
         if step < 1:
             raise at.error("interleave_moe_layer_step", str(step), "at least 1")
         return [(index + 1) % step == 0 for index in range(layers)]
-    if any(type(index) is not int or not 0 <= index < layers for index in listed):
-        raise at.error("moe_layers", str(listed), f"layer indices from 0 to {layers - 1}")
-    return [index in listed for index in range(layers)]
+    found = {index for index in listed if type(index) is int and 0 <= index < layers}
+    if any(type(index) is not int or index not in found for index in listed):
+        raise at.error("moe_layers", shown(listed), f"layer indices from 0 to {layers - 1}")
+    return [index in found for index in range(layers)]
 
 
 def _rope(at: Fields, *kinds: str) -> tuple[float, RopeScaling | None]:
@@ -239,18 +241,18 @@ def _vision(at: Fields) -> VisionSpec:
     if not 1e-3 < ratio <= 1 or round(1 / ratio) * ratio != 1:
         raise at.error("pixel_shuffle_ratio", str(ratio), "1/n for a whole number n, such as 0.5")
     theta, _ = _rope(at, "default")
-    out = at.size("projector_output_dim")
+    out = at.size("projector_output_dim", limits.WIDTH)
     at.require("vision_output_dim", out)
     vision = VisionSpec(
-        layers=at.size("num_hidden_layers", 4096),
-        dim=at.size("hidden_size"),
-        heads=at.size("num_attention_heads"),
-        hidden=at.size("intermediate_size"),
-        image=at.size("image_size"),
-        patch=at.size("patch_size"),
-        channels=at.size("num_channels"),
+        layers=at.size("num_hidden_layers", limits.LAYERS),
+        dim=at.size("hidden_size", limits.WIDTH),
+        heads=at.size("num_attention_heads", limits.HEADS),
+        hidden=at.size("intermediate_size", limits.WIDTH),
+        image=at.size("image_size", limits.TILE),
+        patch=at.size("patch_size", limits.TILE),
+        channels=at.size("num_channels", limits.CHANNELS),
         shuffle=round(1 / ratio),
-        adapter_hidden=at.size("projector_input_dim"),
+        adapter_hidden=at.size("projector_input_dim", limits.WIDTH),
         adapter_out=out,
         rope_theta=theta,
     )
@@ -268,7 +270,7 @@ def _dtype(top: Fields, text: Fields) -> DType:
     if not found:
         raise top.error("torch_dtype", "no such field", " or ".join(DTYPES))
     if len(set(found)) > 1 or found[0] not in DTYPES:
-        raise top.error("torch_dtype", str(found), f"one of {', '.join(DTYPES)}")
+        raise top.error("torch_dtype", shown(found), f"one of {', '.join(DTYPES)}")
     return DTYPES[found[0]]
 
 

@@ -5,13 +5,13 @@ Each format lists the modules that it does not quantise, by names or by patterns
 """
 
 import re
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moec.spec.errors import MoecError, refuse
-from moec.spec.fields import REQUIRED, Fields, read_json
+from moec.spec.fields import REQUIRED, Fields, read_json, shown
+from moec.spec.hf.listed import Kind, listed
 from moec.spec.hf.names import key_of, prefixed
 from moec.spec.model import ModelSpec
 from moec.spec.names import separate
@@ -20,9 +20,6 @@ from moec.spec.tensors import eligible, quantized
 
 #: ModelOpt's own file; newer exports have the same fields in config.json
 HF_QUANT = "hf_quant_config.json"
-
-#: says whether a module, given by its checkpoint name, is quantised
-_IsQuantised = Callable[[str], bool]
 
 _INERT = frozenset(
     """
@@ -51,7 +48,7 @@ def read_scheme(raw: Any, config: Path, spec: ModelSpec) -> Scheme | None:
         inner = Fields(str(own), read_json(own), _NEXT).take("quantization", dict)
         raw, where = {"quant_method": "modelopt", **inner}, f"{own}: quantization"
     if not isinstance(raw, dict):
-        raise Fields(str(config), {}, _NEXT).error("quantization_config", repr(raw), "an object")
+        raise Fields(str(config), {}, _NEXT).error("quantization_config", shown(raw), "an object")
     fields = Fields(where, raw, _NEXT)
     method = fields.take("quant_method", str)
     if method not in _READERS:
@@ -80,8 +77,6 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
     if inputs:
         _e4m3_strategy(group.inner("input_activations"), True, ("token",))
     targets, ignored = _strings(group, "targets", REQUIRED), _strings(at, "ignore")
-    _check_expressions(group, "targets", targets)
-    _check_expressions(at, "ignore", ignored)
     cache = "kv_cache_scheme" in at
     if cache:
         _e4m3_strategy(at.inner("kv_cache_scheme"), False, ("tensor",), default="tensor")
@@ -101,12 +96,11 @@ def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
         "ignore",
         "compressed-tensors",
         spec,
-        lambda module: (
-            _is_listed(module, targets, _matches_compressed_tensors)
-            and not _is_listed(module, ignored, _matches_compressed_tensors)
-        ),
+        "compressed-tensors",
+        ignored,
         weight,
         "token" if inputs else "none",
+        targets=(group, targets),
         cache=cache,
         scales=spec.dtype,  # the library's default; the stored tensors may have another type
     )
@@ -138,7 +132,9 @@ def _modelopt(at: Fields, spec: ModelSpec) -> Scheme:
         8,
         "float",
     ):
-        raise at.error("kv_cache_scheme", str(cache_scheme), "num_bits 8 and type 'float', or none")
+        raise at.error(
+            "kv_cache_scheme", shown(cache_scheme), "num_bits 8 and type 'float', or none"
+        )
     names = "exclude_modules" if "exclude_modules" in at else "ignore"
     excluded = _strings(at, "exclude_modules") + _strings(at, "ignore")
     at.finish(_INERT | {"config_groups", "group_size"})
@@ -147,7 +143,8 @@ def _modelopt(at: Fields, spec: ModelSpec) -> Scheme:
         names,
         "modelopt",
         spec,
-        lambda module: not _is_listed(module, excluded, fnmatchcase),
+        "modelopt",
+        excluded,
         "tensor",
         "tensor",
         cache=bool(cache or cache_scheme),
@@ -160,14 +157,14 @@ def _fbgemm(at: Fields, spec: ModelSpec) -> Scheme:
         raise at.error("activation_scale_ub", str(bound), "above 0")
     # By default transformers does not quantise the head.
     kept = _strings(at, "modules_to_not_convert", ["lm_head"])
-    _check_expressions(at, "modules_to_not_convert", [f"re:{each}" for each in kept])
     at.finish(_INERT)
     return _scheme(
         at,
         "modules_to_not_convert",
         "fbgemm_fp8",
         spec,
-        lambda module: not _is_listed(module, kept, _matches_transformers),
+        "transformers",
+        kept,
         "channel",
         "token",
         bound=bound,
@@ -255,49 +252,12 @@ def _quantization_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _is_listed(module: str, patterns: Iterable[Any], matches: Callable[[str, str], bool]) -> bool:
-    """Whether one of `patterns` is for `module`.
-
-    The libraries that write these lists disagree on the prefix before `model.`.
-    """
-    bare = module.removeprefix("language_model.")
-    names = (module, bare, f"model.{module}", f"model.language_model.{bare}")
-    return any(matches(name, str(pattern)) for name in names for pattern in patterns)
-
-
-def _matches_compressed_tensors(module: str, pattern: str) -> bool:
-    """Match as compressed-tensors does: by a class, by a module, or by `re:` and an expression."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return pattern in ("Linear", module)
-
-
-def _matches_transformers(module: str, pattern: str) -> bool:
-    """Match as transformers does: by the end of the name, or by an expression for its start.
-
-    The expression must end at a dot or at the end of the name.
-    """
-    border = r"(?:(?<=\.)|(?=\.|$))"
-    return module.endswith(pattern) or re.match(f"(?:{pattern}){border}", module) is not None
-
-
 def _strings(at: Fields, key: str, default: Any = ()) -> list[str]:
     found: list[str] = list(at.take(key, list, default=default))
     for each in found:
         if not isinstance(each, str):
-            raise at.error(key, repr(each), "a list of module names or patterns")
+            raise at.error(key, shown(each), "a list of module names or patterns")
     return found
-
-
-def _check_expressions(at: Fields, key: str, patterns: Iterable[str]) -> None:
-    """Refuse `re:` patterns that are not valid regular expressions."""
-    for each in patterns:
-        if each.startswith("re:"):
-            try:
-                re.compile(each[3:])
-            except (re.error, OverflowError, RecursionError) as error:
-                expected = "valid regular expressions"
-                raise at.error(key, f"{each[3:83]!r}: {error}", expected) from None
 
 
 def _scheme(
@@ -305,17 +265,27 @@ def _scheme(
     field: str,
     layout: Layout,
     spec: ModelSpec,
-    is_quantised: _IsQuantised,
+    kind: Kind,
+    left_out: list[str],
     weight: str,
     inputs: str,
+    targets: tuple[Fields, list[str]] | None = None,
     **more: Any,
 ) -> Scheme:
-    """A scheme with one scheme rule, for the weights whose modules are all quantised."""
+    """A scheme with one scheme rule, for the weights whose modules are all quantised.
+
+    `field` of `at` lists the modules `left_out`, as `kind` says. `targets` are the modules that a
+    format lists as quantised, and where; by default all are.
+    """
     names = eligible(spec)
     separate_experts = layout == "compressed-tensors"
-    chosen = [
-        name for name in names if all(map(is_quantised, _modules(name, spec, separate_experts)))
-    ]
+    modules = {name: _modules(name, spec, separate_experts) for name in names}
+    every = [module for each in modules.values() for module in each]
+    kept = set(every)
+    if targets:
+        kept &= listed(every, targets[1], kind, targets[0], "targets")
+    kept -= listed(every, left_out, kind, at, field)
+    chosen = [name for name in names if kept.issuperset(modules[name])]
     if not chosen:
         raise at.error(field, "all linear layers are left out", "at least one FP8 linear layer")
     return Scheme.model_validate(

@@ -103,7 +103,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "moe_layers out of range": (config("text_config.moe_layers", [0, 8]), "moe_layers"),
     "moe_layers below zero": (config("text_config.moe_layers", [-1]), "moe_layers"),
     "moe_layers that are text": (config("text_config.moe_layers", ["0"]), "moe_layers"),
-    "a tower too deep": (config("vision_config.num_hidden_layers", 10**8), "1 to 4096"),
+    "a tower too deep": (config("vision_config.num_hidden_layers", 10**8), "1 to 512"),
     "an image token that is text": (config("image_token_index", "<|patch|>"), "image_token_index"),
     "an image token out of range": (config("image_token_index", 256), "tokens.image is 256"),
     "an image token below zero": (config("image_token_index", -1), "tokens.image is -1"),

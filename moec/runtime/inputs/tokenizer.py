@@ -1,0 +1,81 @@
+"""A tokenizer of the tokenizers library, in a child process of its own.
+
+A tokenizer.json from a stranger may abort the process that loads it, or that encodes with it: rules
+can double a text again and again, and expressions can take exponential time. The child has limits
+of memory and time, and its end is an error message here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.spec.bounded.limits import SECONDS, TOKENIZER
+from moec.spec.bounded.read import check_json, read_bytes
+from moec.spec.bounded.worker import Worker
+from moec.spec.errors import refuse
+
+_NEXT = "download the file again, or use another tokenizer"
+#: bytes of a text that a slow tokenizer encodes in a second
+_RATE = 250_000
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """The tokenizer in `path`, which a child process has loaded."""
+
+    path: Path
+    worker: Worker
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, with those that the tokenizer's post-processor adds.
+
+        Raises:
+            MoecError: the text is no valid Unicode; or encoding it takes too much memory or time.
+        """
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            refuse("prompt", error, "text without lone surrogates", "correct the prompt")
+        seconds = SECONDS + len(data) // _RATE
+        ids: list[int] = self._ask("encode", data, "encode the text", seconds)
+        return ids
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of `token`; None if the vocabulary does not have it."""
+        found: int | None = self._ask("token_to_id", token.encode(), "look up a token")
+        return found
+
+    def decode_next(self, stream: int, token: int) -> str:
+        """The new text of stream number `stream` after `token`, which may still be nothing."""
+        text: str = self._ask("decode_next", b"", "decode a token", stream=stream, token=token)
+        return text
+
+    def _ask(
+        self, name: str, data: bytes, what: str, seconds: int = SECONDS, **more: object
+    ) -> Any:
+        if name != "load" and not self.worker.alive:
+            refuse(self.path, "its process has ended", "an open tokenizer", _NEXT)
+        value, _ = self.worker.ask(
+            f"moec.runtime.inputs.tokenizer_process:{name}",
+            {"where": str(self.path), **more},
+            data,
+            where=self.path,
+            what=what,
+            next_step=_NEXT,
+            seconds=seconds,
+        )
+        return value
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load the tokenizer in the file `path`.
+
+    Raises:
+        MoecError: there is no such file; it is no tokenizer, or above a limit; or loading it takes
+            too much memory or time.
+    """
+    raw = read_bytes(path, TOKENIZER.bytes, "a file of the tokenizers library", _NEXT)
+    check_json(raw, path, TOKENIZER)
+    found = Tokenizer(path, Worker())
+    found._ask("load", raw, "load the tokenizer")
+    return found

@@ -1,0 +1,66 @@
+"""How much memory the caches of sequences may take, before anything is allocated."""
+
+from pathlib import Path
+
+import torch
+
+from moec.runtime.engines.engine import Layout
+from moec.spec.model import ModelSpec
+
+#: the share of free memory that caches may take; the rest is for activations and other programs
+SHARE = 0.9
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def slots(chunk: int | None, capacity: int) -> int:
+    """A layer's cache slots for `capacity` tokens; a chunked layer needs at most `chunk`."""
+    return capacity if chunk is None else min(chunk, capacity)
+
+
+def cache_bytes(
+    spec: ModelSpec, element: int, batch: int, capacity: int, layout: Layout = "slots"
+) -> int:
+    """The memory that caches for `capacity` tokens of `batch` sequences take, in bytes.
+
+    `element` is the bytes of one number. With layout "slots" a call returns new caches, so that
+    there are two of each for a moment.
+    """
+    count = sum(slots(layer.chunk, capacity) for layer in spec.text.all_layers)
+    return (2 if layout == "slots" else 1) * 2 * count * spec.text.kv_width * batch * element
+
+
+def most_tokens(
+    spec: ModelSpec, element: int, batch: int, layout: Layout, available: int, most: int
+) -> int:
+    """The largest capacity, `most` at most, whose caches fit into `available` bytes."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cache_bytes(spec, element, batch, middle, layout) <= available:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def available(device: str) -> int:
+    """Bytes of memory that caches on `device` may take; 2^62 where the system does not tell."""
+    if device != "cpu":
+        free, _ = torch.cuda.mem_get_info()
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int((free + unused) * SHARE)
+    found = [1 << 62]
+    if _MEMINFO.is_file():
+        rows = (line.split() for line in _MEMINFO.read_text().splitlines())
+        found += [1024 * int(row[1]) for row in rows if row[0] == "MemAvailable:"]
+    limit, used = (_number(_CGROUP / f"memory.{name}") for name in ("max", "current"))
+    if limit is not None and used is not None:
+        found.append(max(0, limit - used))
+    return int(min(found) * SHARE)
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file of the kernel; None without a file, or where it says "max"."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None

@@ -49,7 +49,7 @@ def open_session(
             or the device or a package is missing (3).
     """
     if preset is not None:
-        warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=2)
+        warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=3)
         session_options = preset
     path = Path(path)
     for name, given, known in (

@@ -18,7 +18,7 @@ from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, rea
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
 from moec.runtime.sampling import check_sampling, sample
 from moec.spec import names
-from moec.spec.errors import refuse
+from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
 from moec.weights.view import TORCH_DTYPES
 
@@ -73,6 +73,7 @@ class Session:
         self, input_ids: Arrays, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
     ) -> NDArray[np.float32]: ...
 
+    @clear_errors
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
     ) -> Tensor | NDArray[np.float32]:
@@ -93,6 +94,7 @@ class Session:
             logits[rows, columns] = out["logits"]
         return like(input_ids, logits)
 
+    @clear_errors
     def trace(
         self, ids: Tensor, lengths: Tensor, names: Sequence[str], features: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -114,6 +116,7 @@ class Session:
         capacity = ids.shape[1] if self.limits.layout == "buffers" else 0
         return self._new_cache(len(ids), capacity)
 
+    @clear_errors
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of `capacity` tokens.
 
@@ -151,6 +154,7 @@ class Session:
                 f"build with --context {positions}",
             )
 
+    @clear_errors
     def prefill(
         self,
         input_ids: Ids,
@@ -171,6 +175,7 @@ class Session:
         cache = self.new_cache(len(ids), capacity or ids.shape[1])
         return self.extend(ids, counts, cache, features), cache
 
+    @clear_errors
     def image_features(self, pixel_values: Pixels) -> Tensor:
         """Run the vision tower: float32 [tiles, channels, height, width] -> [tokens, dim].
 
@@ -179,6 +184,7 @@ class Session:
         """
         return self._see(read_tiles(pixel_values, self.spec))
 
+    @clear_errors
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
         """Append one token to each sequence, int64 [B]; return its logits, float32 [B, vocab].
 
@@ -190,6 +196,7 @@ class Session:
             column = column.cpu()
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
 
+    @clear_errors
     def extend(
         self, ids: Tensor, lengths: Tensor, cache: Cache, features: Tensor | None = None
     ) -> Tensor:
@@ -388,6 +395,7 @@ class Session:
         check_tiles(self.spec, ids, lengths, tiles)
         return self._see(tiles)
 
+    @clear_errors
     def _see(self, tiles: Tensor) -> Tensor:
         assert self.vision is not None
         run = self.vision()

@@ -32,6 +32,7 @@ def run(command: Callable[[], int | None], arguments: Sequence[str], notes: Sequ
         try:
             with stoppable(patience):
                 check_stdout()
+                os.getcwd()  # torch's libraries abort where it was deleted
                 code = command() or 0
                 sys.stdout.flush()
         except Stopped:

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -21,6 +21,8 @@ MESSAGE = (
     "stopped: no unfinished artefact is left behind; weights that were packed are kept for the "
     "next build with the same --out"
 )
+#: set once a command has been stopped; whoever owns the process can then leave at once
+stopped = Event()
 #: what the watching thread reads when the command has ended; signals have other numbers
 _ENDED = b"\0"
 
@@ -35,12 +37,11 @@ def stoppable(patience: float) -> Iterator[None]:
 
     The process also ends if the block is still running `patience` seconds after the first.
     """
-    asked = False
+    stopped.clear()
 
     def stop(*_: object) -> None:
-        nonlocal asked
-        if not asked:  # a second exception would interrupt the clean-up after the first
-            asked = True
+        if not stopped.is_set():  # a second exception would interrupt the clean-up after the first
+            stopped.set()
             raise Stopped
 
     def unraisable(report: Any) -> None:
@@ -58,7 +59,6 @@ def stoppable(patience: float) -> Iterator[None]:
     try:
         yield
     finally:
-        asked = True
         signal.set_wakeup_fd(woken)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -9,6 +9,7 @@ from torch.nn import functional
 from moec.runtime.engines.engine import Layout
 from moec.runtime.engines.gpu import memory_for
 from moec.spec import names
+from moec.spec.errors import clear_errors
 from moec.spec.model import ModelSpec
 from moec.weights.view import STORED, TORCH_DTYPES
 
@@ -39,6 +40,7 @@ def slots(chunk: int | None, capacity: int) -> int:
     return capacity if chunk is None else min(chunk, capacity)
 
 
+@clear_errors
 def new_cache(
     spec: ModelSpec,
     precision: str,
@@ -52,7 +54,7 @@ def new_cache(
     A cache of capacity 0 keeps nothing. `precision` is the dtype that the graph computes in.
 
     Raises:
-        MoecError: the GPU has too little memory (exit code 3).
+        MoecError: there is too little memory (exit code 3).
     """
     text, narrow = spec.text, spec.scheme is not None and spec.scheme.cache
     dtype = STORED["fp8"] if narrow else TORCH_DTYPES[precision]
@@ -74,6 +76,7 @@ def new_cache(
     return Cache(torch.zeros(batch, dtype=torch.int64), tensors, capacity)
 
 
+@clear_errors
 def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
     """Make room for `capacity` tokens of each sequence.
 
@@ -81,7 +84,7 @@ def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
     not grow.
 
     Raises:
-        MoecError: the GPU has too little memory (exit code 3). The layers that have grown by then
+        MoecError: there is too little memory (exit code 3). The layers that have grown by then
             stay larger.
     """
     with memory_for(f"caches of {len(cache.lengths)} x {capacity} positions"):

@@ -18,10 +18,25 @@ def sample(
     Temperature 0 takes the largest logit. Otherwise logits are divided by the temperature, then
     limited to the `top_k` largest, then to the smallest set of tokens whose probability reaches
     `top_p`.
+
+    Raises:
+        MoecError: there are no probabilities to draw from, because a logit is not finite (exit
+            code 1).
     """
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits.double() / temperature).sort(-1, descending=True)
+    if not logits.isfinite().all():
+        refuse(
+            "logits",
+            "infinity or NaN",
+            "finite numbers",
+            "moec validate finds the layer; temperature 0 takes the largest",
+            exit_code=1,
+        )
+    scaled = logits.double() / temperature
+    if not scaled.isfinite().all():  # so cold that only the largest keeps a share
+        scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / temperature
+    ordered, tokens = scaled.sort(-1, descending=True)
     if top_k is not None:
         ordered[:, top_k:] = -torch.inf
     shares = ordered.softmax(-1)

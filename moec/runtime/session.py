@@ -94,7 +94,6 @@ class Session:
             logits[rows, columns] = out["logits"]
         return like(input_ids, logits)
 
-    @clear_errors
     def trace(
         self, ids: Tensor, lengths: Tensor, names: Sequence[str], features: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -116,7 +115,6 @@ class Session:
         capacity = ids.shape[1] if self.limits.layout == "buffers" else 0
         return self._new_cache(len(ids), capacity)
 
-    @clear_errors
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of `capacity` tokens.
 
@@ -154,7 +152,6 @@ class Session:
                 f"build with --context {positions}",
             )
 
-    @clear_errors
     def prefill(
         self,
         input_ids: Ids,
@@ -175,7 +172,6 @@ class Session:
         cache = self.new_cache(len(ids), capacity or ids.shape[1])
         return self.extend(ids, counts, cache, features), cache
 
-    @clear_errors
     def image_features(self, pixel_values: Pixels) -> Tensor:
         """Run the vision tower: float32 [tiles, channels, height, width] -> [tokens, dim].
 
@@ -184,7 +180,6 @@ class Session:
         """
         return self._see(read_tiles(pixel_values, self.spec))
 
-    @clear_errors
     def decode(self, tokens: Ids, cache: Cache) -> Tensor:
         """Append one token to each sequence, int64 [B]; return its logits, float32 [B, vocab].
 
@@ -196,7 +191,6 @@ class Session:
             column = column.cpu()
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
 
-    @clear_errors
     def extend(
         self, ids: Tensor, lengths: Tensor, cache: Cache, features: Tensor | None = None
     ) -> Tensor:
@@ -395,7 +389,6 @@ class Session:
         check_tiles(self.spec, ids, lengths, tiles)
         return self._see(tiles)
 
-    @clear_errors
     def _see(self, tiles: Tensor) -> Tensor:
         assert self.vision is not None
         run = self.vision()

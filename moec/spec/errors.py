@@ -84,10 +84,11 @@ def visible(text: str, keep: str = "") -> str:
     )
 
 
-def clear_errors(call: Callable[P, T]) -> Callable[P, T]:
+def clear_errors(call: Callable[P, T], where: str = "") -> Callable[P, T]:
     """Decorate what users call: failures of other libraries leave it as MoecErrors.
 
-    The exception itself is the `__cause__`. Bugs of moec pass through as they are.
+    `where` is what a message names, by default the function. The exception itself is the
+    `__cause__`. Bugs of moec pass through as they are.
     """
 
     @wraps(call)
@@ -95,7 +96,7 @@ def clear_errors(call: Callable[P, T]) -> Callable[P, T]:
         try:
             return call(*args, **kwargs)
         except BaseException as error:  # libraries in Rust panic with what is no Exception
-            clear = understood(error, call.__name__)
+            clear = understood(error, where or call.__name__)
             if clear is None or clear is error:
                 raise
             raise clear from error
@@ -107,8 +108,8 @@ def understood(error: BaseException, where: str) -> MoecError | None:
     """The message for `error`, which was raised in `where`; None for a bug of moec."""
     if isinstance(error, MoecError):
         return error
-    said = str(error).strip().splitlines()
-    found = said[0] if said else type(error).__name__
+    said = next(iter(str(error).strip().splitlines()), "")
+    found = ": ".join(filter(None, (type(error).__name__, said)))
     if isinstance(error, OSError):
         return _of_the_system(error, where)
     if isinstance(error, ImportError):
@@ -117,7 +118,7 @@ def understood(error: BaseException, where: str) -> MoecError | None:
             return None
         return MoecError(
             f"package {package or 'of another project'}",
-            found,
+            said or "not installed",
             "a package that is installed and loads",
             f"pip install {package}" if package else "install the package again",
             3,
@@ -126,9 +127,7 @@ def understood(error: BaseException, where: str) -> MoecError | None:
     for kind, pattern, expected, next_step, exit_code in _KINDS:
         fits = isinstance(error, kind) if isinstance(kind, type) else re.match(kind, name)
         if fits and re.search(pattern, str(error)):
-            return MoecError(
-                where, f"{type(error).__name__}: {found}", expected, next_step, exit_code
-            )
+            return MoecError(where, found, expected, next_step, exit_code)
     return None
 
 

@@ -61,8 +61,9 @@ def ort_engine(
     for key, setting in chosen.items():
         setattr(options, key, setting)
     options.add_session_config_entry(_FOLDER, str(artefact.weights_folder.resolve()))
-    # Log errors only: ONNX Runtime warns of the optional input image_features at each start.
-    options.log_severity_level = 3
+    # Log nothing: what it says of an error is in the exception, and it would write names from the
+    # graph to the terminal as they are.
+    options.log_severity_level = 4
     file = artefact.graph(part)
     try:
         model = _with_outputs(file, taps)
@@ -194,7 +195,7 @@ def _runtime(device: str) -> Any:
         )
     if device == "cuda":
         onnxruntime.preload_dlls()  # load the CUDA libraries that came with torch
-        onnxruntime.set_default_logger_severity(3)  # else it warns of each ScatterND
+    onnxruntime.set_default_logger_severity(4)  # as for a session
     return onnxruntime
 
 

@@ -1,7 +1,10 @@
 """moec: a declarative compiler for Llama 4. Everything public is here, imported on first use."""
 
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moec.artefact.artefact import Artefact
@@ -90,7 +93,18 @@ def __getattr__(name: str) -> object:
     """Import torch and onnx on first use: `spec list` should not wait for them."""
     if name not in _HOMES:
         raise AttributeError(f"module 'moec' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    found = getattr(import_module(_HOMES[name]), name)
+    return _public(found) if isinstance(found, FunctionType) else found
+
+
+@cache
+def _public(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as users call it: what fails outside of moec reaches them as a MoecError."""
+    from moec.spec.errors import clear_errors
+
+    public = clear_errors(function)
+    public.__module__ = __name__  # where pickle, which sends it to other processes, finds it
+    return public
 
 
 def __dir__() -> list[str]:

@@ -8,14 +8,15 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from moec.artefact.engine_job import Built
 from moec.artefact.engine_options import EngineOptions
-from moec.artefact.targets import find_target
+from moec.artefact.targets import find_target, targets
 from moec.spec.data import Frozen
 from moec.spec.model import ModelSpec
-from moec.spec.names import is_past
+from moec.spec.names import INPUT_IDS, LOGITS, is_past
+from moec.spec.parameters import parameters
 from moec.weights.packing import Packing
 
 FORMAT = "moec/1"
@@ -227,6 +228,21 @@ class Manifest(Frozen):
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         return self.model_dump_json(indent=1, exclude=_OF_ONE_RUN)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        """Refuse names that later look-ups would not find."""
+        target = targets().get(self.target)
+        if target and self.precision not in target.precisions:
+            raise ValueError(f"precision {self.precision!r} is none of {self.target}")
+        for name, ports in ((INPUT_IDS, self.inputs), (LOGITS, self.outputs)):
+            if ports and name not in {port.name for port in ports}:
+                raise ValueError(f"the decoder has no {name}")
+        known = parameters(self.spec) if self.packings else {}
+        odd = next((p.source for p in self.packings.values() if p.source not in known), None)
+        if odd is not None:
+            raise ValueError(f"{odd!r} is packed, and is no parameter of the spec")
+        return self
 
     @property
     def engine(self) -> str:

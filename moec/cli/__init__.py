@@ -3,21 +3,20 @@
 Exit codes: 0 done, 1 a check failed, 2 bad input, 3 a needed package or device is missing.
 """
 
-import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from functools import partial
+from typing import Annotated
 
 import typer
 
 from moec.cli.artefacts import bind, build, calibrate, engine
+from moec.cli.ending import run
 from moec.cli.looks import inspect, plan, spec_diff, spec_list, spec_schema, spec_show
-from moec.cli.output import error_line
 from moec.cli.proofs import validate
 from moec.cli.renamed import current_spelling
 from moec.cli.runs import bench, generate
-from moec.spec.errors import MoecError
 
 #: command -> examples that its help ends with
 COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
@@ -92,33 +91,10 @@ for _name, (_command, _example) in SPEC_COMMANDS.items():
 app.add_typer(specs, name="spec", help="List, show, compare and describe model specs.")
 
 
-class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM; Typer would give a KeyboardInterrupt its own message and exit code."""
-
-
-def _stop(*_: object) -> NoReturn:
-    raise _Stopped
-
-
 def main() -> None:
     """Run the command line and exit; a user's mistake is a message, never a stack trace."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     # Pillow warns of odd metadata and of large images; an image that matters raises an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     arguments, notes = current_spelling(sys.argv[1:])
-    try:
-        app(arguments, prog_name="moec")
-    except MoecError as error:
-        error_line(f"error: {error}", "red")
-        sys.exit(error.exit_code)
-    except _Stopped:
-        error_line(
-            "stopped: no unfinished artefact is left behind; weights that were packed are kept "
-            "for the next build with the same --out",
-            "yellow",
-        )
-        sys.exit(2)
-    finally:  # after what the command prints, where people see them
-        for note in notes:
-            error_line(f"note: {note}")
+    command = partial(app, arguments, prog_name="moec", standalone_mode=False)
+    sys.exit(run(command, arguments, notes))

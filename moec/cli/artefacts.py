@@ -7,7 +7,7 @@ import typer
 
 from moec.cli.given import check_given, check_source
 from moec.cli.options import Architectures, Build, Hashed, LinksTo, Placement, Scales, WeightsFrom
-from moec.cli.output import bar, say
+from moec.cli.output import bar, say, write
 from moec.cli.proofs import prove
 from moec.spec.errors import refuse
 
@@ -149,7 +149,7 @@ def engine(
 
     if trtexec:
         for line in moec.trtexec_commands(artefact, weights_from=weights_from):
-            typer.echo(line)
+            write(f"{line}\n")
         return
     with bar() as progress:
         art = moec.build_engines(

@@ -1,13 +1,16 @@
 """Commands that look and change nothing: plan, inspect, and those below `moec spec`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moec.cli.options import Json, WeightsFrom
-from moec.cli.output import print_json, say
+from moec.cli.output import print_json, say, write
 from moec.spec.errors import refuse
+
+if TYPE_CHECKING:
+    from moec.artefact.artefact import Artefact
 
 Model = Annotated[
     str, typer.Argument(help="The name of a preset, a spec file or a checkpoint folder.")
@@ -71,7 +74,7 @@ def inspect(
     Hashes find damage, not malice: who can change a file can change its hash.
     """
     from moec.artefact.artefact import open_artefact, verify_files
-    from moec.cli.tables import artefact_tables, report_table
+    from moec.cli.tables import artefact_tables
 
     art = open_artefact(artefact, weights_from)
     if as_json:
@@ -79,13 +82,30 @@ def inspect(
     else:
         artefact_tables(art)
         if art.manifest.parity:
-            report_table(art.manifest.parity)
+            _show_report(art)
     if verify:
         hashed, not_hashed = verify_files(art)
         say(f"verified: {len(hashed)} files are as they were written: {', '.join(hashed)}")
         for what in not_hashed:
             say(f"not hashed: {what}")
         say("note: hashes find damage, not malice; who can change a file can change its hash")
+
+
+def _show_report(art: "Artefact") -> None:
+    """Print the report of the last proof: plain data, which may have any form in a file."""
+    from moec.artefact.manifest import NAME
+    from moec.cli.tables import report_table
+
+    try:
+        report_table(art.manifest.parity or {})
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        refuse(
+            f"{art.path / NAME}: parity",
+            f"{type(error).__name__}: {error}",
+            "a report as this version of moec writes it",
+            f"moec validate {art.path}",
+            cause=error,
+        )
 
 
 def spec_list() -> None:
@@ -108,7 +128,7 @@ def spec_show(
 
     spec = load_spec(model)
     if form == "yaml":
-        typer.echo(dump_yaml(spec), nl=False)
+        write(dump_yaml(spec))
     elif form in ("json", "config"):
         print_json(spec.model_dump(mode="json") if form == "json" else write_config(spec))
     else:

@@ -1,19 +1,31 @@
-"""How commands write to the terminal: lines, JSON, and a progress bar.
+"""How commands write to the terminal: lines, tables, data, JSON, and a progress bar.
 
-Paths, names and notes come from files that a stranger may have written, so the consoles print
-square brackets and colons as they are: they take nothing for markup or emoji.
+Paths, names and notes come from files that a stranger may have written. The consoles take nothing
+in them for markup or emoji, and characters that would steer the terminal are made visible.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-console = Console(markup=False, emoji=False, highlight=False)
-errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+from moec.spec.errors import visible
+
+
+class _Console(Console):
+    """Every text in a line or a table becomes a `Text` here."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+console = _Console(markup=False, emoji=False, highlight=False)
+errors = _Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -26,9 +38,18 @@ def error_line(text: str, style: str | None = None) -> None:
     errors.print(text, style=style, soft_wrap=True)
 
 
+def write(text: str) -> None:
+    """Write data, such as the text of a model or a file, to stdout, at once and without a newline.
+
+    A terminal gets it with visible control characters; a file or a pipe gets it as it is.
+    """
+    sys.stdout.write(visible(text, keep="\n\t") if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
 def print_json(value: object) -> None:
-    """Print plain data as JSON."""
-    typer.echo(json.dumps(value, indent=1))
+    """Print plain data as JSON, in printable ASCII."""
+    write(json.dumps(value, indent=1).replace("\x7f", "\\u007f") + "\n")
 
 
 @contextmanager
@@ -45,5 +66,5 @@ def bar(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task("start", total=1)
         yield lambda stage, done, total: progress.update(
-            task, description=stage, completed=done, total=total
+            task, description=visible(stage), completed=done, total=total
         )

@@ -1,6 +1,5 @@
 """Commands that run an artefact: generate and bench."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 
 from moec.cli.given import check_given
 from moec.cli.options import Device, Json, TrustEngines, WeightsFrom
-from moec.cli.output import error_line, print_json
+from moec.cli.output import error_line, print_json, write
 from moec.spec.errors import refuse
 
 
@@ -60,6 +59,8 @@ def generate(
 
     `<|image|>` in the text marks where an image belongs.
     If the text has no mark, the images come first.
+    Control characters in the text are made visible on a terminal;
+    a file or a pipe gets the text as it is.
     """
     if (prompt is None) == (ids is None):
         refuse("generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT")
@@ -88,8 +89,7 @@ def generate(
     def show(step: list[int | None]) -> None:
         token = step[0]
         if token is not None:
-            sys.stdout.write(stream.send(token) if stream else f"{token} ")
-            sys.stdout.flush()
+            write(stream.send(token) if stream else f"{token} ")
 
     session = moec.open_session(
         artefact,
@@ -100,7 +100,7 @@ def generate(
         trust_engines=trust_engines,
     )
     if prompt and not chat:
-        sys.stdout.write(prompt)
+        write(prompt)
     session.generate(
         [row],
         pixels,
@@ -111,7 +111,7 @@ def generate(
         seed=seed,
         stream=show,
     )
-    sys.stdout.write("\n")
+    write("\n")
 
 
 def bench(

@@ -105,7 +105,7 @@ def report_table(report: dict[str, Any]) -> None:
     for column in ("", "found", "limit", "detail"):
         table.add_column(column, justify="left" if column in ("", "detail") else "right")
     for check in _folded(report["checks"]):
-        table.add_row(*cells(check), style=None if check["passed"] else "bold red")
+        table.add_row(*map(str, cells(check)), style=None if check["passed"] else "bold red")
     console.print(table)
     if report.get("cost"):
         cost_table(report["cost"])

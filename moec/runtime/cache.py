@@ -10,7 +10,7 @@ from moec.runtime.engines.engine import Layout
 from moec.runtime.engines.gpu import memory_for
 from moec.runtime.memory import available, cache_bytes, most_tokens, slots
 from moec.spec import names
-from moec.spec.errors import refuse
+from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
 from moec.weights.view import STORED, TORCH_DTYPES
 
@@ -41,6 +41,7 @@ class Cache:
         return {name: tensor[rows] for name, tensor in self.tensors.items()}
 
 
+@clear_errors
 def new_cache(
     spec: ModelSpec,
     precision: str,
@@ -125,6 +126,7 @@ def _check_room(
     )
 
 
+@clear_errors
 def grow(spec: ModelSpec, cache: Cache, needed: int, layout: Layout = "slots") -> None:
     """Make room for `needed` tokens of each sequence, and for more that may follow.
 

@@ -19,9 +19,9 @@ from moec.artefact.manifest import NAME
 from moec.artefact.session_options import EXACT, SETS
 from moec.artefact.targets import find_target, imported, targets
 from moec.runtime.engines.eager import eager_engine
-from moec.runtime.engines.engine import Engine
+from moec.runtime.engines.engine import Engine, Run
 from moec.runtime.session import Session
-from moec.spec.errors import refuse
+from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
 
@@ -66,7 +66,7 @@ def open_session(
             device or a package is missing (3).
     """
     if preset is not None:
-        warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=2)
+        warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=3)
         session_options = preset
     path = Path(path)
     for name, given, known in (
@@ -151,13 +151,18 @@ def artefact_session(
     """
     chosen = engine if isinstance(engine, Engine) else find_engine(artefact, engine)
     limits = chosen.limits(artefact, device)
+
+    def opened(part: str, taps: Sequence[str] = ()) -> Run:
+        run = chosen.open(artefact, part, device, options, taps)
+        return clear_errors(run, f"{artefact.path}: {part} on {chosen.title}")
+
     return Session(
         artefact.manifest.spec,
         chosen.computes(artefact),
         chosen.name,
-        chosen.open(artefact, "model", device, options, taps),
+        opened("model", taps),
         artefact,
-        once(partial(chosen.open, artefact, "vision", device, options, ())),
+        once(partial(opened, "vision")),
         limits,
         device,
         chosen.queues and device != "cpu",

@@ -28,10 +28,19 @@ def sample(
     `top_p`.
 
     Raises:
-        MoecError: the logits are not finite, so that there is nothing to draw (exit code 1).
+        MoecError: there are no probabilities to draw from, because a logit is not finite (exit
+            code 1).
     """
     if temperature == 0:
         return logits.argmax(-1)
+    if not logits.isfinite().all():
+        refuse(
+            "logits",
+            "infinity or NaN",
+            "finite numbers",
+            "moec validate finds the layer; temperature 0 takes the largest",
+            exit_code=1,
+        )
     ordered, tokens = (logits.double() / max(temperature, _COLDEST)).sort(-1, descending=True)
     if top_k is not None:
         ordered[:, min(top_k, ordered.shape[1]) :] = -torch.inf
@@ -39,21 +48,14 @@ def sample(
     if top_p is not None:
         # Keep the smallest set that reaches top_p: drop a token if those before it reach top_p.
         shares[shares.cumsum(-1) - shares >= top_p] = 0
-    if bool(shares.isnan().any()):
-        refuse(
-            "logits",
-            "NaN or infinity",
-            "finite logits to draw a token from",
-            "moec validate says whether the artefact or its weights are damaged",
-            exit_code=1,
-        )
     drawn = torch.multinomial(shares, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
 
 
 def _is(kind: type, value: Any, least: float, most: float) -> bool:
     """Whether `value` is a number of `kind`, from `least` to `most`. NaN is in no range."""
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+    known: Any = value
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= known <= most
 
 
 def check_sampling(

@@ -18,7 +18,7 @@ from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, rea
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
 from moec.runtime.sampling import check_sampling, sample
 from moec.spec import names
-from moec.spec.errors import refuse
+from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
 from moec.weights.view import TORCH_DTYPES
 
@@ -73,6 +73,7 @@ class Session:
         self, input_ids: Arrays, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
     ) -> NDArray[np.float32]: ...
 
+    @clear_errors
     def logits(
         self, input_ids: Ids, pixel_values: Pixels | None = None, *, lengths: Ids | None = None
     ) -> Tensor | NDArray[np.float32]:

@@ -5,6 +5,7 @@ slow minute of a shared machine affects all of them. The figures are medians ove
 """
 
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -237,7 +238,12 @@ def _processes(lanes: Sequence[Lane], job: tuple[Any, ...]) -> Iterator[list[Con
         for lane in lanes:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_run, args=(theirs, lane, *job), daemon=True)
-            process.start()
+            # Ctrl-C goes to every process of a terminal: this one ends the lanes.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
             pipes.append(ours)
             processes.append(process)

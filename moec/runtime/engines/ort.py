@@ -68,8 +68,9 @@ def ort_engine(
     for key, setting in chosen.items():
         setattr(options, key, setting)
     options.add_session_config_entry(_FOLDER, str(root))
-    # Log errors only: ONNX Runtime warns of the optional input image_features at each start.
-    options.log_severity_level = 3
+    # Log nothing: what it says of an error is in the exception, and it would write names from the
+    # graph to the terminal as they are.
+    options.log_severity_level = 4
     file = artefact.graph(part)
     try:
         data = _with_outputs(model, taps, given).SerializeToString()
@@ -201,7 +202,7 @@ def _runtime(device: str) -> Any:
         )
     if device == "cuda":
         onnxruntime.preload_dlls()  # load the CUDA libraries that came with torch
-        onnxruntime.set_default_logger_severity(3)  # else it warns of each ScatterND
+    onnxruntime.set_default_logger_severity(4)  # as for a session
     return onnxruntime
 
 

@@ -73,6 +73,7 @@ def compose(
     words: Text, spec: ModelSpec, text: str, images: Images = (), chat: bool = False
 ) -> Prompt:
     """Like `encode`, with an open tokenizer and the model's spec."""
+    _check_unicode(text)
     images = [images] if isinstance(images, str | Path | bytes | Image) else list(images)
     if images and IMAGE not in text:
         text = IMAGE * len(images) + text
@@ -119,6 +120,22 @@ def compose(
             f"leave {PATCH} out of the text" if more else "use a tokenizer that keeps them all",
         )
     return Prompt(ids, pixels, grids, tuple(notes))
+
+
+def _check_unicode(text: str) -> None:
+    """Refuse lone surrogates: half of a character, or what Python makes of bytes that are no UTF-8.
+
+    Raises:
+        MoecError: names the first one.
+    """
+    lone = next((i for i, each in enumerate(text) if "\ud800" <= each <= "\udfff"), None)
+    if lone is not None:
+        refuse(
+            "prompt",
+            f"character {lone + 1} is a lone surrogate, U+{ord(text[lone]):04X}",
+            "text that UTF-8 can hold",
+            "save the text as UTF-8, or repair what cut it",
+        )
 
 
 def layout(grid: tuple[int, int], tokens: int, tiled: bool = True) -> str:

@@ -1,6 +1,6 @@
 """Convert between text and tokens with the checkpoint's tokenizer and chat template."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -55,7 +55,7 @@ class Text:
             )
         return fill(self.template, message)
 
-    def stream(self) -> Iterator[str]:
+    def stream(self) -> Generator[str, int, None]:
         """A coroutine that decodes a stream of tokens.
 
         Send it a token id; it yields the new text that later tokens cannot change.

@@ -45,7 +45,11 @@ def read_rows(source: str | Path | Tensor, spec: ModelSpec, folder: Path) -> Ten
     if isinstance(source, Tensor):
         return _rows(source.cpu().numpy(), "tokens", spec)
     path = Path(source)
-    readers = {".npy": _npy, ".json": _json, ".txt": lambda path: _text(path, folder)}
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".npy": _npy,
+        ".json": _json,
+        ".txt": lambda path: _text(path, folder),
+    }
     if path.suffix not in readers:
         found = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
         refuse(path, found, _EXPECTED, _FIX)

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moec.spec.errors import visible
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -81,29 +83,37 @@ class Report:
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with every check to `path`."""
         cost = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>"
             for row in (cost_cells(self.cost) if self.cost else ())
         )
         if cost:
-            where = html.escape(f"{self.cost and self.cost['reference']}")
+            where = _text(self.cost["reference"]) if self.cost else ""
             cost = f"<h2>What the precision costs, against {where}</h2><table>{cost}</table>"
         rows = "".join(
             f"<tr class={'ok' if check.passed else 'bad'}>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(check.to_dict()))
+            + "".join(f"<td>{_text(cell)}</td>" for cell in cells(check.to_dict()))
             for check in self.checks
         )
         verdict = "PASSED" if self.passed else f"FAILED, first at {self.first_divergence}"
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        ran = (
+            f"{self.engine} against {self.reference}, {self.precision}, rows of "
+            f"{spoken(self.tokens)} tokens, seed {self.seed}"
+        )
+        notes = "".join(f"<p>{_text(note)}</p>" for note in self.notes)
         Path(path).write_text(
             "<!doctype html><meta charset=utf-8><title>moec validate</title><style>"
             "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}"
             ".bad{background:#fdd}</style>"
-            f"<h1>{html.escape(self.subject)}: {html.escape(verdict)}</h1>"
-            f"<p>{self.engine} against {self.reference}, {self.precision}, rows of "
-            f"{spoken(self.tokens)} tokens, seed {self.seed}</p>{notes}<table>"
+            f"<h1>{_text(self.subject)}: {_text(verdict)}</h1>"
+            f"<p>{_text(ran)}</p>{notes}<table>"
             f"<tr><th>check<th>found<th>limit<th>detail</tr>{rows}</table>{cost}",
             encoding="utf-8",
         )
+
+
+def _text(value: object) -> str:
+    """A value as text of a web page, whatever characters it has."""
+    return html.escape(visible(str(value)))
 
 
 def spoken(lengths: list[int]) -> str:

@@ -88,7 +88,7 @@ def validate(
             is missing (exit code 3).
     """
     if on_twin is not None:
-        warnings.warn("on_twin is now reduced", DeprecationWarning, stacklevel=2)
+        warnings.warn("on_twin is now reduced", DeprecationWarning, stacklevel=3)
         reduced = on_twin
     if not (tokens is None or tokens >= 1) or not (seed is None or 0 <= seed < 2**63):
         refuse(

@@ -1,0 +1,85 @@
+"""How a command ends: whatever happens in it, one message on stderr and one exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from moec.cli.output import error_line
+from moec.cli.stopping import EXIT_CODE, MESSAGE, Stopped, stoppable
+from moec.cli.streams import Unwritable, check_stdout, standard_streams
+from moec.spec.errors import MoecError, understood, visible
+
+#: seconds that a command which writes files may take to clean up after Ctrl-C, and the others
+_PATIENT, _BRISK = 10.0, 0.7
+_WRITERS = ("build", "bind", "engine", "calibrate")
+
+#: the base of Typer's errors about a command line; typed so because its module depends on versions
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def run(command: Callable[[], int | None], arguments: Sequence[str], notes: Sequence[str]) -> int:
+    """Run `command`, which `arguments` stand for; return its exit code.
+
+    `notes` are printed to stderr after everything else, where people see them.
+    """
+    patience = _PATIENT if arguments and arguments[0] in _WRITERS else _BRISK
+    where = " ".join(("moec", *arguments[:1]))
+    with standard_streams():
+        try:
+            with stoppable(patience):
+                check_stdout()
+                os.getcwd()  # torch's libraries abort where it was deleted
+                code = command() or 0
+                sys.stdout.flush()
+        except Stopped:
+            error_line(MESSAGE, "yellow")
+            code = EXIT_CODE
+        except Unwritable as failure:
+            code = 1 if failure.closed else 2
+            if not failure.closed:
+                _show(MoecError("stdout", failure.why, "room for the output", "write elsewhere"))
+        except _UsageError as error:
+            code = _show_usage(error)
+        except SystemExit as end:  # Rich ends so where the reader of its output has gone
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException as error:  # the exit code tells what it was
+            clear = understood(error, where) or _bug(error)
+            _show(clear)
+            code = clear.exit_code
+        for note in notes:
+            error_line(f"note: {note}")
+        sys.stderr.flush()
+    return code
+
+
+def _show(error: MoecError) -> None:
+    for line in f"error: {error}".split("\n"):
+        error_line(line, "red")
+
+
+def _show_usage(error: Any) -> int:
+    """Show what is wrong with a command line as Typer does, without what would steer a terminal."""
+    from typer.rich_utils import rich_format_error
+
+    error.message = visible(error.message, keep="\n")
+    rich_format_error(error)
+    return int(error.exit_code)
+
+
+def _bug(error: BaseException) -> MoecError:
+    """The message for an exception that nobody foresaw; MOEC_DEBUG shows its traceback too."""
+    if os.environ.get("MOEC_DEBUG"):
+        for line in traceback.format_exception(error):
+            error_line(line.rstrip("\n"))
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return MoecError(
+        "a bug of moec",
+        f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})",
+        "a result, or a message that says what to change",
+        "report it with the traceback, which the same command prints after MOEC_DEBUG=1",
+        1,
+    )

@@ -65,12 +65,8 @@ def _listed(path: Path) -> set[str] | None:
     inside = {} if weights.get("folder") else _object(weights.get("shards"))
     engines = [_object(each) for each in _object(values.get("engines")).values()]
     files = [name for each in engines for name in (each.get("file"), *_object(each.get("files")))]
-    return {NAME, *_object(values.get("files")), *inside, *filter(_is_text, files)}
+    return {NAME, *_object(values.get("files")), *inside, *(n for n in files if isinstance(n, str))}
 
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)

@@ -44,7 +44,7 @@ def read_checked(artefact: Artefact, part: str) -> onnx.ModelProto:
     """
     file = artefact.graph(part)
     try:
-        model = onnx.ModelProto.FromString(file.read_bytes())
+        model: onnx.ModelProto = onnx.ModelProto.FromString(file.read_bytes())
     except (OSError, DecodeError) as error:
         expected = "a readable ONNX model of an artefact"
         refuse(file, error, expected, "build the artefact again", exit_code=1)

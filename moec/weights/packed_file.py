@@ -163,7 +163,7 @@ def _weight(
     handle: int, packing: Packing, entry: TensorEntry, offsets: Mapping[str, int]
 ) -> _Weight:
     count = len(_matrices(entry))
-    pieces = []
+    pieces: list[list[Piece]] = []
     for name, kind in zip(packing.names(entry.dtype), packing.shapes(entry.shape), strict=True):
         # One thread writes the FP8 scales of all matrices.
         parts = 1 if packing.fp8 and pieces else count
@@ -178,7 +178,7 @@ def _matrices(entry: TensorEntry) -> list[TensorEntry]:
 
 
 def _crc(values: Tensor) -> int:
-    return zlib.crc32(values.flatten().view(torch.uint8).numpy())
+    return zlib.crc32(memoryview(values.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 @contextmanager

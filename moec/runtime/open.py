@@ -100,7 +100,8 @@ def open_session(
         check_files(artefact, files_of_sessions(artefact))
         if engine == EAGER:
             manifest = artefact.manifest
-            session = eager_session(manifest.spec, artefact.entries(), manifest.compute, artefact)
+            stored = artefact.entries()
+            session = eager_session(manifest.spec, stored, manifest.compute, artefact)
         else:
             session = artefact_session(artefact, device, session_options, engine=engine)
         # A field that cannot be right was refused before, by its name.

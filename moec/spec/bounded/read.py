@@ -191,7 +191,7 @@ def _nodes(text: str) -> Iterator[tuple[int, int]]:
     for event in yaml.parse(text, _YAML):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise yaml.YAMLError(f"alias {event.anchor[:80]!r} of nothing, or of itself")
+                raise yaml.YAMLError(f"alias {str(event.anchor)[:80]!r} of nothing, or of itself")
             count += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             count += 1

@@ -28,7 +28,7 @@ STAGES = ("check", "weights", "copy", "write")
         (NO_SPACE, MoecError),
         (OSError(errno.EIO, os.strerror(errno.EIO)), MoecError),
         (KeyboardInterrupt(), KeyboardInterrupt),
-        (MemoryError(), MemoryError),
+        (MemoryError(), MoecError),
         (RuntimeError("a defect"), RuntimeError),
     ],
     ids=["disk full", "disk broken", "Ctrl-C", "memory full", "defect"],
@@ -78,6 +78,8 @@ class Trap:
     def see(self, event: str, args: tuple[object, ...]) -> None:
         if not (event in ("os.rename", "os.mkdir", "os.link") or opens_to_write(event, args)):
             return
+        if str(args[0]).startswith(os.environ["XDG_STATE_HOME"]):
+            return  # the build is over
         self.left -= 1
         if self.left < 0 and not self.event:
             self.event = f"{event} {args}"

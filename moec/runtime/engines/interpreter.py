@@ -18,12 +18,12 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.exporters.onnx.external_data import entry_of
-from moec.exporters.onnx.inner_values import open_values
 from moec.exporters.onnx.lowering import type_of
 from moec.exporters.onnx.strangers import load_checked
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.graph_builder import ops
 from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
+from moec.runtime.engines.inner_values import open_values
 from moec.spec import names
 from moec.spec.errors import refuse
 from moec.weights.view import view

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.artefact.session_options import session_options
-from moec.exporters.onnx.inner_values import open_values, shown
 from moec.exporters.onnx.lowering import DTYPES
 from moec.exporters.onnx.strangers import read_checked, relocate
 from moec.graph_builder.ops import FP8
 from moec.runtime.engines.engine import Engine, Limits, Run
+from moec.runtime.engines.inner_values import open_values, shown
 from moec.spec import names
 from moec.spec.errors import refuse
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.spec.bounded.limits import MEMORY, SECONDS
-from moec.spec.errors import MoecError, refuse
+from moec.spec.errors import refuse
 
 _ROOT = Path(__file__).parents[3]
 _COMMAND = (sys.executable, "-P", "-B", "-m", "moec.spec.bounded.worker_process")
@@ -97,7 +97,8 @@ class Worker:
         if "value" in reply:
             return reply["value"], blob
         if "refused" in reply:
-            raise MoecError(*reply["refused"])
+            *parts, code = reply["refused"]
+            refuse(*parts, exit_code=code)
         found = {
             -signal.SIGXCPU: f"it takes over {seconds} s to {what}",
             -signal.SIGKILL: f"it takes over {seconds} s, or too much memory, to {what}",

@@ -30,7 +30,8 @@ def listed(modules: list[str], patterns: list[str], kind: Kind, at: Fields, fiel
     plain = {each for each in patterns if _expression(each, kind) is None}
     every = kind == "compressed-tensors" and "Linear" in plain
     found = {each for each in modules if every or plain.intersection(_spellings(each))}
-    simple, other = list[str](), list[str]()
+    simple: list[str] = []
+    other: list[str] = []
     for each in dict.fromkeys(patterns):
         expression = _expression(each, kind)
         if expression is None:

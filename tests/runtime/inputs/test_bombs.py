@@ -97,7 +97,7 @@ TEMPLATES = {
     "a wide column": "{{ 'x' | center(10 ** 10) }}",
     "a wide format": "{{ '%10000000000d' % 1 }}",
     "a wide field": "{{ '{:10000000000}'.format(1) }}",
-    "a power": "{{ 9 ** 9 ** 9 }}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
     "a macro of itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "a text that doubles": "{% set n = namespace(t='xx') %}{% for i in range(60) %}"
     "{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
@@ -118,7 +118,7 @@ def test_a_template_without_end_is_refused(case: str) -> None:
 
 
 def test_a_template_of_one_message_is_filled_after_others_broke() -> None:
-    refusal(lambda: fill("{{ 9 ** 9 ** 9 }}", "x"), "--chat")
+    refusal(lambda: fill("{{ 9 ** (9 ** 9) }}", "x"), "--chat")
     template = "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}é{% endfor %}"
     assert fill(template, "hello\ud800".replace("\ud800", "")) == "<user>helloé"
 

@@ -118,4 +118,5 @@ def same_codes(name: str, value: Tensor, right: Tensor) -> Distance:
     share = float((~(off <= 1.01 * step)).double().mean())  # NaN is off too
     # among neighbours, a rounding decides only where the value was in the middle
     moved = float((off != 0).double().mean())
-    return Distance(name, max(share, moved), 0.0 if share else 1e-2, "")
+    limit = max(1e-2, 2 / value.numel())
+    return Distance(name, max(share, moved), 0.0 if share else limit)

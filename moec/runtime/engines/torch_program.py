@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from moec.artefact.artefact import Artefact, file_of
 from moec.exporters.torch.program import part_graph
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
+from moec.graph_builder.types import TensorType
 from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.engine import Engine, Limits, Run
@@ -166,10 +167,26 @@ def _shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
     """Those of the names `wanted` that no fused op hides."""
     spec = artefact.manifest.spec
     graph = part_graph(spec, artefact.manifest.compute, part)
-    known = {node.meta.get("name") for node in graph.graph.nodes if node.op == "call_function"}
+    known = {
+        node.meta["name"]
+        for node in graph.graph.nodes
+        if node.op == "call_function" and _is_the_decoders(node)
+    }
     for layer in (layer.index for layer in spec.text.all_layers if layer.moe):
         known |= {names.router(layer), names.chosen(layer)}  # see `build_fused`
     return [name for name in wanted if name in known]
+
+
+def _is_the_decoders(node: fx.Node) -> bool:
+    """Whether a node of the fused graph is the decoder's value of that name.
+
+    The passes move the role of a value to the node that takes its place. Other nodes within a layer
+    may only share the name, but for the residual stream.
+    """
+    name, in_layer = str(node.meta["name"]), names.layer_of(node.meta["name"]) is not None
+    if not isinstance(node.meta["type"], TensorType):
+        return False
+    return not in_layer or "role" in node.meta or name.endswith((".out", ".residual"))
 
 
 def _check(artefact: Artefact, device: str) -> None:

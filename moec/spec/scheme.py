@@ -8,7 +8,7 @@ of each token). Weights that no scheme rule names stay in their stored type.
 """
 
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import lru_cache
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -47,6 +47,13 @@ DENSE = tuple(names.dense("*", part, "weight") for part in ("gate", "up", "down"
 ATTENTION = tuple(names.attention("*", part, "weight") for part in "qkvo")
 
 
+@lru_cache(maxsize=64)
+def _sorted(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The patterns that are names of weights, and those with wildcards."""
+    wild = tuple(each for each in patterns if set("*?[") & set(each))
+    return frozenset(patterns) - frozenset(wild), wild
+
+
 class Rule(Frozen):
     """A scheme rule: how to quantise the parameters whose names match one of the patterns `of`.
 
@@ -61,18 +68,13 @@ class Rule(Frozen):
 
     def matches(self, parameter: str) -> bool:
         """Whether this scheme rule applies to `parameter`."""
-        return parameter in self._plain or any(
-            fnmatchcase(parameter, pattern) for pattern in self.wild
-        )
+        plain, wild = _sorted(self.of)
+        return parameter in plain or any(fnmatchcase(parameter, pattern) for pattern in wild)
 
-    @cached_property
+    @property
     def wild(self) -> tuple[str, ...]:
         """The patterns that are more than a name."""
-        return tuple(each for each in self.of if set("*?[") & set(each))
-
-    @cached_property
-    def _plain(self) -> frozenset[str]:
-        return frozenset(self.of) - frozenset(self.wild)
+        return _sorted(self.of)[1]
 
 
 class Scheme(Frozen):

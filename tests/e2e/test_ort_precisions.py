@@ -124,7 +124,7 @@ def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:
 
 @quantized
 def test_damaged_quantised_weights_fail_the_proof(tiny: Path, tmp_path: Path) -> None:
-    """A scale that is no number: the reference reads it too, and the proof names the layer."""
+    """A scale that is no number: the reference reads it too, and the proof names the weight."""
     art = moec.export(tiny, target="ort", precision="int8", out=tmp_path / "art")
     session: Session = moec.open_session(art.path)
     before = session.logits([[1, 2, 3]])
@@ -133,7 +133,9 @@ def test_damaged_quantised_weights_fail_the_proof(tiny: Path, tmp_path: Path) ->
         file.seek(ref.offset)
         file.write(b"\xff" * 4)  # a NaN
     report = moec.validate(art.path, tokens=12)
-    assert not report.passed and report.first_divergence == "layers.2"
+    assert not report.passed
+    assert report.first_divergence == "weights, layers.2: moe.shared.up.weight"
+    assert "layers.2: moe.shared.up" in {check.name for check in report.checks if not check.passed}
     assert torch.as_tensor(before).isfinite().all()
 
 

@@ -178,7 +178,7 @@ def test_a_damaged_scale_fails_the_proof(tiny: Path, tmp_path: Path) -> None:
     # Not the first divergence: a rounding that falls on the other side of a tie, in a token of
     # thousands, moves the few tokens after it, which may be a layer's first.
     broken = [check.name for check in report.checks if math.isnan(check.found)]
-    assert not report.passed and broken[0] == "layers.2, same inputs"
+    assert not report.passed and broken[0] == "layers.2: moe.shared.up.weight.wide"
 
 
 @pytest.mark.full

@@ -39,4 +39,8 @@ def agree(folder: Path) -> None:
     for name, shard in manifest["weights"]["shards"].items():  # their headers are as they were
         if "sha256" in shard:
             shard["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    manifest["weights"].pop("hashes", None)
+    manifest.pop("digest", None)
+    content = json.dumps(manifest, sort_keys=True).encode()
+    manifest["digest"] = hashlib.sha256(content).hexdigest()
     path.write_text(json.dumps(manifest, indent=2), encoding="utf-8")

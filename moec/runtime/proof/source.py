@@ -147,8 +147,8 @@ def _wrong_rows(
         axis = 1 if expert else 0
         value = ops.dequantize.eager(codes, found[1], axis, packing.block, "fp32")
         bound = FP8_ERROR * wide.abs() + FP8_LEAST * wide.abs().amax()
-        off: Tensor = (value - wide).abs() > bound
-        return off.any(1)
+        within: Tensor = (value - wide).abs() <= bound  # False for NaN
+        return ~within.all(1)
     value = arrange(packing, unpack(packing, tuple(found))[..., : wide.shape[-1]])
     wide, block = arrange(packing, wide), packing.block
     padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % block))
@@ -156,8 +156,8 @@ def _wrong_rows(
     assert packing.bits
     scale = blocks.abs().amax(2) / (1 << (packing.bits - 1))
     bound = STEPS * scale.repeat_interleave(block, 1)[:, : wide.shape[1]]
-    off = (value - wide).abs() > bound
-    return off.any(1)
+    within = (value - wide).abs() <= bound
+    return ~within.all(1)
 
 
 def covered(artefact: Artefact, source: Mapping[str, TensorEntry]) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -136,8 +137,8 @@ def test_caches_that_lose_a_token_fail_among_near_ties(
 ) -> None:
     right = session.grow
 
-    def grow(spec: ModelSpec, cache: Cache, capacity: int) -> None:
-        right(spec, cache, capacity)
+    def grow(spec: ModelSpec, cache: Cache, *more: Any) -> None:
+        right(spec, cache, *more)
         for each in cache.tensors.values():
             each[:, 1] = 0
 

@@ -17,13 +17,23 @@ from moec.graph_builder import ops
 from moec.graph_builder.ops import FP8
 from moec.graph_builder.ops.registry import OPS
 from moec.graph_builder.roles import Role
-from moec.runtime.proof.each_op.distance import Distance, distance, same_codes, same_values
+from moec.runtime.proof.each_op.distance import (
+    Distance,
+    Function,
+    distance,
+    same_codes,
+    same_values,
+)
 from moec.spec import names
 
 #: ops whose rounding to FP8 may go to either neighbour, which changes what follows
 _ROUND_TO_FP8 = (ops.quantize.target, ops.fp8_moe.target)
-#: how much coarser than a rounding the polynomials of engines are for exp and erf
-_LEAST_NOISE: dict[Any, float] = {ops.swiglu.target: 4.0, ops.gelu.target: 4.0}
+#: the functions for which engines have polynomials
+_FUNCTIONS: dict[Any, Function] = {
+    ops.swiglu.target: Function(4.0),
+    ops.gelu.target: Function(4.0),
+    ops.route.target: Function(4.0, 0.125),  # sigmoid
+}
 
 
 def each_op(
@@ -132,4 +142,5 @@ def _compared(
         return same_codes(name, value.to(FP8), right)
     if not near.is_floating_point():
         return same_values(name, value, right)
-    return distance(name, value, right, near, _LEAST_NOISE.get(node.target, 1.0), flips)
+    source: Any = node.args[0] if node.target is getitem else node
+    return distance(name, value, right, near, _FUNCTIONS.get(source.target, Function()), flips)

@@ -17,6 +17,19 @@ FLIPS, FLIPPED = 0.05, 2.0
 
 
 @dataclass(frozen=True, slots=True)
+class Function:
+    """How exact engines compute a function that is no sum or product.
+
+    Attributes:
+        roundings: the least noise, in roundings of the largest element.
+        size: the least size of that element: near zero, polynomials have an absolute error.
+    """
+
+    roundings: float = 1.0
+    size: float = 1e-30
+
+
+@dataclass(frozen=True, slots=True)
 class Distance:
     """The distance of a value from the right one, relative to the value's largest element.
 
@@ -55,15 +68,15 @@ def distance(
     value: Tensor,
     right: Tensor,
     near: Tensor,
-    least: float = 1.0,
+    function: Function = Function(),
     flips: bool = False,
 ) -> Distance:
     """The distance of `value` from `right`, both [tokens, ...]; `near` is `right` with rounding.
 
     Each token has a limit of its own, because sums that cancel round more than others: a multiple
-    of its own noise, or of the usual noise of all tokens if that is larger. `least` is the least
-    usual noise, in roundings. With `flips` distances are Euclidean, and a few tokens may be further
-    off: a rounding to FP8 went to the other neighbour.
+    of its own noise, or of the usual noise of all tokens if that is larger. With `flips` distances
+    are Euclidean, and a few tokens may be further off: a rounding to FP8 went to the other
+    neighbour.
     """
     if not value.numel():
         return Distance(name, 0.0, 0.0)
@@ -72,10 +85,10 @@ def distance(
         where = "" if right.isfinite().all() else " in the reference too: look at the weights"
         return Distance(name, math.nan, 0.0, f"not finite{where}")
     norm = partial(torch.linalg.vector_norm, ord=2 if flips else torch.inf, dim=1)
-    size = norm(right).clamp(min=1e-30)
+    size = norm(right).clamp(min=function.size)
     error, noise = norm(value - right), norm(noisy - right)
     usual = (noise / size).square().mean().sqrt()
-    usual = usual.clamp(min=least * torch.finfo(near.dtype).eps / 2)
+    usual = usual.clamp(min=function.roundings * torch.finfo(near.dtype).eps / 2)
     limit = MULTIPLE * torch.maximum(noise, usual * size)
     if flips:
         few = (error / limit).argsort(descending=True)[: max(1, int(FLIPS * len(error)))]
@@ -97,10 +110,13 @@ def same_values(name: str, value: Tensor, right: Tensor, known: Tensor | None = 
 
 def same_codes(name: str, value: Tensor, right: Tensor) -> Distance:
     """The share of FP8 values that differ by more than a rounding to the neighbour."""
+    if not value.numel():
+        return Distance(name, 0.0, 0.0)
     value, right = value.float(), right.float()
     step = right.abs().clamp(min=2.0**-6) / 8
     off = (value - right).abs()
-    share = float((off > 1.01 * step).double().mean())
+    share = float((~(off <= 1.01 * step)).double().mean())  # NaN is off too
     # among neighbours, a rounding decides only where the value was in the middle
-    moved = float((off > 0).double().mean())
-    return Distance(name, max(share, moved), 0.0 if share else 1e-2, "")
+    moved = float((off != 0).double().mean())
+    limit = max(1e-2, 2 / value.numel())
+    return Distance(name, max(share, moved), 0.0 if share else limit)

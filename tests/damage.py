@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from moec.artefact.artefact import file_of
+from moec.artefact.manifest import digest_of
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 
@@ -212,6 +214,19 @@ def config(dotted: str, value: object) -> Damage:
 
 def manifest(dotted: str, value: object) -> Damage:
     return put("manifest.json", dotted, value)
+
+
+def sealed(folder: Path) -> None:
+    """Give the manifest the digest of what it says now, as whoever edits it can."""
+    values = json.loads((folder / "manifest.json").read_text())
+    put("manifest.json", "digest", digest_of(values))(folder)
+
+
+def listed_again(folder: Path, *names: str) -> None:
+    """Let the manifest say the size and hash that the files `names` have now, and seal it."""
+    now = {name: file_of(folder / name).model_dump() for name in names}
+    json_file("manifest.json", lambda held: held["files"].update(now))(folder)
+    sealed(folder)
 
 
 def reference(change: Callable[[dict[str, Any]], object]) -> Damage:

@@ -346,7 +346,7 @@ def verify_files(artefact: Artefact) -> Verified:
     weights: set[str] = set()
     if manifest.weights.mode != "unbound":
         artefact.stored()
-        weights = verify_weights(manifest.weights, artefact.weights_folder)
+        weights = verify_weights(manifest.weights, {name: artefact.shard(name) for name in shards})
     known = {NAME, *manifest.files, *engines, *shards}
     here = {p.relative_to(artefact.path).as_posix() for p in artefact.path.rglob("*")}
     others = sorted(name for name in here - known if not (artefact.path / name).is_dir())

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from moec.artefact.artefact import Artefact, check_digest, open_artefact, write_manifest
 from moec.artefact.folder import held, refuse_replaced
 from moec.artefact.manifest import NAME, digest_of
-from moec.spec.errors import refuse
+from moec.spec.errors import MoecError, refuse
 from moec.weights.hashed import file_sha256
 from moec.weights.shard import read_shard
 
@@ -28,23 +28,34 @@ def identity(artefact: Artefact) -> str:
     """A SHA-256 that tells an artefact from any other, and from itself after a change.
 
     It covers the manifest without its report, the bytes of all small files, and the sizes and
-    headers of the weights. It says of the weights' data what the manifest says of them.
+    headers of the weights. It says of the weights' data what the manifest says of them. Weights in
+    a folder that this user has not allowed count as missing: they are not looked at.
     """
     values = json.loads(artefact.manifest.to_json())
     digest = hashlib.sha256(digest_of(values, ("digest", "parity")).encode())
     for name in artefact.manifest.files:
         digest.update(file_sha256(artefact.path / name).encode())
     for name in artefact.manifest.weights.shards:
-        path = artefact.weights_folder / name
-        shard = read_shard(path) if path.is_file() else None
-        digest.update(f"{shard.size} {shard.header_sha256}".encode() if shard else b"missing")
+        digest.update(_shard(artefact, name).encode())
     return digest.hexdigest()
 
 
-def record(path: str | Path, report: Provable) -> None:
+def _shard(artefact: Artefact, name: str) -> str:
+    try:
+        path = artefact.shard(name)
+    except MoecError:  # it is where this user allows no weights
+        return "missing"
+    if not path.is_file():
+        return "missing"
+    found = read_shard(path)
+    return f"{found.size} {found.header_sha256}"
+
+
+def record(path: str | Path, report: Provable, weights_from: str | Path | None = None) -> None:
     """Store `report` in the manifest of the artefact at `path`.
 
-    Of two processes that do so at once, one waits for the other.
+    Of two processes that do so at once, one waits for the other. `weights_from` is the folder of
+    the weights that were proven, as in `open_session`.
 
     Raises:
         MoecError: the artefact at `path` is not the one that was proven, its manifest is damaged
@@ -54,7 +65,7 @@ def record(path: str | Path, report: Provable) -> None:
     with held(path) as folder:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # released when the folder is closed
-            artefact = open_artefact(path)
+            artefact = open_artefact(path, weights_from)
             check_digest(artefact)
             if report.identity != identity(artefact):
                 refuse(

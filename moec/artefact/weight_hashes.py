@@ -1,7 +1,7 @@
 """Hash the weights of an artefact where they lie, and compare them with the manifest."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,10 @@ def hash_files(paths: Iterable[Path], progress: Callable[[int, int], None]) -> d
     return found
 
 
-def verify_weights(weights: Weights, folder: Path) -> set[str]:
-    """Hash each weight file and each tensor in `folder` that has a hash in the manifest.
+def verify_weights(weights: Weights, paths: Mapping[str, Path]) -> set[str]:
+    """Hash each weight file and each tensor that has a hash in the manifest.
+
+    `paths` are those of the shards, by name.
 
     Returns:
         The names of the files of which every byte was hashed.
@@ -33,12 +35,12 @@ def verify_weights(weights: Weights, folder: Path) -> set[str]:
     files = {name: shard.sha256 for name, shard in weights.shards.items() if shard.sha256}
     tensors = {name: weights.hashes[name] for name in weights.tensors if name in weights.hashes}
     jobs: list[tuple[str, str, Callable[[], str]]] = [
-        (f"{folder / name}", sha256, partial(file_sha256, folder / name))
+        (f"{paths[name]}", sha256, partial(file_sha256, paths[name]))
         for name, sha256 in files.items()
     ]
     for name, each in tensors.items():
         ref = weights.tensors[name]
-        file = folder / ref.file
+        file = paths[ref.file]
         again = partial(tensor_sha256, file, ref.offset, ref.length, each.pieces)
         jobs.append((f"{file}: {name}", each.sha256, again))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

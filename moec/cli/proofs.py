@@ -117,7 +117,7 @@ def prove(
     else:
         report_table(report.to_dict())
     try:
-        record(artefact, report)
+        record(artefact, report, weights_from)
     except MoecError as error:
         error_line(f"warning: the report was not stored: {error.where}: {error.found}", "yellow")
     if html:

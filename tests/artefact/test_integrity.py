@@ -15,6 +15,7 @@ from moec.artefact.manifest import NAME
 from moec.runtime.proof.report import Check, Report
 from moec.spec.errors import MoecError
 from moec.weights.packed_journal import PACKED
+from moec.weights.trust.records import allow_folder
 from tests.conftest import TINY, run_command
 from tests.damage import FIRST, SECOND, Damage, json_file, remove
 from tests.refusals import refusal, refused_and_nothing_left
@@ -61,6 +62,7 @@ def art(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path: Path) 
     if found.manifest.weights.folder:
         own = Path(shutil.copytree(found.weights_folder, tmp_path / "checkpoint"))
         weights = found.manifest.weights.model_copy(update={"folder": str(own)})
+        allow_folder(own)  # as a build from there would
         write_manifest(folder, found.manifest.model_copy(update={"weights": weights}))
     return folder
 
@@ -103,7 +105,7 @@ def _swapped_experts(folder: Path) -> None:
 
 def _link_to_another(folder: Path) -> None:
     file, offset, length = _place(folder, "layers.1.attn.q.weight")
-    other = folder.parent / "other.safetensors"
+    other = file.with_name("other.safetensors")  # one elsewhere would not be looked at
     shutil.copyfile(file, other)
     flip(other, offset + length - 1)
     file.unlink()
@@ -222,8 +224,8 @@ def test_files_that_were_only_touched_or_linked_are_as_they_were(art: Path) -> N
     file, *_ = _place(art, "layers.1.attn.q.weight")
     for path in (file, art / "model.onnx", art / NAME):
         os.utime(path, ns=(10**18, 10**18))
-    file.rename(art.parent / "elsewhere")
-    file.symlink_to(art.parent / "elsewhere")
+    file.rename(file.with_name("blob"))
+    file.symlink_to("blob")
     assert file.name in verify_files(open_artefact(art)).hashed
 
 

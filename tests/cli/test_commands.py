@@ -16,16 +16,19 @@ from moec.cli import COMMANDS, SPEC_COMMANDS, app
 OPTIONS = {
     "build": "--variant --spec --checkpoint --target --precision --out --weights --scheme --scales "
     "--cache --context --batch --prefill-chunk --sm --bindings --engine --no-engine "
-    "--hash --validate --no-validate",
-    "engine": "artefact --sm --trtexec",
-    "bind": "artefact --checkpoint --out --weights --scales --engine --no-engine --hash",
+    "--weights-from --hash --validate --no-validate",
+    "engine": "artefact --sm --trtexec --weights-from",
+    "bind": "artefact --checkpoint --out --weights --scales --engine --no-engine "
+    "--weights-from --hash",
     "calibrate": "checkpoint --tokens --out --percentile",
-    "validate": "artefact --tokens --seed --reduced --html --device --reference --eval --json",
+    "validate": "artefact --tokens --seed --reduced --html --device --reference --eval "
+    "--source --weights-from --json",
     "generate": "artefact --prompt --ids --image --chat --max-new-tokens --temperature --top-k "
-    "--top-p --seed --engine --session-options --device",
+    "--top-p --seed --engine --session-options --device --weights-from --trust-engines",
     "plan": "model --precision --context --batch --device --tiles --scheme --json",
-    "inspect": "artefact --verify --json",
-    "bench": "artefact --batch --prompt-tokens --new-tokens --rounds --device --json",
+    "inspect": "artefact --verify --weights-from --json",
+    "bench": "artefact --batch --prompt-tokens --new-tokens --rounds --device "
+    "--weights-from --trust-engines --json",
     "spec list": "",
     "spec show": "model --format",
     "spec schema": "",
@@ -43,7 +46,7 @@ SUMMARIES = {
     "one.",
     "calibrate": "Find static scales: run a checkpoint on some tokens and record how large its "
     "values get.",
-    "validate": "Compare an artefact with the eager reference, layer by layer; exit code 1 if they "
+    "validate": "Compare an artefact with the eager reference, op by op; exit code 1 if they "
     "differ.",
     "generate": "Continue a prompt of text and images, and print each token as it comes.",
     "plan": "Print what a model costs before anyone builds it: memory, FLOPs, and time at best.",

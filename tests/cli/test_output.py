@@ -44,15 +44,15 @@ def _steered(folder: Path, name: str) -> None:
     manifest = folder / "manifest.json"
     held = json.loads(manifest.read_text())
     held["spec"] |= {"name": name, "notes": [name]}
-    held["checkpoint"] = name
+    held["checkpoint"] = f"/{name}"
     held["build"]["seconds"] = {name: 1.0}
     check = {"kind": "error", "found": 2.0, "limit": 1.0, "passed": False, "name": name}
     words = ("subject", "engine", "reference", "precision", "first_divergence")
     held["parity"] = dict.fromkeys(words, name) | {
         "checks": [check | {"detail": name}],
         "notes": [name],
-        "tokens": [name],
-        "seed": name,
+        "tokens": [1],
+        "seed": 1,
         "passed": False,
     }
     manifest.write_text(json.dumps(held))

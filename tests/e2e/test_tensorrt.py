@@ -126,13 +126,13 @@ def test_engines_can_be_built_later_and_again(
     assert not art.manifest.engines
     done = build_engines(art.path, architectures=["SM86"])
     verify_files(open_artefact(art.path))
-    assert done.manifest == open_artefact(art.path).manifest
+    assert done.manifest.to_json() == open_artefact(art.path).manifest.to_json()
     engine = done.manifest.engines["model"]
     assert engine.built.architectures == ("SM86",) and (art.path / engine.file).is_file()
     with pytest.raises(MoecError, match="SM90") as caught:
         build_engines(art.path, architectures=["SM90"])
     assert caught.value.exit_code == 2
-    assert open_artefact(art.path).manifest == done.manifest, "the old engine stays"
+    assert open_artefact(art.path).manifest.digest == done.manifest.digest, "the old engine stays"
 
     real = build.build_engine
 

@@ -1,6 +1,5 @@
 """An ONNX file from a stranger reads nothing but the weights that the manifest names."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 import moec
-from moec.artefact.artefact import file_of, open_artefact
+from moec.artefact.artefact import open_artefact
 from moec.exporters.onnx.strangers import read_checked
-from tests.damage import FIRST, SECOND
+from tests.damage import FIRST, SECOND, listed_again
 from tests.refusals import refusal
 
 Change = Callable[[Any], object]
@@ -20,15 +19,12 @@ EMBED = "embed.weight"
 
 
 def change_model(artefact: Path, change: Change, part: str = "model") -> None:
-    """Change an ONNX file, and let the manifest say its new size and hash."""
+    """Change an ONNX file, and let the manifest agree, as a stranger's tool does."""
     file = artefact / f"{part}.onnx"
     model = onnx.load(file, load_external_data=False)
     change(model)
     file.write_bytes(model.SerializeToString())
-    path = artefact / "manifest.json"
-    values = json.loads(path.read_text())
-    values["files"][file.name] = file_of(file).model_dump()
-    path.write_text(json.dumps(values))
+    listed_again(artefact, file.name)
 
 
 def _weight(model: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import moec
 from moec.artefact.artefact import open_artefact
 from moec.artefact.opening.rules import stays_inside
-from tests.damage import manifest, put, tensor_refs
+from tests.damage import manifest, put, sealed, tensor_refs
 from tests.refusals import refusal
 
 NAMES = [
@@ -130,6 +130,7 @@ def test_values_of_another_precision_have_no_effect(
     prepacked = {"session.disable_prepacking": "1", **lean["entries"]}  # type: ignore[dict-item]
     table = {"lean": lean, "fast": {}, "exact": lean | {"entries": prepacked}}
     put("manifest.json", "presets", table)(artefact)
+    sealed(artefact)
     monkeypatch.setattr("onnxruntime.SessionOptions", Spy)
     moec.open_session(artefact)
     assert added["session.disable_prepacking"] == "1"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import moec
-from moec.artefact.artefact import open_artefact
+from moec.artefact.artefact import open_artefact, verify_files
+from moec.artefact.parity import identity
 from moec.runtime.inputs.text import open_text
 from moec.spec.errors import MoecError
 from moec.weights.trust import records
@@ -186,12 +187,33 @@ def test_a_checkpoint_in_a_download_cache_can_move(
     sound: Path, tmp_path: Path, stranger: Callable[[], None]
 ) -> None:
     snapshot = to_cache(sound, tmp_path / "hub")
-    art = moec.export(snapshot, out=tmp_path / "art").path
+    art = moec.export(snapshot, out=tmp_path / "art", hash_weights=True).path
     expected = _logits(art)
     (tmp_path / "hub").rename(tmp_path / "new")
     stranger()
     named = tmp_path / "new" / "snapshots" / "abc"
     assert np.array_equal(_logits(art, weights_from=named), expected)
+    hashed = verify_files(open_artefact(art, named)).hashed
+    assert {*open_artefact(art).manifest.weights.shards} <= {*hashed}
+
+
+def test_a_proof_on_weights_that_the_user_names_is_stored(
+    in_place: Path, checkpoint: Path, tmp_path: Path, stranger: Callable[[], None]
+) -> None:
+    moved = checkpoint.rename(tmp_path / "moved")
+    stranger()
+    code, _, said = run_command("validate", in_place, "--tokens", 6, "--weights-from", moved)
+    assert code == 0 and "not stored" not in said, said
+    assert open_artefact(in_place).manifest.parity
+
+
+def test_what_identifies_an_artefact_is_nothing_of_a_folder_that_is_not_allowed(
+    in_place: Path, stranger: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = identity(open_artefact(in_place))
+    stranger()
+    monkeypatch.setattr("moec.artefact.parity.read_shard", None)
+    assert identity(open_artefact(in_place)) != here
 
 
 def test_the_checkpoint_of_a_stranger_is_not_looked_at(

@@ -74,7 +74,7 @@ def test_calls(art: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         graph = fx.Graph()
         __call__ = full
 
-    monkeypatch.setattr(torch_engine, "_stored", lambda *given: (Full(), ()))
+    monkeypatch.setattr(torch_engine, "_program", lambda *given: (Full(), ()))
     session: Session = moec.open_session(art)
     check(lambda: getattr(session, name)(torch.ones(1, 7, dtype=torch.int64)), "[1, 7]")
 

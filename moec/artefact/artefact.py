@@ -1,6 +1,7 @@
 """Read an artefact from disk, find its weights, and notice when its files have changed."""
 
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +262,10 @@ def named_folder(weights_from: str | Path | None) -> Path | None:
     )
 
 
+#: how to open a file that must be new, and no link
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
 def write_manifest(path: Path, manifest: Manifest, folder: int | None = None) -> Manifest:
     """Write the manifest of the artefact at `path` in one step: readers see the old or the new one.
 
@@ -270,10 +275,11 @@ def write_manifest(path: Path, manifest: Manifest, folder: int | None = None) ->
     Returns:
         The manifest with its digest, as it was written.
     """
-    sealed, draft = manifest.sealed(), f".{NAME}.{os.getpid()}"
+    # A stranger's folder may have links of many names: the name is drawn, and no link is followed.
+    sealed, draft = manifest.sealed(), f".{NAME}.{secrets.token_hex(8)}"
     at = folder if folder is not None else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=at)
+        handle = os.open(draft, _NEW, 0o666, dir_fd=at)
         try:
             with open(handle, "w", encoding="utf-8") as file:
                 file.write(sealed.to_json())

@@ -25,8 +25,12 @@ def other_graphs(artefact: Artefact) -> dict[str, str]:
         found = {}
         for part, file in written.items():
             stored = artefact.graph(part)
-            if stored.read_bytes() != file.read_bytes():
+            if part not in artefact.parts:
+                found[part] = "the manifest lists no such file"
+            elif stored.read_bytes() != file.read_bytes():
                 found[part] = _difference(stored, file)
+        more = set(artefact.parts) - set(written)
+        found |= dict.fromkeys(more, "moec writes no such file")
         return {part: what for part, what in found.items() if what}
 
 
@@ -62,12 +66,14 @@ def _difference(stored: Path, written: Path) -> str | None:
     import onnx
 
     left, right = (onnx.load(file, load_external_data=False) for file in (stored, written))
-    for a, b in zip(_facts(left.graph), _facts(right.graph), strict=False):
-        if a != b:
-            return f"{a[0]}: {_short(a[1])}, expected {b[0]}: {_short(b[1])}"
-    counts = [sum(1 for _ in _facts(each.graph)) for each in (left, right)]
-    if counts[0] != counts[1]:
-        return f"{counts[0]} nodes, inputs and constants, expected {counts[1]}"
+    mine, theirs = (dict(_facts(model.graph)) for model in (left, right))
+    for place in theirs:  # in the order of the graph
+        if place not in mine:
+            return f"{place}: missing"
+        if mine[place] != theirs[place]:
+            return f"{place}: {_short(mine[place])}, expected {_short(theirs[place])}"
+    if more := [place for place in mine if place not in theirs]:
+        return f"{more[0]}: not expected"
     left.graph.Clear()
     right.graph.Clear()
     left.producer_version = right.producer_version = ""
@@ -75,22 +81,29 @@ def _difference(stored: Path, written: Path) -> str | None:
 
 
 def _facts(graph: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything that a graph says, piece by piece: (where, what)."""
-    for kind in ("input", "output", "initializer"):
-        for each in getattr(graph, kind):
-            yield f"{at}{kind} {each.name}", each.SerializeToString(deterministic=True)
-    for node in graph.node:
+    """Everything that a graph says, piece by piece: (where, what); nodes first, in their order."""
+    for index, node in enumerate(graph.node):
         where = f"{at}{node.name or node.output[0]}"
-        yield where, (node.domain, node.op_type, tuple(node.input), tuple(node.output))
-        for attribute in sorted(node.attribute, key=lambda each: each.name):
+        wires = tuple(node.input), tuple(node.output)
+        yield where, (index, node.domain, node.op_type, *wires)
+        for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _facts(attribute.g, f"{where}/{attribute.name}/")
             else:
                 what = attribute.SerializeToString(deterministic=True)
                 yield f"{where}, attribute {attribute.name}", what
+    for kind in ("input", "output", "initializer"):
+        values = getattr(graph, kind)
+        yield f"{at}{kind}s", tuple(each.name for each in values)
+        for each in values:
+            yield f"{at}{kind} {each.name}", each.SerializeToString(deterministic=True)
 
 
 def _short(what: Any) -> str:
+    """A piece of a graph in a few words: the bytes of an attribute or a value say nothing."""
     if isinstance(what, bytes):
-        return f"{len(what)} bytes" if len(what) > 40 else repr(what)[1:]
-    return str(what)
+        return f"{len(what)} bytes"
+    if isinstance(what, tuple) and what and isinstance(what[0], int):
+        _, domain, kind, inputs, outputs = what
+        return f"{domain or 'ai.onnx'}::{kind}({', '.join(inputs)}) -> {', '.join(outputs)}"[:200]
+    return f"{len(what)} names"

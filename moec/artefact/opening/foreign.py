@@ -13,7 +13,7 @@ from moec.weights.trust.links import is_regular
 #: what moec leaves in an artefact without listing it: what `moec engine --trtexec` writes, and, if
 #: a process was killed, a draft of the manifest or engines that are not in the manifest yet
 _LEFT = re.compile(
-    rf"\.{re.escape(NAME)}\.\d+"
+    rf"\.{re.escape(NAME)}\.([0-9a-f]{{16}}|\d+)"
     rf"|\.{ENGINES}\.moec-(partial|replaced)-\d+/.*"
     rf"|({ENGINES}|trtexec)/([^/]*\.engine|plugin/.*)"
 )

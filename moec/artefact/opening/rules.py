@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from moec.artefact.manifest import NAME, Manifest
 from moec.artefact.session_options import session_options
+from moec.artefact.targets import find_target
 from moec.spec.errors import refuse
 
 _LONGEST = 4096  # characters of a path, as Linux limits it
@@ -40,6 +41,15 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
         if folder is not None and not _is_folder_name(folder):
             refuse(f"{path / NAME}: {field}", f"{folder!r}"[:200], "an absolute path", _BUILD_AGAIN)
     _check_options(path, manifest)
+    suffix = find_target(manifest.target).suffix
+    for part in ("model", *(["vision"] if manifest.vision else [])):
+        if f"{part}{suffix}" not in manifest.files:
+            refuse(
+                f"{path / NAME}: files",
+                f"no {part}{suffix}",
+                "each graph that a session opens, with its size and hash",
+                _BUILD_AGAIN,
+            )
 
 
 def stays_inside(name: str) -> bool:

@@ -8,6 +8,7 @@ Each tensor must be a tensor of its shard's own header, and not any range of byt
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 
 from moec.artefact.manifest import Manifest, TensorRef, Weights
 from moec.spec.errors import refuse
@@ -43,7 +44,8 @@ def find_shard(path: Path, weights: Weights, name: str, named: Path | None) -> P
             path if weights.folder else found,
             f"weights in {there}, which this user neither built nor bound an artefact from",
             "weights in the artefact, or in a folder that you name",
-            f"if you trust that folder: moec inspect {path} --verify --weights-from {there}",
+            f"if you trust that folder: moec inspect {quote(str(path))} --verify "
+            f"--weights-from {quote(str(there))}",
         )
     return real
 

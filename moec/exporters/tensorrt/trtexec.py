@@ -30,7 +30,7 @@ def commands(artefact: Artefact) -> Iterator[str]:
             path,
             f"weights left in place, in {manifest.weights.folder}",
             "weights beside the model, where trtexec looks for them",
-            f"moec bind {path} --checkpoint {manifest.checkpoint} --weights link",
+            f"moec bind {path} --checkpoint {shlex.quote(str(manifest.checkpoint))} --weights link",
         )
     folder = path / "trtexec"
     try:

@@ -12,6 +12,7 @@ from moec.artefact.artefact import Artefact
 from moec.artefact.session_options import session_options
 from moec.exporters.onnx.lowering import DTYPES
 from moec.exporters.onnx.strangers import read_checked, relocate
+from moec.exporters.onnx.write import GENAI
 from moec.graph_builder.ops import FP8
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.inner_values import open_values, shown
@@ -84,6 +85,8 @@ def ort_engine(
             exit_code=1,
             cause=error,
         )
+    if part != GENAI:
+        _check_ports(artefact, part, session, {names.given(name) for name in given})
     shapes = {port.name: port.shape for port in session.get_inputs()}
     inputs = shapes.keys()
     optional = {port.name for port in session.get_overridable_initializers()}
@@ -146,6 +149,33 @@ def ort_engine(
         return fresh | {name: bound[past] for name, past in kept.items()}
 
     return run_bound if manifest.buffered else run
+
+
+def _check_ports(artefact: Artefact, part: str, session: Any, added: set[str]) -> None:
+    """Refuse a graph whose inputs and outputs are not those in the manifest.
+
+    `added` are the inputs that were added to it.
+
+    Raises:
+        MoecError: names the first (exit code 1).
+    """
+    ports = artefact.manifest.ports(part)
+    given = [*session.get_inputs(), *session.get_overridable_initializers()]
+    for wanted, known in ((ports.inputs, given), (ports.outputs, session.get_outputs())):
+        here = {each.name: len(each.shape) for each in known}
+        named = {each.name: len(each.shape) for each in wanted}
+        more = here.keys() - named.keys() - added if wanted is ports.inputs else set()
+        for name in (*named, *more):
+            if here.get(name) != named.get(name):
+                found = "none" if name not in here else f"one of {here[name]} dimensions"
+                expected = "none" if name not in named else f"one of {named[name]} dimensions"
+                refuse(
+                    f"{artefact.graph(part)}: input or output {name}",
+                    found,
+                    f"{expected}, as the manifest says",
+                    "build the artefact again",
+                    exit_code=1,
+                )
 
 
 def _value(onnxruntime: Any, tensor: Tensor) -> Any:

@@ -29,6 +29,9 @@ STEPS = 1.3
 #: the largest relative error of an E4M3 value, with the rounding of its scale, and the largest
 #: error of values below the normal ones, as a share of the matrix's largest value
 FP8_ERROR, FP8_LEAST = 0.07, 2.0**-17
+#: The largest mean error of a matrix of so many elements: in steps of integers, and relative for
+#: E4M3. Rounding to the nearest has almost none; truncation has half a step.
+BIAS, FP8_BIAS, ENOUGH = 0.1, 0.01, 1024
 
 
 def read_source(artefact: Artefact, folder: Path) -> dict[str, TensorEntry]:
@@ -147,17 +150,30 @@ def _wrong_rows(
         axis = 1 if expert else 0
         value = ops.dequantize.eager(codes, found[1], axis, packing.block, "fp32")
         bound = FP8_ERROR * wide.abs() + FP8_LEAST * wide.abs().amax()
-        within: Tensor = (value - wide).abs() <= bound  # False for NaN
-        return ~within.all(1)
+        error = value - wide
+        relative = torch.where(wide == 0, 0.0, error / wide)
+        return _too_far(error, bound) | _biased(relative, FP8_BIAS)
     value = arrange(packing, unpack(packing, tuple(found))[..., : wide.shape[-1]])
     wide, block = arrange(packing, wide), packing.block
     padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % block))
     blocks = torch.unflatten(padded, 1, (-1, block))
     assert packing.bits
     scale = blocks.abs().amax(2) / (1 << (packing.bits - 1))
-    bound = STEPS * scale.repeat_interleave(block, 1)[:, : wide.shape[1]]
-    within = (value - wide).abs() <= bound
+    steps = scale.repeat_interleave(block, 1)[:, : wide.shape[1]]
+    error = value - wide
+    return _too_far(error, STEPS * steps) | _biased(error / steps.clamp(min=1e-30), BIAS)
+
+
+def _too_far(error: Tensor, bound: Tensor) -> Tensor:
+    """The rows [n] in which an element of `error` [n, m] is above `bound`; NaN is."""
+    within: Tensor = error.abs() <= bound
     return ~within.all(1)
+
+
+def _biased(error: Tensor, most: float) -> Tensor:
+    """All rows [n], if the roundings of a matrix [n, m] do not go up as often as down."""
+    biased = error.numel() >= ENOUGH and not float(error.mean().abs()) <= most
+    return torch.full((len(error),), biased)
 
 
 def covered(artefact: Artefact, source: Mapping[str, TensorEntry]) -> bool:

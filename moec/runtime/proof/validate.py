@@ -128,9 +128,8 @@ def validate(
     with tempfile.TemporaryDirectory(prefix="moec-twin-") as folder:
         layers, longest = REDUCED.get(artefact.manifest.precision, (None, None))
         small = reduced_spec(artefact.manifest, layers)
-        notes = list[str]()
         progress("graph files", 0, 1)
-        files = list(graph_files(artefact, True, notes))
+        files = list(graph_files(artefact))
         progress("reduced-size model", 0, 1)
         built = build_reduced(artefact, small, Path(folder), seed)
         least = REDUCED_TOKENS if longest else 1
@@ -155,8 +154,12 @@ def _source(
     if folder is not None:
         return read_source(artefact, Path(folder))
     known = artefact.checkpoint
+    # A folder inside the artefact comes from whoever made the artefact.
+    if known and known.resolve().is_relative_to(artefact.path.resolve()):
+        known = None
     try:
         if known and known.is_dir():
+            notes.append(f"The weights were compared with those in {known}.")
             return read_source(artefact, known)
         found = f"{known} is no folder here" if known else "none is known that you have used"
     except MoecError as error:
@@ -248,7 +251,7 @@ def _prove(
     if exact:
         stages.append(("fast products", lambda: fast_products(tested, ids, lengths)))
     if not twin:
-        stages.append(("graph files", lambda: graph_files(artefact, False, notes)))
+        stages.append(("graph files", lambda: graph_files(artefact)))
     for done, (name, checks) in enumerate(stages):
         progress(name, done, len(stages))
         report.checks += checks()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moec.kernels.ahead_of_time.plugin_program import build_program, identity
 from moec.kernels.sizes import Sizes
+from moec.spec.errors import refuse
 
 LIBRARY, PROGRAMS, SCRIPT = "libmoec_plugin.so", "programs.bin", "build.sh"
 SOURCES = (
@@ -82,6 +83,7 @@ def compile_plugin(
         OSError: the files cannot be written.
     """
     made = {each: build_program(each, max_tokens, architectures) for each in dict.fromkeys(sizes)}
+    _refuse_links(out)
     out.mkdir(parents=True, exist_ok=True)
     for name in SOURCES:
         (out / name).write_bytes((files(__package__) / name).read_bytes())
@@ -92,6 +94,18 @@ def compile_plugin(
     script.chmod(0o755)
     library, why, command = _compile(out, include)
     return Plugin(out, library, why, command, {each: identity(made[each]) for each in made})
+
+
+def _refuse_links(out: Path) -> None:
+    """Refuse to write through a link that an artefact's author put in the place of a file.
+
+    Raises:
+        MoecError: `out`, the folder above it, or a file of `out` is a link.
+    """
+    links = [out.parent, out, *(out.iterdir() if out.is_dir() else ())]
+    for each in links:
+        if each.is_symlink():
+            refuse(each, "a link", "a folder and files of its own", f"remove {each}")
 
 
 def _compile(out: Path, include: Path | None) -> tuple[Path | None, str, str]:

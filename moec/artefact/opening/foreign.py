@@ -15,7 +15,8 @@ from moec.weights.trust.links import is_regular
 _LEFT = re.compile(
     rf"\.{re.escape(NAME)}\.([0-9a-f]{{16}}|\d+)"
     rf"|\.{ENGINES}\.moec-(partial|replaced)-\d+/.*"
-    rf"|({ENGINES}|trtexec)/([^/]*\.engine|plugin/.*)"
+    rf"|({ENGINES}|trtexec)/(model|vision)[^/]*\.engine"
+    rf"|({ENGINES}|trtexec)/plugin/(build\.sh|programs\.bin|[a-z_]+\.(h|cpp|so))"
 )
 #: the longest manifest that counts as one, in bytes
 _LONGEST = 1 << 30

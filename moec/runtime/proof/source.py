@@ -29,9 +29,12 @@ STEPS = 1.3
 #: the largest relative error of an E4M3 value, with the rounding of its scale, and the largest
 #: error of values below the normal ones, as a share of the matrix's largest value
 FP8_ERROR, FP8_LEAST = 0.07, 2.0**-17
-#: The largest mean error of a matrix of so many elements: in steps of integers, and relative for
-#: E4M3. Rounding to the nearest has almost none; truncation has half a step.
-BIAS, FP8_BIAS, ENOUGH = 0.1, 0.01, 1024
+#: The largest mean error of a matrix, and the largest root of the mean square: in steps of
+#: integers, and relative for E4M3. Rounding to the nearest gives 0 and 0.29, and 0 and 0.026;
+#: truncation has twice the spread. Smaller matrices than `ENOUGH` elements are left out.
+STEP_ERRORS, FP8_ERRORS, ENOUGH = (0.1, 0.4), (0.01, 0.036), 1024
+#: E4M3 values below this share of the largest may be below the normal ones
+NORMAL = 2.0**-12
 
 
 def read_source(artefact: Artefact, folder: Path) -> dict[str, TensorEntry]:
@@ -151,8 +154,9 @@ def _wrong_rows(
         value = ops.dequantize.eager(codes, found[1], axis, packing.block, "fp32")
         bound = FP8_ERROR * wide.abs() + FP8_LEAST * wide.abs().amax()
         error = value - wide
-        relative = torch.where(wide == 0, 0.0, error / wide)
-        return _too_far(error, bound) | _biased(relative, FP8_BIAS)
+        normal = wide.abs() > NORMAL * wide.abs().amax()
+        wrong = _badly_rounded(error[normal] / wide[normal], FP8_ERRORS)
+        return _too_far(error, bound) | wrong
     value = arrange(packing, unpack(packing, tuple(found))[..., : wide.shape[-1]])
     wide, block = arrange(packing, wide), packing.block
     padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % block))
@@ -161,7 +165,10 @@ def _wrong_rows(
     scale = blocks.abs().amax(2) / (1 << (packing.bits - 1))
     steps = scale.repeat_interleave(block, 1)[:, : wide.shape[1]]
     error = value - wide
-    return _too_far(error, STEPS * steps) | _biased(error / steps.clamp(min=1e-30), BIAS)
+    # A scale may be negative. What rounds is the integer, so the error counts in its direction.
+    signs = found[1].float().sign().repeat_interleave(block, 1)[:, : wide.shape[1]]
+    in_steps = signs * error / steps.clamp(min=1e-30)
+    return _too_far(error, STEPS * steps) | _badly_rounded(in_steps, STEP_ERRORS)
 
 
 def _too_far(error: Tensor, bound: Tensor) -> Tensor:
@@ -170,10 +177,10 @@ def _too_far(error: Tensor, bound: Tensor) -> Tensor:
     return ~within.all(1)
 
 
-def _biased(error: Tensor, most: float) -> Tensor:
-    """All rows [n], if the roundings of a matrix [n, m] do not go up as often as down."""
-    biased = error.numel() >= ENOUGH and not float(error.mean().abs()) <= most
-    return torch.full((len(error),), biased)
+def _badly_rounded(error: Tensor, most: tuple[float, float]) -> bool:
+    """Whether the elements of a matrix were not rounded to the nearest: see `STEP_ERRORS`."""
+    mean, spread = float(error.mean().abs()), float(error.square().mean().sqrt())
+    return error.numel() >= ENOUGH and not (mean <= most[0] and spread <= most[1])
 
 
 def covered(artefact: Artefact, source: Mapping[str, TensorEntry]) -> bool:

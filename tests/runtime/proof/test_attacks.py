@@ -1,0 +1,148 @@
+"""What somebody found who attacked proofs: each passed once, or wrote where it must not."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import moec
+from moec.artefact.artefact import open_artefact, write_manifest
+from moec.runtime.proof.source import read_source, weights_against_source
+from moec.spec.presets import PRESETS
+from moec.spec.reduced import reduced
+from moec.weights.random import write_random_checkpoint
+from tests.damage import json_file, listed_again, sealed
+from tests.refusals import refusal
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two layers and four experts."""
+    spec = reduced(PRESETS["tiny-scout"], 2, block=64)
+    experts = spec.text.experts.model_copy(update={"count": 4})
+    text = spec.text.model_copy(update={"experts": experts})
+    folder = tmp_path_factory.mktemp("attacks") / "checkpoint"
+    write_random_checkpoint(spec.model_copy(update={"text": text, "vision": None}), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact of it with its own weights."""
+    out = tmp_path_factory.mktemp("built") / "art"
+    return moec.export(checkpoint, out=out, weights="copy").path
+
+
+@pytest.fixture
+def artefact(built: Path, tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(built, tmp_path / "art"))
+
+
+def _trigger(folder: Path) -> None:
+    """Negate the logits of calls of more than 600 tokens, which no proof makes."""
+    file = folder / "model.onnx"
+    model = onnx.load(file, load_external_data=False)
+    last = next(node for node in model.graph.node if "logits" in node.output)
+    last.output[0] = "logits/right"
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array(value, kind), f"t_{name}")
+        for name, value, kind in (
+            ("most", 600, np.int64), ("minus", -1, np.float32), ("one", 1, np.float32)
+        )
+    )  # fmt: skip
+    helper = onnx.helper.make_node
+    model.graph.node.extend(
+        [
+            helper("Size", ["input_ids"], ["t/size"]),
+            helper("Greater", ["t/size", "t_most"], ["t/many"]),
+            helper("Where", ["t/many", "t_minus", "t_one"], ["t/sign"]),
+            helper("Mul", ["logits/right", "t/sign"], ["logits"]),
+        ]
+    )
+    onnx.save(model, file)
+    listed_again(folder, "model.onnx")
+
+
+@pytest.mark.parametrize("version", [None, "0.0.1"])
+def test_a_graph_that_waits_for_long_calls_fails(artefact: Path, version: str | None) -> None:
+    _trigger(artefact)
+    if version:
+        json_file("manifest.json", lambda held: held["versions"].update(moec=version))(artefact)
+        sealed(artefact)
+    report = moec.validate(artefact, tokens=4, seed=1)
+    assert not report.passed
+    assert (report.first_divergence or "").startswith("model.onnx: ")
+    detail = report.checks[-1].detail
+    assert ("moec 0.0.1" in detail) == bool(version)
+
+
+def test_a_graph_that_is_not_listed_is_refused(artefact: Path) -> None:
+    json_file("manifest.json", lambda held: held["files"].pop("model.onnx"))(artefact)
+    sealed(artefact)
+    (artefact / "model.onnx").unlink()
+    os.mkfifo(artefact / "model.onnx")
+    refusal(lambda: moec.open_session(artefact), "files", 2)
+
+
+def test_a_manifest_is_written_through_no_link(artefact: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for name in (f".manifest.json.{os.getpid()}", ".manifest.json.0"):
+        (artefact / name).symlink_to(mine)
+    write_manifest(artefact, open_artefact(artefact).manifest)
+    assert mine.read_text() == "mine" and not (artefact / "manifest.json").is_symlink()
+
+
+def test_a_checkpoint_inside_the_artefact_is_no_source(artefact: Path, checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, artefact / "ck")
+    put = {"checkpoint": str((artefact / "ck").resolve())}
+    json_file("manifest.json", lambda held: held.update(put))(artefact)
+    sealed(artefact)
+    report = moec.validate(artefact, tokens=4, seed=1)
+    assert any("were not compared with a checkpoint" in note for note in report.notes)
+    assert not any(check.name.startswith("weights") for check in report.checks)
+
+
+def _floor(rows: torch.Tensor) -> torch.Tensor:
+    return (rows + 1.28).floor()
+
+
+@pytest.mark.parametrize("rounding", [torch.floor, torch.trunc, _floor])
+def test_integers_that_are_not_rounded_to_the_nearest_are_found(
+    rounding: Callable[[torch.Tensor], torch.Tensor], checkpoint: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(torch.Tensor, "round_", lambda x: x.copy_(rounding(x)))
+    art = moec.export(checkpoint, target="ort", precision="int4", out=tmp_path / "art")
+    monkeypatch.undo()
+    checks = list(weights_against_source(art, read_source(art, checkpoint)))
+    assert any(not check.passed and "gate_up" in check.name for check in checks)
+
+
+def test_an_output_that_is_missing_is_said(artefact: Path) -> None:
+    file = artefact / "model.onnx"
+    model = onnx.load(file, load_external_data=False)
+    at = next(i for i, each in enumerate(model.graph.output) if each.name == "present.1.key")
+    del model.graph.output[at]
+    onnx.save(model, file)
+    listed_again(artefact, "model.onnx")
+    refusal(lambda: moec.open_session(artefact).logits([[1, 2]]), "present.1.key", 1)
+
+
+def test_a_command_in_a_message_is_quoted(artefact: Path, tmp_path: Path) -> None:
+    held = json.loads((artefact / "manifest.json").read_text())
+    folder = str(tmp_path / "a; touch pwned #")
+    held["weights"] |= {"folder": folder, "mode": "in-place"}
+    (artefact / "manifest.json").write_text(json.dumps(held))
+    sealed(artefact)
+    with pytest.raises(moec.MoecError) as caught:
+        moec.open_session(artefact)
+    assert f"'{folder}'" in caught.value.next_step

@@ -51,7 +51,7 @@ def split(name: str) -> tuple[int | None, str]:
     "vision.layers.1.attn.o" is (1, "vision.attn.o"), "present.0.key" is (0, "present.key"). The
     weight of expert 4, "weights, layers.2: moe.down[4]", is (2, "moe.down").
     """
-    words = re.sub(r"\[\d+\]|^weights,|[:,./]", " ", name).split()
+    words = re.sub(r"\[\d+\]|^weights[,:]|[:,./]", " ", name).split()
     numbers = [i for i, word in enumerate(words) if word.isdigit() and _counts_layers(words, i)]
     if not numbers:
         return None, ".".join(words)

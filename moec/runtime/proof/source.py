@@ -23,6 +23,8 @@ from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 from moec.weights.view import TORCH_DTYPES, view
 
+#: the weights that belong to no layer of the decoder
+OTHER = "other"
 #: the largest error of an integer, in scales: half a step, a step where the largest value of either
 #: sign is in one block, and the rounding of the scale itself
 STEPS = 1.3
@@ -72,11 +74,12 @@ def weights_against_source(
     groups: dict[str, list[str]] = {}
     for name in source:
         index = names.layer_of(name)
-        groups.setdefault("other" if index is None else names.layer(index), []).append(name)
+        groups.setdefault(OTHER if index is None else names.layer(index), []).append(name)
     for group, members in groups.items():
         same = sum(_stays(name, source[name], stored, packings) for name in members)
+        label = "weights" if group == OTHER else f"weights, {group}"
         wrong = [
-            Check(f"weights, {group}: {_within(place, group)}", "agreement", share, 1.0, detail)
+            Check(f"{label}: {_within(place, group)}", "agreement", share, 1.0, detail)
             for name in members
             for place, share, detail in _wrong(
                 artefact, name, source[name], stored, packings.get(name)

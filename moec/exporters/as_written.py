@@ -11,6 +11,7 @@ from moec.artefact.engine_options import EngineOptions
 from moec.artefact.placement import Bound
 from moec.exporters.builder import Wanted, builder_for
 from moec.exporters.stages import no_collection
+from moec.exporters.torch.archive import difference
 
 
 @no_collection()
@@ -22,7 +23,7 @@ def other_graphs(artefact: Artefact) -> dict[str, str]:
     """
     with tempfile.TemporaryDirectory(prefix="moec-graphs-") as folder:
         written = _write(artefact, Path(folder))
-        found = {}
+        found: dict[str, str | None] = {}
         for part, file in written.items():
             stored = artefact.graph(part)
             if part not in artefact.parts:
@@ -61,6 +62,8 @@ def _write(artefact: Artefact, folder: Path) -> dict[str, Path]:
 
 def _difference(stored: Path, written: Path) -> str | None:
     """How the graph in `stored` differs from that in `written`; None if only their bytes do."""
+    if stored.suffix == ".pt2":
+        return difference(stored, written.read_bytes())
     if stored.suffix != ".onnx":
         return "another program"
     import onnx

@@ -1,7 +1,7 @@
 """Native code in an artefact: TensorRT engines and plugin libraries.
 
-Whoever loads such a file runs what it contains. So a session loads one only if this user built
-exactly these bytes, or says now that they may run.
+Loading such a file runs the code in it. So a session loads one only if this user built exactly
+these bytes, or says now that they may run.
 """
 
 from collections.abc import Iterable

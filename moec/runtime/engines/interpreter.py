@@ -159,17 +159,13 @@ def _tensor(x: Any) -> Tensor:
     return torch.from_numpy(x)
 
 
-def _open(artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]) -> Run:
-    return interpreter(artefact, taps, part)
-
-
-def _gives(
+def _open(
     artefact: Artefact,
     part: str,
     device: str,
     options: str,
     taps: Sequence[str],
-    given: Sequence[str],
+    given: Sequence[str] = (),
 ) -> Run:
     return interpreter(artefact, taps, part, given)
 
@@ -213,5 +209,5 @@ ENGINE = Engine(
     compute="fp32",
     note=_note,
     shown=_shown,
-    gives=_gives,
+    gives=_open,
 )

@@ -309,25 +309,21 @@ def _with_outputs(
     return ir.to_proto(model)
 
 
-def _open(artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]) -> Run:
-    return ort_engine(artefact, options, taps, part, device)
+def _open(
+    artefact: Artefact,
+    part: str,
+    device: str,
+    options: str,
+    taps: Sequence[str],
+    given: Sequence[str] = (),
+) -> Run:
+    return ort_engine(artefact, options, taps, part, device, given)
 
 
 def _limits(artefact: Artefact, device: str) -> Limits:
     return Limits("buffers" if artefact.manifest.buffered else "slots")
 
 
-def _gives(
-    artefact: Artefact,
-    part: str,
-    device: str,
-    options: str,
-    taps: Sequence[str],
-    given: Sequence[str],
-) -> Run:
-    return ort_engine(artefact, options, taps, part, device, given)
-
-
 ENGINE = Engine(
-    "onnxruntime", "onnxruntime", _open, check_kernels, _limits, shown=shown, gives=_gives
+    "onnxruntime", "onnxruntime", _open, check_kernels, _limits, shown=shown, gives=_open
 )

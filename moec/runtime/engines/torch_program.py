@@ -144,23 +144,19 @@ def torch_with(weights: Mapping[str, Tensor] | None) -> Engine:
     """
 
     def opened(
-        artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]
-    ) -> Run:
-        given = weights if part == "model" else None
-        return torch_engine(artefact, device, taps, part, given)
-
-    def gives(
         artefact: Artefact,
         part: str,
         device: str,
         options: str,
         taps: Sequence[str],
-        names: Sequence[str],
+        given: Sequence[str] = (),
     ) -> Run:
-        given = weights if part == "model" else None
-        return torch_engine(artefact, device, taps, part, given, names)
+        own = weights if part == "model" else None
+        return torch_engine(artefact, device, taps, part, own, given)
 
-    return Engine("torch", "torch", opened, _check, _limits, queues=True, shown=_shown, gives=gives)
+    return Engine(
+        "torch", "torch", opened, _check, _limits, queues=True, shown=_shown, gives=opened
+    )
 
 
 def _shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:

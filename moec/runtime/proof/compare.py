@@ -29,8 +29,8 @@ class Tolerance:
         near: the difference of two router logits below which they are a near tie, as a share of
             the layer's largest logit; None: the reference always takes its own choice.
         shows_choices: whether runs through the caches show the engine's choices, so that the
-            reference can follow them. Target torch builds its graph again to show inner values:
-            where the limits are wide enough without, the stored program itself runs.
+            reference can follow them. Where the limits are wide enough without, the engine runs
+            as it does for users, who see no choices.
     """
 
     error: float

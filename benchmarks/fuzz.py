@@ -9,8 +9,9 @@ only exception that may come out is MoecError. All inputs of a parser run in one
 tokenizers run in this process too, by the functions that their child processes call; with
 --processes they run as users run them, where an abort must be survived.
 
-The table has, for each parser, the worst seconds of one input, and the most memory that the process
-had (resident, with Python and torch). The exit code is 1 if an input broke a rule.
+The table has, for each parser, the worst seconds of one input, and the most resident memory
+that the process took beyond what it held before the first input. The exit code is 1 if an input
+broke a rule.
 """
 
 import argparse
@@ -179,6 +180,7 @@ class Parser:
         mutator = Mutator(seed)
         self.parse(self.sound)
         reset_peak()
+        held = peak()
         for index in range(number):
             data = self.make(mutator)
             start = time.perf_counter()
@@ -197,10 +199,10 @@ class Parser:
             if took > SECONDS:
                 self.fault(f"{took:.1f} s", index, data, keep)
             if index % 200 == 0 or took > 0.5:
-                before, self.peak = self.peak, max(self.peak, peak())
+                before, self.peak = self.peak, peak() - held
                 if self.peak > MEMORY >= before:
                     self.fault(f"{self.peak >> 20} MiB, in the last 200 inputs", index, data, keep)
-        self.peak = max(self.peak, peak())
+        self.peak = peak() - held
 
     def fault(self, what: str, index: int, data: bytes, keep: Path | None) -> None:
         """Note a broken rule, and keep the input that broke it."""

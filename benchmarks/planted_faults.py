@@ -1,6 +1,6 @@
 """Plant faults in the files of artefacts, and count how many `validate` finds and names.
 
-    python benchmarks/planted_faults.py [--target onnx|ort|weights|packed|int8] [--only WORD]
+    python benchmarks/planted_faults.py [--target onnx|ort|weights|packed|int8] [--jobs N]
 
 The script builds examples/tiny-scout for the target, unless it is given an artefact with its own
 weights. It copies the artefact for each fault, plants the fault in a file of the copy, writes the
@@ -14,8 +14,12 @@ import argparse
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -65,51 +69,89 @@ def main() -> None:
     parser.add_argument("--only", default="", help="faults with this word in their name or kind")
     parser.add_argument("--seed", type=int, default=3, help="the seed of the proofs")
     parser.add_argument("--no-proof", action="store_true", help="only measure what changes")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     given = parser.parse_args()
     bad = False
     for way in given.target or WAYS:
         built, faults = WAYS[way]
-        chosen = [each for each in faults if given.only in f"{each.name} {each.kind}"]
+        chosen = [i for i, each in enumerate(faults) if given.only in f"{each.name} {each.kind}"]
         with tempfile.TemporaryDirectory(prefix="moec-planted-") as folder:
             artefact = given.artefact
             if artefact is None:
                 artefact = moec.export(TINY, out=Path(folder) / "clean", **built).path
-            bad |= report(way, artefact, chosen, Path(folder), given.seed, not given.no_proof)
+            bad |= report(way, artefact, chosen, Path(folder), given)
     sys.exit(bad)
 
 
 def report(
-    way: str, artefact: Path, faults: list[Fault], folder: Path, seed: int, proof: bool
+    way: str, artefact: Path, chosen: list[int], folder: Path, given: argparse.Namespace
 ) -> bool:
-    """Plant `faults` one by one and print what came of each; whether the figures are too low."""
+    """Plant the faults of these numbers and print the table; whether the figures are too low."""
+    faults = [WAYS[way][1][number] for number in chosen]
     table = Table(*COLUMNS, box=SIMPLE, padding=(0, 1, 0, 0), title=f"{way}: {len(faults)} faults")
-    clean = outputs(artefact)
-    found = layers = ops = changed = 0
-    for number, fault in enumerate(faults):
-        start = perf_counter()
-        copy = planted(artefact, fault, folder / str(number))
-        amount, where = measured(clean, copy)
-        changed += not amount < LEAST  # NaN is a change
-        row = [fault.name, fault.where, fault.at.split()[0], f"{amount:.1e}", where]
-        if proof:
-            named = divergence(copy, seed)
-            found += named is not None
-            layers += (good_layer := named is not None and right_layer(fault, named))
-            ops += (good_op := named is not None and right_op(fault, named))
-            row += [said(named is not None), named or "", said(good_layer), said(good_op)]
-            print(f"{number + 1}/{len(faults)} {row}", file=sys.stderr)
-        else:
-            row += [""] * 4
-        shutil.rmtree(copy)
-        table.add_row(*row, f"{perf_counter() - start:.0f}")
+    proof = not given.no_proof
+    seed = given.seed if proof else None
+    plant = partial(tried, way, artefact, outputs(artefact), folder, seed)
+    seen: list[Tried] = []
+    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as processes:
+        for fault, each in zip(faults, processes.map(plant, chosen), strict=True):
+            seen.append(each)
+            row = [fault.name, fault.where, fault.at.split()[0], f"{each.change:.1e}", each.run]
+            verdict = [said(each.found), each.named or "", said(each.layer), said(each.op)]
+            row += verdict if proof else [""] * 4
+            table.add_row(*row, f"{each.seconds:.0f}")
+            print(f"{len(seen)}/{len(faults)} {row}", file=sys.stderr)
     console = Console(width=170)
     console.print(table)
     count = len(faults)
+    changed, found = sum(each.changed for each in seen), sum(each.found for each in seen)
     console.print(f"{way}: {changed} of {count} change an output")
     if not proof:
         return changed < count
+    layers, ops = sum(each.layer for each in seen), sum(each.op for each in seen)
     console.print(f"{way}: {found} of {count} found; {layers} with the layer, {ops} with the op")
     return changed < count or found < count or ops < NAMED * count
+
+
+class Tried(NamedTuple):
+    """What came of one planted fault."""
+
+    change: float  # relative, of an output
+    run: str  # in which the output changed most
+    named: str | None  # where the values first differ; None: the proof passed, or there was none
+    layer: bool  # named right
+    op: bool
+    seconds: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether an output changed by more than roundings do."""
+        return not self.change < LEAST  # NaN is a change
+
+    @property
+    def found(self) -> bool:
+        """Whether the proof failed."""
+        return self.named is not None
+
+
+def tried(
+    way: str,
+    artefact: Path,
+    clean: dict[str, Tensor],
+    folder: Path,
+    seed: int | None,
+    number: int,  # the fault itself holds a closure, which no process can hand to another
+) -> Tried:
+    """Plant a fault in a copy of the artefact, and prove the copy unless `seed` is None."""
+    start = perf_counter()
+    fault = WAYS[way][1][number]
+    copy = planted(artefact, fault, folder / str(number))
+    amount, where = measured(clean, copy)
+    named = None if seed is None else divergence(copy, seed)
+    shutil.rmtree(copy)
+    layer = named is not None and right_layer(fault, named)
+    op = named is not None and right_op(fault, named)
+    return Tried(amount, where, named, layer, op, perf_counter() - start)
 
 
 def measured(clean: dict[str, Tensor], copy: Path) -> tuple[float, str]:

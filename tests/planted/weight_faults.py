@@ -1,4 +1,4 @@
-"""Faults in the bytes of the weights, or in where an artefact says that they are.
+"""Faults in the bytes of the weights.
 
 All of them leave every file well-formed, with the same names, dtypes, shapes and sizes. The
 manifest says where the bytes of each stored tensor are, for copied and packed weights alike.
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 Ref = dict[str, Any]
 
@@ -99,27 +98,9 @@ def gain_scaled(folder: Path, layer: int) -> None:
 
 
 def queries_exchanged(folder: Path, layer: int) -> None:
-    """Exchange the query weights of a layer and the next, in the graphs and in the manifest."""
-    one, two = (f"layers.{n}.attn.q.weight" for n in (layer, layer + 1))
-    manifest = _manifest(folder)
-    tensors = manifest["weights"]["tensors"]
-    pairs = [(name, name.replace(one, two)) for name in tensors if f"{name}.".startswith(f"{one}.")]
-    for name, other in pairs:
-        tensors[name], tensors[other] = tensors[other], tensors[name]
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in sorted(folder.rglob("*.onnx")):
-        model = onnx.load(path, load_external_data=False)
-        places = {each.name: each.external_data for each in model.graph.initializer}
-        for name, other in pairs:
-            if name in places:
-                _exchange(places[name], places[other])
-        onnx.save(model, path)
-
-
-def _exchange(one: Any, two: Any) -> None:
-    held = onnx.TensorProto()
-    held.external_data.extend(one)
-    del one[:]
-    one.extend(two)
-    del two[:]
-    two.extend(held.external_data)
+    """Exchange the query weights of a layer and the next."""
+    pair = (_stored(folder, f"layers.{n}.attn.q.weight") for n in (layer, layer + 1))
+    for one, two in zip(*pair, strict=True):
+        first, second = _read(folder, one), _read(folder, two)
+        _write(folder, one, second)
+        _write(folder, two, first)

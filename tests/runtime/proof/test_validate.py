@@ -282,7 +282,7 @@ def test_a_wrong_graph_fails_at_the_layer_that_is_wrong(
     model = ir.load(file)
     damage(model)
     ir.save(model, file)
-    files = {file.name: File(size=file.stat().st_size, sha256="0" * 64)}
+    files = artefact.manifest.files | {file.name: File(size=file.stat().st_size, sha256="0" * 64)}
     write_manifest(artefact.path, artefact.manifest.model_copy(update={"files": files}))
     report = moec.validate(artefact.path)
     assert not report.passed

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import moec
 from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
+from moec.spec.bounded import limits
 from moec.weights.random import write_random_checkpoint
 from tests.damage import EMBED, FIRST, INDEX, SECOND, SPEC
 
@@ -131,6 +132,12 @@ def built(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def artefact(built: Path, tmp_path: Path) -> Path:
     """A copy of `built` that a test may damage."""
     return Path(shutil.copytree(built, tmp_path / "art"))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Child processes get one second: those that take all that they get are refused sooner."""
+    monkeypatch.setattr(limits, "SECONDS", 1)
 
 
 def run_command(*args: object) -> tuple[int, str, str]:

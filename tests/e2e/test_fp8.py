@@ -32,7 +32,13 @@ def scales(tiny: Path, golden: dict[str, Tensor]) -> Calibration:
     return moec.calibrate(tiny, golden["input_ids"])
 
 
-@pytest.mark.parametrize("scheme, cache", LIMITS)
+@pytest.mark.parametrize(
+    "scheme, cache",
+    [
+        each if each == ("modelopt", "wide") else pytest.param(*each, marks=pytest.mark.slow)
+        for each in LIMITS
+    ],
+)
 def test_perplexity_and_routers(
     scheme: str, cache: str | None, tiny: Path, golden: dict[str, Tensor], scales: Calibration,
     tmp_path: Path,
@@ -51,6 +57,7 @@ def test_perplexity_and_routers(
     assert all(0 < each < 0.2 for each in found.layers.values())
 
 
+@pytest.mark.slow
 def test_the_command_line_from_calibration_to_cost(
     tiny: Path, golden: dict[str, Tensor], tmp_path: Path, cli: object,
     monkeypatch: pytest.MonkeyPatch,

@@ -40,7 +40,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    [each if each == "fbgemm" else pytest.param(each, marks=pytest.mark.slow) for each in FORMATS],
+)
 def test_a_checkpoint_of_another_library_means_what_it_says(
     name: str, tiny: Path, tmp_path: Path
 ) -> None:

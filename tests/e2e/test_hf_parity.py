@@ -33,7 +33,7 @@ MAVERICK = MAVERICK.model_copy(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     spec=specs(),
     seed=st.integers(0, 2**31),

@@ -75,7 +75,7 @@ def test_the_proof_passes_and_generation_goes_on(
 
 
 @quantized
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_weightless_builds_are_proven_on_a_twin(precision: str, tmp_path: Path) -> None:
     spec = moec.load_spec("scout")
     text = spec.text.model_copy(update={"layers": 4})
@@ -90,6 +90,7 @@ def test_weightless_builds_are_proven_on_a_twin(precision: str, tmp_path: Path) 
     assert report.twin
 
 
+@pytest.mark.slow
 @quantized
 def test_a_tied_head_is_the_embedding_in_reference_and_engine(tmp_path: Path) -> None:
     spec = reduced(PRESETS["scout"], 4, block=64)
@@ -122,6 +123,7 @@ def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:
     assert changed["layers.0.attn.q.weight"].bits == 8 and changed["layers.0.moe.down"].bits == 4
 
 
+@pytest.mark.slow
 @quantized
 def test_damaged_quantised_weights_fail_the_proof(tiny: Path, tmp_path: Path) -> None:
     """A scale that is no number: the reference reads it too, and the proof names the weight."""

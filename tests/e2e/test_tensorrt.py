@@ -31,7 +31,7 @@ HEADERS = ROOT / "tests/exporters/tensorrt_plugin/include"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_tiny_scout_builds_for_two_gpus(
     precision: str, tmp_path: Path, cli: Callable[..., tuple[int, str]]
 ) -> None:
@@ -57,7 +57,12 @@ def test_tiny_scout_builds_for_two_gpus(
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "name, precision", [("scout", "fp8"), ("scout", "bf16"), ("maverick", "fp8")]
+    "name, precision",
+    [
+        ("scout", "bf16"),
+        pytest.param("scout", "fp8", marks=pytest.mark.slow),
+        pytest.param("maverick", "fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_two_layers_of_full_width_build_without_weights(
     name: str, precision: str, tmp_path: Path
@@ -81,7 +86,7 @@ def narrow() -> ModelSpec:
     return PRESETS["tiny-scout"].model_copy(update={"text": text, "vision": None})
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_experts_in_the_plugin_and_again_for_another_gpu(
     narrow: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +122,7 @@ def test_the_plugin_wants_headers(
     assert not open_artefact(tmp_path / "art").manifest.engines, "all but the engine is there"
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_engines_can_be_built_later_and_again(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +176,7 @@ def test_an_engine_without_weights_serves_each_checkpoint(
     assert bound.manifest.weights.mode == "in-place"
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_binding_may_leave_the_engine_for_later(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from tests.strategies import schemes, specs
 
 @pytest.mark.full
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck),
+    max_examples=5, deadline=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # a smaller example would take minutes to find
 )  # fmt: skip
 @given(data=st.data(), spec=specs(), target=st.sampled_from(["onnx", "ort"]))
@@ -102,7 +102,7 @@ def test_wide_weights_bind_to_an_fp8_artefact_and_are_packed(tiny: Path, tmp_pat
     assert bound.manifest.rewritten["layers.0.moe.down"].reason == "fp8, scales by channel"
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_caches_are_fp8_or_wide_as_asked(tiny: Path, tmp_path: Path) -> None:
     scales = calibrate(tiny, torch.randint(0, 4096, (2, 40)))
     kinds = {}
@@ -167,7 +167,7 @@ def test_what_an_fp8_checkpoint_cannot_become_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_damaged_scale_fails_the_proof(tiny: Path, tmp_path: Path) -> None:
     art = export(tiny, precision="fp8", scheme="dynamic", out=tmp_path / "art")
     ref = open_artefact(art.path).manifest.weights.tensors["layers.2.moe.shared.up.weight_scale"]
@@ -181,7 +181,7 @@ def test_a_damaged_scale_fails_the_proof(tiny: Path, tmp_path: Path) -> None:
     assert not report.passed and broken[0] == "layers.2: moe.shared.up.weight.wide"
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_static_scales_are_of_the_dtype_that_the_scheme_says(tiny: Path, tmp_path: Path) -> None:
     scales = calibrate(tiny, torch.randint(0, 4096, (1, 40)))
     scheme = SCHEMES["modelopt"].model_copy(update={"scales": "bf16"})
@@ -211,7 +211,7 @@ def test_a_static_scale_that_its_dtype_cannot_hold_is_refused(tiny: Path, tmp_pa
         export(tiny, precision="fp8", scheme=scheme, scales=huge, out=tmp_path / "art")
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_twin_has_fp8_layers_although_the_models_first_ones_are_wide(tmp_path: Path) -> None:
     late = ("layers.6.moe.gate_up", "layers.6.moe.down")
     rule = SCHEMES["meta"].rules[0].model_copy(update={"of": late})

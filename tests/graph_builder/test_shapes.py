@@ -93,7 +93,7 @@ def _pixels(spec: ModelSpec, tiles: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.full
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     spec=st.one_of(specs(), vision_specs(), fp8_specs()),
     precision=st.sampled_from(["fp32", "fp16", "bf16"]),

@@ -199,6 +199,7 @@ PATTERNS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.full
 @pytest.mark.parametrize("case", PATTERNS)
 def test_an_expression_that_does_not_end_is_refused(case: str) -> None:

@@ -1,8 +1,8 @@
 """Make inner values of an ONNX model outputs or inputs, so that a proof can see and set them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import onnx_ir as ir
+import onnx
 
 from moec.artefact.artefact import Artefact
 from moec.exporters.onnx.strangers import read_checked
@@ -16,21 +16,38 @@ def shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
     return [name for name in wanted if name in known]
 
 
-def open_values(model: ir.Model, taps: Sequence[str], given: Sequence[str] = ()) -> None:
+def open_values(model: onnx.ModelProto, taps: Sequence[str], given: Sequence[str] = ()) -> None:
     """Change `model`: the values `taps` are outputs, inputs "NAME.given" replace values `given`.
 
     A given value is still computed, so that it can be a tap; no node uses it.
     """
-    known = _values(model)
+    graph = model.graph
+    known = {each.name: each for each in graph.value_info}
     for name in given:
-        own = known[name]
-        entry = ir.Value(name=names.given(name), type=own.type, shape=own.shape)
-        for node, index in list(own.uses()):
-            node.replace_input_with(index, entry)
-        model.graph.inputs.append(entry)
-    outputs = model.graph.outputs
-    outputs.extend(known[name] for name in taps if known[name] not in outputs)
+        entry = graph.input.add()
+        entry.CopyFrom(known[name])
+        entry.name = names.given(name)
+    rename(graph, {name: names.given(name) for name in given}, produced=False)
+    own = {each.name for each in graph.output}
+    graph.output.extend(known[name] for name in taps if name not in own)
 
 
-def _values(model: ir.Model) -> dict[str, ir.Value]:
-    return {str(each.name): each for node in model.graph for each in node.outputs}
+def rename(graph: onnx.GraphProto, new: Mapping[str, str], produced: bool = True) -> None:
+    """Give values of a graph and of the graphs in it other names, `new` by the old name.
+
+    With `produced` false only nodes that read a value take the new name. Outputs of the graph keep
+    theirs.
+    """
+    if not new:
+        return
+    for node in graph.node:
+        for held in (node.input, node.output) if produced else (node.input,):
+            for index, name in enumerate(held):
+                if name in new:
+                    held[index] = new[name]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                rename(inner, new, produced)
+    if produced:
+        for each in graph.value_info:
+            each.name = new.get(each.name, each.name)

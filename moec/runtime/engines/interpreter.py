@@ -50,11 +50,12 @@ def interpreter(
     model = load_checked(artefact, part)
     weights = unbound(model, artefact)
     show_routers(model.graph)
-    open_values(model, taps, given)
     widen(model)
-    evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[Attention, MoecMoe])
-    taken = [str(each.name) for each in model.graph.inputs if each.name not in weights]
-    outputs = [str(each.name) for each in model.graph.outputs]
+    proto = ir.to_proto(model)
+    open_values(proto, taps, given)
+    evaluator = ReferenceEvaluator(proto, new_ops=[Attention, MoecMoe])
+    taken = [each.name for each in proto.graph.input if each.name not in weights]
+    outputs = [each.name for each in proto.graph.output]
     no_images = {names.IMAGE_FEATURES: torch.zeros(0, artefact.manifest.spec.text.dim)}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from moec.exporters.onnx.strangers import read_checked, relocate
 from moec.exporters.onnx.write import GENAI
 from moec.graph_builder.ops import FP8
 from moec.runtime.engines.engine import Engine, Limits, Run
-from moec.runtime.engines.inner_values import open_values, shown
+from moec.runtime.engines.inner_values import open_values, rename, shown
 from moec.spec import names
 from moec.spec.errors import refuse
 
@@ -74,8 +73,10 @@ def ort_engine(
     options.log_severity_level = 4
     file = artefact.graph(part)
     try:
-        data = _with_outputs(model, taps, given).SerializeToString()
-        session = onnxruntime.InferenceSession(data, options, _PROVIDERS[device])
+        open_in(model, taps, given)
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, _PROVIDERS[device]
+        )
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         refuse(
             file,
@@ -275,38 +276,22 @@ def check_kernels(artefact: Artefact, device: str) -> None:
         refuse(artefact.path, found, wanted, fix, exit_code=3)
 
 
-def _with_outputs(
-    proto: onnx.ModelProto, taps: Sequence[str], given: Sequence[str]
-) -> onnx.ModelProto:
-    """The model `proto` with `taps` as further outputs; bf16 outputs are cast to float32.
+def open_in(model: onnx.ModelProto, taps: Sequence[str], given: Sequence[str]) -> None:
+    """Open inner values of `model` as `open_values` does, and cast bf16 outputs to float32.
 
-    numpy has no bf16. `given` are as in `open_values`. Returns `proto` itself if nothing has to
-    change. Weights stay in their files.
+    numpy has no bf16. Caches stay as they are.
     """
-    half = onnx.TensorProto.BFLOAT16
-    if not (taps or given) and all(
-        each.type.tensor_type.elem_type != half or names.is_present(each.name)
-        for each in proto.graph.output
-    ):
-        return proto
-    model = ir.from_proto(proto)
     open_values(model, taps, given)
-    outputs = model.graph.outputs
-    narrow = [
-        i
-        for i, each in enumerate(outputs)
-        if each.dtype == ir.DataType.BFLOAT16 and not names.is_present(str(each.name))
-    ]
-    for i in narrow:
-        inner = outputs[i]
-        name, inner.name = inner.name, f"{inner.name}/bf16"
-        attributes = [ir.AttrInt64("to", ir.DataType.FLOAT.value)]
-        cast = ir.Node("", "Cast", [inner], attributes, name=f"{name}/float32")
-        cast.outputs[0].name, cast.outputs[0].shape = name, inner.shape
-        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        model.graph.append(cast)
-        outputs[i] = cast.outputs[0]
-    return ir.to_proto(model)
+    half, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    narrow = dict[str, str]()
+    for output in model.graph.output:
+        kind = output.type.tensor_type
+        if kind.elem_type == half and not names.is_present(output.name):
+            narrow[output.name] = f"{output.name}/bf16"
+            kind.elem_type = wide
+    rename(model.graph, narrow)
+    for name, inner in narrow.items():
+        model.graph.node.append(onnx.helper.make_node("Cast", [inner], [name], to=wide))
 
 
 def _open(

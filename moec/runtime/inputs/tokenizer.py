@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moec.spec.bounded.limits import SECONDS, TOKENIZER
+from moec.spec.bounded.limits import TOKENIZER
 from moec.spec.bounded.read import check_json, read_bytes
 from moec.spec.bounded.worker import Worker
 from moec.spec.errors import refuse
@@ -36,8 +36,7 @@ class Tokenizer:
             data = text.encode()
         except UnicodeEncodeError as error:
             refuse("prompt", error, "text without lone surrogates", "correct the prompt")
-        seconds = SECONDS + len(data) // _RATE
-        ids: list[int] = self._ask("encode", data, "encode the text", seconds)
+        ids: list[int] = self._ask("encode", data, "encode the text", len(data) // _RATE)
         return ids
 
     def token_to_id(self, token: str) -> int | None:
@@ -50,9 +49,7 @@ class Tokenizer:
         text: str = self._ask("decode_next", b"", "decode a token", stream=stream, token=token)
         return text
 
-    def _ask(
-        self, name: str, data: bytes, what: str, seconds: int = SECONDS, **more: object
-    ) -> Any:
+    def _ask(self, name: str, data: bytes, what: str, more_seconds: int = 0, **more: object) -> Any:
         if name != "load" and not self.worker.alive:
             refuse(self.path, "its process has ended", "an open tokenizer", _NEXT)
         value, _ = self.worker.ask(
@@ -62,7 +59,7 @@ class Tokenizer:
             where=self.path,
             what=what,
             next_step=_NEXT,
-            seconds=seconds,
+            more_seconds=more_seconds,
         )
         return value
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moec.spec.bounded.limits import MEMORY, SECONDS
+from moec.spec.bounded import limits
 from moec.spec.errors import refuse
 
 _ROOT = Path(__file__).parents[3]
@@ -61,7 +61,7 @@ class Worker:
         where: object,
         what: str,
         next_step: str,
-        seconds: int = SECONDS,
+        more_seconds: int = 0,
     ) -> tuple[Any, bytes]:
         """Call a function in the child; return its value and its bytes.
 
@@ -72,11 +72,12 @@ class Worker:
             where: what the input is, for messages.
             what: what the call does with it, for messages, such as "decode it".
             next_step: what the user can do if the call fails.
-            seconds: the processor time that the call may take.
+            more_seconds: processor time that the call may take beyond `limits.SECONDS`.
 
         Raises:
             MoecError: the function raised one; or it took too much memory or time, or died.
         """
+        seconds = limits.SECONDS + more_seconds
         with self._lock:
             process = self._started()
             clock = threading.Timer(seconds * _PATIENCE, process.kill)
@@ -104,8 +105,8 @@ class Worker:
             -signal.SIGKILL: f"it takes over {seconds} s, or too much memory, to {what}",
         }.get(reply.get("died", 0), f"a process that tried to {what} broke down")
         if reply.get("out_of_memory"):
-            found = f"it takes over {MEMORY >> 20} MiB of memory to {what}"
-        expected = f"a file that needs at most {seconds} s and {MEMORY >> 20} MiB"
+            found = f"it takes over {limits.MEMORY >> 20} MiB of memory to {what}"
+        expected = f"a file that needs at most {seconds} s and {limits.MEMORY >> 20} MiB"
         refuse(where, found, expected, next_step)
 
     def close(self) -> None:

@@ -111,12 +111,14 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_template_without_end_is_refused(case: str) -> None:
     with within_a_gigabyte():
         refusal(lambda: fill(TEMPLATES[case], "hello"), "--chat")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_template_of_one_message_is_filled_after_others_broke() -> None:
     refusal(lambda: fill("{{ 9 ** (9 ** 9) }}", "x"), "--chat")
     template = "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}é{% endfor %}"
@@ -162,6 +164,7 @@ TOKENIZERS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_a_tokenizer_that_aborts_is_refused(tmp_path: Path, case: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(TOKENIZERS[case])

@@ -18,7 +18,7 @@ from tests.planted.fault import Fault, right_layer, right_op, split
 from tests.planted.plant import planted
 from tests.planted.table import GRAPH, WEIGHTS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 #: the faults by target: name, and the layer of four in which it is planted; layer 3 sees everything
 CASES = (

@@ -36,7 +36,14 @@ LIMITS = {
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(each, marks=quantized if each[0].startswith("int") else ()) for each in LIMITS
+        pytest.param(
+            each,
+            marks=[
+                *([quantized] if each[0].startswith("int") else []),
+                *([pytest.mark.slow] if each in (("fp16", "pack"), ("int8", None)) else []),
+            ],
+        )
+        for each in LIMITS
     ],
     ids=lambda each: " ".join(filter(None, each)),
 )

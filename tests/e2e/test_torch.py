@@ -23,6 +23,7 @@ def art(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return moec.export(tiny, target="torch", out=out).path
 
 
+@pytest.mark.slow
 def test_the_command_line(
     tiny: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]],
     capsys: pytest.CaptureFixture[str],

@@ -81,7 +81,7 @@ def test_fp8_weights_stay_where_they_are(compressed: Path, tmp_path: Path) -> No
     )
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_an_unbound_artefact_of_the_same_scheme_binds_an_fp8_checkpoint(
     compressed: Path, tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ def test_full_size_models_pass_the_checker_by_path(
     assert len([p for p in art.manifest.rewritten.values() if p.bits == 8]) >= bytes_
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_full_size_weights_stay_in_place(tmp_path: Path) -> None:
     """A sparse checkpoint of the full size: only headers are read, and no byte is copied."""
     write_sparse_checkpoint(PRESETS["scout"], tmp_path / "weights")

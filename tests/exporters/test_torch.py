@@ -18,6 +18,7 @@ from moec.weights.view import view
 from tests.refusals import refusal
 
 
+@pytest.mark.slow
 def test_scout_builds_without_weights(tmp_path: Path) -> None:
     art = moec.export("scout", target="torch", out=tmp_path / "art")
     manifest = art.manifest

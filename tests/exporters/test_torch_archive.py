@@ -174,7 +174,7 @@ _BUILD = (
 )
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_every_process_writes_the_same_bytes(tmp_path: Path) -> None:
     here: Artefact = moec.export(moec.load_spec("tiny-scout"), target="torch", out=tmp_path / "a")
     other = tmp_path / "elsewhere"

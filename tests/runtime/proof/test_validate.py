@@ -48,8 +48,8 @@ def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_pat
     assert open_artefact(tiny_onnx).manifest.parity == data
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["scout", pytest.param("maverick", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_a_weightless_build_is_proven_on_its_twin(name: str, tmp_path: Path) -> None:
     artefact = moec.export(name, out=tmp_path / "a")
     report = moec.validate(artefact.path)
@@ -137,7 +137,10 @@ def test_the_twin_of_target_torch_fits_every_kernel(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["tiny-scout", "scout", "maverick"])
+@pytest.mark.parametrize(
+    "name",
+    ["scout", *(pytest.param(each, marks=pytest.mark.slow) for each in ("tiny-scout", "maverick"))],
+)
 def test_half_precision_is_proven_on_a_shallow_twin(name: str, tmp_path: Path) -> None:
     artefact = moec.export(name, precision="fp16", out=tmp_path / "a")
     report = moec.validate(artefact.path, seed=3)
@@ -160,7 +163,7 @@ def test_pieces_that_lose_an_image_are_noticed(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+@pytest.mark.parametrize("tokens", [1, 2, pytest.param(7, marks=pytest.mark.slow)])
 def test_few_tokens_are_enough(tiny_onnx: Path, tokens: int) -> None:
     assert_passed(moec.validate(tiny_onnx, tokens=tokens))
 

@@ -11,7 +11,7 @@ import pytest
 
 import moec
 from moec.artefact.artefact import open_artefact
-from tests.trees import assert_whole, names, place, tree
+from tests.trees import HELD, assert_whole, names, place, tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,9 +61,9 @@ def stopped_at(stage: str, checkpoint: Path, out: Path) -> Iterator[subprocess.P
     ("number", "stage", "held"),
     [
         (signal.SIGINT, "graph", "nothing"),
-        (signal.SIGINT, "copy", "nothing"),
+        pytest.param(signal.SIGINT, "copy", "nothing", marks=pytest.mark.slow),
         (signal.SIGINT, "write", "an artefact"),
-        (signal.SIGTERM, "check", "nothing"),
+        pytest.param(signal.SIGTERM, "check", "nothing", marks=pytest.mark.slow),
         (signal.SIGTERM, "copy", "an artefact"),
     ],
 )
@@ -137,8 +137,8 @@ sys.exit("the build never came to its end")
 """
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("held", [pytest.param("nothing", marks=pytest.mark.slow), "an artefact"])
+@pytest.mark.slow
+@pytest.mark.parametrize("held", HELD)
 def test_a_build_killed_at_any_step_leaves_no_half_artefact_and_the_next_one_cleans_up(
     checkpoint: Path, work: Path, old: Path, held: str
 ) -> None:

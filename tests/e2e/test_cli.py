@@ -132,6 +132,7 @@ def test_spec_commands(tmp_path: Path) -> None:
     assert "no difference" in _cli("spec", "diff", tmp_path / "mine.yaml", "maverick")
 
 
+@pytest.mark.slow
 def test_build_for_onnxruntime_in_four_bits(tmp_path: Path) -> None:
     out = tmp_path / "small"
     printed = _cli(
@@ -154,7 +155,8 @@ def test_plan() -> None:
     )
 
 
-@pytest.mark.parametrize("peers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("peers", [1, 2])
 def test_bench(built: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, peers: int) -> None:
     names = ("transformers", "transformers, compiled")[:peers]  # a minute to compile
     monkeypatch.setattr("moec.runtime.bench.bench.PEERS", PEERS[:peers])

@@ -40,7 +40,7 @@ LIMITS = {
             each,
             marks=[
                 *([quantized] if each[0].startswith("int") else []),
-                *([pytest.mark.slow] if each in (("fp16", "pack"), ("int8", None)) else []),
+                *([pytest.mark.slow] if each != ("int4", None) else []),
             ],
         )
         for each in LIMITS

@@ -161,7 +161,7 @@ def test_engines_can_be_built_later_and_again(
     verify_files(build_engines(art.path))
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_an_engine_without_weights_serves_each_checkpoint(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def _operators(path: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "precision", "experts"),
     [
-        ("scout", "fp32", None),
+        pytest.param("scout", "fp32", None, marks=pytest.mark.slow),
         pytest.param("maverick", "fp32", None, marks=pytest.mark.slow),
         ("scout", "bf16", "MoE"),
         ("maverick", "int4", "QMoE"),

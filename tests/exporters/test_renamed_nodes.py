@@ -87,6 +87,8 @@ TARGETS: dict[str, tuple[ModelSpec, Make, Lower]] = {
 
 #: whose passes and rules are others' too; all their nodes are renamed at once, not one by one
 ALIKE = ("ort", "ort-int8")
+#: targets whose nodes take longest; the others have most of their passes
+LONG = ("ort-packed", "ort-int4", "tensorrt-plugin")
 
 
 class Seam:
@@ -121,7 +123,14 @@ def made(target: str, vision: bool = False) -> dict[str, list[str]]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", [each for each in TARGETS if each not in ALIKE])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each in LONG else ())
+        for each in TARGETS
+        if each not in ALIKE
+    ],
+)
 def test_a_renamed_node_changes_nothing(target: str, seam: Seam) -> None:
     first: dict[str, str] = {}  # node of each kind
     seam.change = lambda node: first.setdefault(_kind(node), node.meta["name"])

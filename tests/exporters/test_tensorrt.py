@@ -151,8 +151,8 @@ def test_a_damaged_file_is_refused(target: str, sound: Path, tmp_path: Path) -> 
     ("scheme", "cache", "dialect"),
     [
         ("static", None, "tensorrt"),
-        ("mixed", None, "tensorrt-plugin"),
-        ("modelopt", "wide", "tensorrt"),
+        pytest.param("mixed", None, "tensorrt-plugin", marks=pytest.mark.slow),
+        pytest.param("modelopt", "wide", "tensorrt", marks=pytest.mark.slow),
     ],
 )
 def test_each_layer_in_fp8_is_the_eager_layer(

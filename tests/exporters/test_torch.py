@@ -55,6 +55,7 @@ def test_a_program_holds_ops_alone(bound: Path, part: str) -> None:
     assert not any(isinstance(arg, torch.device) for n in calls for arg in (*n.args, *n.kwargs))
 
 
+@pytest.mark.slow
 def test_binding_later_is_building_with_weights(tiny: Path, bound: Path, tmp_path: Path) -> None:
     moec.export(moec.load_spec(tiny), target="torch", out=tmp_path / "art")
     art = moec.bind(tmp_path / "art", tiny)

@@ -17,7 +17,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "name", ["h200", "layer_timeline", "moe_kernels", "prefill_kernels", "vllm_peer"]
+    "name",
+    [
+        "h200",
+        "vllm_peer",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("layer_timeline", "moe_kernels", "prefill_kernels")
+        ),
+    ],
 )
 def test_without_a_gpu_and_without_triton(name: str) -> None:
     code = (

@@ -46,6 +46,7 @@ def test_it_builds_binds_runs_and_is_proven(throwaway: str, tiny: Path, tmp_path
     assert report.passed and report.engine == throwaway, report.to_dict()
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_it(throwaway: str, tiny: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "art")
     words = ["build", "--checkpoint", str(tiny), "--target", throwaway, "--out", out]

@@ -71,6 +71,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.library is None and "no C++ compiler no-such-compiler" in found.why
 
 
+@pytest.mark.slow
 def test_headers_by_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORRT_INCLUDE", str(HERE / "include"))
     monkeypatch.setenv("CUDA_INCLUDE", str(CUDA_INCLUDE))

@@ -226,6 +226,7 @@ def test_columns_first_and_other_byte_orders_are_read(tmp_path: Path) -> None:
         assert read_rows(tmp_path / "rows.npy", spec, tmp_path).tolist() == rows.tolist()
 
 
+@pytest.mark.slow
 def test_ten_seconds_are_enough_for_any_refusal() -> None:
     """The limit is processor time, so that a busy machine refuses nothing that it should read."""
     before = time.process_time()

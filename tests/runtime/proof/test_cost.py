@@ -39,6 +39,7 @@ def test_kl_and_perplexity_are_those_of_the_definitions(
     assert found.reference_perplexity == pytest.approx(float(nll.exp()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_from_the_reference_and_again_with_a_seed(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -59,7 +59,13 @@ def _flips(report: Report) -> int:
 
 @pytest.mark.parametrize(
     "target, precision",
-    [("onnx", "fp32"), ("ort", "fp32"), ("tensorrt", "fp32"), ("onnx", "fp16"), ("ort", "fp16")],
+    [
+        ("onnx", "fp32"),
+        ("ort", "fp32"),
+        ("onnx", "fp16"),
+        pytest.param("tensorrt", "fp32", marks=pytest.mark.slow),
+        pytest.param("ort", "fp16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_sound_build_passes_however_many_routers_flip(
     target: str, precision: str, pairs: Path, tmp_path: Path

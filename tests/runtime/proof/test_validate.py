@@ -73,7 +73,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("context", [pytest.param(1, marks=pytest.mark.slow), 2, 9])
+@pytest.mark.parametrize(
+    "context", [2, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 9))]
+)
 def test_an_engine_for_few_tokens_is_proven_within_them(
     context: int, small: Path, tmp_path: Path
 ) -> None:

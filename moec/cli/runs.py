@@ -23,6 +23,16 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's message, by the template.")
     ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="A system message before the prompt; implies --chat.")
+    ] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSON file of messages to answer in place of a prompt: a list of "
+            '{"role", "content"}, or an object with "messages" and "tools".'
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The most tokens to add to the prompt.")
     ] = 64,
@@ -57,29 +67,39 @@ def generate(
 ) -> None:
     """Continue a prompt of text and images, and print each token as it comes.
 
-    `<|image|>` in the text marks where an image belongs.
-    If the text has no mark, the images come first.
+    `<|image|>` in the prompt marks where an image belongs.
+    If the prompt has no mark, the images come first.
+    In a file of messages, parts `{"type": "image"}` are the images, in their order.
     Control characters in the text are made visible on a terminal;
     a file or a pipe gets the text as it is.
     """
-    if (prompt is None) == (ids is None):
-        refuse("generate", "both or neither", "one of --prompt and --ids", "add --prompt TEXT")
-    if image and prompt is None:
+    given = [each for each in (prompt, ids, messages) if each is not None]
+    if len(given) != 1:
+        found = "more than one of them" if given else "none of them"
+        wanted = "one of --prompt, --messages and --ids"
+        refuse("generate", found, wanted, "give one of them, such as --prompt TEXT")
+    if image and ids is not None:
         refuse("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
+    if system is not None and prompt is None:
+        refuse("generate", "--system without --prompt", "both", "add --prompt TEXT")
     check_given(artefact, weights_from=weights_from)
     import moec
     from moec.artefact.artefact import open_artefact
+    from moec.runtime.inputs.chat import read_messages
     from moec.runtime.inputs.prompt import compose
     from moec.runtime.inputs.text import open_text
 
     stream: Any = None
     row, pixels = [], None
-    if prompt is None:
-        row = _numbers(ids or "")
+    if ids is not None:
+        row = _numbers(ids)
     else:
         opened = open_artefact(artefact, weights_from)
         text = open_text(opened)
-        composed = compose(text, opened.manifest.spec, prompt, image or (), chat)
+        said, tools = read_messages(messages) if messages else (prompt or "", None)
+        composed = compose(
+            text, opened.manifest.spec, said, image or (), chat, tools, system=system
+        )
         row, pixels = composed.input_ids, composed.pixel_values
         for note in composed.notes:
             error_line(f"note: {note}")
@@ -99,7 +119,7 @@ def generate(
         weights_from=weights_from,
         trust_engines=trust_engines,
     )
-    if prompt and not chat:
+    if prompt and not chat and system is None:
         write(prompt)
     session.generate(
         [row],

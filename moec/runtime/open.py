@@ -68,7 +68,9 @@ def open_session(
     if preset is not None:
         warnings.warn("preset is now session_options", DeprecationWarning, stacklevel=3)
         session_options = preset
-    path = Path(path)
+    # A session reads files later, too, when the program may have changed its working directory.
+    path = Path(path).absolute()
+    weights_from = None if weights_from is None else Path(weights_from).absolute()
     for name, given, known in (
         ("device", device, ("cpu", "cuda")),
         ("engine", engine, (None, *engines())),

@@ -23,8 +23,9 @@ OPTIONS = {
     "calibrate": "checkpoint --tokens --out --percentile",
     "validate": "artefact --tokens --seed --reduced --html --device --reference --eval "
     "--source --weights-from --json",
-    "generate": "artefact --prompt --ids --image --chat --max-new-tokens --temperature --top-k "
-    "--top-p --seed --engine --session-options --device --weights-from --trust-engines",
+    "generate": "artefact --prompt --ids --image --chat --system --messages --max-new-tokens "
+    "--temperature --top-k --top-p --seed --engine --session-options --device --weights-from "
+    "--trust-engines",
     "plan": "model --precision --context --batch --device --tiles --scheme --json",
     "inspect": "artefact --verify --weights-from --json",
     "bench": "artefact --batch --prompt-tokens --new-tokens --rounds --device "

@@ -1,5 +1,6 @@
 """Images in sessions: batches, pieces, generation, and what is refused before anything runs."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from moec.runtime.batching import PREFILL_CHUNK
 from moec.runtime.cache import new_cache
 from moec.runtime.session import TILES, Session
 from moec.spec.errors import MoecError
+from tests.conftest import ROOT
 
 IMAGE, TOKENS = 4, 4  # of the fixture: the image token's id, and tokens to a tile
 
@@ -191,3 +193,23 @@ def test_the_graph_itself_refuses_another_number_of_features(tiny_onnx: Path) ->
     for rows in (1, 3, 5):
         with pytest.raises(Exception, match="ScatterND"):
             run.run(["logits"], {**feeds, "image_features": np.ones((rows, 128), np.float32)})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", [None, "eager"])
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_a_session_outlives_a_change_of_the_working_directory(
+    target: str, engine: str | None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tower's weights are read when the first image comes."""
+    monkeypatch.chdir(tmp_path)
+    moec.export(tiny, target=target, out="art", weights="copy")
+    (tmp_path / "elsewhere").mkdir()
+    sessions = [moec.open_session("art", engine=engine)]
+    if engine:
+        shutil.copytree(tiny, "checkpoint")
+        sessions.append(moec.open_session("checkpoint"))
+    prompt = moec.encode("art", "x", [ROOT / "examples" / "astronaut.jpg"])
+    monkeypatch.chdir("elsewhere")
+    for session in sessions:
+        assert np.isfinite(session.logits([prompt.input_ids], prompt.pixel_values)).all()

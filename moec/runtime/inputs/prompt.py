@@ -1,8 +1,9 @@
 """Turn a prompt of text and images into token ids and image tiles."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import open_artefact
 from moec.artefact.manifest import NAME
+from moec.runtime.inputs.chat import Message, checked, guarded, split, texts
 from moec.runtime.inputs.image import read_image
 from moec.runtime.inputs.text import Text, open_text
 from moec.runtime.inputs.tiling import read_tiling, tile
@@ -23,6 +25,7 @@ Images = Source | Iterable[Source]
 #: special tokens of the published tokenizer; in a prompt, IMAGE also marks the place of an image
 START, IMAGE, PATCH, END = "<|image_start|>", "<|image|>", "<|patch|>", "<|image_end|>"
 COLUMN, ROW = "<|tile_x_separator|>", "<|tile_y_separator|>"
+IMAGE_TOKENS = (START, IMAGE, PATCH, END, COLUMN, ROW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,43 +45,61 @@ class Prompt:
 
 def encode(
     path: str | Path,
-    text: str,
+    text: str | Sequence[Message],
     images: Images = (),
     *,
     chat: bool = False,
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     weights_from: str | Path | None = None,
 ) -> Prompt:
     """Turn `text` and `images` into token ids and image tiles.
 
+    In a chat template, text of messages that spells a special token is text.
+
     Args:
         path: the folder of an artefact or of a checkpoint.
-        text: the prompt. `<|image|>` marks the place of each image; without marks, images come
-            first.
+        text: the prompt, or the messages of a conversation, [{"role": ..., "content": ...}], which
+            go into the checkpoint's chat template. In a prompt `<|image|>` marks the place of each
+            image; without marks, images come first. In messages a part {"type": "image"} does.
         images: one or several image files, their bytes, or Pillow images.
-        chat: put the text into the checkpoint's chat template, as a message of the user.
+        chat: put the prompt into the chat template, as a message of the user.
+        system: a system message before the prompt, which goes into the chat template then.
+        tools: the tools that the model may call, in the form that the chat template takes.
         weights_from: the folder of the weights, as in `open_session`.
 
     Raises:
-        MoecError: there is no tokenizer, or it has no image tokens; an image cannot be read; the
-            text marks another number of images; or the model has no vision tower for images.
+        MoecError: there is no tokenizer or chat template, or it has no image tokens; an image
+            cannot be read; the text marks another number of images; or the model has no vision
+            tower for images.
     """
     path = Path(path)
     if not (path / NAME).is_file() and (path / "config.json").is_file():
-        return compose(open_text(path), load_spec(path), text, images, chat)
+        return compose(open_text(path), load_spec(path), text, images, chat, tools, system)
     artefact = open_artefact(path, weights_from)
-    return compose(open_text(artefact), artefact.manifest.spec, text, images, chat)
+    return compose(open_text(artefact), artefact.manifest.spec, text, images, chat, tools, system)
 
 
 def compose(
-    words: Text, spec: ModelSpec, text: str, images: Images = (), chat: bool = False
+    words: Text,
+    spec: ModelSpec,
+    text: str | Sequence[Message],
+    images: Images = (),
+    chat: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    system: str | None = None,
 ) -> Prompt:
     """Like `encode`, with an open tokenizer and the model's spec."""
-    _check_unicode(text)
     images = [images] if isinstance(images, str | Path | bytes | Image) else list(images)
-    if images and IMAGE not in text:
-        text = IMAGE * len(images) + text
-    if chat:
-        text = words.render(text)
+    ids: Callable[[str], list[int]]
+    if isinstance(text, str):
+        _check_unicode(text)
+        if images and IMAGE not in text:
+            text = IMAGE * len(images) + text
+    if chat or system is not None or not isinstance(text, str):
+        text, ids = _filled(words, text, bool(images), tools, system)
+    else:
+        ids = words.encode
     marks = text.count(IMAGE)
     if marks != len(images):
         refuse(
@@ -88,7 +109,7 @@ def compose(
             "give as many images as the text marks",
         )
     if not images:
-        return Prompt(words.encode(text), None, (), ())
+        return Prompt(ids(text), None, (), ())
     if spec.vision is None:
         refuse(
             "images",
@@ -107,10 +128,10 @@ def compose(
     tiles, grids = zip(*(tile(read_image(image), tiling) for image in images), strict=True)
     first, *rest = text.split(IMAGE)
     shown = [layout(grid, spec.vision.tokens, tiled) for grid in grids]
-    ids = words.encode(first + "".join(map("".join, zip(shown, rest, strict=True))))
+    row = ids(first + "".join(map("".join, zip(shown, rest, strict=True))))
     pixels = torch.cat(tiles)
     assert spec.tokens.image is not None  # a spec with a vision tower has this token
-    found, expected = ids.count(spec.tokens.image), len(pixels) * spec.vision.tokens
+    found, expected = row.count(spec.tokens.image), len(pixels) * spec.vision.tokens
     if found != expected:
         more = found > expected
         refuse(
@@ -119,7 +140,33 @@ def compose(
             f"{expected} {PATCH} tokens, all of them from the images",
             f"leave {PATCH} out of the text" if more else "use a tokenizer that keeps them all",
         )
-    return Prompt(ids, pixels, grids, tuple(notes))
+    return Prompt(row, pixels, grids, tuple(notes))
+
+
+def _filled(
+    words: Text,
+    text: str | Sequence[Message],
+    images: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    system: str | None,
+) -> tuple[str, Callable[[str], list[int]]]:
+    """The chat template with `text` in it, and what turns such a text into token ids.
+
+    `IMAGE` in a prompt marks an image if there are `images`, and is text without them.
+    """
+    prompt = isinstance(text, str)
+    messages = checked([{"role": "user", "content": text}] if prompt else text)
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    for each in texts(messages):
+        _check_unicode(each)
+    special = words.tokenizer.special()
+    kept = [IMAGE] if prompt and images else []
+    messages, marker = guarded(messages, special, IMAGE_TOKENS, kept)
+    filled = words.render(messages, tools)
+    if not marker:
+        return filled, words.tokenizer.encode_filled
+    return filled, lambda text: words.tokenizer.encode_parts(split(text, special, marker))
 
 
 def _check_unicode(text: str) -> None:

@@ -1,12 +1,14 @@
 """Convert between text and tokens with the checkpoint's tokenizer and chat template."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from moec.artefact.artefact import Artefact
+from moec.runtime.inputs.chat import Message
 from moec.runtime.inputs.template import fill
 from moec.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
 from moec.spec.bounded.limits import TEMPLATE
@@ -22,14 +24,16 @@ _STREAMS = count()
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A tokenizer and its chat template.
+    """A tokenizer and its chat templates.
 
-    `template` is the source of the Jinja template, or None. `find` finds further files beside the
-    tokenizer.
+    `templates` are the sources of Jinja templates by name; a single one is "default". `special` is
+    the text of special tokens by the name that templates use, such as "bos_token". `find` finds
+    further files beside the tokenizer.
     """
 
     tokenizer: Tokenizer
-    template: str | None
+    templates: Mapping[str, str]
+    special: Mapping[str, str]
     find: Find
 
     def encode(self, prompt: str) -> list[int]:
@@ -40,20 +44,27 @@ class Text:
         """Whether `token` is in the vocabulary."""
         return self.tokenizer.token_to_id(token) is not None
 
-    def render(self, message: str) -> str:
-        """Put one message of the user into the chat template; return the text.
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """Put messages into the chat template, and return the text.
+
+        With `tools`, a template that is named "tool_use" comes first, as in transformers.
 
         Raises:
             MoecError: there is no chat template, or it cannot be filled: see `fill`.
         """
-        if self.template is None:
+        wanted = ("tool_use", "default") if tools else ("default",)
+        name = next((each for each in wanted if each in self.templates), None)
+        if name is None:
             refuse(
                 "--chat",
-                "no chat template in the checkpoint",
+                f"no chat template {' or '.join(wanted)} in the checkpoint"
+                + (f", but {', '.join(self.templates)}" if self.templates else ""),
                 "chat_template.jinja, chat_template.json or a template in tokenizer_config.json",
                 "leave --chat out; base models complete text",
             )
-        return fill(self.template, message)
+        return fill(self.templates[name], messages, self.special, tools)
 
     def stream(self) -> Generator[str, int, None]:
         """A coroutine that decodes a stream of tokens.
@@ -86,24 +97,46 @@ def open_text(source: Artefact | Path) -> Text:
             if isinstance(source, Path) or source.manifest.checkpoint is None or source.checkpoint
             else f"if you trust its checkpoint: --weights-from {source.manifest.checkpoint}",
         )
-    return Text(load_tokenizer(path), _template(find), find)
+    return Text(load_tokenizer(path), _templates(find), _special(find), find)
 
 
 def _beside(folder: Path, name: str) -> Path | None:
     return folder / name if (folder / name).is_file() else None
 
 
-def _template(find: Find) -> str | None:
+def _templates(find: Find) -> dict[str, str]:
     path = find("chat_template.jinja")
     if path:
         raw = read_bytes(path, TEMPLATE, "a chat template", "download the file again")
         try:
-            return raw.decode()
+            return {"default": raw.decode()}
         except UnicodeDecodeError as error:
             refuse(path, error, "a chat template in UTF-8", "download the file again")
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = find(name)
-        template = read_json(path).get("chat_template") if path else None
-        if isinstance(template, str):
-            return template
-    return None
+        found = read_json(path).get("chat_template") if path else None
+        if isinstance(found, str):
+            return {"default": found}
+        if isinstance(found, list):
+            named = {each.get("name"): each.get("template") for each in found if _is_named(each)}
+            if named:
+                return named
+    return {}
+
+
+def _is_named(each: object) -> bool:
+    return isinstance(each, dict) and all(
+        isinstance(each.get(key), str) for key in ("name", "template")
+    )
+
+
+def _special(find: Find) -> dict[str, str]:
+    """The fields NAME_token of the tokenizer's files; a token is its text, or has it as content."""
+    found = dict[str, str]()
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = find(name)
+        for key, token in (read_json(path) if path else {}).items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(text, str):
+                found[key] = text
+    return found

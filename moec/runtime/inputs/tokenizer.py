@@ -5,6 +5,7 @@ can double a text again and again, and expressions can take exponential time. Th
 of memory and time, and its end is an error message here.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,37 @@ class Tokenizer:
         Raises:
             MoecError: the text is no valid Unicode; or encoding it takes too much memory or time.
         """
+        return self._encoded("encode", text)
+
+    def encode_filled(self, text: str) -> list[int]:
+        """The token ids of `text`, a filled chat template, which has its special tokens in it.
+
+        Raises:
+            MoecError: as `encode`.
+        """
+        return self._encoded("encode_filled", text)
+
+    def encode_parts(self, parts: list[tuple[bool, str]]) -> list[int]:
+        """The token ids of parts of a text: (is a special token, text).
+
+        Text that spells a special token is text.
+
+        Raises:
+            MoecError: as `encode`.
+        """
+        return self._encoded("encode_parts", json.dumps(parts, ensure_ascii=False))
+
+    def special(self) -> list[str]:
+        """The text of each special token."""
+        found: list[str] = self._ask("special", b"", "list its special tokens")
+        return found
+
+    def _encoded(self, name: str, text: str) -> list[int]:
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             refuse("prompt", error, "text without lone surrogates", "correct the prompt")
-        ids: list[int] = self._ask("encode", data, "encode the text", len(data) // _RATE)
+        ids: list[int] = self._ask(name, data, "encode the text", len(data) // _RATE)
         return ids
 
     def token_to_id(self, token: str) -> int | None:

@@ -1,5 +1,6 @@
 """What the child process of a tokenizer runs: it holds one tokenizer, and its streams."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,8 +52,47 @@ def _with_tokenizer(call: Callable[[Tokenizer], Any], where: str) -> tuple[Any, 
 
 
 def encode(data: bytes, where: str) -> tuple[Any, bytes]:
-    """The ids of the text `data`."""
+    """The ids of the text `data`, with those that the post-processor adds."""
     return _with_tokenizer(lambda held: list(held.encode(data.decode()).ids), where)
+
+
+def encode_parts(data: bytes, where: str) -> tuple[Any, bytes]:
+    """The ids of the parts [is a special token, text] that `data` holds as JSON.
+
+    Special tokens in the text of other parts are text. The post-processor adds nothing.
+    """
+
+    def ids(held: Tokenizer) -> list[int]:
+        found = list[Any]()
+        held.encode_special_tokens = True  # as text, says the library
+        try:
+            for token, text in json.loads(data):
+                if token:
+                    found.append(held.token_to_id(text))
+                else:
+                    found += held.encode(text, add_special_tokens=False).ids
+        finally:
+            held.encode_special_tokens = False
+        return found
+
+    return _with_tokenizer(ids, where)
+
+
+def encode_filled(data: bytes, where: str) -> tuple[Any, bytes]:
+    """The ids of the text `data`, a filled template: the post-processor adds nothing."""
+    return _with_tokenizer(
+        lambda held: list(held.encode(data.decode(), add_special_tokens=False).ids), where
+    )
+
+
+def special(_: bytes, where: str) -> tuple[Any, bytes]:
+    """The text of each special token."""
+    return _with_tokenizer(
+        lambda held: [
+            each.content for each in held.get_added_tokens_decoder().values() if each.special
+        ],
+        where,
+    )
 
 
 def token_to_id(data: bytes, where: str) -> tuple[Any, bytes]:

@@ -111,18 +111,21 @@ TEMPLATES = {
 }
 
 
+HELLO = [{"role": "user", "content": "hello"}]
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_template_without_end_is_refused(case: str) -> None:
     with within_a_gigabyte():
-        refusal(lambda: fill(TEMPLATES[case], "hello"), "--chat")
+        refusal(lambda: fill(TEMPLATES[case], HELLO), "--chat")
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_template_of_one_message_is_filled_after_others_broke() -> None:
-    refusal(lambda: fill("{{ 9 ** (9 ** 9) }}", "x"), "--chat")
+    refusal(lambda: fill("{{ 9 ** (9 ** 9) }}", HELLO), "--chat")
     template = "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}é{% endfor %}"
-    assert fill(template, "hello\ud800".replace("\ud800", "")) == "<user>helloé"
+    assert fill(template, HELLO) == "<user>helloé"
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -230,5 +233,5 @@ def test_columns_first_and_other_byte_orders_are_read(tmp_path: Path) -> None:
 def test_ten_seconds_are_enough_for_any_refusal() -> None:
     """The limit is processor time, so that a busy machine refuses nothing that it should read."""
     before = time.process_time()
-    refusal(lambda: fill(TEMPLATES["a loop"], "x"), "8 s")
+    refusal(lambda: fill(TEMPLATES["a loop"], HELLO), "8 s")
     assert time.process_time() - before < 10

@@ -162,7 +162,7 @@ def test_chat_keeps_the_images(tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     (weights / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     found = moec.encode(path, "this", [_image(20, 20)], chat=True)
-    assert found.input_ids == [0, 14, 4, 6, 3, 3, 3, 3, 5, 12, 15]
+    assert found.input_ids == [14, 4, 6, 3, 3, 3, 3, 5, 12, 15]  # the template has no BOS
     (weights / "tokenizer_config.json").write_text(json.dumps({"chat_template": "that"}))
     with pytest.raises(MoecError, match="0 <"):
         moec.encode(path, "this", [_image(20, 20)], chat=True)

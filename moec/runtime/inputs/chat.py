@@ -1,0 +1,157 @@
+"""Messages of a conversation, and text in them that spells a special token.
+
+A chat template makes one text of its own special tokens and of what people wrote. If somebody
+writes "<|eot|>", the tokenizer would take it for the token, and a message could pretend to be the
+system's. So `guarded` breaks such text with a marker, and `split` tells both apart again.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moec.spec.bounded.limits import JSON
+from moec.spec.bounded.read import parse_json, read_bytes
+from moec.spec.errors import refuse
+
+Message = Mapping[str, Any]
+#: characters that Unicode keeps free for such uses; the first that no message has is the marker
+_MARKERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+#: whose text may have special tokens: the model wrote it
+_MODEL = "assistant"
+
+
+def checked(messages: object, where: str = "messages") -> list[dict[str, Any]]:
+    """Messages as a list of dicts, each with a "role", and with a "content" or tool calls.
+
+    A content is text, or a list of parts such as {"type": "text", "text": ...} and
+    {"type": "image"}.
+
+    Raises:
+        MoecError: names the first message that is none.
+    """
+    expected = 'a list of {"role": ..., "content": ...}, the content a text or a list of parts'
+    if not isinstance(messages, list | tuple) or not messages:
+        _refuse(where, messages, expected)
+    for number, message in enumerate(messages):
+        at = f"{where}[{number}]"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            _refuse(at, message, expected)
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        if not isinstance(content, str | list | None) or not all(
+            isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in parts
+        ):
+            _refuse(f"{at}.content", content, expected)
+        if content is None and not message.get("tool_calls"):
+            _refuse(at, message, expected)
+    return [dict(message) for message in messages]
+
+
+def read_messages(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Read messages and tools from a JSON file: a list of messages, or an object with both.
+
+    Raises:
+        MoecError: the file cannot be read, is too large, or holds something else.
+    """
+    again = "correct the file"
+    found = parse_json(read_bytes(path, JSON.bytes, "a file of messages", again), path, JSON, again)
+    if not isinstance(found, dict):
+        return checked(found, str(path)), None
+    tools = found.get("tools")
+    if set(found) - {"messages", "tools"} or not isinstance(tools, list | None):
+        _refuse(str(path), found, 'a list of messages, or {"messages": [...], "tools": [...]}')
+    return checked(found.get("messages"), f"{path}: messages"), tools
+
+
+def _refuse(where: str, found: object, expected: str) -> NoReturn:
+    refuse(where, repr(found)[:200], expected, "correct the messages")
+
+
+def guarded(
+    messages: Sequence[Message],
+    special: Iterable[str],
+    nobodys: Iterable[str] = (),
+    kept: Iterable[str] = (),
+) -> tuple[list[dict[str, Any]], str]:
+    """Break special tokens in the text of all but the model; return the messages and the marker.
+
+    Tokens `nobodys` are broken in text of the model too; `kept` stay as they are. The marker is ""
+    if there was nothing to break.
+
+    Raises:
+        MoecError: the messages hold all characters that could be the marker.
+    """
+    text = "".join(texts(messages))
+    marker = next((each for each in _MARKERS if each not in text), None)
+    if marker is None:
+        refuse("messages", "all of U+FDD0 to U+FDEF", "text without them", "correct the messages")
+    breaks = {
+        True: _breaks(set(nobodys) - set(kept), marker),
+        False: _breaks({*special, *nobodys} - set(kept), marker),
+    }
+    found = [
+        {key: _each(each[key], breaks[each["role"] == _MODEL]) for key in each} for each in messages
+    ]
+    return found, marker if found != [dict(each) for each in messages] else ""
+
+
+def split(text: str, special: Iterable[str], marker: str) -> list[tuple[bool, str]]:
+    """The special tokens in a filled template, and the text between them: (is a token, text)."""
+    tokens = sorted(special, key=len, reverse=True)
+    if not tokens:
+        return [(False, text.replace(marker, ""))]
+    parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+    found = [(index % 2 == 1, part.replace(marker, "")) for index, part in enumerate(parts)]
+    return [(token, part) for token, part in found if part]
+
+
+def texts(value: object) -> Iterator[str]:
+    """All text in a value that JSON can hold."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from texts(each)
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with all text in it changed, but for the names of keys."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each(inner, change) for inner in value]
+    return value
+
+
+def _breaks(special: Iterable[str], marker: str) -> Callable[[str], str]:
+    """A function that puts `marker` into each special token of a text.
+
+    Also into the end of a token at the start of the text, and into the start of a token at its end:
+    the template could complete it. A token of one character cannot be broken.
+    """
+    tokens = sorted((each for each in special if len(each) > 1), key=len, reverse=True)
+    if not tokens:
+        return lambda text: text
+    whole = re.compile("|".join(map(re.escape, tokens)))
+    starts = {each[:size] for each in tokens for size in range(2, len(each))}
+    ends = {each[-size:] for each in tokens for size in range(2, len(each))}
+    sizes = range(2, len(tokens[0]))
+
+    def change(text: str) -> str:
+        text = whole.sub(lambda found: found[0][0] + marker + found[0][1:], text)
+        bare = text.lstrip()
+        if any(bare[:size] in ends for size in sizes):
+            at = len(text) - len(bare) + 1
+            text = text[:at] + marker + text[at:]
+        bare = text.rstrip()
+        if any(bare[-size:] in starts for size in sizes):
+            at = len(bare) - 1
+            text = text[:at] + marker + text[at:]
+        return text
+
+    return change

@@ -210,7 +210,7 @@ def _generate_ms(session: Session, ids: Tensor, count: int) -> float:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        session.generate(ids, max_new_tokens=count, stop=())
+        session.generate(ids, max_new_tokens=count, temperature=0.0, stop=())
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
 

@@ -37,8 +37,12 @@ def generate(
         int, typer.Option(min=1, help="The most tokens to add to the prompt.")
     ] = 64,
     temperature: Annotated[
-        float, typer.Option(help="The sampling temperature; 0 takes the likeliest token.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="The sampling temperature; 0 takes the likeliest token. Default: as the "
+            "checkpoint's generation_config.json says."
+        ),
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Sample from the k likeliest tokens only.")
     ] = None,

@@ -25,7 +25,7 @@ from moec.exporters.static_scales import scales_for
 from moec.exporters.write import versions, write_artefact
 from moec.spec.calibration import Calibration
 from moec.spec.errors import MoecError, refuse
-from moec.spec.files import diff, load_spec
+from moec.spec.files import load_spec, other_model
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.weights.checkpoint import Checkpoint
@@ -231,7 +231,7 @@ def bind(
             wanted = wanted.model_copy(update={"scheme": None})
         elif spec.scheme and wanted.scheme and not wanted.scheme.cache:
             spec = in_precision(spec, "fp8", None, "wide")
-        odd = [row for row in diff(spec, wanted) if row[0] != "provenance"]
+        odd = other_model(spec, wanted)
         if odd:
             field_path, found, expected = odd[0]
             refuse(
@@ -241,6 +241,8 @@ def bind(
                 f"moec build --checkpoint {checkpoint}",
             )
         constants = scales_for(built.manifest.spec, mode, scales, read.folder)
+        own = {"tokens": spec.tokens, "sampling": spec.sampling}  # the checkpoint's
+        bound_spec = built.manifest.spec.model_copy(update=own)
         options = built.manifest.options
         stays = bool(built.manifest.engines) and options is not None and options.bindings == "all"
         compiler = builder.compiler
@@ -251,7 +253,7 @@ def bind(
     art = write_artefact(
         path,
         models,
-        built.manifest,
+        built.manifest.model_copy(update={"spec": bound_spec}),
         read,
         entries,
         mode,

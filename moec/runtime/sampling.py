@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moec.spec.errors import refuse
+from moec.spec.model import Sampling
 
 #: A smaller temperature gives the same tokens, but quotients that float64 does not hold.
 _COLDEST = 1e-200
@@ -56,6 +57,20 @@ def _is(kind: type, value: Any, least: float, most: float) -> bool:
     """Whether `value` is a number of `kind`, from `least` to `most`. NaN is in no range."""
     known: Any = value
     return isinstance(value, kind) and not isinstance(value, bool) and least <= known <= most
+
+
+def default_sampling(
+    asked: Sampling | None, top_k: int | None, top_p: float | None
+) -> tuple[float, int | None, float | None]:
+    """Temperature, top_k and top_p where the caller gives no temperature.
+
+    `asked` is what the checkpoint asks for, if anything; own limits replace its own.
+    """
+    if asked is None:
+        return 0.0, top_k, top_p
+    if top_k is None and top_p is None:
+        return asked.temperature, asked.top_k, asked.top_p
+    return asked.temperature, top_k, top_p
 
 
 def check_sampling(

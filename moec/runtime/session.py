@@ -16,7 +16,7 @@ from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.engines.gpu import on_host
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
-from moec.runtime.sampling import check_sampling, sample
+from moec.runtime.sampling import check_sampling, default_sampling, sample
 from moec.spec import names
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
@@ -262,7 +262,7 @@ class Session:
         max_new_tokens: int = 64,
         *,
         lengths: Ids | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -278,7 +278,7 @@ class Session:
         max_new_tokens: int = 64,
         *,
         lengths: Ids | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -293,7 +293,7 @@ class Session:
         max_new_tokens: int = 64,
         *,
         lengths: Ids | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -309,7 +309,9 @@ class Session:
             pixel_values: the prompts' image tiles, as in `logits`.
             max_new_tokens: the most tokens to add to each sequence.
             lengths: the tokens of each sequence, if they differ.
-            temperature: the sampling temperature; 0 takes the likeliest token (greedy).
+            temperature: the sampling temperature; 0 takes the likeliest token (greedy). Default:
+                what the checkpoint's generation_config.json asks for, with its `top_k` and `top_p`
+                unless one of them is given; greedy if it asks for nothing.
             top_k: sample from the k likeliest tokens only.
             top_p: sample from the likeliest tokens that reach this probability only.
             seed: the seed of the sampling.
@@ -319,6 +321,8 @@ class Session:
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
+        if temperature is None:
+            temperature, top_k, top_p = default_sampling(self.spec.sampling, top_k, top_p)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)

@@ -109,6 +109,18 @@ def diff(left: ModelSpec, right: ModelSpec) -> list[tuple[str, Any, Any]]:
     ]
 
 
+#: fields that do not change what a model computes
+_APART = ("provenance", "sampling", "tokens.bos", "tokens.eos", "tokens.pad")
+
+
+def other_model(found: ModelSpec, wanted: ModelSpec, *apart: str) -> list[tuple[str, Any, Any]]:
+    """List the fields in which another model differs, as `diff` does.
+
+    Name, origin, end tokens and sampling may differ, and fields that start with one of `apart`.
+    """
+    return [row for row in diff(found, wanted) if not row[0].startswith((*_APART, *apart))]
+
+
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:
     """The leaves of nested dicts, by their dotted path."""
     if not isinstance(value, dict):

@@ -269,12 +269,21 @@ class Tokens(Frozen):
         return next((t for t in (self.pad, *self.eos) if t is not None), 0)
 
 
+class Sampling(Frozen):
+    """How a checkpoint wants its tokens sampled, as `Session.generate` takes it."""
+
+    temperature: float = Field(default=1.0, gt=0, le=1e6)
+    top_k: int | None = Field(default=None, ge=1, le=limits.VOCAB)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+
+
 class ModelSpec(Frozen):
     """A whole model.
 
     `provenance` says how far to trust the sizes. "released" ones come from a published config.json,
     "estimated" ones are a guess of ours, "custom" ones come from the user. With a `scheme` some
-    weights are stored as FP8; `dtype` is the type of the others.
+    weights are stored as FP8; `dtype` is the type of the others. `sampling` is what generation does
+    by default; None: it takes the likeliest token.
     """
 
     name: Name
@@ -285,6 +294,7 @@ class ModelSpec(Frozen):
     text: TextSpec
     vision: VisionSpec | None = None
     tokens: Tokens = Tokens()
+    sampling: Sampling | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,5 +1,6 @@
 """Match the tensors of a checkpoint with those of a spec, one to one."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -42,8 +43,16 @@ def read_model(
         MoecError: something is wrong with config.json, the index, a shard or a tensor.
     """
     spec, checkpoint = load_spec(folder), read_checkpoint(folder, named)
-    spec = _with_scales(spec, checkpoint)
+    spec = _with_scales(_with_dtype(spec, checkpoint), checkpoint)
     return spec, checkpoint, match(spec, checkpoint)
+
+
+def _with_dtype(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """`spec` with the type that most wide weights have: config.json may name another, or none."""
+    wide = [each for each in checkpoint_tensors(spec) if each.dtype == spec.dtype]
+    stored = (checkpoint.tensors.get(each.key) for each in wide if not is_scale(each.name))
+    found = Counter(each.dtype for each in stored if each and each.dtype in get_args(DType))
+    return spec.model_copy(update={"dtype": found.most_common(1)[0][0]}) if found else spec
 
 
 def _with_scales(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
@@ -83,7 +92,9 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 f"{entry.dtype} {list(entry.shape)}",
                 f"{row.dtype} {list(row.shape)}, "
                 + (
-                    "because all scales have one type" if is_scale(row.name) else "from config.json"
+                    "because all scales have one type"
+                    if is_scale(row.name)
+                    else "the shape from config.json, the type of most weights"
                 ),
                 "compare config.json with the weights: they are not of one model",
             )

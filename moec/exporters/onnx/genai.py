@@ -44,7 +44,7 @@ def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> di
     The type is "decoder" with shared buffers, because genai has no type for Llama 4. `entries` are
     session options of ONNX Runtime.
     """
-    text, tokens = spec.text, spec.tokens
+    text, tokens, sampling = spec.text, spec.tokens, spec.sampling
     pad = tokens.padding
     return {
         "model": {
@@ -80,7 +80,8 @@ def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> di
             },
         },
         "search": {
-            "do_sample": False,
+            "do_sample": sampling is not None,
+            **(sampling.model_dump(exclude_none=True) if sampling else {}),
             "max_length": min(text.max_positions, CONTEXT),
             "past_present_share_buffer": True,
         },

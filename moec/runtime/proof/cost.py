@@ -16,7 +16,7 @@ from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.runtime.session import Session
 from moec.spec import names
 from moec.spec.errors import refuse
-from moec.spec.files import diff
+from moec.spec.files import other_model
 from moec.weights.name_map import read_model
 
 #: the number of sequences that the reference generates if the user gives none, and their length
@@ -91,7 +91,7 @@ def cost(
             "--reference DIR",
         )
     wanted = artefact.manifest.spec.model_copy(update={"scheme": None})
-    odd = [row for row in diff(spec, wanted) if row[0] not in ("provenance", "dtype")]
+    odd = other_model(spec, wanted, "dtype")
     if odd:
         refuse(
             f"--reference {folder}: {odd[0][0]}",

@@ -16,7 +16,7 @@ from moec.graph_builder import ops
 from moec.runtime.proof.report import Check
 from moec.spec import names
 from moec.spec.errors import refuse
-from moec.spec.files import diff
+from moec.spec.files import other_model
 from moec.weights.arrange import arrange, unpack
 from moec.weights.name_map import read_model
 from moec.weights.packing import Packing
@@ -49,7 +49,7 @@ def read_source(artefact: Artefact, folder: Path) -> dict[str, TensorEntry]:
     wanted = artefact.manifest.spec
     if not spec.scheme or (wanted.scheme and not wanted.scheme.cache):
         wanted = wanted.model_copy(update={"scheme": spec.scheme})
-    odd = [row for row in diff(spec, wanted) if not row[0].startswith(("provenance", "scheme"))]
+    odd = other_model(spec, wanted, "scheme")
     if odd:
         refuse(
             f"--source {folder}: {odd[0][0]}",

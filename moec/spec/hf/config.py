@@ -13,6 +13,7 @@ from moec.spec.bounded import limits
 from moec.spec.data import DType, dtypes
 from moec.spec.errors import refuse
 from moec.spec.fields import REQUIRED, Fields, read_json, shown
+from moec.spec.hf.generation import with_generation
 from moec.spec.hf.quantization import read_scheme
 from moec.spec.model import (
     Experts,
@@ -109,6 +110,7 @@ def read_config(path: Path) -> ModelSpec:
 
 
 def _with_scheme(spec: ModelSpec, quantization: object, path: Path) -> ModelSpec:
+    spec = with_generation(spec, path.with_name("generation_config.json"))
     return spec.model_copy(update={"scheme": read_scheme(quantization, path, spec)})
 
 
@@ -261,6 +263,7 @@ def _vision(at: Fields) -> VisionSpec:
 
 
 def _dtype(top: Fields, text: Fields) -> DType:
+    """The type that the config names, or bf16; the weights' own headers have the last word."""
     found = [
         value
         for fields in (top, text)
@@ -268,7 +271,7 @@ def _dtype(top: Fields, text: Fields) -> DType:
         if (value := fields.take(key, str, default=None)) is not None
     ]
     if not found:
-        raise top.error("torch_dtype", "no such field", " or ".join(DTYPES))
+        return "bf16"
     if len(set(found)) > 1 or found[0] not in DTYPES:
         raise top.error("torch_dtype", shown(found), f"one of {', '.join(DTYPES)}")
     return DTYPES[found[0]]

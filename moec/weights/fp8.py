@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from moec.spec.scheme import LARGEST
 
+#: which elements share a scale, by what a packing says; "channel" depends on the weight
+ALONG = {"tensor": "all", "expert": "all", "block": "block"}
 #: elements that are worked on at once
 STEP = 1 << 18
 #: for each type of weights, the integer type of the same width, and a mask without the sign bit

@@ -199,9 +199,7 @@ def _write_fp8(weight: _Weight, pool: ThreadPoolExecutor, beside: Executor) -> I
     """
     packing, entry = weight.packing, weight.entry
     block, stacked = packing.block, len(entry.shape) == 3
-    along = {"tensor": "all", "expert": "all", "block": "block"}.get(
-        packing.fp8 or "", "column" if stacked else "row"
-    )
+    along = fp8.ALONG.get(packing.fp8 or "") or ("column" if stacked else "row")
     count = entry.shape[0] if stacked else 1
     elements, dtype = math.prod(entry.shape) // count, STORED[entry.dtype]
     step = max(1, GROUP_BYTES // (entry.nbytes // count))

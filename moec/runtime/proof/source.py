@@ -2,7 +2,7 @@
 
 The other checks of a proof run the engine and the reference on the artefact's own weights. So they
 cannot see an expert that was packed wrongly. Here each row of each weight is compared with the
-checkpoint's: as bytes where nothing was quantised, else within the error of the quantisation.
+checkpoint's, byte by byte; a quantised one with what moec makes of the checkpoint's row.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,35 +12,29 @@ import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
-from moec.graph_builder import ops
+from moec.runtime.open import eager_session
 from moec.runtime.proof.report import Check
 from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.files import other_model
-from moec.weights.arrange import arrange, unpack
+from moec.spec.model import ModelSpec
+from moec.spec.scheme import SCHEMES
+from moec.weights import fp8
+from moec.weights.arrange import arrange, store
 from moec.weights.name_map import read_model
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
-from moec.weights.view import TORCH_DTYPES, view
+from moec.weights.view import STORED, view
 
 #: the weights that belong to no layer of the decoder
 OTHER = "other"
-#: the largest error of an integer, in scales: half a step, a step where the largest value of either
-#: sign is in one block, and the rounding of the scale itself
-STEPS = 1.3
-#: the largest relative error of an E4M3 value, with the rounding of its scale, and the largest
-#: error of values below the normal ones, as a share of the matrix's largest value
-FP8_ERROR, FP8_LEAST = 0.07, 2.0**-17
-#: The largest mean error of a matrix, and the largest root of the mean square: in steps of
-#: integers, and relative for E4M3. Rounding to the nearest gives 0 and 0.29, and 0 and 0.026;
-#: truncation has twice the spread. Smaller matrices than `ENOUGH` elements are left out.
-STEP_ERRORS, FP8_ERRORS, ENOUGH = (0.1, 0.4), (0.01, 0.036), 1024
-#: E4M3 values below this share of the largest may be below the normal ones
-NORMAL = 2.0**-12
+#: the largest difference of logits that quantisation to FP8 may make, relative and over all tokens.
+#: The schemes of `SCHEMES` make 0.03 to 0.11 on tiny-scout.
+WIDE = 0.25
 
 
-def read_source(artefact: Artefact, folder: Path) -> dict[str, TensorEntry]:
-    """The tensors of the checkpoint in `folder`, by our name.
+def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, TensorEntry]]:
+    """The spec of the checkpoint in `folder`, and its tensors by our name.
 
     Raises:
         MoecError: the folder holds no checkpoint, or one of another model.
@@ -49,7 +43,7 @@ def read_source(artefact: Artefact, folder: Path) -> dict[str, TensorEntry]:
     wanted = artefact.manifest.spec
     if not spec.scheme or (wanted.scheme and not wanted.scheme.cache):
         wanted = wanted.model_copy(update={"scheme": spec.scheme})
-    odd = other_model(spec, wanted, "scheme")
+    odd = other_model(spec, wanted, "scheme")  # `schemes` compares that
     if odd:
         refuse(
             f"--source {folder}: {odd[0][0]}",
@@ -57,7 +51,7 @@ def read_source(artefact: Artefact, folder: Path) -> dict[str, TensorEntry]:
             f"{odd[0][2]}, as in {artefact.path}",
             "name the checkpoint of the same model",
         )
-    return entries
+    return spec, entries
 
 
 def quantises(artefact: Artefact) -> bool:
@@ -119,10 +113,16 @@ def _wrong(
         return
     right, found = view(source), [view(part) for part in parts]
     many = right.dim() == 3
+    along = fp8.ALONG.get(packing.fp8 or "") if packing else None
+    along = along or ("column" if many else "row")
+    largest = None  # magnitude of a stack whose matrices share a scale
+    if many and packing and packing.fp8 == "tensor":
+        largest = fp8.magnitudes(right.flatten(0, 1), "all", packing.block)
     for expert in range(len(right)) if many else (None,):
         matrix = right if expert is None else right[expert]
         mine = found if expert is None else [_of(each, expert, right) for each in found]
-        off = _wrong_rows(matrix, mine, packing, many)
+        wanted = _packed(packing, matrix, along, largest) if packing else (matrix,)
+        off = _wrong_rows(wanted, mine)
         if bool(off.any()):
             place = name if expert is None else names.expert_of(name, expert)
             first = int(off.nonzero()[0, 0])
@@ -140,50 +140,77 @@ def _of(part: Tensor, expert: int, like: Tensor) -> Tensor:
     return part[expert] if part.dim() and len(part) == len(like) else part
 
 
-def _wrong_rows(
-    right: Tensor, found: list[Tensor], packing: Packing | None, expert: bool
-) -> Tensor:
-    """Which rows of a matrix (or elements of a vector) are wrong: bool [rows], as stored."""
-    if packing is None or not (packing.bits or packing.fp8):
-        wanted = right if packing is None else arrange(packing, right)
-        wanted = wanted if packing is None else wanted.to(TORCH_DTYPES[packing.dtype])
-        rows = len(wanted) if wanted.dim() else 1
-        left, right = (x.contiguous().view(-1).view(torch.uint8) for x in (wanted, found[0]))
-        return (left != right).view(rows, -1).any(1)
-    wide = right.float()
-    if packing.fp8:
-        codes = found[0] if packing.arrange == "rows" else found[0].t()
-        axis = 1 if expert else 0
-        value = ops.dequantize.eager(codes, found[1], axis, packing.block, "fp32")
-        bound = FP8_ERROR * wide.abs() + FP8_LEAST * wide.abs().amax()
-        error = value - wide
-        normal = wide.abs() > NORMAL * wide.abs().amax()
-        wrong = _badly_rounded(error[normal] / wide[normal], FP8_ERRORS)
-        return _too_far(error, bound) | wrong
-    value = arrange(packing, unpack(packing, tuple(found))[..., : wide.shape[-1]])
-    wide, block = arrange(packing, wide), packing.block
-    padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % block))
-    blocks = torch.unflatten(padded, 1, (-1, block))
-    assert packing.bits
-    scale = blocks.abs().amax(2) / (1 << (packing.bits - 1))
-    steps = scale.repeat_interleave(block, 1)[:, : wide.shape[1]]
-    error = value - wide
-    # A scale may be negative. What rounds is the integer, so the error counts in its direction.
-    signs = found[1].float().sign().repeat_interleave(block, 1)[:, : wide.shape[1]]
-    in_steps = signs * error / steps.clamp(min=1e-30)
-    return _too_far(error, STEPS * steps) | _badly_rounded(in_steps, STEP_ERRORS)
+def _wrong_rows(wanted: tuple[Tensor, ...], found: list[Tensor]) -> Tensor:
+    """The rows of a matrix (or the elements of a vector) with a wrong byte: bool [rows], as stored.
+
+    `wanted` and `found` are the tensors that hold it. A scale of several rows makes all of them
+    wrong.
+    """
+    rows = len(wanted[0]) if wanted[0].dim() else 1
+    off = torch.zeros(rows, dtype=torch.bool)
+    for right, mine in zip(wanted, found, strict=True):
+        left, other = (x.contiguous().view(-1).view(torch.uint8) for x in (right, mine))
+        differs = left != other
+        off |= differs.view(rows, -1).any(1) if right.numel() % rows == 0 else differs.any()
+    return off
 
 
-def _too_far(error: Tensor, bound: Tensor) -> Tensor:
-    """The rows [n] in which an element of `error` [n, m] is above `bound`; NaN is."""
-    within: Tensor = error.abs() <= bound
-    return ~within.all(1)
+def _packed(
+    packing: Packing, matrix: Tensor, along: str, largest: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What moec stores for a matrix: the same arithmetic as when it packs, so the same bytes.
+
+    `along` says which elements share an FP8 scale, as in `fp8.magnitudes`, and `largest` is their
+    largest magnitude if they are more than the matrix.
+    """
+    if not packing.fp8:
+        return store(packing, arrange(packing, matrix))
+    size = fp8.magnitudes(matrix, along, packing.block) if largest is None else largest
+    scales = fp8.scales(size, STORED[packing.dtype])
+    values = torch.empty(matrix.shape, dtype=STORED["fp8"])
+    fp8.quantise(matrix, scales.float(), along, packing.block, values)
+    return arrange(packing, values), scales
 
 
-def _badly_rounded(error: Tensor, most: tuple[float, float]) -> bool:
-    """Whether the elements of a matrix were not rounded to the nearest: see `STEP_ERRORS`."""
-    mean, spread = float(error.mean().abs()), float(error.square().mean().sqrt())
-    return error.numel() >= ENOUGH and not (mean <= most[0] and spread <= most[1])
+def schemes(artefact: Artefact, source: ModelSpec) -> Iterator[Check]:
+    """Compare the FP8 scheme with that of the checkpoint, or with moec's own of the same name.
+
+    A scheme that somebody wrote has nothing to be compared with; `against_wide` measures it.
+    """
+    mine = artefact.manifest.spec.scheme
+    if mine is None:
+        return
+    right = source.scheme or SCHEMES.get(mine.name)
+    if right is None:
+        return
+    free: dict[str, object] = {"cache": mine.cache, "scales": mine.scales}
+    if source.scheme is None:
+        free["layout"] = mine.layout
+    wanted, found = right.model_copy(update=free).model_dump(), mine.model_dump()
+    odd = [key for key in wanted if wanted[key] != found[key]]
+    detail = f"{odd[0]} is {found[odd[0]]}, not {wanted[odd[0]]}"[:200] if odd else mine.name
+    yield Check("FP8 scheme", "agreement", 0.0 if odd else 1.0, 1.0, detail)
+
+
+def against_wide(
+    artefact: Artefact,
+    source: ModelSpec,
+    entries: Mapping[str, TensorEntry],
+    ids: Tensor,
+    lengths: Tensor,
+    logits: Tensor,
+) -> Iterator[Check]:
+    """Compare the engine's `logits` of ids [B, S] with those of the checkpoint's wide weights.
+
+    The other checks follow the artefact's own static scales and its scheme. Only this one sees
+    that they are far off. It has a loose limit, because FP8 itself costs something.
+    """
+    if artefact.manifest.spec.scheme is None or source.scheme is not None:
+        return
+    expected = eager_session(source, entries, "fp32").trace(ids, lengths, [])["logits"]
+    off = float((logits - expected).norm() / expected.norm())
+    detail = "the checkpoint's wide weights"
+    yield Check("logits, what FP8 changes", "error", off, WIDE, detail)
 
 
 def covered(artefact: Artefact, source: Mapping[str, TensorEntry]) -> bool:

@@ -34,10 +34,17 @@ from moec.runtime.proof.reduced import (
     reduced_spec,
 )
 from moec.runtime.proof.report import Check, Report
-from moec.runtime.proof.source import covered, read_source, weights_against_source
+from moec.runtime.proof.source import (
+    against_wide,
+    covered,
+    read_source,
+    schemes,
+    weights_against_source,
+)
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec import names
 from moec.spec.errors import MoecError, refuse
+from moec.spec.model import ModelSpec
 from moec.spec.tensors import quantized
 from moec.weights.shard import TensorEntry
 
@@ -149,8 +156,8 @@ def validate(
 
 def _source(
     artefact: Artefact, folder: str | Path | None, notes: list[str]
-) -> Mapping[str, TensorEntry]:
-    """The tensors of the checkpoint to compare with, by name; none if no folder is known."""
+) -> tuple[ModelSpec, Mapping[str, TensorEntry]] | None:
+    """The spec and the tensors of the checkpoint to compare with; None if no folder is known."""
     if folder is not None:
         return read_source(artefact, Path(folder))
     known = artefact.checkpoint
@@ -168,7 +175,7 @@ def _source(
         f"The weights were not compared with a checkpoint ({found}): a wrong expert in them would "
         "not be found. Use --source DIR."
     )
-    return {}
+    return None
 
 
 def _prove(
@@ -186,7 +193,8 @@ def _prove(
     # check of its own measures the error that fast products add.
     exact = EXACT in manifest.presets
     notes = list[str]()
-    original = {} if twin else _source(artefact, source, notes)
+    known = None if twin else _source(artefact, source, notes)
+    original = known[1] if known else {}
     tested = ArtefactUnderTest(
         artefact,
         device,
@@ -246,8 +254,15 @@ def _prove(
             report.notes.append(
                 f"No image was placed in the text: {longest} tokens are too few; use --tokens."
             )
-    if original:
+    if known:
+        spec = known[0]
         stages.insert(0, ("weights", lambda: weights_against_source(artefact, original)))
+        stages.insert(0, ("scheme", lambda: schemes(artefact, spec)))
+        wide = (
+            "wide weights",
+            lambda: against_wide(artefact, *known, ids, lengths, traced["logits"]),
+        )
+        stages.append(wide)
     if exact:
         stages.append(("fast products", lambda: fast_products(tested, ids, lengths)))
     if not twin:

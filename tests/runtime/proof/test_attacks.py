@@ -13,11 +13,18 @@ import torch
 
 import moec
 from moec.artefact.artefact import open_artefact, write_manifest
-from moec.runtime.proof.source import read_source, weights_against_source
+from moec.runtime.proof.source import (
+    against_wide,
+    read_source,
+    schemes,
+    weights_against_source,
+)
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
+from moec.spec.scheme import SCHEMES
 from moec.weights.random import write_random_checkpoint
 from tests.damage import json_file, listed_again, sealed
+from tests.proofs import assert_passed
 from tests.refusals import refusal
 
 
@@ -123,8 +130,91 @@ def test_integers_that_are_not_rounded_to_the_nearest_are_found(
     monkeypatch.setattr(torch.Tensor, "round_", lambda x: x.copy_(rounding(x)))
     art = moec.export(checkpoint, target="ort", precision="int4", out=tmp_path / "art")
     monkeypatch.undo()
-    checks = list(weights_against_source(art, read_source(art, checkpoint)))
+    checks = list(weights_against_source(art, read_source(art, checkpoint)[1]))
     assert any(not check.passed and "gate_up" in check.name for check in checks)
+
+
+def _nudged(artefact: moec.Artefact, name: str, at: int) -> None:
+    """Change one byte of the middle of a stored tensor by one."""
+    entry = artefact.stored()[name]
+    with entry.file.open("r+b") as file:
+        file.seek(entry.offset + at * (entry.nbytes - 1) // 7)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "precision, scheme",
+    [
+        ("int4", None),
+        ("int8", None),
+        ("fp8", "dynamic"),
+        ("fp8", "deepseek"),
+        ("fp8", "modelopt"),
+    ],
+)
+def test_one_code_or_scale_is_found_and_sound_weights_pass(
+    precision: str, scheme: str | None, tiny: Path, tmp_path: Path
+) -> None:
+    """However near it is: moec packs the checkpoint's weights again, and compares bytes."""
+    target = "ort" if scheme is None else "onnx"
+    art = moec.export(tiny, target, precision, tmp_path / "art", scheme=scheme)
+    _, source = read_source(art, tiny)
+    assert all(check.passed for check in weights_against_source(art, source))
+    packings = art.manifest.packings.values()
+    quantised = [each for each in packings if each.bits or each.fp8]
+    names = [name for each in quantised for name in each.names(art.manifest.spec.dtype)]
+    chosen = {name: at for at, name in enumerate(names[:: len(names) // 7 | 1][:8])}
+    assert len({name.rpartition(".")[2] for name in chosen}) > 1, "codes and scales"
+    for name, at in chosen.items():
+        _nudged(art, name, at)
+    wrong = {check.name.split("[")[0] for check in weights_against_source(art, source)
+             if not check.passed}  # fmt: skip
+    sources = {each.source for each in quantised
+               if chosen.keys() & set(each.names(art.manifest.spec.dtype))}  # fmt: skip
+    assert len(wrong) == len(sources), (wrong, sources)
+
+
+def _against(art: moec.Artefact, checkpoint: Path) -> dict[str, bool]:
+    """What the checkpoint says of scheme and static scales: the checks, and whether they passed."""
+    spec, entries = read_source(art, checkpoint)
+    ids = torch.randint(0, spec.text.vocab, (2, 40), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([40, 30])
+    logits = moec.open_session(art.path).trace(ids, lengths, [])["logits"]
+    wide = against_wide(art, spec, entries, ids, lengths, logits)
+    return {check.name: check.passed for check in (*schemes(art, spec), *wide)}
+
+
+@pytest.mark.full
+def test_static_scales_and_schemes_that_are_far_off_fail(tiny: Path, tmp_path: Path) -> None:
+    """Engine and reference both follow them, so that only the checkpoint can tell."""
+    art = moec.export(tiny, "onnx", "fp8", tmp_path / "static", scheme="static")
+    assert _against(art, tiny) == {"FP8 scheme": True, "logits, what FP8 changes": True}
+    for name, entry in art.stored().items():
+        if name.endswith("input_scale"):
+            with entry.file.open("r+b") as file:
+                file.seek(entry.offset)
+                scales = np.frombuffer(file.read(entry.nbytes), np.float32) / 50
+                file.seek(entry.offset)
+                file.write(scales.astype(np.float32).tobytes())
+    assert _against(art, tiny) == {"FP8 scheme": True, "logits, what FP8 changes": False}
+
+    lie = SCHEMES["meta"].model_copy(update={"bound": 0.02})
+    art = moec.export(tiny, "onnx", "fp8", tmp_path / "meta", scheme=lie)
+    assert _against(art, tiny) == {"FP8 scheme": False, "logits, what FP8 changes": False}
+    own = lie.model_copy(update={"name": "mine", "bound": 1e4})  # nothing to be compared with
+    art = moec.export(tiny, "onnx", "fp8", tmp_path / "mine", scheme=own)
+    assert _against(art, tiny) == {"logits, what FP8 changes": True}
+
+
+@pytest.mark.full
+def test_a_proof_measures_what_fp8_changes(tiny: Path, tmp_path: Path) -> None:
+    art = moec.export(tiny, "onnx", "fp8", tmp_path / "art")
+    report = moec.validate(art.path, tokens=40, seed=1)
+    assert_passed(report)
+    assert {"FP8 scheme", "logits, what FP8 changes"} <= {check.name for check in report.checks}
 
 
 def test_an_output_that_is_missing_is_said(artefact: Path) -> None:

@@ -59,18 +59,19 @@ def _is(kind: type, value: Any, least: float, most: float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and least <= known <= most
 
 
-def default_sampling(
-    asked: Sampling | None, top_k: int | None, top_p: float | None
+def asked(
+    sampling: Sampling | None, temperature: float | None, top_k: int | None, top_p: float | None
 ) -> tuple[float, int | None, float | None]:
-    """Temperature, top_k and top_p where the caller gives no temperature.
+    """Temperature, top_k and top_p of a call that may give no temperature.
 
-    `asked` is what the checkpoint asks for, if anything; own limits replace its own.
+    `sampling` is what the checkpoint asks for then, if anything. The caller's own limits replace
+    its limits.
     """
-    if asked is None:
-        return 0.0, top_k, top_p
+    if temperature is not None or sampling is None:
+        return 0.0 if temperature is None else temperature, top_k, top_p
     if top_k is None and top_p is None:
-        return asked.temperature, asked.top_k, asked.top_p
-    return asked.temperature, top_k, top_p
+        return sampling.temperature, sampling.top_k, sampling.top_p
+    return sampling.temperature, top_k, top_p
 
 
 def check_sampling(

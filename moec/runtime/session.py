@@ -16,7 +16,7 @@ from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.engines.gpu import on_host
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
-from moec.runtime.sampling import check_sampling, default_sampling, sample
+from moec.runtime.sampling import asked, check_sampling, sample
 from moec.spec import names
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
@@ -310,8 +310,7 @@ class Session:
             max_new_tokens: the most tokens to add to each sequence.
             lengths: the tokens of each sequence, if they differ.
             temperature: the sampling temperature; 0 takes the likeliest token (greedy). Default:
-                what the checkpoint's generation_config.json asks for, with its `top_k` and `top_p`
-                unless one of them is given; greedy if it asks for nothing.
+                what generation_config.json asks for, with its limits if you give none; else 0.
             top_k: sample from the k likeliest tokens only.
             top_p: sample from the likeliest tokens that reach this probability only.
             seed: the seed of the sampling.
@@ -321,8 +320,7 @@ class Session:
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
-        if temperature is None:
-            temperature, top_k, top_p = default_sampling(self.spec.sampling, top_k, top_p)
+        temperature, top_k, top_p = asked(self.spec.sampling, temperature, top_k, top_p)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
@@ -395,9 +393,7 @@ class Session:
 
     def _see(self, tiles: Tensor) -> Tensor:
         assert self.vision is not None
-        run = self.vision()
         options = self.artefact and self.artefact.manifest.options
         pieces = torch.split(tiles, min(TILES, options.tiles) if options else TILES)
-        return torch.cat(
-            [run({names.PIXEL_VALUES: piece})[names.IMAGE_FEATURES].cpu() for piece in pieces]
-        )
+        shown = (self.vision()({names.PIXEL_VALUES: piece}) for piece in pieces)
+        return torch.cat([each[names.IMAGE_FEATURES].cpu() for each in shown])

@@ -93,8 +93,12 @@ class Fields:
             raise self.error(key, repr(found), f"{expected!r}, the only supported value")
 
     def finish(self, inert: Iterable[str]) -> None:
-        """Refuse fields that nobody read, except those in `inert`: they do not affect inference."""
-        unknown = sorted(set(self.left) - set(inert))
+        """Refuse fields that nobody read, except those in `inert`: they do not affect inference.
+
+        Neither does an unknown field that is null, because code that knows it takes its default.
+        """
+        given = {key for key, value in self.left.items() if value is not None}
+        unknown = sorted(given - set(inert))
         if unknown:
             raise self.error(
                 unknown[0],

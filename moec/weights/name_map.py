@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+from moec.spec import names
 from moec.spec.data import DType
 from moec.spec.errors import refuse
 from moec.spec.files import load_spec
@@ -14,6 +15,7 @@ from moec.spec.names import is_scale
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.shard import TensorEntry
+from moec.weights.spelling import spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def read_model(
     Raises:
         MoecError: something is wrong with config.json, the index, a shard or a tensor.
     """
-    spec, checkpoint = load_spec(folder), read_checkpoint(folder, named)
+    spec, checkpoint = spelled(load_spec(folder), read_checkpoint(folder, named))
     spec = _with_scales(_with_dtype(spec, checkpoint), checkpoint)
     return spec, checkpoint, match(spec, checkpoint)
 
@@ -82,7 +84,9 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 f"{checkpoint.folder}: {row.key}",
                 "no such tensor",
                 f"{row.dtype} {list(row.shape)}",
-                "download the missing shard, or compare config.json with the weights",
+                "set tie_word_embeddings to true in config.json if the embedding is the head too"
+                if row.name == names.HEAD_WEIGHT
+                else "download the missing shard, or compare config.json with the weights",
             )
         if is_scale(row.name):
             entry = _checked_scale(row, entry)

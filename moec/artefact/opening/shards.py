@@ -12,7 +12,7 @@ from shlex import quote
 
 from moec.artefact.manifest import Manifest, TensorRef, Weights
 from moec.spec.errors import refuse
-from moec.spec.hf.names import keys
+from moec.spec.hf.names import DECODER, keys
 from moec.spec.names import is_scale
 from moec.weights.shard import TensorEntry
 from moec.weights.trust.links import blobs_of, is_regular, reachable
@@ -69,9 +69,10 @@ def holds(
 ) -> bool:
     """Whether `ref` is exactly the place of tensor `key` in a shard's header, and has its kind.
 
-    `tensors` are those of the shard. Formats differ in whether a scale keeps axes of size 1.
+    `tensors` are those of the shard. Formats differ in whether a scale keeps axes of size 1, and
+    checkpoints of text alone in whether keys have the decoder's prefix.
     """
-    entry = tensors.get(key)
+    entry = tensors.get(key) or tensors.get(DECODER + key)
     if entry is None or (entry.offset, entry.nbytes) != (ref.offset, ref.length):
         return False
     shape, dtype = kind

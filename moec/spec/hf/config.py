@@ -74,7 +74,7 @@ def read_config(path: Path) -> ModelSpec:
             spec = ModelSpec(
                 name=path.parent.resolve().name,
                 provenance="custom",
-                notes=_notes(raw),
+                notes=(*_notes(raw), *_bookkeeping(raw)),
                 dtype=_dtype(top, Fields(str(path), {})),
                 text=_text(top),
                 tokens=_tokens(Fields(str(path), {}), raw, image=None),
@@ -87,7 +87,7 @@ def read_config(path: Path) -> ModelSpec:
             spec = ModelSpec(
                 name=path.parent.resolve().name,
                 provenance="custom",
-                notes=_notes(raw_text),
+                notes=(*_notes(raw_text), *_bookkeeping(raw)),
                 dtype=_dtype(top, text),
                 vision=_vision(vision),
                 text=_text(text),
@@ -95,7 +95,7 @@ def read_config(path: Path) -> ModelSpec:
             )
             top.require("tie_word_embeddings", spec.text.tie_embeddings, default=False)
             # Some writers repeat the text config's token ids at the top level.
-            top.finish(INERT | {"bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"})
+            top.finish(_inert(top) | {"bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"})
             return _with_scheme(spec, quantization, path)
     except ValidationError as error:
         first = error.errors()[0]
@@ -107,6 +107,22 @@ def read_config(path: Path) -> ModelSpec:
             "correct config.json",
         )
     raise top.error("model_type", repr(kind), "'llama4' or 'llama4_text'")
+
+
+def _inert(at: Fields) -> frozenset[str]:
+    """`INERT`, and what fine-tuners write for themselves."""
+    return INERT | {key for key in at.left if _is_bookkeeping(key)}
+
+
+def _is_bookkeeping(key: str) -> bool:
+    return key.startswith("unsloth_") or key == "model_name"
+
+
+def _bookkeeping(raw: dict[str, Any]) -> tuple[str, ...]:
+    """A note on the fields of fine-tuners, at the top and one level below."""
+    inner = (each for each in raw.values() if isinstance(each, dict))
+    keys = sorted({key for each in (raw, *inner) for key in each if _is_bookkeeping(key)})
+    return (f"config.json: left aside {', '.join(keys)[:200]}.",) if keys else ()
 
 
 def _with_scheme(spec: ModelSpec, quantization: object, path: Path) -> ModelSpec:
@@ -157,7 +173,7 @@ def _text(at: Fields) -> TextSpec:
             shared_hidden=hidden,
         ),
     )
-    at.finish(INERT | {"bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"})
+    at.finish(_inert(at) | {"bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"})
     return text
 
 
@@ -218,7 +234,7 @@ def _rope(at: Fields, *kinds: str) -> tuple[float, RopeScaling | None]:
         at.left.pop("rope_parameters", None)
         scaling = at.take("rope_scaling", dict, default={"rope_type": "default"})
         inner = Fields(f"{at.where}.rope_scaling", scaling)
-    kind = inner.take("rope_type", str)
+    kind = inner.take("rope_type", str, default=inner.left.get("type"))  # before 4.43: type
     if kind not in kinds:
         raise inner.error("rope_type", repr(kind), " or ".join(map(repr, kinds)))
     result = None
@@ -258,7 +274,7 @@ def _vision(at: Fields) -> VisionSpec:
         adapter_out=out,
         rope_theta=theta,
     )
-    at.finish(INERT | {"torch_dtype", "dtype"})
+    at.finish(_inert(at) | {"torch_dtype", "dtype"})
     return vision
 
 
@@ -295,13 +311,14 @@ def _tokens(top: Fields, text: dict[str, Any], image: Any) -> Tokens:
 
 
 def _notes(text: dict[str, Any]) -> tuple[str, ...]:
+    notes = list[str]()
     scaling = text.get("rope_scaling") or {}
     if isinstance(scaling, dict) and (scaling.get("factor"), scaling.get("high_freq_factor")) == (
         8,
         4,
     ):
-        return (
+        notes.append(
             "rope_scaling has factor 8 and high_freq_factor 4, the values of launch week; Meta "
-            "corrected Scout to 16 and 1. They are used as they stand: check the model card.",
+            "corrected Scout to 16 and 1. They are used as they stand: check the model card."
         )
-    return ()
+    return tuple(notes)

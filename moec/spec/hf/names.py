@@ -11,6 +11,10 @@ from moec.spec.model import ModelSpec
 from moec.spec.scheme import Layout
 from moec.spec.tensors import tensors
 
+#: what the keys of the decoder start with in a checkpoint with a vision tower
+DECODER = "language_model."
+#: what other keys of such a checkpoint start with
+TOWER = ("vision_model.", "multi_modal_projector.")
 _SWIGLU = ("gate", "up", "down")
 _BIASED = ("weight", "bias")
 _LAYER, _TOWER = "model.layers.{i}", "vision_model.model.layers.{i}"
@@ -85,14 +89,14 @@ def keys(spec: ModelSpec) -> dict[str, str]:
 
     A model with a vision tower has the prefix `language_model.` on the keys of its decoder.
     """
-    prefix = "language_model." if spec.vision else ""
+    prefix = DECODER if spec.vision else ""
     layout = spec.scheme.layout if spec.scheme else "moec"
     return {name: prefixed(key_of(name, layout), prefix) for name in tensors(spec)}
 
 
 def prefixed(key: str, prefix: str) -> str:
     """`key` with `prefix`, unless it belongs to the vision tower or the projector."""
-    return key if key.startswith(("vision_model.", "multi_modal_projector.")) else prefix + key
+    return key if key.startswith(TOWER) else prefix + key
 
 
 def key_of(name: str, layout: Layout = "moec") -> str:

@@ -12,7 +12,7 @@ WRITERS = ("moec", "torch", "onnx-ir")
 
 
 def graph_files(artefact: Artefact) -> Iterator[Check]:
-    """Check that every graph file has the nodes that this version of moec writes.
+    """Check that every graph file says what this version of moec writes, and nothing else.
 
     Numbers of a few calls cannot show what a graph does in all other calls, so a difference fails
     the proof even if all numbers were right. Another version of moec may have built a sound file:

@@ -1,14 +1,12 @@
 """The checks of a proof that concern the decoder.
 
 `layer_by_layer` compares one call with the reference. `cached_decode` compares the engine with
-itself, in one call and in several. `generation` judges the tokens that the engine chooses, and
-`fast_products` compares two sets of session options.
+itself, in one call and in several. `generation` judges the tokens that the engine chooses.
 
 In names, `tested` is the artefact under test, `found` its values, and `expected` the reference's.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor
 from moec.graph_builder.passes.follow import taken
 from moec.runtime.proof.chunked_prefill import chunked_prefill
 from moec.runtime.proof.compare import (
-    FAST_PRODUCTS,
     SAME_INPUTS,
     SAME_INPUTS_MOST,
     Tolerance,
@@ -164,16 +161,3 @@ def generation(tested: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> 
     given = logits.gather(1, tokens[0, prompt.shape[1] :, None])[:, 0]
     near = best - given <= tolerance.error * logits.abs().max()
     yield agreement("greedy tokens", near, torch.ones_like(near), tolerance)
-
-
-def fast_products(tested: ArtefactUnderTest, ids: Tensor, lengths: Tensor) -> Iterator[Check]:
-    """Compare the session options that users run with `exact`.
-
-    The products of the former round activations to int8.
-    """
-    exact, fast = (
-        replace(tested, options=options).session().trace(ids, lengths, [])["logits"]
-        for options in (tested.options, "lean")
-    )
-    yield error("logits, int8 activations", fast, exact, FAST_PRODUCTS)
-    yield argmax_agreement("argmax, int8 activations", fast, exact, FAST_PRODUCTS)

@@ -19,13 +19,14 @@ from moec.artefact.parity import identity
 from moec.artefact.parity import record as record
 from moec.artefact.session_options import EXACT
 from moec.exporters.onnx.write import GENAI
-from moec.runtime.proof.checks import cached_decode, fast_products, generation, layer_by_layer
+from moec.runtime.proof.checks import cached_decode, generation, layer_by_layer
 from moec.runtime.proof.compare import FP8_NOISE, TOLERANCES
 from moec.runtime.proof.cost import cost
 from moec.runtime.proof.each_op.genai import genai
 from moec.runtime.proof.each_op.stage import every_op
 from moec.runtime.proof.graph_files import graph_files
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
+from moec.runtime.proof.other_options import other_options
 from moec.runtime.proof.reduced import (
     MOST_TOKENS,
     REDUCED,
@@ -190,7 +191,7 @@ def _prove(
 ) -> Report:
     manifest = artefact.manifest
     # An artefact with quantised weights is proven with float32 products on dequantised weights. A
-    # check of its own measures the error that fast products add.
+    # check of its own measures the error that users' products add.
     exact = EXACT in manifest.presets
     notes = list[str]()
     known = None if twin else _source(artefact, source, notes)
@@ -255,16 +256,15 @@ def _prove(
                 f"No image was placed in the text: {longest} tokens are too few; use --tokens."
             )
     if known:
-        spec = known[0]
+        built_from = known[0]
         stages.insert(0, ("weights", lambda: weights_against_source(artefact, original)))
-        stages.insert(0, ("scheme", lambda: schemes(artefact, spec)))
-        wide = (
-            "wide weights",
-            lambda: against_wide(artefact, *known, ids, lengths, traced["logits"]),
+        stages.insert(0, ("scheme", lambda: schemes(artefact, built_from)))
+        given = (artefact, built_from, original, ids, lengths)
+        stages.append(("wide weights", lambda: against_wide(*given, traced["logits"])))
+    if exact or (manifest.presets and not twin):
+        stages.append(
+            ("session options", lambda: other_options(tested, ids, lengths, tolerance, notes))
         )
-        stages.append(wide)
-    if exact:
-        stages.append(("fast products", lambda: fast_products(tested, ids, lengths)))
     if not twin:
         stages.append(("graph files", lambda: graph_files(artefact)))
     for done, (name, checks) in enumerate(stages):

@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-#: "folder": the real path of a folder with weights; "native": the SHA-256 of an engine or a plugin
-Kind = Literal["folder", "native"]
+#: "folder": the real path of a folder with weights; "native": the SHA-256 of an engine or a plugin;
+#: "partial": a folder that a build is writing (`moec.weights.trust.leftovers`)
+Kind = Literal["folder", "native", "partial"]
 #: the most records of a kind; beyond it folders that are gone are dropped first, then the oldest
 MOST = 4096
 
@@ -56,6 +57,15 @@ def allow(kind: Kind, value: str) -> bool:
             draft.unlink()
         return False
     return True
+
+
+def disallow(kind: Kind, value: str) -> None:
+    """Drop the record of `value`, if there is one and the state folder can be written."""
+    _here.discard((kind, value))
+    file = _file(kind, value)
+    with suppress(OSError):
+        if file is not None:
+            file.unlink()
 
 
 def is_allowed(kind: Kind, value: str, on_disk: bool = False) -> bool:

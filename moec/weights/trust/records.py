@@ -89,11 +89,12 @@ def allow_folder(folder: Path) -> bool:
 
 
 def folder_is_allowed(real: Path, on_disk: bool = False) -> bool:
-    """Whether this user has allowed the folder `real`, a real path, or one that it is in.
+    """Whether this user has allowed the folder `real`, a real path; what is below it is another.
 
-    `on_disk` is as in `is_allowed`.
+    Somebody who once built from a high folder, such as their home, has not allowed all that is in
+    it. `on_disk` is as in `is_allowed`.
     """
-    return any(is_allowed("folder", str(each), on_disk) for each in (real, *real.parents))
+    return is_allowed("folder", str(real), on_disk)
 
 
 def _file(kind: Kind, value: str) -> Path | None:

@@ -14,15 +14,15 @@ from moec.artefact.opening.rules import check_manifest
 from moec.artefact.opening.shards import checkpoint_of, find_shard, holds, keys_in_shards
 from moec.artefact.targets import find_target
 from moec.artefact.weight_hashes import verify_weights
+from moec.spec.bounded.own import find_own, is_regular, own_file
 from moec.spec.errors import refuse
-from moec.spec.fields import read_json
+from moec.spec.fields import read_own_json
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.tensors import Kind, tensors
 from moec.weights.hashed import file_sha256
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import TensorEntry, read_shard
-from moec.weights.trust.links import is_regular, own_file
 
 #: where the bytes of a parameter are: one stored tensor, or several that a packing describes
 Entry = TensorEntry | Packed
@@ -175,12 +175,10 @@ class Artefact:
             MoecError: the file is a link that leads out of its folder.
         """
         copy_it = f"put a copy of the file into {self.path}"
-        if (self.path / name).is_file():
-            return own_file(self.path / name, self.path, self.weights_from, copy_it)
-        folder = self.checkpoint
-        if folder and (folder / name).is_file():
-            return own_file(folder / name, folder, self.weights_from, copy_it)
-        return None
+        found = find_own(self.path, name, copy_it)
+        if found is None and self.checkpoint:
+            found = find_own(self.checkpoint, name, copy_it)
+        return found
 
 
 def stored_kinds(
@@ -213,7 +211,7 @@ def open_artefact(
     path = Path(path)
     if not (path / NAME).is_file():
         refuse(path, f"no {NAME}", "a folder that build wrote", "moec build --help")
-    values = read_json(path / NAME)
+    values = read_own_json(path / NAME)
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
@@ -236,7 +234,7 @@ def open_artefact(
             "build the artefact again",
         )
     for name, expected in manifest.files.items():
-        file = own_file(path / name, path, None, f"put a copy of the file into {path}")
+        file = own_file(path / name, path, f"put a copy of the file into {path}")
         size = file.stat().st_size if file.is_file() else None
         if size != expected.size:
             refuse(

@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
@@ -11,6 +12,7 @@ from moec.artefact.manifest import NAME
 from moec.artefact.opening.foreign import foreign_file, is_artefact
 from moec.spec.errors import refuse
 from moec.weights.packed_journal import PACKED, resumable_files
+from moec.weights.trust import leftovers
 
 
 @contextmanager
@@ -22,7 +24,8 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
     the same `out` removes it.
 
     Ctrl-C and a kill leave half-written packed weights behind on purpose: the next build of the
-    same `out` finds them in its temporary folder and continues them.
+    same `out` finds them in its temporary folder and continues them. It does so only with a folder
+    that this user's own build has recorded (`moec.weights.trust.leftovers`).
 
     Args:
         out: the folder to write.
@@ -36,14 +39,16 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
     partial, replaced = (out.parent / f".{out.name}.{kind}-{os.getpid()}" for kind in _KINDS)
     made: list[Path] = []
     kept: tuple[Path, ...] = ()
+    record: str | None = None
     try:
         if not ours:
             refuse_foreign(out)
         made = [parent for parent in out.parents if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # this process left it in an earlier build
-            partial.rename(_unused_name(out))
+        if os.path.lexists(partial):  # this process left it in an earlier build
+            _set_aside(partial, _unused_name(out))
         partial.mkdir()
+        record = leftovers.record(partial)
         _remove_stale(out, partial)
         try:
             yield partial
@@ -72,6 +77,8 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
                     _remove(path)
             if not kept:
                 shutil.rmtree(partial, ignore_errors=True)
+                if record is not None:
+                    leftovers.forget(record)
             if out.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
             elif replaced.exists():
@@ -125,14 +132,26 @@ def refuse_replaced(path: Path, handle: int) -> None:
 def _unused_name(out: Path) -> Path:
     """An unused name for a leftover folder. Its number begins with 0, as no process id does."""
     names = (out.parent / f".{out.name}.moec-partial-0{i}" for i in itertools.count())
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _set_aside(partial: Path, name: Path) -> None:
+    own = leftovers.take_over(partial)
+    partial.rename(name)
+    if own:
+        leftovers.record(name)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if _is_folder(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink()
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether `path` itself is a folder, and no link to one."""
+    return stat.S_ISDIR(os.lstat(path).st_mode)
 
 
 def default_out(name: str, target: str, precision: str) -> Path:
@@ -181,7 +200,8 @@ def refuse_foreign(out: Path) -> None:
 def _remove_stale(out: Path, partial: Path) -> None:
     """Remove the folders that dead processes left for `out`.
 
-    Half-written packed weights in them are moved into `partial`.
+    Half-written packed weights are moved into `partial` if this user's build has left them. Links
+    with such a name are left alone, since no build leaves one.
     """
     for kind in _KINDS:
         prefix = f".{out.name}.{kind}-"
@@ -189,10 +209,13 @@ def _remove_stale(out: Path, partial: Path) -> None:
             pid = path.name.removeprefix(prefix)
             if not path.name.startswith(prefix) or not pid.isdigit() or path == partial:
                 continue
+            if not _is_folder(path):
+                continue
             if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
                 if kind == "moec-replaced" and not out.exists() and is_artefact(path):
                     path.rename(out)  # killed between two renames: put the old artefact back
                 else:
-                    for file in resumable_files(path / PACKED):
+                    own = leftovers.take_over(path)
+                    for file in resumable_files(path / PACKED) if own else ():
                         file.rename(partial / file.name)
                     shutil.rmtree(path, ignore_errors=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moec.spec.bounded.own import find_own
 from moec.spec.calibration import Calibration, read_calibration, static_scales
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
@@ -23,7 +24,8 @@ def scales_for(
     empty if the build does not need static scales.
 
     Raises:
-        MoecError: the build takes no scales, a scale is missing, or its dtype cannot hold one.
+        MoecError: the build takes no scales, a scale is missing, or its dtype cannot hold one; or
+            the checkpoint's file is a link that leads out of it.
     """
     scheme = spec.scheme
     wanted = mode == "pack" and scheme is not None and scheme.static
@@ -36,8 +38,8 @@ def scales_for(
         )
     if scheme is None or not wanted:
         return {}
-    if scales is None and (checkpoint / SCALES).is_file():
-        scales = checkpoint / SCALES
+    if scales is None:
+        scales = find_own(checkpoint, SCALES)
     found = (
         scales if scales is None or isinstance(scales, Calibration) else read_calibration(scales)
     )

@@ -17,11 +17,11 @@ from moec.artefact.process_memory import memory
 from moec.artefact.targets import find_target
 from moec.exporters.builder import Model, builder_of
 from moec.exporters.stages import Stages
+from moec.spec.bounded.own import own_file
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.packed_journal import PACKED, discard
 from moec.weights.shard import TensorEntry
-from moec.weights.trust.links import own_file
 
 
 def write_artefact(
@@ -105,7 +105,7 @@ def _copy_engines(source: Artefact, folder: Path) -> None:
     for engine in source.manifest.engines.values():
         for name in {engine.file, *engine.plugins, *engine.files}:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            real = own_file(source.path / name, source.path, None, f"moec engine {source.path}")
+            real = own_file(source.path / name, source.path, f"moec engine {source.path}")
             shutil.copyfile(real, folder / name)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.spec.bounded.limits import JSON
+from moec.spec.bounded.own import own_file
 from moec.spec.bounded.read import parse_json, read_bytes
 from moec.spec.errors import MoecError, refuse
 
@@ -31,6 +32,16 @@ def read_json(path: Path) -> dict[str, Any]:
         found = f"JSON of type {type(value).__name__}"
         refuse(path, found, "one JSON object", "download the file again")
     return value
+
+
+def read_own_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object in `path`, a file of a folder that may come from a stranger.
+
+    Raises:
+        MoecError: as `read_json`; or the file is a link that leads out of its folder.
+    """
+    own_file(path, path.parent)
+    return read_json(path)
 
 
 def shown(value: object) -> str:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from moec.spec.bounded.own import find_own, is_regular
 from moec.spec.errors import refuse
-from moec.spec.fields import read_json, shown
+from moec.spec.fields import read_own_json, shown
 from moec.weights.shard import Shard, TensorEntry, read_shard
-from moec.weights.trust.links import is_regular, own_file
+from moec.weights.trust.links import own_shard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -18,7 +19,7 @@ OPTION = "--weights-from"
 class Checkpoint:
     """A checkpoint folder: its shards, and where the bytes of every tensor are, by key.
 
-    `named` is a further folder in which the user lets links of the checkpoint end.
+    `named` is a further folder in which the user lets links to shards end.
     """
 
     folder: Path
@@ -32,21 +33,18 @@ class Checkpoint:
         Raises:
             MoecError: the file is a link that leads out of the checkpoint.
         """
-        path = self.folder / name
-        if not is_regular(path):
-            return None
-        return own_file(path, self.folder, self.named, f"put a copy of {name} into {self.folder}")
+        return find_own(self.folder, name)
 
 
 def read_checkpoint(folder: str | Path, named: Path | None = None) -> Checkpoint:
     """Read the index and all shard headers of the Hugging Face checkpoint in `folder`.
 
-    `named` is a further folder in which the user lets links of the checkpoint end.
+    `named` is a further folder in which the user lets links to shards end.
 
     Raises:
-        MoecError: the folder has no weights; the index names, or a link leads to, a file outside
-            the folder; a shard is missing or cut short; or the index and the shards list different
-            tensors.
+        MoecError: the folder has no weights; the index is a link that leads out of the folder, or
+            names a file outside it; a shard is where this user allows none, missing or cut short;
+            or the index and the shards list different tensors.
     """
     folder = Path(folder)
     if (folder / INDEX).exists():
@@ -75,7 +73,7 @@ def read_checkpoint(folder: str | Path, named: Path | None = None) -> Checkpoint
 
 
 def _read_index(path: Path) -> dict[str, set[str] | None]:
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_own_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         refuse(
             f"{path}: weight_map",
@@ -112,4 +110,4 @@ def _resolve(folder: Path, name: str, named: Path | None) -> Path:
     path = folder / name
     if any(len(part) > 255 for part in path.parts) or not is_regular(path):
         refuse(path, "no such file", "the shard that the index names", "download the missing shard")
-    return own_file(path, folder, named, f"name the folder that it is in: {OPTION} DIR")
+    return own_shard(path, folder, named, f"name the folder that it is in: {OPTION} DIR")

@@ -110,13 +110,12 @@ def write_packed(
             for (name, each), source in zip(done.items(), now, strict=True)
             if each.source == source
         }
-        packed_journal.begin(path, fingerprint, done)
         before = at = sum(entries[packings[name].source].nbytes for name in done)
         for each in done.values():
             hashes.update(each.hashes)
         with (
-            path.open("r+b" if done else "wb") as file,
-            journal.open("a", encoding="utf-8") as log,
+            packed_journal.begin(path, fingerprint, done) as log,
+            packed_journal.open_packed(path, anew=not done) as file,
             ThreadPoolExecutor(1) as disk,
             ThreadPoolExecutor(1) as beside,
             _single_threaded_torch(),

@@ -11,10 +11,12 @@ checksum of the bytes that each weight was made from, and the next build reads t
 
 import hashlib
 import json
+import os
+import stat
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 from moec.weights.hashed import BLOCK
 from moec.weights.packing import Packing
@@ -79,11 +81,38 @@ def discard(path: Path) -> None:
 
 
 def resumable_files(path: Path) -> tuple[Path, ...]:
-    """The unfinished packed file `path` and its journal, if at least one weight is on disk."""
+    """The unfinished packed file `path` and its journal, if at least one weight is on disk.
+
+    Links do not count: to write through one would overwrite a file that is somewhere else.
+    """
     journal = journal_of(path)
-    if path.is_file() and journal.is_file() and journal.read_bytes().count(b"\n") > 1:
+    if _alone(path) and _alone(journal) and journal.read_bytes().count(b"\n") > 1:
         return path, journal
     return ()
+
+
+def _alone(path: Path) -> bool:
+    """Whether `path` itself is a regular file, which has no other name."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def open_packed(path: Path, anew: bool) -> BinaryIO:
+    """Open the packed file to write it; with `anew` as an empty file, whatever was there before.
+
+    Neither way writes through a link.
+    """
+    if anew:
+        path.unlink(missing_ok=True)
+        return path.open("xb")
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW)
+
+    return open(path, "r+b", opener=opener)
 
 
 def landed(path: Path, fingerprint: str, size: int, known: Collection[str]) -> dict[str, Landed]:
@@ -91,19 +120,25 @@ def landed(path: Path, fingerprint: str, size: int, known: Collection[str]) -> d
 
     They are none if the journal is damaged, or belongs to another file.
     """
+    if not resumable_files(path):
+        return {}
     try:
         first, *lines = journal_of(path).read_text(encoding="utf-8").split("\n")
         found = dict(_read(line) for line in lines[:-1])  # what follows the last "\n" was cut off
     except (OSError, ValueError, TypeError):
         return {}
-    whole = path.is_file() and path.stat().st_size == size
+    whole = path.stat().st_size == size
     return found if whole and first == fingerprint and found.keys() <= set(known) else {}
 
 
-def begin(path: Path, fingerprint: str, landed: Mapping[str, Landed]) -> None:
-    """Write the journal anew, with the weights that count as written."""
-    text = "".join(line(*each) for each in sorted(landed.items()))
-    journal_of(path).write_text(f"{fingerprint}\n{text}", encoding="utf-8")
+def begin(path: Path, fingerprint: str, landed: Mapping[str, Landed]) -> TextIO:
+    """Write the journal anew, with the weights that count as written; it stays open for more."""
+    journal = journal_of(path)
+    journal.unlink(missing_ok=True)  # a link is replaced and not followed
+    log = journal.open("x", encoding="utf-8")
+    log.write(f"{fingerprint}\n" + "".join(line(*each) for each in sorted(landed.items())))
+    log.flush()
+    return log
 
 
 def line(name: str, weight: Landed) -> str:

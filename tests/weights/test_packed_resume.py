@@ -24,6 +24,7 @@ from moec.weights.packed_journal import PACKED, Hash
 from moec.weights.packing import Packing
 from moec.weights.random import write_random_checkpoint
 from moec.weights.shard import TensorEntry, read_shard
+from moec.weights.trust import leftovers
 from tests.damage import SECOND, SPEC
 from tests.refusals import one_message
 from tests.trees import names, tree
@@ -210,6 +211,25 @@ def test_anything_else_starts_anew(folder: Path, change: Callable[[Path], object
     assert not (folder / JOURNAL).exists()
 
 
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to], ids=["link", "hard link"])
+@pytest.mark.parametrize("name", [PACKED, JOURNAL])
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_packing_writes_through_no_link(
+    folder: Path, tmp_path: Path, name: str, link: Callable[[Path, Path], None], cut_off: bool
+) -> None:
+    """What is linked holds what was cut off, or something else."""
+    whole, other = _fresh(folder), tmp_path / "other"
+    if cut_off:
+        _cut_off(folder, _calls(folder))
+        (folder / name).rename(other)
+    else:
+        other.write_text("mine\nmine\n")
+    before = other.read_bytes()
+    link(folder / name, other)
+    assert _pack(folder) == sum(SIZES.values())
+    assert other.read_bytes() == before and (folder / PACKED).read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     "update",
     [{"fp8": "expert"}, {"fp8": "tensor"}, {"fp8": "block"}, {"dtype": "bf16"}, {"block": 8}],
@@ -345,13 +365,16 @@ def leftover(
     assert {PACKED, JOURNAL} <= set(names(hidden))
     if request.param == signal.SIGINT:
         assert names(hidden) == [PACKED, JOURNAL] and "stopped" in err and process.returncode == 2
+    assert leftovers.take_over(hidden), "the build has recorded it"
     return work
 
 
 @pytest.fixture
 def work(leftover: Path, tmp_path: Path) -> Path:
-    """A copy of what a build of `art` left."""
+    """A copy of what a build of `art` left, which is recorded as what it is a copy of."""
     subprocess.run(["cp", "-a", str(leftover), str(tmp_path / "work")], check=True)
+    (hidden,) = (tmp_path / "work").iterdir()
+    leftovers.record(hidden)
     return tmp_path / "work"
 
 

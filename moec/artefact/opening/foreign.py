@@ -8,7 +8,7 @@ from typing import Any
 
 from moec.artefact.engine_job import ENGINES
 from moec.artefact.manifest import FORMAT, NAME
-from moec.weights.trust.links import is_regular
+from moec.spec.bounded.own import is_regular
 
 #: what moec leaves in an artefact without listing it: what `moec engine --trtexec` writes, and, if
 #: a process was killed, a draft of the manifest or engines that are not in the manifest yet

@@ -7,8 +7,8 @@ these bytes, or says now that they may run.
 from collections.abc import Iterable
 
 from moec.artefact.artefact import Artefact, file_of
+from moec.spec.bounded.own import own_file
 from moec.spec.errors import refuse
-from moec.weights.trust.links import own_file
 from moec.weights.trust.records import is_allowed
 
 
@@ -24,7 +24,7 @@ def check_native(artefact: Artefact, names: Iterable[str]) -> None:
     rebuild = f"build it here: moec engine {artefact.path}"
     for name in names:
         path = artefact.path / name
-        real = own_file(path, artefact.path, None, rebuild)
+        real = own_file(path, artefact.path, rebuild)
         if artefact.trust_engines or is_allowed("native", file_of(real).sha256):
             continue
         refuse(

@@ -11,11 +11,12 @@ from pathlib import Path
 from shlex import quote
 
 from moec.artefact.manifest import Manifest, TensorRef, Weights
+from moec.spec.bounded.own import blobs_of, inside, is_regular
 from moec.spec.errors import refuse
 from moec.spec.hf.names import DECODER, keys
 from moec.spec.names import is_scale
 from moec.weights.shard import TensorEntry
-from moec.weights.trust.links import blobs_of, is_regular, reachable
+from moec.weights.trust.links import reachable
 from moec.weights.trust.records import folder_is_allowed
 
 #: shape and dtype of a stored tensor
@@ -60,8 +61,7 @@ def checkpoint_of(path: Path, manifest: Manifest, named: Path | None) -> Path | 
     if manifest.checkpoint is None:
         return None
     folder, real = Path(manifest.checkpoint), Path(os.path.realpath(manifest.checkpoint))
-    inside = real.is_relative_to(os.path.realpath(path))
-    return folder if inside or folder_is_allowed(real) else None
+    return folder if inside(folder, path) or folder_is_allowed(real) else None
 
 
 def holds(

@@ -12,6 +12,7 @@ from moec.runtime.inputs.chat import Message
 from moec.runtime.inputs.template import fill
 from moec.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
 from moec.spec.bounded.limits import TEMPLATE
+from moec.spec.bounded.own import find_own
 from moec.spec.bounded.read import read_bytes
 from moec.spec.errors import refuse
 from moec.spec.fields import read_json
@@ -83,10 +84,11 @@ def open_text(source: Artefact | Path) -> Text:
     The tokenizer of an artefact is beside its model or in its checkpoint.
 
     Raises:
-        MoecError: there is no tokenizer.json, or it is broken.
+        MoecError: there is no tokenizer.json, or it is broken; or one of the files is a link that
+            leads out of its folder.
     """
     folder = source if isinstance(source, Path) else source.path
-    find = partial(_beside, folder) if isinstance(source, Path) else source.companion
+    find = partial(find_own, folder) if isinstance(source, Path) else source.companion
     path = find("tokenizer.json")
     if path is None:
         refuse(
@@ -98,10 +100,6 @@ def open_text(source: Artefact | Path) -> Text:
             else f"if you trust its checkpoint: --weights-from {source.manifest.checkpoint}",
         )
     return Text(load_tokenizer(path), _templates(find), _special(find), find)
-
-
-def _beside(folder: Path, name: str) -> Path | None:
-    return folder / name if (folder / name).is_file() else None
 
 
 def _templates(find: Find) -> dict[str, str]:

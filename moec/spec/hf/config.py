@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from moec.spec.bounded import limits
 from moec.spec.data import DType, dtypes
 from moec.spec.errors import refuse
-from moec.spec.fields import REQUIRED, Fields, read_json, shown
+from moec.spec.fields import REQUIRED, Fields, read_own_json, shown
 from moec.spec.hf.generation import with_generation
 from moec.spec.hf.quantization import read_scheme
 from moec.spec.model import (
@@ -63,9 +63,10 @@ def read_config(path: Path) -> ModelSpec:
     The folder's name becomes the spec's name.
 
     Raises:
-        MoecError: the file cannot be read, or a field is missing, unknown or not supported.
+        MoecError: the file cannot be read, is a link that leads out of its folder, or has a field
+            that is missing, unknown or not supported.
     """
-    raw = read_json(path)
+    raw = read_own_json(path)
     top = Fields(str(path), raw)
     kind = top.take("model_type", str)
     quantization = top.left.pop("quantization_config", None)

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moec.spec.errors import refuse
-from moec.spec.fields import read_json
+from moec.spec.fields import read_own_json
 from moec.spec.model import ModelSpec, Sampling, Tokens
 
 _NEXT = "correct the field, or delete the file: config.json is enough"
@@ -23,7 +23,7 @@ def with_generation(spec: ModelSpec, path: Path) -> ModelSpec:
     """
     if not path.is_file():
         return spec
-    raw = read_json(path)
+    raw = read_own_json(path)
     named = raw.get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
     tokens = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.spec.errors import MoecError, refuse
-from moec.spec.fields import REQUIRED, Fields, read_json, shown
+from moec.spec.fields import REQUIRED, Fields, read_own_json, shown
 from moec.spec.hf.listed import Kind, listed
 from moec.spec.hf.names import key_of, prefixed
 from moec.spec.model import ModelSpec
@@ -45,7 +45,7 @@ def read_scheme(raw: Any, config: Path, spec: ModelSpec) -> Scheme | None:
         own = config.parent / HF_QUANT
         if not own.is_file():
             return None
-        inner = Fields(str(own), read_json(own), _NEXT).take("quantization", dict)
+        inner = Fields(str(own), read_own_json(own), _NEXT).take("quantization", dict)
         raw, where = {"quant_method": "modelopt", **inner}, f"{own}: quantization"
     if not isinstance(raw, dict):
         raise Fields(str(config), {}, _NEXT).error("quantization_config", shown(raw), "an object")

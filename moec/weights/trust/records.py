@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-#: "folder": the real path of a folder with weights; "native": the SHA-256 of an engine or a plugin
-Kind = Literal["folder", "native"]
+#: "folder": the real path of a folder with weights; "native": the SHA-256 of an engine or a plugin;
+#: "partial": a folder that a build is writing (`moec.weights.trust.leftovers`)
+Kind = Literal["folder", "native", "partial"]
 #: the most records of a kind; beyond it folders that are gone are dropped first, then the oldest
 MOST = 4096
 
@@ -58,6 +59,15 @@ def allow(kind: Kind, value: str) -> bool:
     return True
 
 
+def disallow(kind: Kind, value: str) -> None:
+    """Drop the record of `value`, if there is one and the state folder can be written."""
+    _here.discard((kind, value))
+    file = _file(kind, value)
+    with suppress(OSError):
+        if file is not None:
+            file.unlink()
+
+
 def is_allowed(kind: Kind, value: str, on_disk: bool = False) -> bool:
     """Whether this user has allowed `value`.
 
@@ -79,11 +89,12 @@ def allow_folder(folder: Path) -> bool:
 
 
 def folder_is_allowed(real: Path, on_disk: bool = False) -> bool:
-    """Whether this user has allowed the folder `real`, a real path, or one that it is in.
+    """Whether this user has allowed the folder `real`, a real path; what is below it is another.
 
-    `on_disk` is as in `is_allowed`.
+    Somebody who once built from a high folder, such as their home, has not allowed all that is in
+    it. `on_disk` is as in `is_allowed`.
     """
-    return any(is_allowed("folder", str(each), on_disk) for each in (real, *real.parents))
+    return is_allowed("folder", str(real), on_disk)
 
 
 def _file(kind: Kind, value: str) -> Path | None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from moec.spec.bounded.own import is_regular
 from moec.spec.errors import MoecError
 from moec.weights.checkpoint import read_checkpoint
 from moec.weights.trust import records
-from moec.weights.trust.links import is_regular, reachable
+from moec.weights.trust.links import reachable
 from tests.damage import FIRST
 from tests.refusals import refusal
 
@@ -62,6 +63,10 @@ def test_a_folder_that_the_user_names_or_recorded_is_allowed(world: Path) -> Non
     assert reachable(link, world / "art", world / "hub") is None
     records.allow_folder(world / "other")
     assert reachable(link, world / "art")
+    (world / "other" / "deep").mkdir()
+    deep = _link(world / "art" / "deep", "../other/deep/file")
+    assert reachable(deep, world / "art") is None, "a record is of one folder"
+    assert reachable(deep, world / "art", world / "other"), "the user names it now"
 
 
 def test_a_download_cache_is_one_folder(world: Path) -> None:

@@ -1,0 +1,81 @@
+"""Where a file of a folder from outside may really be, once links are followed.
+
+A link in a folder from a stranger may point to any file of this user. So a file of an artefact or
+of a checkpoint counts only if its real path lies in that folder. This holds for every file that
+moec looks up by its own name, such as a config, an index, a tokenizer or a template. Only shards of
+weights may lie elsewhere, where the user allows it (`moec.weights.trust.links`).
+
+The cache of a download tool is one folder for this purpose: it keeps the bytes in
+`REPOSITORY/blobs/HASH`, and `REPOSITORY/snapshots/REVISION/NAME` is a link to them.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import NoReturn
+
+from moec.spec.errors import refuse
+
+#: the folders of a download cache
+SNAPSHOTS, BLOBS = "snapshots", "blobs"
+
+
+def inside(path: Path, home: Path) -> Path | None:
+    """The real path of `path` if it lies in the folder `home` or in its download cache, or None.
+
+    The file need not exist.
+    """
+    real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(home))
+    return real if real.is_relative_to(folder) or real.parent == blobs_of(folder) else None
+
+
+def blobs_of(real: Path) -> Path | None:
+    """The folder with the bytes of the download cache that the folder `real` is a snapshot of.
+
+    None if it is no snapshot, or if `blobs` is a link itself.
+    """
+    for folder in (real, *real.parents):
+        if folder.parent.name == SNAPSHOTS:
+            blobs = folder.parent.parent / BLOBS
+            return blobs if blobs.is_dir() and not blobs.is_symlink() else None
+    return None
+
+
+def is_regular(path: Path) -> bool:
+    """Whether `path` leads to a regular file: no folder, device, pipe or socket."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def own_file(path: Path, home: Path, next_step: str | None = None) -> Path:
+    """The real path of `path`, a file of the folder `home`; the file need not exist.
+
+    Raises:
+        MoecError: a link leads out of the folder; `next_step` is a part of the message.
+    """
+    real = inside(path, home)
+    if real is None:
+        refuse_link(path, home, next_step or f"put a copy of the file into {home}")
+    return real
+
+
+def find_own(folder: Path, name: str, next_step: str | None = None) -> Path | None:
+    """The real path of the file `name` of `folder`; None if there is no such regular file.
+
+    Raises:
+        MoecError: as `own_file`.
+    """
+    path = folder / name
+    return own_file(path, folder, next_step) if is_regular(path) else None
+
+
+def refuse_link(path: Path, home: Path, next_step: str) -> NoReturn:
+    """Refuse the link `path`, which leads out of the folder `home`."""
+    refuse(
+        path,
+        f"a link to {os.path.realpath(path)}, which is outside its folder",
+        f"a file inside {home}",
+        next_step,
+    )

@@ -165,7 +165,22 @@ def test_the_encoding_of_a_graph_decides_nothing(built: dict[str, Path], tmp_pat
 
 
 @pytest.mark.full
-def test_a_proof_names_a_false_shape(built: dict[str, Path], tmp_path: Path) -> None:
-    folder = _tampered(built["onnx"], tmp_path / "art", _one_expert_runs)
-    report = moec.validate(folder, tokens=4, seed=1)
-    assert report.first_divergence == "model.onnx: value_info layers.0.moe.routed/active"
+@pytest.mark.parametrize("size", [1, 3, 99])
+def test_no_proof_passes_with_a_false_shape(
+    size: int, built: dict[str, Path], tmp_path: Path
+) -> None:
+    """ONNX Runtime may believe it, and then refuse to run or compute something else."""
+
+    def lie(model: onnx.ModelProto) -> None:
+        (value,) = (v for v in model.graph.value_info if v.name.endswith("0.moe.routed/active"))
+        value.type.tensor_type.shape.dim[0].dim_value = size
+
+    folder = _tampered(built["onnx"], tmp_path / "art", lie)
+    try:
+        report = moec.validate(folder, tokens=4, seed=1)
+    except moec.MoecError as error:
+        assert error.exit_code == 1
+    else:
+        assert "model.onnx: value_info layers.0.moe.routed/active" in {
+            check.name for check in report.checks if not check.passed
+        }

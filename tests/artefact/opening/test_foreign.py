@@ -10,6 +10,7 @@ import pytest
 import moec
 from moec.artefact.folder import default_out, refuse_foreign
 from moec.artefact.opening.foreign import foreign_file
+from moec.spec.errors import MoecError
 from tests.damage import FIRST
 from tests.refusals import refusal, refused_and_nothing_left
 
@@ -139,7 +140,7 @@ def test_genai_gets_no_companion_that_leads_out(checkpoint: Path, tmp_path: Path
     assert not out.exists()
 
 
-def test_a_companion_in_a_named_folder_is_copied(checkpoint: Path, tmp_path: Path) -> None:
+def test_only_a_shard_may_lie_in_a_named_folder(checkpoint: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer_config.json").write_text('{"a": 1}')
@@ -147,6 +148,8 @@ def test_a_companion_in_a_named_folder_is_copied(checkpoint: Path, tmp_path: Pat
     for name in ("tokenizer_config.json", FIRST):
         (checkpoint / name).unlink(missing_ok=True)
         (checkpoint / name).symlink_to(other / name)
+    with pytest.raises(MoecError, match=r"tokenizer_config\.json"):
+        moec.export(checkpoint, out=tmp_path / "art", weights="copy", weights_from=other)
+    (checkpoint / "tokenizer_config.json").unlink()
     art = moec.export(checkpoint, out=tmp_path / "art", weights="copy", weights_from=other)
-    assert (art.path / "tokenizer_config.json").read_text() == '{"a": 1}'
     assert moec.open_session(art.path).logits([[5]]).shape[:2] == (1, 1)

@@ -90,7 +90,7 @@ def _loop(path: Path) -> None:
 
 NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe": (os.mkfifo, "pipe"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), "device"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "dev"),
     "a terminal": (lambda path: path.symlink_to("/dev/tty"), ""),
     "a socket": (_socket, "device"),
     "a folder": (Path.mkdir, "folder"),

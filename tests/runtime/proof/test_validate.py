@@ -39,7 +39,8 @@ def test_a_right_artefact_passes_and_reports_everything(tiny_onnx: Path, tmp_pat
     assert {"vision.tokens", "vision.layers.0", "vision.layers.1, each op"} <= set(names)
     assert {"vision.post", "vision.shuffle", "vision.adapter", "image_features"} <= set(names)
     images = [f"images: {what}" for what in ("fused", "logits", "argmax", "in pieces")]
-    assert names[-5:] == [*images, "graph files"]
+    options = [f"{what}, session options fast" for what in ("logits", "argmax")]
+    assert names[-7:] == [*images, *options, "graph files"]
     data = report.to_dict()
     assert data["passed"] and data["seed"] == report.seed
     report.to_html(tmp_path / "r.html")

@@ -19,24 +19,10 @@ from moec.runtime.proof.source import (
     schemes,
     weights_against_source,
 )
-from moec.spec.presets import PRESETS
-from moec.spec.reduced import reduced
 from moec.spec.scheme import SCHEMES
-from moec.weights.random import write_random_checkpoint
 from tests.damage import json_file, listed_again, sealed
 from tests.proofs import assert_passed
 from tests.refusals import refusal
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two layers and four experts."""
-    spec = reduced(PRESETS["tiny-scout"], 2, block=64)
-    experts = spec.text.experts.model_copy(update={"count": 4})
-    text = spec.text.model_copy(update={"experts": experts})
-    folder = tmp_path_factory.mktemp("attacks") / "checkpoint"
-    write_random_checkpoint(spec.model_copy(update={"text": text, "vision": None}), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

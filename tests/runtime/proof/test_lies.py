@@ -11,22 +11,8 @@ import pytest
 import moec
 from moec.artefact.artefact import open_artefact
 from moec.runtime.proof.graph_files import graph_files
-from moec.spec.presets import PRESETS
-from moec.spec.reduced import reduced
-from moec.weights.random import write_random_checkpoint
 from tests.damage import listed_again
 from tests.planted.edit import graphs
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two layers and four experts."""
-    spec = reduced(PRESETS["tiny-scout"], 2, block=64)
-    experts = spec.text.experts.model_copy(update={"count": 4})
-    text = spec.text.model_copy(update={"experts": experts})
-    folder = tmp_path_factory.mktemp("lies") / "checkpoint"
-    write_random_checkpoint(spec.model_copy(update={"text": text, "vision": None}), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

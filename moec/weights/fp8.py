@@ -13,8 +13,6 @@ from torch.nn import functional
 
 from moec.spec.scheme import LARGEST
 
-#: which elements share a scale, by what a packing says; "channel" depends on the weight
-ALONG = {"tensor": "all", "expert": "all", "block": "block"}
 #: elements that are worked on at once
 STEP = 1 << 18
 #: for each type of weights, the integer type of the same width, and a mask without the sign bit
@@ -23,6 +21,15 @@ _BITS = {
     torch.float16: (torch.int16, 0x7FFF),
     torch.bfloat16: (torch.int16, 0x7FFF),
 }
+
+
+def along_of(kind: str | None, stacked: bool) -> str:
+    """Which elements of a matrix share a scale, for a packing's `fp8`, as `magnitudes` takes it.
+
+    The outputs of a plain weight are its rows; those of `stacked` experts are their columns.
+    """
+    named = {"tensor": "all", "expert": "all", "block": "block"}
+    return named.get(kind or "", "column" if stacked else "row")
 
 
 def magnitudes(rows: Tensor, along: str, block: int) -> Tensor:

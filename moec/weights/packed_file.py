@@ -198,7 +198,7 @@ def _write_fp8(weight: _Weight, pool: ThreadPoolExecutor, beside: Executor) -> I
     """
     packing, entry = weight.packing, weight.entry
     block, stacked = packing.block, len(entry.shape) == 3
-    along = fp8.ALONG.get(packing.fp8 or "") or ("column" if stacked else "row")
+    along = fp8.along_of(packing.fp8, stacked)
     count = entry.shape[0] if stacked else 1
     elements, dtype = math.prod(entry.shape) // count, STORED[entry.dtype]
     step = max(1, GROUP_BYTES // (entry.nbytes // count))

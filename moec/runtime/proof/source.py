@@ -113,8 +113,7 @@ def _wrong(
         return
     right, found = view(source), [view(part) for part in parts]
     many = right.dim() == 3
-    along = fp8.ALONG.get(packing.fp8 or "") if packing else None
-    along = along or ("column" if many else "row")
+    along = fp8.along_of(packing.fp8 if packing else None, many)
     largest = None  # magnitude of a stack whose matrices share a scale
     if many and packing and packing.fp8 == "tensor":
         largest = fp8.magnitudes(right.flatten(0, 1), "all", packing.block)

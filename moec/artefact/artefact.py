@@ -17,6 +17,7 @@ from moec.artefact.weight_hashes import verify_weights
 from moec.spec.bounded.own import find_own, is_regular, own_file
 from moec.spec.errors import refuse
 from moec.spec.fields import read_own_json
+from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.tensors import Kind, tensors
@@ -177,7 +178,7 @@ class Artefact:
         copy_it = f"put a copy of the file into {self.path}"
         found = find_own(self.path, name, copy_it)
         if found is None and self.checkpoint:
-            found = find_own(self.checkpoint, name, copy_it)
+            found = find_own(checkpoint_folder(self.checkpoint) or self.checkpoint, name, copy_it)
         return found
 
 

@@ -30,13 +30,15 @@ def check_given(
 
 def check_source(variant: str | None, spec: Path | None, checkpoint: Path | None) -> None:
     """Refuse a source that is not what its option names; moec does not guess what a typo meant."""
+    from moec.spec.hf.forms import checkpoint_folder, refuse_other_form
     from moec.spec.presets import PRESETS
 
     if variant is not None and variant not in PRESETS:
         refuse(f"--variant {variant}", "no such preset", ", ".join(PRESETS), "moec spec list")
     if spec is not None and not spec.is_file():
         refuse(f"--spec {spec}", "no such file", "a spec file", "moec spec schema")
-    if checkpoint is not None and not checkpoint.is_dir():
+    if checkpoint is not None and not checkpoint_folder(checkpoint):
+        refuse_other_form(checkpoint)
         refuse(
             f"--checkpoint {checkpoint}",
             "no such folder",

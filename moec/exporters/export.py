@@ -1,6 +1,5 @@
 """`export` builds an artefact; `bind` attaches a checkpoint to an artefact."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from moec.exporters.write import versions, write_artefact
 from moec.spec.calibration import Calibration
 from moec.spec.errors import MoecError, refuse
 from moec.spec.files import load_spec, other_model
+from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.weights.checkpoint import Checkpoint
@@ -92,7 +92,7 @@ def export(
     with stages("read"):
         chosen = find_target(target)
         checkpoint, entries = None, dict[str, TensorEntry]()
-        if not isinstance(source, ModelSpec) and os.path.isdir(source):
+        if not isinstance(source, ModelSpec) and checkpoint_folder(source):
             spec, checkpoint, entries = read_model(source, named_folder(weights_from))
         else:
             spec = load_spec(source)

@@ -79,7 +79,7 @@ def write_artefact(
             _copy_engines(engines, folder)
         done = manifest.model_copy(
             update={
-                "checkpoint": str(checkpoint.folder.resolve()) if checkpoint else None,
+                "checkpoint": str(checkpoint.source) if checkpoint else None,
                 "weights": bound.weights if bound else manifest.weights,
                 "files": files,
                 "engines": engines.manifest.engines if engines else {},

@@ -22,6 +22,7 @@ from moec.runtime.engines.eager import eager_engine
 from moec.runtime.engines.engine import Engine, Run
 from moec.runtime.session import Session
 from moec.spec.errors import clear_errors, refuse
+from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
 
@@ -87,7 +88,8 @@ def open_session(
             "leave engine out",
             exit_code=3,
         )
-    if not (path / NAME).is_file() and (path / "config.json").is_file():
+    folder = checkpoint_folder(path)
+    if folder and not (folder / NAME).is_file() and (folder / "config.json").is_file():
         if engine not in (None, EAGER):
             refuse(
                 path,

@@ -13,6 +13,7 @@ from moec.spec.data import Frozen
 from moec.spec.errors import refuse
 from moec.spec.fields import shown
 from moec.spec.hf.config import read_config
+from moec.spec.hf.forms import checkpoint_folder, refuse_other_form
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.scheme import SCHEMES, Scheme
@@ -29,11 +30,13 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
     if str(source) in PRESETS:
         return PRESETS[str(source)]
     path = Path(source)
-    # pathlib would raise on names that the operating system cannot have; os.path returns False.
-    if str(source) and os.path.isdir(path):
-        return read_config(path / "config.json")
-    if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
+    if folder := checkpoint_folder(source):
+        if not os.path.lexists(folder / "config.json"):
+            refuse_other_form(folder)
+        return read_config(folder / "config.json")
+    if path.name != "config.json" and _is_data_file(path):
         return _read_file(path, ModelSpec, "a spec that follows the schema")
+    refuse_other_form(source)
     refuse(
         source,
         "neither a preset, nor a spec file, nor a checkpoint folder",
@@ -53,7 +56,7 @@ def load_scheme(source: str | Path | Scheme) -> Scheme:
     if str(source) in SCHEMES:
         return SCHEMES[str(source)]
     path = Path(source)
-    if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path):
+    if _is_data_file(path):
         expected = "a scheme with the fields name, rules, block and cache; see docs/formats.md"
         return _read_file(path, Scheme, expected)
     refuse(
@@ -62,6 +65,10 @@ def load_scheme(source: str | Path | Scheme) -> Scheme:
         f"one of {', '.join(SCHEMES)}, or a .yaml or .json file",
         "choose one of them",
     )
+
+
+def _is_data_file(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path)
 
 
 _Data = TypeVar("_Data", bound=Frozen)

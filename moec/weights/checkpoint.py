@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from shlex import quote
 
 from moec.spec.bounded.own import find_own, is_regular
 from moec.spec.errors import refuse
 from moec.spec.fields import read_own_json, shown
+from moec.spec.hf.forms import INDEX, LISTS, SINGLE, checkpoint_folder, refuse_other_form
 from moec.weights.shard import Shard, TensorEntry, read_shard
 from moec.weights.trust.links import own_shard
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 #: the option with which a user names a folder that links may lead to
 OPTION = "--weights-from"
 
@@ -19,13 +19,20 @@ OPTION = "--weights-from"
 class Checkpoint:
     """A checkpoint folder: its shards, and where the bytes of every tensor are, by key.
 
-    `named` is a further folder in which the user lets links to shards end.
+    `named` is a further folder in which the user lets links to shards end. `listed_in` is the file
+    of the folder that the user chose, which lists the weights.
     """
 
     folder: Path
     shards: tuple[Shard, ...]
     tensors: dict[str, TensorEntry]
     named: Path | None = None
+    listed_in: str = ""
+
+    @property
+    def source(self) -> Path:
+        """The path that names this checkpoint: its folder, or the file that the user chose."""
+        return self.folder.resolve() / self.listed_in
 
     def companion(self, name: str) -> Path | None:
         """The real path of a file beside the weights, such as a tokenizer; None if there is none.
@@ -36,23 +43,22 @@ class Checkpoint:
         return find_own(self.folder, name)
 
 
-def read_checkpoint(folder: str | Path, named: Path | None = None) -> Checkpoint:
-    """Read the index and all shard headers of the Hugging Face checkpoint in `folder`.
+def read_checkpoint(source: str | Path, named: Path | None = None) -> Checkpoint:
+    """Read the index and all shard headers of the Hugging Face checkpoint in a folder.
 
-    `named` is a further folder in which the user lets links to shards end.
+    `source` is the folder, or the index or the single shard in it, which says which of the two
+    counts. `named` is a further folder in which the user lets links to shards end.
 
     Raises:
-        MoecError: the folder has no weights; the index is a link that leads out of the folder, or
-            names a file outside it; a shard is where this user allows none, missing or cut short;
-            or the index and the shards list different tensors.
+        MoecError: the folder has no weights, or both an index and a single shard; the index is a
+            link that leads out of the folder, or names a file outside it; a shard is where this
+            user allows none, missing or cut short; or the index and the shards list different
+            tensors.
     """
-    folder = Path(folder)
-    if (folder / INDEX).exists():
-        files = _read_index(folder / INDEX)
-    elif (folder / SINGLE).exists():
-        files = {SINGLE: None}
-    else:
-        refuse(folder, "no safetensors weights", f"{INDEX} or {SINGLE}", "check --checkpoint")
+    source = Path(source)
+    folder = checkpoint_folder(source) or source
+    chosen = source.name if folder != source else ""
+    files = _read_index(folder / INDEX) if (chosen or _list_of(folder)) == INDEX else {SINGLE: None}
     shards, tensors = [], {}
     for name, listed in files.items():
         shard = read_shard(_resolve(folder, name, named), name)
@@ -69,7 +75,23 @@ def read_checkpoint(folder: str | Path, named: Path | None = None) -> Checkpoint
             )
         shards.append(shard)
         tensors.update(shard.tensors)
-    return Checkpoint(folder, tuple(shards), tensors, named)
+    return Checkpoint(folder, tuple(shards), tensors, named, chosen)
+
+
+def _list_of(folder: Path) -> str:
+    """The name of the file that lists the weights of `folder`."""
+    found = [name for name in LISTS if (folder / name).exists()]
+    if len(found) == 1 or (found and set(_read_index(folder / INDEX)) == {SINGLE}):
+        return found[0]
+    if found:
+        refuse(
+            folder,
+            f"{INDEX} and {SINGLE}, which are not of one set of weights",
+            "one of them, or the one that you mean",
+            f"name it, such as --checkpoint {quote(str(folder / SINGLE))}",
+        )
+    refuse_other_form(folder)
+    refuse(folder, "no safetensors weights", f"{INDEX} or {SINGLE}", "check --checkpoint")
 
 
 def _read_index(path: Path) -> dict[str, set[str] | None]:

@@ -13,6 +13,7 @@ from shlex import quote
 from moec.artefact.manifest import Manifest, TensorRef, Weights
 from moec.spec.bounded.own import blobs_of, inside, is_regular
 from moec.spec.errors import refuse
+from moec.spec.hf.forms import LISTS
 from moec.spec.hf.names import DECODER, keys
 from moec.spec.names import is_scale
 from moec.weights.shard import TensorEntry
@@ -52,16 +53,19 @@ def find_shard(path: Path, weights: Weights, name: str, named: Path | None) -> P
 
 
 def checkpoint_of(path: Path, manifest: Manifest, named: Path | None) -> Path | None:
-    """The folder of the checkpoint, if there is one and this user lets the artefact look there.
+    """The path of the checkpoint, if there is one and this user lets the artefact look there.
 
-    It is the folder that the user named for the weights, or else the one in the manifest.
+    It is in the folder that the user named for the weights, or else in the one in the manifest.
+    Where that has two lists of weights, the path is that of the list that was chosen.
     """
-    if named is not None:
-        return named
     if manifest.checkpoint is None:
-        return None
-    folder, real = Path(manifest.checkpoint), Path(os.path.realpath(manifest.checkpoint))
-    return folder if inside(folder, path) or folder_is_allowed(real) else None
+        return named
+    source = Path(manifest.checkpoint)
+    folder, name = (source.parent, source.name) if source.name in LISTS else (source, "")
+    if named is not None:
+        return named / name
+    allowed = inside(folder, path) or folder_is_allowed(Path(os.path.realpath(folder)))
+    return folder / name if allowed else None
 
 
 def holds(

@@ -45,6 +45,7 @@ from moec.runtime.proof.source import (
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.spec import names
 from moec.spec.errors import MoecError, refuse
+from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import quantized
 from moec.weights.shard import TensorEntry
@@ -166,7 +167,7 @@ def _source(
     if known and known.resolve().is_relative_to(artefact.path.resolve()):
         known = None
     try:
-        if known and known.is_dir():
+        if known and checkpoint_folder(known):
             notes.append(f"The weights were compared with those in {known}.")
             return read_source(artefact, known)
         found = f"{known} is no folder here" if known else "none is known that you have used"

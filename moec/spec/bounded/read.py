@@ -9,6 +9,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 import yaml
@@ -17,6 +18,10 @@ from moec.spec.bounded.limits import DIGITS, JSON, YAML, Text
 from moec.spec.errors import refuse
 
 _AGAIN = "download the file again"
+
+#: how the small file begins that Git LFS puts in the place of a large one
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_MOST = 1024
 
 
 def open_file(
@@ -39,7 +44,8 @@ def open_file(
         where: what the message calls the file; by default its path.
 
     Raises:
-        MoecError: there is no such file, it is not a regular file, or it is too large.
+        MoecError: there is no such file, it is not a regular file, it is too large, or Git LFS has
+            put it there for a file that was not downloaded.
     """
     found: object
     where = where or path
@@ -51,6 +57,8 @@ def open_file(
             status = os.fstat(descriptor)
             kind = _kind(status)
             if kind is None:
+                if status.st_size < _POINTER_MOST:
+                    _refuse_pointer(path, file)
                 if most is None or status.st_size <= most:
                     return file
                 size = status.st_size
@@ -63,6 +71,18 @@ def open_file(
     except ValueError as error:  # a zero byte in the name
         found = error
     refuse(where, found, what, next_step)
+
+
+def _refuse_pointer(path: Path, file: BinaryIO) -> None:
+    if file.read(len(_POINTER)) == _POINTER:
+        file.close()
+        refuse(
+            path,
+            "a Git LFS pointer, which stands for a file that was not downloaded",
+            "the file itself",
+            f"git -C {quote(str(path.parent))} lfs pull",
+        )
+    file.seek(0)
 
 
 def _kind(status: os.stat_result) -> str | None:

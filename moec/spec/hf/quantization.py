@@ -50,9 +50,13 @@ def read_scheme(raw: Any, config: Path, spec: ModelSpec) -> Scheme | None:
     if not isinstance(raw, dict):
         raise Fields(str(config), {}, _NEXT).error("quantization_config", shown(raw), "an object")
     fields = Fields(where, raw, _NEXT)
+    if "bits" in fields and "quant_method" not in fields:
+        raise fields.error("quant_method", "none, but bits: weights of MLX", "a quant_method")
     method = fields.take("quant_method", str)
     if method not in _READERS:
-        raise fields.error("quant_method", repr(method), " or ".join(map(repr, _READERS)))
+        what = f" ({_OTHERS[method]})" if method in _OTHERS else ""
+        known = ", ".join(map(repr, _READERS))
+        raise fields.error("quant_method", f"{shown(method)}{what}", f"one of {known}")
     scheme = _READERS[method](fields, spec)
     try:
         quantized(spec.model_copy(update={"scheme": scheme}))
@@ -61,7 +65,43 @@ def read_scheme(raw: Any, config: Path, spec: ModelSpec) -> Scheme | None:
     return scheme
 
 
-_NEXT = "use a bf16 checkpoint and --precision fp8, which quantises it"
+#: other methods by the names that transformers has for them
+_OTHERS = {
+    "awq": "AWQ: 4-bit weights",
+    "gptq": "GPTQ: 2- to 8-bit weights",
+    "bitsandbytes": "bitsandbytes: 8- or 4-bit weights",
+    "aqlm": "AQLM: weights as codebooks",
+    "auto-round": "AutoRound: 2- to 8-bit weights",
+    "bitnet": "BitNet: ternary weights",
+    "eetq": "EETQ: 8-bit weights",
+    "exl2": "ExLlamaV2: weights of mixed widths",
+    "exl3": "ExLlamaV3: weights of mixed widths",
+    "fp8": "block FP8, as DeepSeek and transformers write it",
+    "fp_quant": "FP-Quant: MXFP4 or NVFP4 weights",
+    "higgs": "HIGGS: weights as grids",
+    "hqq": "HQQ: weights of 1 to 8 bits",
+    "mxfp4": "MXFP4: 4-bit floats in blocks of 32",
+    "quanto": "Quanto: weights of 2 to 8 bits",
+    "quark": "AMD Quark: weights of several kinds",
+    "spqr": "SpQR: 3-bit weights with outliers",
+    "torchao": "torchao: weights of several kinds",
+    "vptq": "VPTQ: weights as codebooks",
+}
+
+#: values of ModelOpt's `quant_algo` by their meaning
+_ALGORITHMS = {
+    "NVFP4": "4-bit floats in blocks of 16",
+    "NVFP4_AWQ": "4-bit floats in blocks of 16",
+    "W4A8_AWQ": "4-bit weights",
+    "W4A16_AWQ": "4-bit weights",
+    "INT4_AWQ": "4-bit weights",
+    "MIXED_PRECISION": "another precision for each layer",
+}
+
+_NEXT = (
+    "use the bf16 checkpoint that it was made from; moec quantises it: --precision fp8, or "
+    "--target ort --precision int4"
+)
 
 
 def _compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
@@ -122,7 +162,9 @@ def _e4m3_strategy(
 
 
 def _modelopt(at: Fields, spec: ModelSpec) -> Scheme:
-    at.require("quant_algo", "FP8")
+    if (algorithm := at.take("quant_algo", str)) != "FP8":
+        what = f" ({_ALGORITHMS[algorithm]})" if algorithm in _ALGORITHMS else ""
+        raise at.error("quant_algo", f"{shown(algorithm)}{what}", "'FP8', the only supported value")
     cache = at.take("kv_cache_quant_algo", str, default=None)
     if cache not in (None, "FP8"):
         raise at.error("kv_cache_quant_algo", repr(cache), "'FP8' or none")

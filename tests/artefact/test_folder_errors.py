@@ -114,9 +114,15 @@ def trap() -> Callable[[BaseException, int], AbstractContextManager[Trap]]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize(
-    "error", [NO_SPACE, KeyboardInterrupt()], ids=lambda error: type(error).__name__
+    "error, held",
+    [
+        (NO_SPACE, "an artefact"),
+        (KeyboardInterrupt(), "nothing"),
+        pytest.param(NO_SPACE, "nothing", marks=pytest.mark.slow),
+        pytest.param(KeyboardInterrupt(), "an artefact", marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_an_error_at_any_step_leaves_the_disk_as_it_was(
     checkpoint: Path, work: Path, old: Path, error: BaseException, held: str,

@@ -62,7 +62,7 @@ def stopped_at(stage: str, checkpoint: Path, out: Path) -> Iterator[subprocess.P
     [
         (signal.SIGINT, "graph", "nothing"),
         pytest.param(signal.SIGINT, "copy", "nothing", marks=pytest.mark.slow),
-        (signal.SIGINT, "write", "an artefact"),
+        pytest.param(signal.SIGINT, "write", "an artefact", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "check", "nothing", marks=pytest.mark.slow),
         (signal.SIGTERM, "copy", "an artefact"),
     ],
@@ -164,7 +164,7 @@ def test_a_build_killed_at_any_step_leaves_no_half_artefact_and_the_next_one_cle
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("stage", ["copy", "write"])
+@pytest.mark.parametrize("stage", [pytest.param("copy", marks=pytest.mark.slow), "write"])
 def test_a_killed_command_leaves_what_the_next_build_removes(
     checkpoint: Path, work: Path, stage: str
 ) -> None:

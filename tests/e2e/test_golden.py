@@ -77,7 +77,9 @@ def test_the_vision_tower_before_its_projector(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("index", range(len(PROMPTS)))
+@pytest.mark.parametrize(
+    "index", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(PROMPTS)))]
+)
 def test_greedy_continuations_are_reproduced_through_the_caches(
     session: Session, golden: dict[str, Tensor], tiny: Path, index: int
 ) -> None:

@@ -82,7 +82,8 @@ def test_the_proof_passes_and_generation_goes_on(
 
 
 @quantized
-@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weightless_builds_are_proven_on_a_twin(precision: str, tmp_path: Path) -> None:
     spec = moec.load_spec("scout")
     text = spec.text.model_copy(update={"layers": 4})

@@ -30,13 +30,13 @@ TWO_LAYERS = {
 HEADERS = ROOT / "tests/exporters/tensorrt_plugin/include"
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_tiny_scout_builds_for_two_gpus(
-    precision: str, tmp_path: Path, cli: Callable[..., tuple[int, str]]
+    precision: str, tiny: Path, tmp_path: Path, cli: Callable[..., tuple[int, str]]
 ) -> None:
     command = (
-        "build", "--checkpoint", "examples/tiny-scout", "--target", "tensorrt-rtx",
+        "build", "--checkpoint", tiny, "--target", "tensorrt-rtx",
         "--precision", precision, "--no-validate", "--out", tmp_path / "art",
     )  # fmt: skip
     assert cli(*command) == (0, "")
@@ -47,12 +47,13 @@ def test_tiny_scout_builds_for_two_gpus(
         assert engine.file == f"engine/{part}.engine" and list(engine.files) == [engine.file]
         assert engine.built.architectures == ("SM89", "SM120")
     built = art.manifest.engines["model"].built
-    assert built.layer_types["ATTENTION_OUTPUT"] == 8 and not built.messages
-    assert built.layer_types["KV_CACHE_UPDATE"] == 16
+    layers = art.manifest.spec.text.layers
+    assert built.layer_types["ATTENTION_OUTPUT"] == layers and not built.messages
+    assert built.layer_types["KV_CACHE_UPDATE"] == 2 * layers
     assert built.precisions["BF16"] and bool(built.precisions.get("FP8")) == (precision == "fp8")
-    assert built.layer_types.get("CONDITION", 0) == (8 if precision == "bf16" else 0)
+    assert built.layer_types.get("CONDITION", 0) == (layers if precision == "bf16" else 0)
     experts = 1 if precision == "bf16" else 16  # tensors of a layer's experts
-    assert len(art.manifest.engines["model"].bindings) == 2 * 8 * experts
+    assert len(art.manifest.engines["model"].bindings) == 2 * layers * experts
 
 
 @pytest.mark.full
@@ -215,16 +216,28 @@ def test_without_the_package_the_build_says_so_first(
         (("--sm", "foo"), "--sm"),
         (("--sm", "SM89", "--sm", "SM89"), "twice"),
         (("--target", "tensorrt", "--no-engine", "--sm", "SM89"), "--target tensorrt-rtx"),
-        (("--precision", "fp8", "--scheme", "mixed", "--bindings", "none"), "experts or all"),
+        (
+            (
+                "--checkpoint",
+                "examples/tiny-scout",
+                "--precision",
+                "fp8",
+                "--scheme",
+                "mixed",
+                "--bindings",
+                "none",
+            ),
+            "experts or all",
+        ),
     ],
     ids=str,
 )
 def test_options_that_cannot_be_are_refused(
-    options: tuple[str, ...], named: str, tiny: Path, tmp_path: Path,
+    options: tuple[str, ...], named: str, sound: Path, tmp_path: Path,
     cli: Callable[..., tuple[int, str]],
 ) -> None:  # fmt: skip
     code, err = cli(
-        "build", "--checkpoint", tiny, "--target", "tensorrt-rtx", "--out", tmp_path / "art",
+        "build", "--checkpoint", sound, "--target", "tensorrt-rtx", "--out", tmp_path / "art",
         *options,
     )  # fmt: skip
     assert code == 2 and named in err, err

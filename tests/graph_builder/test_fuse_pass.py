@@ -115,7 +115,7 @@ def _cut(chunk: int, sizes: list[int]) -> list[int]:
 
 @pytest.mark.full
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck),
+    max_examples=8, deadline=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # a smaller example would take minutes to find
 )  # fmt: skip
 @given(spec=specs(), seed=st.integers(0, 2**31), sizes=st.lists(st.integers(1, 9), min_size=1))

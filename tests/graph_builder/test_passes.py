@@ -40,7 +40,7 @@ def _targets(graph: fx.GraphModule) -> set[Any]:
 
 
 @pytest.mark.full
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(spec=specs(), seed=st.integers(0, 2**31), data=st.data())
 def test_passes_keep_the_meaning(spec: ModelSpec, seed: int, data: st.DataObject) -> None:
     """Two rows, several calls that end at chunk borders; genai's graph in calls as they come."""

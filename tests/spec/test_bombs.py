@@ -201,7 +201,13 @@ PATTERNS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.full
-@pytest.mark.parametrize("case", PATTERNS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case == "repeats of repeats" else case
+        for case in PATTERNS
+    ],
+)
 def test_an_expression_that_does_not_end_is_refused(case: str) -> None:
     config, names = PATTERNS[case]
     refusal(lambda: read_scheme(config, Path("config.json"), SPEC), names)

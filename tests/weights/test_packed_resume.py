@@ -407,7 +407,7 @@ def _entries(path: Path) -> list[TensorEntry]:
     "options",
     [
         {"precision": "fp8", "scheme": "dynamic"},
-        {"precision": "bf16", "target": "ort"},
+        pytest.param({"precision": "bf16", "target": "ort"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -1,5 +1,10 @@
-"""What TensorRT does silently, or says badly, is one clear refusal here. With the real parser."""
+"""What TensorRT does silently, or says badly, is one clear refusal here. With the real parser.
 
+TensorRT runs in this process, because a child for each model would take most of the time.
+`test_child.py` and `test_build.py` start children.
+"""
+
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +14,17 @@ import pytest
 from onnx import TensorProto as T
 from onnx import helper as h
 
-from moec.artefact.engine_job import Span
-from moec.exporters.tensorrt.engine import build_engine
+from moec.artefact.engine_job import Built, Job, Span
+from moec.exporters.tensorrt.process import child
 from tests.exporters.tensorrt_engine.models import SHAPES, attention, job, model, spans, value
 from tests.refusals import refused_and_nothing_left
 
 pytest.importorskip("tensorrt_rtx")
+
+
+def build_engine(wanted: Job) -> Built:
+    """What the child process does."""
+    return child.build(wanted, io.BytesIO(), lambda kind, what: None)
 
 
 def refused(folder: Path, made: onnx.ModelProto, names: str, code: int = 1, **changes: Any) -> None:
@@ -29,7 +39,6 @@ def test_causal_attention_would_start_at_the_first_slot(tmp_path: Path) -> None:
     refused(tmp_path, made, "causal UPPER_LEFT", masked=False)
 
 
-@pytest.mark.full
 def test_a_missing_mask_is_noticed(tmp_path: Path) -> None:
     refused(tmp_path, attention(("q", "k", "v")), "mask False")
     build_engine(job(attention(("q", "k", "v")), tmp_path, masked=False))
@@ -86,7 +95,6 @@ def test_an_operator_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path, attention(op="Unheard"), "node att (Unheard)", attentions=0)
 
 
-@pytest.mark.full
 def test_the_parser_is_quoted_without_its_noise(tmp_path: Path) -> None:
     made = attention(op="RotaryEmbedding", reads=("q", "k", "v"))
     refused(tmp_path, made, "cosCacheDims.nbDims == 2.)\n  expected:", attentions=0)
@@ -94,7 +102,6 @@ def test_the_parser_is_quoted_without_its_noise(tmp_path: Path) -> None:
     refused(tmp_path, attention(softcap=1.0), "Setting softcap is not supported")
 
 
-@pytest.mark.full
 def test_attention_in_float32_has_no_kernel(tmp_path: Path) -> None:
     refused(tmp_path, attention(dtype=T.FLOAT), "mark the attention TRT_decomposable")
     made = attention(dtype=T.FLOAT, domain="trt", TRT_decomposable=1)
@@ -200,7 +207,6 @@ def test_numbers_that_decide_about_shapes(tmp_path: Path) -> None:
     refused(tmp_path, made, "input s", code=2)
 
 
-@pytest.mark.full
 def test_profiles_must_fit_the_inputs(tmp_path: Path) -> None:
     good = spans(attention())
     q = good["q"]

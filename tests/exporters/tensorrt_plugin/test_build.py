@@ -52,7 +52,10 @@ def test_the_command_compiles_it(plugin: Plugin, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("header", "why"),
-    [(None, "no NvInferRuntime.h in {include}"), ("#error moec", "failed")],
+    [
+        (None, "no NvInferRuntime.h in {include}"),
+        pytest.param("#error moec", "failed", marks=pytest.mark.slow),
+    ],
 )
 def test_headers_that_do_not_serve(tmp_path: Path, header: str | None, why: str) -> None:
     include = tmp_path / "include"

@@ -115,7 +115,13 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("case", TEMPLATES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case in ("a power", "an indent") else case
+        for case in TEMPLATES
+    ],
+)
 def test_a_template_without_end_is_refused(case: str) -> None:
     with within_a_gigabyte():
         refusal(lambda: fill(TEMPLATES[case], HELLO), "--chat")

@@ -59,7 +59,7 @@ SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
 @pytest.mark.full
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(sizes=st.lists(SIZES, min_size=1, max_size=3), seed=st.integers(0, 1000))
 def test_tokens_and_tiles_are_those_of_transformers(
     artefact: Path, sizes: list[tuple[int, int]], seed: int

@@ -204,7 +204,7 @@ tilings = st.builds(
 
 
 @pytest.mark.full
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(sizes(), tilings)
 def test_shapes_equal_the_processor(size: tuple[int, int], tiling: Tiling) -> None:
     assert our_shapes(*size, tiling) == hf_shapes(*size, tiling)

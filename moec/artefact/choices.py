@@ -53,6 +53,24 @@ def choose(
     return dialect, mode
 
 
+def merging(mode: str, chosen: str | None) -> str:
+    """The placement of weights that adapters change; `chosen` is what the user chose.
+
+    Raises:
+        MoecError: the user wants the weights to stay in the checkpoint.
+    """
+    if mode in ("copy", "pack"):
+        return mode
+    if chosen:
+        refuse(
+            f"--weights {chosen}",
+            "adapters, which change the weights",
+            "copy or pack",
+            "leave --weights out",
+        )
+    return "copy"
+
+
 def default_precision(target: Target, scheme: Scheme | None) -> str:
     """The precision of a build if the user names none.
 

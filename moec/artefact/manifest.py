@@ -182,6 +182,7 @@ class Manifest(Frozen):
     Attributes:
         opset: ONNX's; None for graphs that are not ONNX.
         checkpoint: the folder of the weights; None while the artefact is unbound.
+        adapters: the folders of the LoRA adapters that are merged into the weights, in order.
         inputs, outputs: those of the decoder.
         vision: those of the vision tower, if the model has one.
         packings: how moec packs each weight. The key is the name of the first tensor that this
@@ -200,6 +201,7 @@ class Manifest(Frozen):
     opset: int | None = None
     precision: str
     checkpoint: str | None
+    adapters: tuple[str, ...] = ()
     weights: Weights
     files: dict[str, File]
     inputs: tuple[Port, ...]

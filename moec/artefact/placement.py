@@ -1,15 +1,17 @@
 """Place the weights of an artefact: leave them in the checkpoint, link, copy or pack them."""
 
 import hashlib
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
+import torch
 from torch import Tensor
 
 from moec.artefact.manifest import (
@@ -26,6 +28,7 @@ from moec.weights.checkpoint import Checkpoint
 from moec.weights.packed_file import write_packed
 from moec.weights.packed_journal import PACKED, Hash
 from moec.weights.shard import TensorEntry, read_shard
+from moec.weights.view import STORED, read_into
 
 #: files of a checkpoint that a runtime may need beside the weights
 COMPANIONS = (
@@ -38,6 +41,9 @@ COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+
+#: bytes that are copied at once
+BLOCK = 1 << 24
 
 #: called with (stage, done, total) in the stage's own unit; it is called often and must be cheap
 Progress = Callable[[str, int, int], None]
@@ -76,7 +82,8 @@ def place(
 
     `folder` is the artefact's folder while it is written. The result says where each parameter
     will be in the finished artefact. A copy is hashed while it is written; `hashed` asks for a hash
-    of shards that are left or linked, which means to read all of them.
+    of shards that are left or linked, which means to read all of them. The changes of adapters
+    go into a copy.
 
     Raises:
         MoecError: the file system cannot hard-link, or a companion is a link that leads out of the
@@ -97,11 +104,14 @@ def place(
             if mode == "link":
                 _link(shard.path, folder / shard.name)
             else:
-                sha256[shard.path] = _copy(shard.path, folder / shard.name, progress)
+                changed = [each for each in entries.values() if each.changes]
+                own = [each for each in changed if each.file == shard.path]
+                sha256[shard.path] = _copy(shard.path, folder / shard.name, progress, own)
                 copied += shard.size
         _companions(checkpoint, folder)
     at_root = {
-        name: replace(entry, file=root / names[entry.file]) for name, entry in entries.items()
+        name: replace(entry, file=root / names[entry.file], changes=())
+        for name, entry in entries.items()
     }
     refs = {
         name: TensorRef(file=names[entry.file], offset=entry.offset, length=entry.nbytes)
@@ -171,18 +181,53 @@ def _link(source: Path, target: Path) -> None:
         )
 
 
-def _copy(source: Path, target: Path, progress: Progress, block: int = 1 << 24) -> str:
-    """Copy a file; return the SHA-256 of what was written."""
+def _copy(
+    source: Path, target: Path, progress: Progress, changed: Iterable[TensorEntry] = ()
+) -> str:
+    """Copy a file, with the tensors `changed` as adapters change them.
+
+    Returns the SHA-256 of what was written.
+    """
     size, done, digest = source.stat().st_size, 0, hashlib.sha256()
     with (
         source.open("rb") as reader,
         target.open("wb") as writer,
         ThreadPoolExecutor(1) as beside,
     ):
-        while data := reader.read(block):
+        for data in _blocks(reader, size, changed):
             hashing = beside.submit(digest.update, data)  # while the block is written
             writer.write(data)
             hashing.result()
             done += len(data)
             progress(f"copy {source.name}", done, size)
     return digest.hexdigest()
+
+
+def _blocks(reader: BinaryIO, size: int, changed: Iterable[TensorEntry]) -> Iterator[bytes]:
+    """The bytes of a file of `size` bytes in blocks, with the tensors `changed` merged."""
+    at = 0
+    for entry in sorted(changed, key=lambda each: each.offset):
+        yield from _plain(reader, at, entry.offset)
+        rows = max(1, BLOCK // (entry.nbytes // math.prod(entry.shape[:-1])))
+        for index in range(math.prod(entry.shape[:-2])):
+            for start in range(0, entry.shape[-2], rows):
+                stop = min(start + rows, entry.shape[-2])
+                part = torch.empty(stop - start, entry.shape[-1], dtype=STORED[entry.dtype])
+                read_into(entry, (index * entry.shape[-2] + start) * entry.shape[-1], part)
+                if not bool(part.isfinite().all()):
+                    refuse(
+                        f"{entry.file}: {entry.name}",
+                        f"values that {entry.dtype} cannot hold, once the adapters are added",
+                        "finite weights",
+                        "check the adapters, or use --weights pack with another --precision",
+                    )
+                yield part.flatten().view(torch.uint8).numpy().tobytes()
+        at = entry.offset + entry.nbytes
+    yield from _plain(reader, at, size)
+
+
+def _plain(reader: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    reader.seek(start)
+    while start < stop and (data := reader.read(min(BLOCK, stop - start))):
+        start += len(data)
+        yield data

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moec.cli.given import check_given, check_source
-from moec.cli.options import Architectures, Build, Hashed, LinksTo, Placement, Scales, WeightsFrom
+from moec.cli.options import (
+    Adapters,
+    Architectures,
+    Build,
+    Hashed,
+    LinksTo,
+    Placement,
+    Scales,
+    WeightsFrom,
+)
 from moec.cli.output import bar, say, write
 from moec.cli.proofs import prove
 from moec.spec.errors import refuse
@@ -75,6 +84,7 @@ def build(
     engine: Build = True,
     weights_from: LinksTo = None,
     hashed: Hashed = False,
+    adapter: Adapters = None,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Check the numbers after the build.")
     ] = True,
@@ -120,6 +130,7 @@ def build(
             options=_engine_options(chosen),
             weights_from=weights_from,
             hash_weights=hashed,
+            adapters=adapter or (),
         )
     artefact_tables(art)
     _note_unrecorded(art)
@@ -174,6 +185,7 @@ def bind(
     engine: Build = True,
     weights_from: LinksTo = None,
     hashed: Hashed = False,
+    adapter: Adapters = None,
 ) -> None:
     """Attach a checkpoint to an artefact that was built without weights, or attach another one."""
     check_given(artefact, checkpoint, out, weights_from)
@@ -191,6 +203,7 @@ def bind(
             engine=engine,
             weights_from=weights_from,
             hash_weights=hashed,
+            adapters=adapter or (),
         )
     artefact_tables(art)
     _note_unrecorded(art)

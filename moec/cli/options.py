@@ -29,6 +29,13 @@ LinksTo = Annotated[
         "--weights-from", help="A further folder to which links in the checkpoint may lead."
     ),
 ]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--adapter",
+        help="A folder with a LoRA adapter, which is merged into the weights. May be repeated.",
+    ),
+]
 TrustEngines = Annotated[
     bool,
     typer.Option(

@@ -67,6 +67,8 @@ def artefact_tables(art: "Artefact") -> None:
         + _rate(build)
         + (f" · peak memory {size(build.peak_bytes)}" if build.peak_bytes else ""),
     )
+    for adapter in manifest.adapters:
+        say(f"with the adapter {adapter}")
     for engine in manifest.engines.values():
         say(_engine(engine))
         for message in engine.built.messages:

@@ -1,5 +1,6 @@
 """`export` builds an artefact; `bind` attaches a checkpoint to an artefact."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from moec.artefact.artefact import (
     named_folder,
     open_artefact,
 )
-from moec.artefact.choices import check_placement, choose, default_precision
+from moec.artefact.choices import check_placement, choose, default_precision, merging
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.folder import default_out, refuse_foreign
 from moec.artefact.manifest import Build, Manifest, Weights
@@ -49,6 +50,7 @@ def export(
     options: EngineOptions | None = None,
     weights_from: str | Path | None = None,
     hash_weights: bool = False,
+    adapters: Sequence[str | Path] = (),
 ) -> Artefact:
     """Build an artefact of a model.
 
@@ -80,6 +82,9 @@ def export(
         options: the sizes that TensorRT engines are built for; only for targets "tensorrt" and
             "tensorrt-rtx".
         weights_from: a further folder to which links in the checkpoint may lead.
+        hash_weights: whether weights that stay where they are get a SHA-256 too.
+        adapters: folders of LoRA adapters, which moec merges into the weights in this order. The
+            sum is made in float32. Merged weights are copied or packed.
 
     The folders that hold the checkpoint are recorded in the user's state folder, so that this user
     may open artefacts whose weights lie there.
@@ -93,13 +98,16 @@ def export(
         chosen = find_target(target)
         checkpoint, entries = None, dict[str, TensorEntry]()
         if not isinstance(source, ModelSpec) and checkpoint_folder(source):
-            spec, checkpoint, entries = read_model(source, named_folder(weights_from))
+            spec, checkpoint, entries = read_model(source, named_folder(weights_from), adapters)
         else:
+            if adapters:
+                refuse("adapters", f"no weights in {source}", "a checkpoint", "give its folder")
             spec = load_spec(source)
         if precision is None:
             precision = default_precision(chosen, spec.scheme)
         spec = in_precision(spec, precision, scheme, cache, chosen.scheme)
         dialect, mode = choose(chosen, precision, weights, spec.scheme)
+        mode = merging(mode, weights) if adapters else mode
         builder = builder_of(target)
         dialect = builder.dialect(dialect, spec) if builder.dialect else dialect
         wanted = Wanted(
@@ -124,7 +132,7 @@ def export(
         path = Path(out) if out else default_out(spec.name, target, precision)
         refuse_foreign(path)
         if checkpoint:
-            _refuse_inside(path, checkpoint.folder)
+            _refuse_inside(path, checkpoint.folders)
         if scales is not None and not checkpoint:
             refuse("--scales", "a build without weights", "a checkpoint", "give it to bind instead")
         constants = scales_for(spec, mode, scales, checkpoint.folder) if checkpoint else {}
@@ -189,6 +197,7 @@ def bind(
     engine: bool = True,
     weights_from: str | Path | None = None,
     hash_weights: bool = False,
+    adapters: Sequence[str | Path] = (),
 ) -> Artefact:
     """Attach a checkpoint to an artefact that was built without one, or replace its checkpoint.
 
@@ -205,6 +214,7 @@ def bind(
         engine: whether to build TensorRT engines, if the artefact's options ask for them.
         weights_from: as in `export`.
         hash_weights: as in `export`.
+        adapters: as in `export`.
 
     The folders that hold the checkpoint are recorded as by `export`.
 
@@ -221,11 +231,12 @@ def bind(
         builder = builder_for(built)
         packs = bool(built.manifest.packings)
         mode = weights or ("pack" if packs else "in-place")
+        mode = merging(mode, weights) if adapters else mode
         check_placement(mode, packs)
         path = Path(out or artefact)
         refuse_foreign(path)
-        spec, read, entries = read_model(checkpoint, named)
-        _refuse_inside(path, read.folder)
+        spec, read, entries = read_model(checkpoint, named, adapters)
+        _refuse_inside(path, read.folders)
         wanted = built.manifest.spec
         if packs:  # this artefact quantises wide weights
             wanted = wanted.model_copy(update={"scheme": None})
@@ -269,16 +280,17 @@ def bind(
 def _allow(checkpoint: Checkpoint | None) -> None:
     """Record the folders of a checkpoint that this user has built or bound from."""
     if checkpoint:
-        for folder in {checkpoint.folder, *(shard.path.parent for shard in checkpoint.shards)}:
+        for folder in checkpoint.folders:
             allow_folder(folder)
 
 
-def _refuse_inside(out: Path, checkpoint: Path) -> None:
-    """Refuse an `out` that is or contains the checkpoint: replacing `out` would delete it."""
-    if checkpoint.resolve().is_relative_to(out.resolve()):
-        refuse(
-            f"--out {out}",
-            f"the folder of the checkpoint {checkpoint}",
-            "another folder",
-            "choose another --out",
-        )
+def _refuse_inside(out: Path, sources: Iterable[Path]) -> None:
+    """Refuse an `out` that is or contains a source of weights: replacing `out` would delete it."""
+    for folder in sources:
+        if folder.resolve().is_relative_to(out.resolve()):
+            refuse(
+                f"--out {out}",
+                f"the folder of the checkpoint {folder}",
+                "another folder",
+                "choose another --out",
+            )

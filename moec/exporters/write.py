@@ -80,6 +80,7 @@ def write_artefact(
         done = manifest.model_copy(
             update={
                 "checkpoint": str(checkpoint.source) if checkpoint else None,
+                "adapters": tuple(map(str, checkpoint.adapters)) if checkpoint else (),
                 "weights": bound.weights if bound else manifest.weights,
                 "files": files,
                 "engines": engines.manifest.engines if engines else {},

@@ -20,7 +20,8 @@ class Checkpoint:
     """A checkpoint folder: its shards, and where the bytes of every tensor are, by key.
 
     `named` is a further folder in which the user lets links to shards end. `listed_in` is the file
-    of the folder that the user chose, which lists the weights.
+    of the folder that the user chose, which lists the weights. `adapters` are the folders of the
+    LoRA adapters that its tensors are changed by.
     """
 
     folder: Path
@@ -28,6 +29,12 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     named: Path | None = None
     listed_in: str = ""
+    adapters: tuple[Path, ...] = ()
+
+    @property
+    def folders(self) -> set[Path]:
+        """The folders that its files lie in."""
+        return {self.folder, *self.adapters, *(shard.path.parent for shard in self.shards)}
 
     @property
     def source(self) -> Path:

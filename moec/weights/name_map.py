@@ -1,6 +1,7 @@
 """Match the tensors of a checkpoint with those of a spec, one to one."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -35,18 +36,26 @@ def checkpoint_tensors(spec: ModelSpec) -> list[CheckpointTensor]:
 
 
 def read_model(
-    folder: str | Path, named: Path | None = None
+    folder: str | Path, named: Path | None = None, adapters: Sequence[str | Path] = ()
 ) -> tuple[ModelSpec, Checkpoint, dict[str, TensorEntry]]:
     """Read a checkpoint folder: its spec, its shards, and the place of every tensor by our name.
 
-    `named` is as in `read_checkpoint`.
+    `named` is as in `read_checkpoint`. `adapters` are folders of LoRA adapters, whose changes the
+    tensors then have.
 
     Raises:
-        MoecError: something is wrong with config.json, the index, a shard or a tensor.
+        MoecError: something is wrong with config.json, the index, a shard, a tensor or an adapter.
     """
     spec, checkpoint = spelled(load_spec(folder), read_checkpoint(folder, named))
     spec = _with_scales(_with_dtype(spec, checkpoint), checkpoint)
-    return spec, checkpoint, match(spec, checkpoint)
+    entries = match(spec, checkpoint)
+    if adapters:
+        from moec.weights.adapter.read import with_adapters  # torch, which reading needs not
+
+        entries = with_adapters(spec, entries, adapters, named)
+        folders = tuple(Path(each).resolve() for each in adapters)
+        checkpoint = replace(checkpoint, adapters=folders)
+    return spec, checkpoint, entries
 
 
 def _with_dtype(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

@@ -18,9 +18,12 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
+import torch
+
 from moec.weights.hashed import BLOCK
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
+from moec.weights.view import view
 
 #: the name of the packed file in an artefact
 PACKED = "weights.safetensors"
@@ -46,7 +49,9 @@ def fingerprint(
     """Identify the packed file: its layout, its packings, and the sizes of its sources."""
     digest = hashlib.sha256(header)
     digest.update("".join(p.model_dump_json() for p in packings.values()).encode())
-    for file in sorted({entry.file for entry in entries.values()}):
+    changes = [each for entry in entries.values() for each in entry.changes]
+    sources = [*entries.values(), *(side for each in changes for side in (each.down, each.up))]
+    for file in sorted({entry.file for entry in sources}):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return digest.hexdigest()
 
@@ -60,6 +65,9 @@ def checksum_of(matrices: Iterable[TensorEntry]) -> int:
     """The checksum of a weight whose matrices are in a checkpoint; it reads all of them."""
     found = []
     for matrix in matrices:
+        if matrix.changes:
+            found.append(zlib.crc32(view(matrix).flatten().view(torch.uint8).numpy().tobytes()))
+            continue
         crc, left = 0, matrix.nbytes
         with matrix.file.open("rb", buffering=0) as file:
             file.seek(matrix.offset)

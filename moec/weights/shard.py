@@ -5,7 +5,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from moec.spec.bounded.limits import AXES, JSON, NAME, SIZE
 from moec.spec.bounded.read import open_file, parse_json
@@ -13,6 +13,9 @@ from moec.spec.data import DTYPES as TABLE
 from moec.spec.errors import refuse
 from moec.spec.fields import shown
 from moec.spec.names import expert_of
+
+if TYPE_CHECKING:
+    from moec.weights.adapter.low_rank import LowRank
 
 #: the types of safetensors: our name, and bytes per element
 DTYPES = {each.safetensors: (each.name, each.bits // 8) for each in TABLE if each.safetensors}
@@ -27,7 +30,10 @@ def nbytes(shape: tuple[int, ...], dtype: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor is: `nbytes` bytes at `offset` of `file`, row-major, without reading them."""
+    """Where a tensor is: `nbytes` bytes at `offset` of `file`, row-major, without reading them.
+
+    `changes` are what adapters add to it; whoever reads the tensor adds them (`moec.weights.view`).
+    """
 
     name: str
     dtype: str
@@ -35,6 +41,7 @@ class TensorEntry:
     file: Path
     offset: int
     nbytes: int
+    changes: "tuple[LowRank, ...]" = ()
 
     def __getitem__(self, index: int) -> Self:
         """The entry of the slice at `index` of the first axis, such as one expert.
@@ -51,6 +58,7 @@ class TensorEntry:
             shape=self.shape[1:],
             offset=self.offset + index * size,
             nbytes=size,
+            changes=tuple(change.of(index) for change in self.changes),
         )
 
 

@@ -31,8 +31,18 @@ def name_of(dtype: torch.dtype) -> str:
 def view(entry: TensorEntry) -> torch.Tensor:
     """Map the tensor at `entry`, in its own type and shape.
 
-    The bytes are read when they are used. They are copied only if their offset is not aligned.
+    The bytes are read when they are used. They are copied only if their offset is not aligned, or
+    if adapters change the tensor.
     """
+    stored = _map(entry)
+    if not entry.changes:
+        return stored
+    from moec.weights.adapter.low_rank import merged  # which reads its own tensors with this
+
+    return merged(entry, stored)
+
+
+def _map(entry: TensorEntry) -> torch.Tensor:
     dtype = STORED[entry.dtype]
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=dtype)
@@ -45,6 +55,8 @@ def view(entry: TensorEntry) -> torch.Tensor:
 
 def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
     """Read elements of the tensor at `entry`, from element `first` on, until `out` is full.
+
+    Of a tensor that adapters change, these must be whole rows.
 
     Reading is faster than mapping here, because page faults cost more than the copy.
 
@@ -69,3 +81,7 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
             "a file that does not change while it is read",
             "download the shard again, or build the artefact again",
         )
+    if entry.changes:
+        from moec.weights.adapter.low_rank import merge_rows
+
+        merge_rows(entry, first, out)

@@ -37,6 +37,7 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
     for field, folder in (
         ("weights.folder", manifest.weights.folder),
         ("checkpoint", manifest.checkpoint),
+        *(("adapters", each) for each in manifest.adapters),
     ):
         if folder is not None and not _is_folder_name(folder):
             refuse(f"{path / NAME}: {field}", f"{folder!r}"[:200], "an absolute path", _BUILD_AGAIN)

@@ -24,6 +24,7 @@ from moec.weights.arrange import arrange, store
 from moec.weights.name_map import read_model
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
+from moec.weights.trust.records import folder_is_allowed
 from moec.weights.view import STORED, view
 
 #: the weights that belong to no layer of the decoder
@@ -36,10 +37,26 @@ WIDE = 0.25
 def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, TensorEntry]]:
     """The spec of the checkpoint in `folder`, and its tensors by our name.
 
+    The artefact's adapters are merged into the checkpoint that it was built from. Another folder
+    is taken as it is, because its weights may be merged already.
+
     Raises:
-        MoecError: the folder holds no checkpoint, or one of another model.
+        MoecError: the folder holds no checkpoint, or one of another model; or an adapter is not
+            where this user has built from.
     """
-    spec, _, entries = read_model(folder)
+    manifest = artefact.manifest
+    own = str(folder.resolve()) == manifest.checkpoint
+    adapters = [Path(each) for each in manifest.adapters] if own else []
+    for adapter in adapters:
+        if not folder_is_allowed(adapter.resolve()):
+            refuse(
+                adapter,
+                "an adapter that this user has not built from",
+                "an adapter that you have used",
+                f"if you trust it: moec bind {artefact.path} --checkpoint {folder} --adapter "
+                f"{adapter}",
+            )
+    spec, _, entries = read_model(folder, adapters=adapters)
     wanted = artefact.manifest.spec
     if not spec.scheme or (wanted.scheme and not wanted.scheme.cache):
         wanted = wanted.model_copy(update={"scheme": spec.scheme})

@@ -139,8 +139,7 @@ def _refuse_folder(folder: Path) -> None:
             folder,
             f"an adapter ({ADAPTER}): changes to a checkpoint, and no checkpoint",
             _EXPECTED,
-            "merge it into its base with peft: PeftModel.from_pretrained(BASE, DIR)"
-            ".merge_and_unload().save_pretrained(OUT)",
+            f"--checkpoint BASE --adapter {quote(str(folder))}",
         )
     if "snapshots" in names and "blobs" in names:
         found = sorted(each.name for each in os.scandir(folder / "snapshots"))[:1]

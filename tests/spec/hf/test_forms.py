@@ -60,7 +60,7 @@ FORMS: dict[str, tuple[Make, str, str]] = {
     "an adapter": (
         holding("adapter_config.json", "adapter_model.safetensors"),
         "an adapter",
-        "peft",
+        "--adapter",
     ),
     "shards without an index": (
         holding("config.json", "model-00001-of-00050.safetensors"),

@@ -1,0 +1,245 @@
+"""LoRA adapters, merged while weights are read: against peft's own merge, in every placement."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import moec
+from moec.spec.hf.names import keys
+from moec.weights.adapter.read import WEIGHTS
+from moec.weights.name_map import read_model
+from moec.weights.view import read_into, view
+from tests.refusals import refusal
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.full
+
+CONFIG = "adapter_config.json"
+LINEAR: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 6,
+    "target_modules": [
+        "q_proj", "o_proj", "shared_expert.up_proj", "router", "embed_tokens", "fc1", "linear_1",
+    ],
+    "alpha_pattern": {"language_model.model.layers.1.self_attn.q_proj": 40, "router": 1},
+    "rank_pattern": {"o_proj": 2},
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 8,
+    "use_rslora": True,
+    "target_modules": ["lm_head"],
+    "target_parameters": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def float32(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` in float32, so that what is compared is the merge and not its rounding."""
+    folder = tmp_path_factory.mktemp("float32") / "base"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("golden*"))
+    for shard in folder.glob("*.safetensors"):
+        save_file({k: t.float() for k, t in load_file(shard).items()}, shard)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("bfloat16", "float32"))
+    return folder
+
+
+def _model(folder: Path) -> Any:
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+def _train(base: Path, out: Path, config: dict[str, Any], seed: int) -> Path:
+    """Save an adapter of random values."""
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(_model(base), peft.LoraConfig(**config))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    model.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def adapters(float32: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [
+        _train(float32, folder / "linear", LINEAR, 0),
+        _train(float32, folder / "experts", EXPERTS, 1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def merged(float32: Path, adapters: Sequence[Path]) -> dict[str, Tensor]:
+    """The weights after peft's own merge of both, by our names."""
+    model = _model(float32)
+    for adapter in adapters:
+        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    found = model.state_dict()
+    return {name: found[key] for name, key in keys(moec.load_spec(float32)).items() if key in found}
+
+
+def test_the_weights_are_those_of_peft(
+    float32: Path, adapters: Sequence[Path], merged: dict[str, Tensor]
+) -> None:
+    spec, checkpoint, entries = read_model(float32, adapters=adapters)
+    assert checkpoint.adapters == tuple(adapters)
+    assert set(entries) == set(merged)
+    for name, entry in entries.items():
+        torch.testing.assert_close(view(entry), merged[name], rtol=0, atol=2e-6, msg=name)
+    changed = {name for name, entry in entries.items() if entry.changes}
+    layers = spec.text.layers
+    wanted = {"embed.weight", "head.weight", *(f"layers.{i}.moe.gate_up" for i in range(layers))}
+    assert wanted <= changed, changed
+    assert len(changed) >= 2 + 6 * layers
+
+    entry = entries["layers.1.moe.down"]
+    rows, columns = entry.shape[-2:]
+    part = torch.empty(3, columns)
+    read_into(entry, (2 * rows + 1) * columns, part)
+    assert torch.equal(part, view(entry)[2, 1:4]), "a few rows at a time"
+    assert torch.equal(view(entry[2]), view(entry)[2]), "one expert"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"precision": "fp8", "scheme": "dynamic"}, marks=pytest.mark.slow),
+        pytest.param({"weights": "pack", "target": "ort"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_an_artefact_has_the_merged_weights_and_is_proven(
+    float32: Path, adapters: Sequence[Path], merged: dict[str, Tensor], tmp_path: Path,
+    options: dict[str, str],
+) -> None:  # fmt: skip
+    art = moec.export(float32, out=tmp_path / "art", adapters=adapters, **options)
+    assert art.manifest.adapters == tuple(map(str, adapters))
+    assert art.manifest.weights.mode == ("pack" if options else "copy")
+    report = moec.validate(art.path)
+    assert report.passed, report
+    assert not any("not compared" in note for note in report.notes)
+    if not options:
+        for name, entry in art.entries().items():
+            torch.testing.assert_close(view(entry), merged[name], rtol=0, atol=2e-6, msg=name)
+        moec.artefact.artefact.verify_files(art)
+
+
+def test_binding_merges_too(float32: Path, adapters: Sequence[Path], tmp_path: Path) -> None:
+    moec.export(moec.load_spec(float32), out=tmp_path / "art")
+    bound = moec.bind(tmp_path / "art", float32, adapters=adapters)
+    built = moec.export(float32, out=tmp_path / "built", adapters=adapters)
+    assert bound.manifest.weights.shards == built.manifest.weights.shards
+    ids = [[1, 2, 3, 4]]
+    logits = [moec.open_session(each).logits(ids) for each in (bound.path, built.path, float32)]
+    assert np.array_equal(logits[0], logits[1]) and not np.allclose(logits[0], logits[2])
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        held = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(held | changes))
+
+    return change
+
+
+def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        held = load_file(folder / WEIGHTS)
+        change(held)
+        save_file({key: each.contiguous() for key, each in held.items()}, folder / WEIGHTS)
+
+    return write
+
+
+def _first(held: dict[str, Tensor], side: str) -> str:
+    return next(key for key in held if f"lora_{side}" in key and "q_proj" in key)
+
+
+#: what is wrong -> (how, what the message names)
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "DoRA": (_config(use_dora=True), "use_dora"),
+    "another method": (_config(peft_type="LOHA"), "peft_type"),
+    "biases": (_config(bias="all"), "bias"),
+    "whole modules": (_config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "PiSSA": (_config(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
+    "tokens": (_config(trainable_token_indices=[1, 2]), "trainable_token_indices"),
+    "an unknown field": (_config(sparkle=3), "sparkle"),
+    "alpha that is text": (_config(lora_alpha="8"), "lora_alpha"),
+    "an expression": (_config(alpha_pattern={"(a+)+$": 2}), "alpha_pattern"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "pickled weights": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
+        WEIGHTS,
+    ),
+    "one side": (_tensors(lambda held: held.pop(_first(held, "A"))), "lora_B alone"),
+    "another rank": (
+        _tensors(lambda held: held.update({(k := _first(held, "A")): held[k][:1]})),
+        "lora_A [1, ",
+    ),
+    "another width": (
+        _tensors(lambda held: held.update({(k := _first(held, "A")): held[k][:, :5]})),
+        "whose product",
+    ),
+    "integers": (
+        _tensors(lambda held: held.update({(k := _first(held, "A")): held[k].to(torch.int8)})),
+        "int8",
+    ),
+    "of another model": (
+        _tensors(lambda held: held.update(
+            {key.replace("layers.1.", "layers.99."): held.pop(key) for key in list(held)}
+        )),
+        "layers.99",
+    ),
+    "a whole weight": (
+        _tensors(lambda held: held.update({"base_model.model.lm_head.weight": torch.ones(2)})),
+        "lm_head.weight",
+    ),
+    "nothing": (_tensors(lambda held: (held.clear(), held.update(x=torch.ones(1)))), "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_cannot_be_merged_is_named(
+    float32: Path, adapters: Sequence[Path], tmp_path: Path, kind: str
+) -> None:
+    damage, names = BAD[kind]
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters[0], folder)
+    damage(folder)
+    refusal(lambda: read_model(float32, adapters=[folder]), names)
+
+
+def test_adapters_need_wide_weights_of_their_own(
+    float32: Path, adapters: Sequence[Path], tmp_path: Path
+) -> None:
+    def build(**options: Any) -> object:
+        return moec.export(float32, out=tmp_path / "art", adapters=adapters, **options)
+
+    refusal(lambda: build(weights="in-place"), "--weights in-place")
+    refusal(lambda: moec.export("scout", out=tmp_path / "a", adapters=adapters), "no weights")
+    refusal(lambda: moec.export(float32, out=adapters[0].parent, adapters=adapters), "--out")
+    assert not (tmp_path / "art").exists()
+
+
+def test_square_experts_of_old_versions_are_refused(
+    float32: Path, adapters: Sequence[Path], tmp_path: Path
+) -> None:
+    """Before peft 0.19 their axes were the other way round, which square shapes do not show."""
+    spec = moec.load_spec(float32)
+    assert spec.text.dim == 2 * spec.text.experts.hidden, "gate_up is square in the fixture"
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters[1], folder)
+    _config(peft_version="0.18.1")(folder)
+    refusal(lambda: read_model(float32, adapters=[folder]), "0.18.1")

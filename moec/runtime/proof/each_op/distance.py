@@ -11,6 +11,9 @@ from torch import Tensor
 #: A value may be this many times as far off as the same op in the dtype of the graph is from the op
 #: in float64. Engines add in other orders and have other polynomials for exp and cos.
 MULTIPLE = 16.0
+#: A token smaller than this share of all tokens counts as large as they: a sum that cancels to near
+#: 0, such as a router of few experts, has the noise of its terms.
+SMALL = 0.25
 #: The share of tokens that a rounding to FP8 may change, and by how much of their size at most: a
 #: fused op may break a tie of its router in another way, and the token then has another expert.
 FLIPS, FLIPPED = 0.05, 2.0
@@ -31,7 +34,7 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """The distance of a value from the right one, relative to the value's largest element.
+    """The distance of a value from the right one, relative to the largest element of its token.
 
     Attributes:
         name: the value's name in the graph.
@@ -86,6 +89,7 @@ def distance(
         return Distance(name, math.nan, 0.0, f"not finite{where}")
     norm = partial(torch.linalg.vector_norm, ord=2 if flips else torch.inf, dim=1)
     size = norm(right).clamp(min=function.size)
+    size = size.maximum(size.quantile(SMALL))
     error, noise = norm(value - right), norm(noisy - right)
     usual = (noise / size).square().mean().sqrt()
     usual = usual.clamp(min=function.roundings * torch.finfo(near.dtype).eps / 2)

@@ -1,0 +1,39 @@
+"""How far a value may be from the right one: as far as rounding takes it, and little further."""
+
+import pytest
+import torch
+
+from moec.runtime.proof.each_op.distance import MULTIPLE, distance
+
+TOKENS, TERMS = 64, 4096
+
+
+def _sums(cancel: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of one column in float64 and in float32; the last token's terms cancel."""
+    torch.manual_seed(0)
+    terms = torch.randn(TOKENS, TERMS)
+    right = terms.double().sum(1, keepdim=True)
+    if cancel:
+        terms[-1, -1] -= right[-1, 0].float()
+        right = terms.double().sum(1, keepdim=True)
+    return right, terms.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("times, passes", [(0.3, True), (3, False)])
+def test_a_sum_that_cancels_has_the_noise_of_its_terms(times: float, passes: bool) -> None:
+    right, near = _sums(cancel=True)
+    near[-1] = right[-1].float()  # rounding was lucky here
+    noise = (near.double() - right).abs().median()
+    value = near.double()
+    value[-1] += times * MULTIPLE * noise
+    found = distance("x", value, right, near)
+    assert (found.ratio <= 1) == passes
+    assert found.error < 1e-4, "relative to what other tokens are like"
+
+
+def test_errors_of_ten_times_the_limit_are_found_at_every_token() -> None:
+    right, near = _sums(cancel=False)
+    for token in range(TOKENS):
+        value = near.double()
+        value[token] += 10 * MULTIPLE * (near.double() - right).abs().max()
+        assert distance("x", value, right, near).ratio > 1, token

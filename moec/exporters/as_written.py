@@ -59,7 +59,7 @@ def _write(artefact: Artefact, folder: Path) -> dict[str, Path]:
         files[part].parent.mkdir(parents=True, exist_ok=True)
         builder.save_unbound(model, files[part])
         if bound:
-            builder.save_bound(model, files[part], bound, options)
+            builder.save_bound(model, files[part], bound.seen_from(part), options)
     return files
 
 

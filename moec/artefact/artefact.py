@@ -73,7 +73,7 @@ class Artefact:
 
     @property
     def weights_folder(self) -> Path:
-        """The folder to which the locations of the graph's external data are relative."""
+        """The folder to which the names of shards in the manifest are relative."""
         folder = self.manifest.weights.folder
         return self.path if folder is None else self.weights_from or Path(folder)
 

@@ -6,6 +6,7 @@ how long a build took is printed, and not stored.
 
 import hashlib
 import json
+from pathlib import PurePosixPath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -76,6 +77,17 @@ class Weights(Frozen):
     shards: dict[str, ShardRef] = Field(default_factory=dict)
     tensors: dict[str, TensorRef] = Field(default_factory=dict)
     hashes: dict[str, TensorHash] = Field(default_factory=dict)
+
+    def data_folder(self, part: str) -> str:
+        """The folder to which the external data of a part's graph is relative.
+
+        It is relative to the folder of the shards, and is the graph's own folder if all shards lie
+        below that: then every program finds them. Else it is ".", and a session option has to say
+        where that is.
+        """
+        own, files = PurePosixPath(part).parent, {ref.file for ref in self.tensors.values()}
+        below = all(PurePosixPath(name).is_relative_to(own) for name in (*self.shards, *files))
+        return str(own) if self.folder is None and self.shards and below else "."
 
 
 class Port(Frozen):

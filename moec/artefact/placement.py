@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO, cast
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Self, cast
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class Bound:
     packed: int = 0
     read: int = 0
 
+    def seen_from(self, part: str) -> Self:
+        """The same weights with the `root` of a part's graph, such as "genai/model"."""
+        return replace(self, root=self.root / self.weights.data_folder(part))
+
 
 def place(
     checkpoint: Checkpoint,
@@ -77,13 +81,14 @@ def place(
     folder: Path,
     progress: Progress,
     hashed: bool = False,
+    below: str = ".",
 ) -> Bound:
     """Leave, link or copy the shards of `checkpoint`, as `mode` says; copy its companions.
 
-    `folder` is the artefact's folder while it is written. The result says where each parameter
-    will be in the finished artefact. A copy is hashed while it is written; `hashed` asks for a hash
-    of shards that are left or linked, which means to read all of them. The changes of adapters
-    go into a copy.
+    `folder` is the artefact's folder while it is written; shards that are linked or copied go to
+    its folder `below`. The result says where each parameter will be in the finished artefact. A
+    copy is hashed while it is written; `hashed` asks for a hash of shards that are left or linked,
+    which means to read all of them. The changes of adapters go into a copy.
 
     Raises:
         MoecError: the file system cannot hard-link, or a companion is a link that leads out of the
@@ -98,15 +103,18 @@ def place(
         shown = str(root)
     else:
         root, shown = folder, None
-        names = {shard.path: shard.name for shard in checkpoint.shards}
+        names = {
+            shard.path: PurePosixPath(below, shard.name).as_posix() for shard in checkpoint.shards
+        }
         for shard in checkpoint.shards:
-            (folder / shard.name).parent.mkdir(parents=True, exist_ok=True)
+            target = folder / names[shard.path]
+            target.parent.mkdir(parents=True, exist_ok=True)
             if mode == "link":
-                _link(shard.path, folder / shard.name)
+                _link(shard.path, target)
             else:
                 changed = [each for each in entries.values() if each.changes]
                 own = [each for each in changed if each.file == shard.path]
-                sha256[shard.path] = _copy(shard.path, folder / shard.name, progress, own)
+                sha256[shard.path] = _copy(shard.path, target, progress, own)
                 copied += shard.size
         _companions(checkpoint, folder)
     at_root = {
@@ -136,23 +144,27 @@ def pack(
     folder: Path,
     progress: Progress,
     constants: dict[str, Tensor],
+    below: str = ".",
 ) -> Bound:
     """Write every weight into one file, in the layout that the graph reads.
 
-    `constants` are static scales by name, which go into the same file. The companion files are
-    copied beside it.
+    `constants` are static scales by name, which go into the same file. It is written in `folder`,
+    where a build that is killed leaves it, and moved to the folder `below` when it is complete. The
+    companion files are copied to `folder`.
     """
     _companions(checkpoint, folder)
-    path = folder / PACKED
+    path, name = folder / PACKED, PurePosixPath(below, PACKED).as_posix()
     stage = partial(progress, "pack")
     hashes: dict[str, Hash] = {}
     read = write_packed(path, manifest.packings, entries, stage, constants, hashes)
-    shard = read_shard(path)
+    (folder / below).mkdir(exist_ok=True)
+    path.rename(folder / name)
+    shard = read_shard(folder / name)
     refs = {
-        name: TensorRef(file=PACKED, offset=entry.offset, length=entry.nbytes)
-        for name, entry in shard.tensors.items()
+        tensor: TensorRef(file=name, offset=entry.offset, length=entry.nbytes)
+        for tensor, entry in shard.tensors.items()
     }
-    shards = {PACKED: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
+    shards = {name: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
     kept = {name: TensorHash(sha256=h.sha256, pieces=h.pieces) for name, h in hashes.items()}
     return Bound(
         shard.tensors,

@@ -1,4 +1,7 @@
-"""Compare the graphs of an artefact with those that the exporter writes now, node for node."""
+"""Compare the files of an artefact with those that the exporter writes now: graphs node for node.
+
+`moec.exporters.beside` compares the files beside the graphs.
+"""
 
 import tempfile
 from collections import Counter
@@ -11,35 +14,41 @@ from typing import Any
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.placement import Bound
+from moec.exporters.beside import beside
 from moec.exporters.builder import Wanted, builder_for
 from moec.exporters.stages import no_collection
 from moec.exporters.torch.archive import difference
 
 
 @no_collection()
-def other_graphs(artefact: Artefact) -> dict[str, str]:
-    """The parts whose files are not what the exporter writes now, and the first difference of each.
+def other_files(artefact: Artefact) -> dict[str, str]:
+    """The files that are not what the exporter writes now, and the first difference of each.
 
-    The graphs are built again from the manifest, at full size; no weights are read. The result is
+    The files are written again from the manifest, at full size; no weights are read. The result is
     empty if every file has the same bytes, or says the same. Whatever is not compared here by name,
     such as annotations that this version of onnx does not know, is a difference.
     """
     with tempfile.TemporaryDirectory(prefix="moec-graphs-") as folder:
         written = _write(artefact, Path(folder))
         found: dict[str, str | None] = {}
-        for part, file in written.items():
-            stored = artefact.graph(part)
-            if part not in artefact.parts:
-                found[part] = "the manifest lists no such file"
+        for name, file in written.items():
+            stored = artefact.path / name
+            if name not in artefact.graphs:
+                found[name] = "the manifest lists no such file"
             elif stored.read_bytes() != file.read_bytes():
-                found[part] = _difference(stored, file)
-        more = set(artefact.parts) - set(written)
+                found[name] = _difference(stored, file)
+        more = set(artefact.graphs) - set(written)
         found |= dict.fromkeys(more, "moec writes no such file")
-        return {part: what for part, what in found.items() if what}
+        found |= beside(artefact, Path(folder))
+        return {name: what for name, what in found.items() if what}
 
 
 def _write(artefact: Artefact, folder: Path) -> dict[str, Path]:
-    """Write every graph into `folder` as a build or `bind` would write it."""
+    """Write every file into `folder` as a build or `bind` would write it; the graphs, by name.
+
+    What a checkpoint gives to the files beside the graphs comes from the artefact, or from its
+    checkpoint if that is at hand.
+    """
     manifest, builder = artefact.manifest, builder_for(artefact)
     options = manifest.options or EngineOptions()
     wanted = Wanted(manifest.spec, manifest.precision, manifest.compute, manifest.dialect, options)
@@ -55,11 +64,17 @@ def _write(artefact: Artefact, folder: Path) -> dict[str, Path]:
     files = {}
     for part, graph in builder.graphs(wanted).items():
         model, _ = builder.lower(wanted, graph, part)
-        files[part] = folder / artefact.graph(part).relative_to(artefact.path)
-        files[part].parent.mkdir(parents=True, exist_ok=True)
-        builder.save_unbound(model, files[part])
+        file = folder / artefact.graph(part).relative_to(artefact.path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        builder.save_unbound(model, file)
         if bound:
-            builder.save_bound(model, files[part], bound, options)
+            builder.save_bound(model, file, bound.seen_from(part), options)
+        files[file.relative_to(folder).as_posix()] = file
+    if builder.beside and builder.session_options:
+        quantized = any(packing.bits for packing in manifest.packings.values())
+        own = builder.session_options(quantized, bool(manifest.spec.scheme))
+        ours = manifest.model_copy(update={"presets": own})
+        builder.beside(folder, artefact.path, ours, artefact.companion)
     return files
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
-from moec.artefact.manifest import Engine, Ports, SessionOptions
+from moec.artefact.manifest import Engine, Manifest, Ports, SessionOptions
 from moec.artefact.placement import Bound, Progress
 from moec.artefact.targets import find_target, imported
 from moec.spec.errors import refuse
@@ -18,6 +18,12 @@ from moec.weights.packing import Packing
 
 #: a lowered graph, such as an `ir.Model` or a `Program`; only the target's functions look inside
 Model = Any
+#: the path of a file beside the weights, such as a tokenizer, by its name; None if there is none
+Companion = Callable[[str], Path | None]
+
+
+def no_companion(name: str) -> None:
+    """The companion of an artefact that has no checkpoint: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +81,9 @@ class Builder:
         opset: ONNX's; None for models that are not ONNX.
         dialect: (chosen dialect, spec) -> the dialect to use, for schemes that need another one.
         session_options: (quantised to integers, FP8) -> ONNX Runtime's session options by name.
-        beside: writes files for other programs beside the models: (folder, its final path,
-            manifest, weights' folder, checkpoint or None).
+        beside: writes files for other programs into folders beside the models: (folder, its final
+            path, manifest, name of a file of the checkpoint -> its path or None).
+        weights: the folder of the artefact for the weights that a build writes.
         compiler: compiles the models to TensorRT engines; None: the models run as they are.
     """
 
@@ -92,7 +99,8 @@ class Builder:
     opset: int | None = None
     dialect: Callable[[str, ModelSpec], str] | None = None
     session_options: Callable[[bool, bool], dict[str, SessionOptions]] | None = None
-    beside: Callable[..., None] | None = None
+    beside: Callable[[Path, Path, Manifest, Companion], None] | None = None
+    weights: str = "."
     compiler: Compiler | None = None
 
 

@@ -15,7 +15,7 @@ from moec.artefact.manifest import Build, Manifest, Ports
 from moec.artefact.placement import pack, place
 from moec.artefact.process_memory import memory
 from moec.artefact.targets import find_target
-from moec.exporters.builder import Model, builder_of
+from moec.exporters.builder import Model, builder_of, no_companion
 from moec.exporters.stages import Stages
 from moec.spec.bounded.own import own_file
 from moec.spec.tensors import tensors
@@ -51,25 +51,27 @@ def write_artefact(
             discard(folder / PACKED)
         builder, suffix = builder_of(manifest.target), find_target(manifest.target).suffix
         options = manifest.options or EngineOptions()
-        targets = {folder / f"{part}{suffix}": model for part, model in models.items()}
+        targets = {part: folder / f"{part}{suffix}" for part in models}
+        progress, below = stages.progress, builder.weights
         if manifest.weights.mode == "unbound":
             with stages("check"):
-                for target, model in targets.items():
-                    builder.save_unbound(model, target)
+                for part, model in models.items():
+                    builder.save_unbound(model, targets[part])
         bound = None
         if checkpoint:
             with stages("weights"):
                 if mode == "pack":
-                    bound = pack(checkpoint, entries, manifest, folder, stages.progress, constants)
+                    bound = pack(checkpoint, entries, manifest, folder, progress, constants, below)
                 else:
                     used = {name: entries[name] for name in tensors(manifest.spec)}
-                    bound = place(checkpoint, used, mode, folder, stages.progress, hashed)
+                    bound = place(checkpoint, used, mode, folder, progress, hashed, below)
             with stages("write"):
-                for target, model in targets.items():
-                    builder.save_bound(model, target, bound, options)
+                for part, model in models.items():
+                    builder.save_bound(model, targets[part], bound.seen_from(part), options)
+            manifest = manifest.model_copy(update={"weights": bound.weights})
         if builder.beside:
-            root = Path(bound.weights.folder) if bound and bound.weights.folder else path
-            builder.beside(folder, path, manifest, root, checkpoint)
+            companion = checkpoint.companion if checkpoint else no_companion
+            builder.beside(folder, path, manifest, companion)
         written = {
             each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
         }
@@ -81,7 +83,6 @@ def write_artefact(
             update={
                 "checkpoint": str(checkpoint.source) if checkpoint else None,
                 "adapters": tuple(map(str, checkpoint.adapters)) if checkpoint else (),
-                "weights": bound.weights if bound else manifest.weights,
                 "files": files,
                 "engines": engines.manifest.engines if engines else {},
                 **_ports({part: builder.ports(model) for part, model in models.items()}),

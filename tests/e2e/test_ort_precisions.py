@@ -123,7 +123,8 @@ def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "art").rename(tmp_path / "moved")
     assert_passed(moec.validate(tmp_path / "moved", tokens=20))
     assert (
-        art.manifest.build.bytes_packed == (tmp_path / "moved/weights.safetensors").stat().st_size
+        art.manifest.build.bytes_packed
+        == (tmp_path / "moved/genai/weights.safetensors").stat().st_size
     )
     changed = art.manifest.rewritten
     assert "embed.weight" not in changed and "layers.0.moe.router.weight" in changed

@@ -19,7 +19,6 @@ from moec.runtime.session import Session
 #: lengths of the sequences of the first call, in chunks, and of the last positions
 RAGGED, FAR, STEPS = (2.2, 1.35), 3.5, 6
 GENAI = Path("genai") / "model.onnx"
-FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def outputs(folder: Path, seed: int = 5) -> dict[str, Tensor]:
@@ -63,10 +62,9 @@ def _runs(session: Session, generator: torch.Generator) -> Iterator[tuple[str, T
 
 
 def _genai(folder: Path, session: Session) -> Tensor:
-    """The logits of the graph for ONNX Runtime's GenAI; weights lie in the artefact's folder."""
+    """The logits of the graph for ONNX Runtime's GenAI; weights lie in its own folder."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry(FOLDER, str(folder))
     graph = onnxruntime.InferenceSession(folder / GENAI, options)
     count = int(RAGGED[0] * (session.spec.text.chunk or 16))
     feeds = {}

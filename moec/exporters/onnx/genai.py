@@ -2,40 +2,54 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from moec.artefact.manifest import Manifest
+from moec.exporters.builder import Companion
 from moec.spec import names
 from moec.spec.model import ModelSpec
-from moec.weights.checkpoint import Checkpoint
 
+#: the folder in an artefact; its graph; its configuration
+FOLDER, PART, CONFIG = "genai", "genai/model", "genai_config.json"
+#: the session option that names the folder of weights, relative to the graph's folder
+WEIGHTS = "session.model_external_initializers_file_folder_path"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 #: the positions for which genai allocates its buffers, unless its caller asks for fewer
 CONTEXT = 131_072
 
 
-def write_genai(
-    folder: Path, final: Path, manifest: Manifest, weights: Path, checkpoint: Checkpoint | None
-) -> None:
+def write_genai(folder: Path, final: Path, manifest: Manifest, companion: Companion) -> None:
     """Write genai's configuration and copies of the tokenizer files to `folder`.
 
-    The build later renames `folder` to `final`. The weights stay below `weights`. genai appends
-    the path of the weights to its own folder, so that the path must be relative.
+    The build later renames `folder` to `final`. If the weights lie in `final`, its graph names them
+    and no option does: with the option, ONNX Runtime refuses weights that are links to another
+    folder, as in a download cache. genai appends the option's path to its own folder, so that the
+    path must be relative.
     """
-    entries = {
-        **manifest.presets["lean"].entries,
-        "session.model_external_initializers_file_folder_path": os.path.relpath(
-            weights.resolve(), final.resolve()
-        ),
-    }
+    entries, weights = dict(manifest.presets["lean"].entries), manifest.weights
+    if weights.data_folder(PART) != FOLDER:
+        root = Path(weights.folder or final.parent)
+        entries[WEIGHTS] = os.path.relpath(root.resolve(), final.resolve())
     config = genai_config(manifest.spec, manifest.compute, entries)
-    (folder / "genai_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_bytes(spelled(config))
     for name in _TOKENIZER:
-        source = checkpoint.companion(name) if checkpoint else None
+        source = companion(name)
         if source:
             shutil.copyfile(source, folder / name)
+
+
+def spelled(config: dict[str, Any]) -> bytes:
+    """`config` as genai's parser takes it: in UTF-8, with control characters as they are.
+
+    The parser refuses every escape by number. JSON wants them only for control characters.
+    """
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    escape = re.compile(r"\\(?:u(....)|.)")
+    return escape.sub(lambda each: chr(int(each[1], 16)) if each[1] else each[0], text).encode()
 
 
 def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> dict[str, Any]:

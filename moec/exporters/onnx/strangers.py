@@ -48,7 +48,7 @@ def read_checked(artefact: Artefact, part: str) -> onnx.ModelProto:
     except (OSError, DecodeError) as error:
         expected = "a readable ONNX model of an artefact"
         refuse(file, error, expected, "build the artefact again", exit_code=1)
-    check_model(file, model, _places(artefact))
+    check_model(file, model, _places(artefact, part))
     return model
 
 
@@ -66,13 +66,19 @@ def load_checked(artefact: Artefact, part: str) -> ir.Model:
         refuse(artefact.graph(part), error, expected, "build the artefact again", exit_code=1)
 
 
-def _places(artefact: Artefact) -> dict[str, TensorEntry]:
-    """Where the manifest says that each stored tensor is; its file is the name of a shard."""
+def _places(artefact: Artefact, part: str) -> dict[str, TensorEntry]:
+    """Where the manifest says that each stored tensor is, in a shard as the graph names it."""
     manifest = artefact.manifest
+    folder = manifest.weights.data_folder(part)
     kinds = stored_kinds(manifest.spec, manifest.packings)
     return {
         name: TensorEntry(
-            name, kinds[name][1], kinds[name][0], Path(ref.file), ref.offset, ref.length
+            name,
+            kinds[name][1],
+            kinds[name][0],
+            Path(ref.file).relative_to(folder),
+            ref.offset,
+            ref.length,
         )
         for name, ref in manifest.weights.tensors.items()
         if name in kinds
@@ -82,7 +88,7 @@ def _places(artefact: Artefact) -> dict[str, TensorEntry]:
 def check_model(file: Path, model: Any, places: Mapping[str, TensorEntry]) -> None:
     """Refuse what moec never writes into an ONNX file.
 
-    `places` says where each stored tensor is, by name, in a shard that is named as in the manifest.
+    `places` says where each stored tensor is, by name, in a shard as the file must name it.
 
     Raises:
         MoecError: the message names the first tensor, operator or field.
@@ -104,13 +110,17 @@ def check_model(file: Path, model: Any, places: Mapping[str, TensorEntry]) -> No
             _check_node(file, node)
 
 
-def relocate(artefact: Artefact, model: Any) -> Path:
+def relocate(artefact: Artefact, part: str, model: Any) -> Path:
     """Let external data of `model` name the real files of the shards, below the returned folder.
 
-    ONNX Runtime refuses a location that is a link to a file elsewhere, as each file of a download
-    cache is. If no file is a link, the model stays as it is.
+    `model` is the graph of `part`. ONNX Runtime refuses a location that is a link to a file
+    elsewhere, as each file of a download cache is.
     """
-    shards = {name: artefact.shard(name) for name in artefact.manifest.weights.shards}
+    weights = artefact.manifest.weights
+    folder = weights.data_folder(part)
+    shards = {
+        Path(name).relative_to(folder).as_posix(): artefact.shard(name) for name in weights.shards
+    }
     root = Path(os.path.commonpath([file.parent for file in shards.values()]))
     names = {name: file.relative_to(root).as_posix() for name, file in shards.items()}
     if any(name != new for name, new in names.items()):

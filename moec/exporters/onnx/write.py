@@ -11,6 +11,7 @@ from torch import fx
 
 from moec.artefact.manifest import Port
 from moec.exporters.onnx.external_data import set_external_data
+from moec.exporters.onnx.genai import PART
 from moec.exporters.onnx.lowering import Lowered, Rule, lower
 from moec.exporters.onnx.ort import ORT, ORT_INT4, ORT_INT8, ORT_PACKED
 from moec.exporters.onnx.standard import OPSET, STANDARD
@@ -25,7 +26,7 @@ from moec.weights.shard import TensorEntry
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 #: a further part: the decoder with the inputs that onnxruntime-genai feeds
-GENAI = "genai/model"
+GENAI = PART
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def ort_engine(
         )
     artefact.stored()  # refuses unbound artefacts and changed shards
     model = read_checked(artefact, part)
-    root = relocate(artefact, model)
+    root = relocate(artefact, part, model)
     options = onnxruntime.SessionOptions()
     # Only moec's own table decides: the manifest may come from a stranger.
     quantized = any(packing.bits for packing in manifest.packings.values())

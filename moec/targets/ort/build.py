@@ -4,12 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from moec.artefact.manifest import Manifest
-from moec.exporters.builder import Wanted
-from moec.exporters.onnx.genai import write_genai
+from moec.exporters.builder import Companion, Wanted
+from moec.exporters.onnx.genai import FOLDER, write_genai
 from moec.exporters.onnx.ort import check_sizes
 from moec.spec.errors import refuse
 from moec.targets.onnx.build import BUILDER as ONNX
-from moec.weights.checkpoint import Checkpoint
 
 #: bits of a weight, in the precisions that quantise weights only
 _BITS = {"int8": 8, "int4": 4}
@@ -32,11 +31,9 @@ def check(wanted: Wanted) -> None:
     check_sizes(wanted.spec, _BITS.get(wanted.precision))
 
 
-def genai(
-    folder: Path, final: Path, manifest: Manifest, weights: Path, checkpoint: Checkpoint | None
-) -> None:
+def genai(folder: Path, final: Path, manifest: Manifest, companion: Companion) -> None:
     """Write the files that onnxruntime-genai reads into `folder`/genai."""
-    write_genai(folder / "genai", final / "genai", manifest, weights, checkpoint)
+    write_genai(folder / FOLDER, final / FOLDER, manifest, companion)
 
 
 BUILDER = replace(
@@ -44,4 +41,5 @@ BUILDER = replace(
     dialects=("ort", "ort-packed", "ort-int8", "ort-int4"),
     check=check,
     beside=genai,
+    weights=FOLDER,
 )

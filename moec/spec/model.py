@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from moec.spec.bounded import limits
 from moec.spec.data import DType, Frozen
+from moec.spec.names import family
 from moec.spec.scheme import Scheme
 
 #: the characters that each pattern field may hold, and what they mean
@@ -78,7 +79,7 @@ class Experts(Frozen):
 class LayerSpec:
     """What the patterns say about one decoder layer.
 
-    `chunk` is in tokens; None stands for a full causal mask.
+    `chunk` is in tokens; None stands for a full causal mask. `experts` is None for a dense layer.
     """
 
     index: int
@@ -86,7 +87,12 @@ class LayerSpec:
     chunk: int | None
     qk_norm: bool
     temperature: bool
-    moe: bool
+    experts: Experts | None
+
+    @property
+    def moe(self) -> bool:
+        """Whether the layer has experts."""
+        return self.experts is not None
 
 
 class TextSpec(Frozen):
@@ -109,7 +115,9 @@ class TextSpec(Frozen):
     temperature: str = "---T"
     ffn: str = "M"
 
-    chunk: Positions | None = Field(description="the most tokens that a local layer attends to")
+    chunk: Positions | None = Field(
+        description="the most tokens that a local layer attends to; null where no layer is local"
+    )
     rope_theta: Base
     rope_scaling: RopeScaling | None
     temperature_floor: Positions = Field(
@@ -117,12 +125,14 @@ class TextSpec(Frozen):
     )
     temperature_scale: float = Field(ge=-1e6, le=1e6)
     dense_hidden: Width = Field(description="width of a dense layer's SwiGLU")
-    experts: Experts
+    experts: Experts | None = Field(
+        default=None, description="the experts of each MoE layer; null where all layers are dense"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _shortest_patterns(cls, values: object) -> object:
-        """Store each pattern in its shortest form, so that equal models are equal specs."""
+    def _equal_models_are_equal_specs(cls, values: object) -> object:
+        """Store each pattern in its shortest form, and leave out what no layer uses."""
         if not isinstance(values, dict) or not isinstance(values.get("layers"), int):
             return values
         tiled = {
@@ -130,7 +140,13 @@ class TextSpec(Frozen):
             for name in ALPHABETS
             if isinstance(values.get(name), str)
         }
-        return {**values, **tiled}
+        used_by = {"chunk": ("attention", "L"), "experts": ("ffn", "M")}
+        unused = [
+            name
+            for name, (pattern, letter) in used_by.items()
+            if letter not in tiled.get(pattern, letter)
+        ]
+        return {**values, **tiled, **dict.fromkeys(unused)}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -147,7 +163,9 @@ class TextSpec(Frozen):
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
         if "L" in self.attention and self.chunk is None:
             raise ValueError("local layers need a chunk size")
-        experts = self.experts.count * sum(layer.moe for layer in self.all_layers)
+        if "M" in self.ffn and self.experts is None:
+            raise ValueError("MoE layers need experts")
+        experts = self.expert_count * sum(layer.moe for layer in self.all_layers)
         if experts > limits.ALL_EXPERTS:
             raise ValueError(
                 f"{experts} experts in all layers: at most {limits.ALL_EXPERTS} are expected, "
@@ -167,13 +185,18 @@ class TextSpec(Frozen):
             chunk=self.chunk if at(self.attention) == "L" else None,
             qk_norm=at(self.qk_norm) == "Q",
             temperature=at(self.temperature) == "T",
-            moe=at(self.ffn) == "M",
+            experts=self.experts if at(self.ffn) == "M" else None,
         )
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:
         """Every layer, first to last."""
         return tuple(self.layer(i) for i in range(self.layers))
+
+    @property
+    def expert_count(self) -> int:
+        """The routed experts of one MoE layer; 0 for a model without any."""
+        return self.experts.count if self.experts else 0
 
     @property
     def q_width(self) -> int:
@@ -282,14 +305,18 @@ class ModelSpec(Frozen):
 
     `provenance` says how far to trust the sizes. "released" ones come from a published config.json,
     "estimated" ones are a guess of ours, "custom" ones come from the user. With a `scheme` some
-    weights are stored as FP8; `dtype` is the type of the others. `sampling` is what generation does
-    by default; None: it takes the likeliest token.
+    weights are stored as FP8; `dtype` is the type of the others, but for those in `dtypes`: by the
+    name of a parameter, or of a family such as "layers.*.attn.norm.weight". With `separate_experts`
+    each routed expert has tensors of its own on disk, [out, in], where the scheme leaves it alone.
+    `sampling` is what generation does by default; None: it takes the likeliest token.
     """
 
     name: Name
     provenance: Literal["released", "estimated", "custom"]
     notes: tuple[str, ...] = ()
     dtype: DType = Field(description="type of the weights on disk that the scheme leaves alone")
+    dtypes: dict[Name, DType] = Field(default={}, max_length=limits.LISTED)
+    separate_experts: bool = False
     scheme: Scheme | None = None
     text: TextSpec
     vision: VisionSpec | None = None
@@ -305,6 +332,13 @@ class ModelSpec(Frozen):
                 f"0 to {self.text.vocab - 1}"
             )
         return self
+
+    def stored(self, parameter: str) -> DType:
+        """The type of a parameter on disk, where the scheme leaves it alone."""
+        if not self.dtypes:
+            return self.dtype
+        known = (self.dtypes.get(each) for each in (parameter, family(parameter)))
+        return next((each for each in known if each), self.dtype)
 
 
 def shortest_tile(pattern: str, layers: int) -> str:

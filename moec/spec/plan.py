@@ -135,7 +135,7 @@ def plan(
     sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
     width = {name: _width(name, precision) for name in sizes if precision != "fp8"}
     width = width or _fp8_widths(spec, sizes)
-    count, k = text.experts.count, text.experts.top_k
+    count, k = (text.experts.count, text.experts.top_k) if text.experts else (1, 0)
     read = count * (1 - (1 - k / count) ** batch)
     kept = [context if la.chunk is None else min(la.chunk, context) for la in text.all_layers]
     element = 4 if precision in ("fp32", "int8", "int4") else 2
@@ -230,7 +230,7 @@ def _fp8_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:
     """Bytes of one weight of each parameter, with its share of the scales."""
     scheme, rules, shapes = spec.scheme, quantized(spec), text_parameters(spec)
     assert scheme is not None
-    found: dict[str, float] = dict.fromkeys(sizes, _BYTES[spec.dtype])
+    found = {name: float(_BYTES[spec.stored(name)]) for name in sizes}
     for name in rules.keys() & sizes.keys():
         scales = math.prod(scale_shape(shapes[name], rules[name].weight, scheme.block))
         found[name] = 1 + scales * _BYTES[scheme.scales] / sizes[name]

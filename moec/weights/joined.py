@@ -71,19 +71,18 @@ def joined_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
             packing = Packing.model_validate({"source": name, "dtype": "fp32", **how})
         else:
             packing = Packing.model_validate({"source": name, "dtype": dtype})
-        found[packing.names(spec.dtype)[0]] = packing
+        found[packing.names(spec.stored(name))[0]] = packing
     return found
 
 
 def unquantised(spec: ModelSpec, dtype: str) -> ModelSpec:
     """`spec` without its scheme, with all weights of type `dtype`."""
-    return spec.model_copy(update={"scheme": None, "dtype": dtype})
+    return spec.model_copy(update={"scheme": None, "dtype": dtype, "dtypes": {}})
 
 
 def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
     """Name and shape [..., out, in] of every FP8 tensor, and the parameters that it consists of."""
-    dim, hidden = text.dim, text.experts.hidden
-    count = text.experts.count + 1
+    dim = text.dim
     for layer in text.all_layers:
         i = layer.index
         qkv = tuple(names.attention(i, part, "weight") for part in "qkv")
@@ -91,10 +90,11 @@ def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
         yield names.attention(i, "qkv", "weight"), (width, dim), qkv
         o = names.attention(i, "o", "weight")
         yield o, (dim, text.q_width), (o,)
-        swiglu = names.shared if layer.moe else names.dense
+        swiglu = names.shared if layer.experts else names.dense
         gate_up = tuple(swiglu(i, part, "weight") for part in ("gate", "up"))
         down = swiglu(i, "down", "weight")
-        if layer.moe:
+        if layer.experts:
+            count, hidden = layer.experts.count + 1, layer.experts.hidden
             routed = names.routed(i)
             yield routed[0], (count, 2 * hidden, dim), (routed[0], *gate_up)
             yield routed[1], (count, dim, hidden), (routed[1], down)

@@ -48,6 +48,7 @@ from moec.spec.errors import MoecError, refuse
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import quantized
+from moec.weights.name_map import stacked
 from moec.weights.shard import TensorEntry
 
 Progress = Callable[[str, int, int], None]
@@ -146,10 +147,11 @@ def validate(
         report.identity = proven
         report.twin, report.subject = True, f"{artefact.path} (reduced-size model)"
         report.checks[:0] = files
+        experts = f" with {small.text.expert_count} experts" if small.text.experts else ""
         report.notes.append(
             f"The artefact's {'weights are not bound' if unbound else 'own weights were not run'}: "
             f"proven on its reduced-size model (twin), {small.text.layers} layers of width "
-            f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}. "
+            f"{small.text.dim}{experts}, chunk {small.text.chunk}. "
             "The artefact's own graph files did not run: they were compared node for node with "
             "what this version of moec writes for the model's full size."
         )
@@ -258,7 +260,8 @@ def _prove(
             )
     if known:
         built_from = known[0]
-        stages.insert(0, ("weights", lambda: weights_against_source(artefact, original)))
+        as_packed = original if manifest.spec.separate_experts else stacked(*known)[1]
+        stages.insert(0, ("weights", lambda: weights_against_source(artefact, as_packed)))
         stages.insert(0, ("scheme", lambda: schemes(artefact, built_from)))
         given = (artefact, built_from, original, ids, lengths)
         stages.append(("wide weights", lambda: against_wide(*given, traced["logits"])))

@@ -30,13 +30,18 @@ from moec.weights.packed_journal import PACKED, Hash
 from moec.weights.shard import TensorEntry, read_shard
 from moec.weights.view import STORED, read_into
 
+#: the chat templates that lie in files of their own, by the names that transformers has for them
+TEMPLATES = {
+    "default": "chat_template.jinja",
+    "tool_use": "additional_chat_templates/tool_use.jinja",
+}
 #: files of a checkpoint that a runtime may need beside the weights
 COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    *TEMPLATES.values(),
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -178,6 +183,7 @@ def pack(
 def _companions(checkpoint: Checkpoint, folder: Path) -> None:
     for name in COMPANIONS:
         if source := checkpoint.companion(name):
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, folder / name)
 
 

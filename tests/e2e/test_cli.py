@@ -51,7 +51,7 @@ def test_build_proves_and_accounts(built: tuple[Path, str]) -> None:
     assert manifest["weights"]["mode"] == "in-place"
 
 
-@pytest.mark.slow  # test_wheel builds scout too
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_build_variant_needs_no_checkpoint(name: str, tmp_path: Path) -> None:
     printed = _cli("build", "--variant", name, "--out", tmp_path / "a")

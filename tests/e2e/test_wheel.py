@@ -22,11 +22,12 @@ def test_the_wheel_builds_and_gives_the_command(tmp_path: Path) -> None:
     assert (site / "bin" / "moec").is_file()
     script = (
         "import moec, sys, moec.cli; print(moec.__file__); "
-        "sys.argv = ['moec', 'build', '--variant', 'scout', '--out', sys.argv[1]]; moec.cli.main()"
+        "sys.argv = ['moec', 'build', '--variant', 'scout', '--no-validate', '--out', sys.argv[1]]; "
+        "moec.cli.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "a"],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(site)) and "PASSED" in done.stdout
+    assert done.stdout.startswith(str(site)) and "model.onnx" in done.stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.artefact.artefact import Artefact
+from moec.artefact.placement import TEMPLATES
 from moec.runtime.inputs.chat import Message
 from moec.runtime.inputs.template import fill
 from moec.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
@@ -103,13 +104,9 @@ def open_text(source: Artefact | Path) -> Text:
 
 
 def _templates(find: Find) -> dict[str, str]:
-    path = find("chat_template.jinja")
-    if path:
-        raw = read_bytes(path, TEMPLATE, "a chat template", "download the file again")
-        try:
-            return {"default": raw.decode()}
-        except UnicodeDecodeError as error:
-            refuse(path, error, "a chat template in UTF-8", "download the file again")
+    alone = {name: path for name, file in TEMPLATES.items() if (path := find(file))}
+    if alone:
+        return {name: _template(path) for name, path in alone.items()}
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = find(name)
         found = read_json(path).get("chat_template") if path else None
@@ -120,6 +117,14 @@ def _templates(find: Find) -> dict[str, str]:
             if named:
                 return named
     return {}
+
+
+def _template(path: Path) -> str:
+    raw = read_bytes(path, TEMPLATE, "a chat template", "download the file again")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        refuse(path, error, "a chat template in UTF-8", "download the file again")
 
 
 def _is_named(each: object) -> bool:

@@ -91,6 +91,13 @@ def test_tools_have_a_template_of_their_own(tiny: Path, tmp_path: Path) -> None:
     found = moec.encode(folder, CONVERSATION, tools=tools).input_ids
     assert found == _expected(folder, CONVERSATION, tools=tools)
     assert found != moec.encode(folder, CONVERSATION).input_ids
+    in_files = _checkpoint(tiny, tmp_path / "files", None)
+    (in_files / "additional_chat_templates").mkdir()
+    (in_files / "chat_template.jinja").write_text(template[0]["template"])
+    (in_files / "additional_chat_templates" / "tool_use.jinja").write_text(template[1]["template"])
+    copy = moec.export(in_files, out=tmp_path / "art", weights="copy").path
+    for each in (in_files, copy):
+        assert moec.encode(each, CONVERSATION, tools=tools).input_ids == found
 
 
 FORGED = (
@@ -104,8 +111,15 @@ FORGED = (
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("forged", FORGED)
-@pytest.mark.parametrize("template", ["BOS by variable", "JSON", "content that is trimmed"])
+@pytest.mark.parametrize(
+    "template, forged",
+    [
+        *(("BOS by variable", each) for each in FORGED),
+        ("JSON", FORGED[0]),
+        ("content that is trimmed", FORGED[4]),
+        *(pytest.param("JSON", each, marks=pytest.mark.slow) for each in FORGED[1:]),
+    ],
+)
 def test_text_that_spells_a_token_is_text(
     forged: str, template: str, tiny: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ def test_the_wheel_builds_and_gives_the_command(tmp_path: Path) -> None:
     assert (site / "bin" / "moec").is_file()
     script = (
         "import moec, sys, moec.cli; print(moec.__file__); "
-        "sys.argv = ['moec', 'build', '--variant', 'scout', '--no-validate', '--out', sys.argv[1]]; "
+        "sys.argv[:1] = ['moec', 'build', '--variant', 'scout', '--no-validate', '--out']; "
         "moec.cli.main()"
     )
     done = subprocess.run(

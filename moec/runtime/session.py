@@ -13,10 +13,10 @@ from moec.artefact.artefact import Artefact
 from moec.runtime.batching import buffered_calls, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache, spans
 from moec.runtime.engines.engine import Limits, Run
-from moec.runtime.engines.gpu import on_host
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
-from moec.runtime.sampling import asked, check_sampling, sample
+from moec.runtime.sampling import chooser
+from moec.runtime.steps import steps
 from moec.spec import names
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
@@ -320,39 +320,21 @@ class Session:
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
-        temperature, top_k, top_p = asked(self.spec.sampling, temperature, top_k, top_p)
-        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        choose = chooser(self.spec.sampling, max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
         if max_new_tokens < 1:
             return like(input_ids, ids)
         ends = set(self.spec.tokens.eos if stop is None else stop)
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
-        alive = torch.ones(len(rows), dtype=torch.bool)
         capacity = int(counts.max()) + max_new_tokens - 1  # the last new token is not run
         cache = self.new_cache(len(ids), capacity, int(counts.max()))
         logits = self.extend(ids, counts, cache, features)
-        for step in range(max_new_tokens):
-            # argmax runs where the logits are; sampling runs on the CPU.
-            given = logits.cpu() if temperature else logits
-            tokens = sample(given, temperature, top_k, top_p, generator)
-            arrived = on_host(tokens)
-            # The GPU starts the next step while the host checks whether a sequence has ended.
-            ahead = self.queues and bool(alive.all()) and step + 1 < max_new_tokens
-            if ahead:
-                logits = self.decode(tokens, cache)
-            tokens = arrived()
-            new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
+        for new in steps(self, logits, cache, max_new_tokens, choose, ends):
             for row, token in zip(rows, new, strict=True):
                 row += [] if token is None else [token]
             if stream:
                 stream(new)
-            alive = torch.tensor([token is not None and token not in ends for token in new])
-            if not alive.any() or step + 1 == max_new_tokens:
-                break
-            if not ahead:
-                logits = self.extend(tokens[:, None], alive.long(), cache)
         longest = max(map(len, rows))
         pad = self.spec.tokens.padding
         return like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))

@@ -1,8 +1,9 @@
 """A session runs a model: it has an engine, makes caches for it, and generates tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact
 from moec.runtime.batching import buffered_calls, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache, spans
+from moec.runtime.conversation import Conversation
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
@@ -51,6 +53,7 @@ class Session:
         limits: the layout of the caches, and the largest calls that the engine takes.
         device: "cpu" or "cuda".
         queues: whether a decode step on tokens on the GPU returns before the GPU has finished.
+        checkpoint: the folder of the checkpoint that was opened, if no artefact was.
     """
 
     spec: ModelSpec
@@ -62,6 +65,7 @@ class Session:
     limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     queues: bool = False
+    checkpoint: Path | None = None
 
     @overload
     def logits(
@@ -338,6 +342,20 @@ class Session:
         longest = max(map(len, rows))
         pad = self.spec.tokens.padding
         return like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))
+
+    def conversation(
+        self, *, system: str | None = None, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Conversation:
+        """Start a conversation, whose turns share one cache: `conversation().say("Hello").text`.
+
+        Args:
+            system: the system's message, which comes first.
+            tools: the tools that the model may call, in the form that the chat template takes.
+
+        Raises:
+            MoecError: there is no tokenizer, or it is broken.
+        """
+        return Conversation(self, system=system, tools=tools)
 
     def _step(
         self,

@@ -34,9 +34,12 @@ SAID = (
 LENGTH = 10
 
 
-def with_template(checkpoint: Path, folder: Path, template: Any = TEMPLATE) -> Path:
-    """A copy of `checkpoint` with a chat template."""
-    shutil.copytree(checkpoint, folder)
+def with_template(
+    checkpoint: Path, folder: Path, template: Any = TEMPLATE, weights: bool = True
+) -> Path:
+    """A copy of `checkpoint` with a chat template, and perhaps without its weights."""
+    left_out = shutil.ignore_patterns("*.safetensors") if not weights else None
+    shutil.copytree(checkpoint, folder, ignore=left_out)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
     return folder
@@ -66,11 +69,13 @@ def check_five_turns(session: Session, folder: Path, noise: float = 0.0) -> None
         new = [PHOTO] if turn == 2 else []
         images += new
         fed.clear()
-        # Two pieces of a token may be one in the text again: the replies here are no such.
         reply = talk.say(text, new, LENGTH, temperature=0, stop=())
         prompt = moec.encode(folder, talk.messages[:-1], images)
         assert reply.prompt_tokens == len(prompt.input_ids) and len(reply.tokens) == LENGTH
-        assert (reply.fed, reply.anew) == (reply.prompt_tokens - held, None)
+        if noise and reply.anew:  # a reply of two pieces of a token, which are one in the text
+            assert reply.anew.startswith("the last reply")
+        else:
+            assert (reply.fed, reply.anew) == (reply.prompt_tokens - held, None)
         assert sum(fed) == reply.fed + LENGTH - 1
         held = reply.prompt_tokens + LENGTH - 1
         whole = session.generate(

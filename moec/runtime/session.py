@@ -12,11 +12,12 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.runtime.batching import buffered_calls, padded_calls
-from moec.runtime.cache import Cache, grow, new_cache, spans
+from moec.runtime.cache import Cache, grow, new_cache
 from moec.runtime.conversation import Conversation
 from moec.runtime.engines.engine import Limits, Run
+from moec.runtime.feeds import feeds
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
-from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
+from moec.runtime.inputs.image_tokens import check_tiles, features_within, images_for
 from moec.runtime.sampling import chooser
 from moec.runtime.steps import steps
 from moec.spec import names
@@ -250,7 +251,9 @@ class Session:
                 else (own - 1).clamp(min=0)[:, None]
             )
             here = None if features is None else features_within(features, images, rows, columns)
-            out = self._step(tokens, own, index, cache, rows, here)
+            out = self.run(
+                feeds(self.spec, self.limits.layout, tokens, own, index, cache, rows, here)
+            )
             if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
                     cache.tensors[name] = out[names.present_of(name)]
@@ -356,32 +359,6 @@ class Session:
             MoecError: there is no tokenizer, or it is broken.
         """
         return Conversation(self, system=system, tools=tools)
-
-    def _step(
-        self,
-        ids: Tensor,
-        lengths: Tensor,
-        logit_index: Tensor,
-        cache: Cache,
-        rows: slice,
-        features: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        feeds = {
-            names.INPUT_IDS: ids.contiguous(),
-            names.PAST_LENGTHS: cache.lengths[rows],
-            names.LENGTHS: lengths,
-            names.LOGIT_INDEX: logit_index,
-            **cache.of(rows),
-        }
-        if self.limits.layout == "buffers":
-            feeds |= spans(self.spec.text.chunk, cache.lengths[rows], ids.shape[1])
-        if features is not None:
-            # The graph would count image tokens in the padding: replace them by another token.
-            image = self.spec.tokens.image
-            padding = (ids == image) & ~image_mask(self.spec, ids, lengths)
-            feeds[names.INPUT_IDS] = ids.masked_fill(padding, int(image == 0))
-            feeds[names.IMAGE_FEATURES] = features
-        return self.run(feeds)
 
     def _features(self, ids: Tensor, lengths: Tensor, pixel_values: Pixels | None) -> Tensor | None:
         """The image features of `pixel_values`, after a check that `ids` have a place for each."""

@@ -13,7 +13,8 @@ from torch import Tensor
 import moec
 from moec.runtime.conversation import Conversation
 from moec.runtime.engines.engine import Limits
-from moec.runtime.inputs.text import Text, open_text
+from moec.runtime.inputs.prompt import compose
+from moec.runtime.inputs.text import Text
 from moec.runtime.sampling import chooser
 from moec.runtime.session import Session
 from tests.refusals import refusal
@@ -73,7 +74,7 @@ def start(
     """Start a conversation by a template: it, its script, and what encodes a reply's text."""
 
     def started(template: str = TEMPLATE, limits: Limits | None = None, **more: Any) -> Talk:
-        folder = with_template(tiny, tmp_path / "checkpoint", template)
+        folder = with_template(tiny, tmp_path / "checkpoint", template, weights=False)
         script = Script()
         monkeypatch.setattr(
             "moec.runtime.conversation.chooser", lambda *how: chooser(*how) and script.choose
@@ -85,7 +86,8 @@ def start(
             limits=limits or Limits("buffers"),
             vision=lambda: lambda feeds: {"image_features": _features(feeds["pixel_values"])},
         )
-        return session.conversation(**more), script, open_text(folder).tokenizer.encode_filled
+        talk = session.conversation(**more)
+        return talk, script, talk._words.tokenizer.encode_filled
 
     return started
 
@@ -117,9 +119,8 @@ def _whole(conversation: Conversation) -> list[int]:
         for each in messages
         for part in (each["content"] if isinstance(each["content"], list) else ())
     )
-    picture = Image.new("RGB", (20, 20))
-    found = moec.encode(conversation._source, messages, [picture] * images)  # type: ignore[arg-type]
-    return found.input_ids
+    spec, pictures = conversation._session.spec, [_picture(0)] * images
+    return compose(conversation._words, spec, messages, pictures).input_ids
 
 
 def test_a_turn_feeds_what_is_new(start: Callable[..., Talk]) -> None:
@@ -294,7 +295,7 @@ def test_an_interrupted_turn_is_undone(where: str, start: Callable[..., Talk]) -
     talk = start(system="Be brief.")
     conversation, script, encode = talk
     _say(talk, "import os", "b")
-    before, words = conversation.messages, conversation._words
+    before, words, reply = conversation.messages, conversation._words, encode("z")
     script.says = encode("def main(argv=None):")
     heard = list[str]()
 
@@ -312,9 +313,9 @@ def test_an_interrupted_turn_is_undone(where: str, start: Callable[..., Talk]) -
         conversation.say("x" * 300, stream=stream)
     conversation._session = session
     assert conversation.messages == before
-    found = _say(talk, "y", "z")
+    found = _say(talk, "y", reply)
     assert found.anew == "the last turn did not end" and found.fed == found.prompt_tokens
-    assert _say(talk, "y", "z").anew is None
+    assert _say(talk, "y", reply).anew is None
 
 
 def test_a_reply_that_spells_a_token_is_text(start: Callable[..., Talk]) -> None:
@@ -345,11 +346,9 @@ def test_tools_and_messages_of_every_role(start: Callable[..., Talk]) -> None:
     script.says = [END]
     found = conversation.say([{"role": "tool", "content": "3"}])
     assert found.anew is None
-    expected = moec.encode(
-        conversation._source,  # type: ignore[arg-type]
-        conversation.messages[:-1],
-        tools=[{"type": "function", "function": {"name": "add"}}],
-    ).input_ids
+    again = [{"type": "function", "function": {"name": "add"}}]
+    spec, messages = conversation._session.spec, conversation.messages[:-1]
+    expected = compose(conversation._words, spec, messages, tools=again).input_ids
     assert script.held(found.prompt_tokens) == expected
     conversation.messages.clear()
     assert len(conversation.messages) == 5, "a copy"

@@ -159,7 +159,8 @@ def grow(spec: ModelSpec, cache: Cache, needed: int, layout: Layout = "slots") -
 def reserve(spec: ModelSpec, cache: Cache, capacity: int, prompt: int, layout: Layout) -> None:
     """Make sure of room for `capacity` tokens in a cache of one sequence that may have less.
 
-    Room beyond a prompt of `prompt` tokens is made as `new_cache` does.
+    Room beyond a prompt of `prompt` tokens is made as `new_cache` does. It grows to twice its size
+    where that has room, so that few turns of a conversation move the cache.
 
     Raises:
         MoecError: as `new_cache`; the cache still holds what it held.
@@ -167,7 +168,6 @@ def reserve(spec: ModelSpec, cache: Cache, capacity: int, prompt: int, layout: L
     first = next(iter(cache.tensors.values()))
     if capacity > cache.capacity:
         _check_room(spec, first.itemsize, 1, capacity, layout, first.device.type, prompt)
-        cache.most = max(cache.most, capacity)
     needed = min(capacity, prompt + AHEAD)
     if needed > cache.capacity:
         grow(spec, cache, needed, layout)

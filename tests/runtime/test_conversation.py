@@ -136,6 +136,17 @@ def test_a_turn_feeds_what_is_new(start: Callable[..., Talk]) -> None:
     assert [each["role"] for each in talk[0].messages] == ["system", *["user", "assistant"] * 5]
 
 
+def test_a_cache_moves_seldom(start: Callable[..., Talk]) -> None:
+    talk = start()
+    sizes = list[int]()
+    for number in range(12):
+        _say(talk, f"x {number}", "y")
+        held = talk[0]._state.held
+        assert held
+        sizes.append(held.cache.capacity)
+    assert len(set(sizes)) <= 3 and sizes == sorted(sizes)
+
+
 def test_a_reply_that_is_cut_goes_on(start: Callable[..., Talk]) -> None:
     """Its last token is not in the cache, and the template writes the end that is missing."""
     conversation, script, encode = talk = start()
@@ -209,8 +220,9 @@ def _picture(value: int) -> Image.Image:
     return Image.new("RGB", (20, 20), (value, value, value))
 
 
-def test_images_in_any_turn(start: Callable[..., Talk], base: Session) -> None:
-    talk = start("{{ messages | length }}" + TAIL)  # each turn is computed anew
+@pytest.mark.parametrize("anew", [True, False])
+def test_images_in_any_turn(anew: bool, start: Callable[..., Talk]) -> None:
+    talk = start("{{ messages | length }}" + TAIL if anew else TEMPLATE)
     conversation, script, _ = talk
     seen = list[Tensor]()
     tower = conversation._session.vision
@@ -224,7 +236,7 @@ def test_images_in_any_turn(start: Callable[..., Talk], base: Session) -> None:
     _say(talk, "<|image|> is text here", "b")
     last = [{"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "image"}]}]
     found = _say(talk, last, "b", images=_picture(120))
-    assert found.notes and found.anew
+    assert found.notes and bool(found.anew) == anew
     assert [len(tiles) for tiles in seen] == [2, 1], "each image once"
     firsts = [float(tile[0, 0, 0]) for tiles in seen for tile in tiles]
     assert len(set(firsts)) == 3

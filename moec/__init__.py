@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moec.runtime.bench.bench import Timing, bench
     from moec.runtime.cache import Cache
     from moec.runtime.calibrate import calibrate
+    from moec.runtime.conversation import Conversation, Reply
     from moec.runtime.inputs.prompt import Prompt, encode
     from moec.runtime.open import open_session
     from moec.runtime.proof.report import Check, Report
@@ -35,12 +36,14 @@ __all__ = [
     "Cache",
     "Calibration",
     "Check",
+    "Conversation",
     "EngineOptions",
     "Manifest",
     "ModelSpec",
     "MoecError",
     "Plan",
     "Prompt",
+    "Reply",
     "Report",
     "Scheme",
     "Session",
@@ -64,12 +67,14 @@ _HOMES = {
     "Cache": "moec.runtime.cache",
     "Calibration": "moec.spec.calibration",
     "Check": "moec.runtime.proof.report",
+    "Conversation": "moec.runtime.conversation",
     "EngineOptions": "moec.artefact.engine_options",
     "Manifest": "moec.artefact.manifest",
     "ModelSpec": "moec.spec.model",
     "MoecError": "moec.spec.errors",
     "Plan": "moec.spec.plan",
     "Prompt": "moec.runtime.inputs.prompt",
+    "Reply": "moec.runtime.conversation",
     "Report": "moec.runtime.proof.report",
     "Scheme": "moec.spec.scheme",
     "Session": "moec.runtime.session",

@@ -38,6 +38,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     generate: (
         'moec generate build/tiny --prompt "def main(argv=None):"',
         'moec generate build/tiny --image photo.jpg --prompt "What is this?" --chat',
+        "moec generate build/tiny --chat",
     ),
     plan: (
         "moec plan scout",

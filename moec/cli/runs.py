@@ -21,10 +21,15 @@ def generate(
         list[Path] | None, typer.Option(help="An image file. Repeat the option for more images.")
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Send the prompt as a user's message, by the template.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="Send the prompt as a user's message, by the template. Without a prompt: have a "
+            "conversation, with a message in each line of stdin.",
+        ),
     ] = False,
     system: Annotated[
-        str | None, typer.Option(help="A system message before the prompt; implies --chat.")
+        str | None, typer.Option(help="A system message before all others; implies --chat.")
     ] = None,
     messages: Annotated[
         Path | None,
@@ -73,22 +78,27 @@ def generate(
 
     `<|image|>` in the prompt marks where an image belongs.
     If the prompt has no mark, the images come first.
-    In a file of messages, parts `{"type": "image"}` are the images, in their order.
+    In a file of messages, parts `{"type": "image"}` are the images, in their order;
+    `"path"` in such a part names a file in the folder of the file of messages.
+    In a conversation, a line `/image FILE` gives an image for the next message,
+    and the images of `--image` belong to the first.
     Control characters in the text are made visible on a terminal;
     a file or a pipe gets the text as it is.
     """
     given = [each for each in (prompt, ids, messages) if each is not None]
-    if len(given) != 1:
+    talks = not given and (chat or system is not None)
+    if len(given) != 1 and not talks:
         found = "more than one of them" if given else "none of them"
-        wanted = "one of --prompt, --messages and --ids"
+        wanted = "one of --prompt, --messages and --ids, or --chat for a conversation"
         refuse("generate", found, wanted, "give one of them, such as --prompt TEXT")
     if image and ids is not None:
         refuse("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
-    if system is not None and prompt is None:
+    if system is not None and prompt is None and not talks:
         refuse("generate", "--system without --prompt", "both", "add --prompt TEXT")
     check_given(artefact, weights_from=weights_from)
     import moec
     from moec.artefact.artefact import open_artefact
+    from moec.cli.talks import converse
     from moec.runtime.inputs.chat import read_messages
     from moec.runtime.inputs.prompt import compose
     from moec.runtime.inputs.text import open_text
@@ -97,7 +107,7 @@ def generate(
     row, pixels = [], None
     if ids is not None:
         row = _numbers(ids)
-    else:
+    elif not talks:
         opened = open_artefact(artefact, weights_from)
         text = open_text(opened)
         said, tools = read_messages(messages) if messages else (prompt or "", None)
@@ -123,18 +133,19 @@ def generate(
         weights_from=weights_from,
         trust_engines=trust_engines,
     )
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    if talks:
+        converse(session.conversation(system=system), image or (), **settings)
+        return
     if prompt and not chat and system is None:
         write(prompt)
-    session.generate(
-        [row],
-        pixels,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stream=show,
-    )
+    session.generate([row], pixels, stream=show, **settings)
     write("\n")
 
 

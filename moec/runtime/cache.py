@@ -156,6 +156,37 @@ def grow(spec: ModelSpec, cache: Cache, needed: int, layout: Layout = "slots") -
     cache.capacity = capacity
 
 
+def reserve(spec: ModelSpec, cache: Cache, capacity: int, prompt: int, layout: Layout) -> None:
+    """Make sure of room for `capacity` tokens in a cache of one sequence that may have less.
+
+    Room beyond a prompt of `prompt` tokens is made as `new_cache` does. It grows to twice its size
+    where that has room, so that few turns of a conversation move the cache.
+
+    Raises:
+        MoecError: as `new_cache`; the cache still holds what it held.
+    """
+    first = next(iter(cache.tensors.values()))
+    if capacity > cache.capacity:
+        _check_room(spec, first.itemsize, 1, capacity, layout, first.device.type, prompt)
+    needed = min(capacity, prompt + AHEAD)
+    if needed > cache.capacity:
+        grow(spec, cache, needed, layout)
+
+
+def take_back(cache: Cache, count: int, chunk: int | None) -> int:
+    """Let a cache of one sequence forget what comes after its first `count` tokens.
+
+    Returns how many tokens it keeps. The rings of chunked layers keep no position of an attention
+    chunk once the next chunk reuses its slot. The cache then keeps the tokens before that chunk:
+    no later token sees the chunk in rings, and global layers keep all positions.
+    """
+    border = count if chunk is None else count - count % chunk
+    if chunk is not None and int(cache.lengths) > border + chunk:
+        count = border
+    cache.lengths = cache.lengths.new_tensor([count])
+    return count
+
+
 def spans(chunk: int | None, past: Tensor, count: int) -> dict[str, Tensor]:
     """The graph inputs that say which slots of buffers a call uses.
 

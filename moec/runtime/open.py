@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache as once
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,7 @@ def open_session(
                 f"moec build --checkpoint {path}",
             )
         spec, _, entries = read_model(path, named_folder(weights_from))
-        return eager_session(spec, entries, "fp32")
+        return replace(eager_session(spec, entries, "fp32"), checkpoint=path)
     with held(path):
         artefact = open_artefact(path, weights_from, trust_engines)
         check_files(artefact, files_of_sessions(artefact))

@@ -1,5 +1,6 @@
 """Sample the next token from logits."""
 
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -51,6 +52,33 @@ def sample(
         shares[shares.cumsum(-1) - shares >= top_p] = 0
     drawn = torch.multinomial(shares, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
+
+
+def chooser(
+    sampling: Sampling | None,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+) -> Callable[[Tensor], Tensor]:
+    """What chooses the next tokens of a generation: logits [B, vocab] to tokens, int64 [B].
+
+    `sampling` is what the checkpoint asks for, and the rest is what the caller does.
+
+    Raises:
+        MoecError: an argument is no setting that a draw can follow.
+    """
+    temperature, top_k, top_p = asked(sampling, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        # argmax runs where the logits are; sampling runs on the CPU.
+        given = logits.cpu() if temperature else logits
+        return sample(given, temperature, top_k, top_p, generator)
+
+    return choose
 
 
 def _is(kind: type, value: Any, least: float, most: float) -> bool:

@@ -1,8 +1,9 @@
 """A session runs a model: it has an engine, makes caches for it, and generates tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.runtime.batching import buffered_calls, padded_calls
-from moec.runtime.cache import Cache, grow, new_cache, spans
+from moec.runtime.cache import Cache, grow, new_cache
+from moec.runtime.conversation import Conversation
 from moec.runtime.engines.engine import Limits, Run
-from moec.runtime.engines.gpu import on_host
+from moec.runtime.feeds import feeds
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
-from moec.runtime.inputs.image_tokens import check_tiles, features_within, image_mask, images_for
-from moec.runtime.sampling import asked, check_sampling, sample
+from moec.runtime.inputs.image_tokens import check_tiles, features_within, images_for
+from moec.runtime.sampling import chooser
+from moec.runtime.steps import steps
 from moec.spec import names
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
@@ -51,6 +54,7 @@ class Session:
         limits: the layout of the caches, and the largest calls that the engine takes.
         device: "cpu" or "cuda".
         queues: whether a decode step on tokens on the GPU returns before the GPU has finished.
+        checkpoint: the folder of the checkpoint that was opened, if no artefact was.
     """
 
     spec: ModelSpec
@@ -62,6 +66,7 @@ class Session:
     limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     queues: bool = False
+    checkpoint: Path | None = None
 
     @overload
     def logits(
@@ -246,7 +251,9 @@ class Session:
                 else (own - 1).clamp(min=0)[:, None]
             )
             here = None if features is None else features_within(features, images, rows, columns)
-            out = self._step(tokens, own, index, cache, rows, here)
+            out = self.run(
+                feeds(self.spec, self.limits.layout, tokens, own, index, cache, rows, here)
+            )
             if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
                     cache.tensors[name] = out[names.present_of(name)]
@@ -320,68 +327,38 @@ class Session:
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
-        temperature, top_k, top_p = asked(self.spec.sampling, temperature, top_k, top_p)
-        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        choose = chooser(self.spec.sampling, max_new_tokens, temperature, top_k, top_p, seed)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
         if max_new_tokens < 1:
             return like(input_ids, ids)
         ends = set(self.spec.tokens.eos if stop is None else stop)
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
-        alive = torch.ones(len(rows), dtype=torch.bool)
         capacity = int(counts.max()) + max_new_tokens - 1  # the last new token is not run
         cache = self.new_cache(len(ids), capacity, int(counts.max()))
         logits = self.extend(ids, counts, cache, features)
-        for step in range(max_new_tokens):
-            # argmax runs where the logits are; sampling runs on the CPU.
-            given = logits.cpu() if temperature else logits
-            tokens = sample(given, temperature, top_k, top_p, generator)
-            arrived = on_host(tokens)
-            # The GPU starts the next step while the host checks whether a sequence has ended.
-            ahead = self.queues and bool(alive.all()) and step + 1 < max_new_tokens
-            if ahead:
-                logits = self.decode(tokens, cache)
-            tokens = arrived()
-            new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
+        for new in steps(self, logits, cache, max_new_tokens, choose, ends):
             for row, token in zip(rows, new, strict=True):
                 row += [] if token is None else [token]
             if stream:
                 stream(new)
-            alive = torch.tensor([token is not None and token not in ends for token in new])
-            if not alive.any() or step + 1 == max_new_tokens:
-                break
-            if not ahead:
-                logits = self.extend(tokens[:, None], alive.long(), cache)
         longest = max(map(len, rows))
         pad = self.spec.tokens.padding
         return like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))
 
-    def _step(
-        self,
-        ids: Tensor,
-        lengths: Tensor,
-        logit_index: Tensor,
-        cache: Cache,
-        rows: slice,
-        features: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        feeds = {
-            names.INPUT_IDS: ids.contiguous(),
-            names.PAST_LENGTHS: cache.lengths[rows],
-            names.LENGTHS: lengths,
-            names.LOGIT_INDEX: logit_index,
-            **cache.of(rows),
-        }
-        if self.limits.layout == "buffers":
-            feeds |= spans(self.spec.text.chunk, cache.lengths[rows], ids.shape[1])
-        if features is not None:
-            # The graph would count image tokens in the padding: replace them by another token.
-            image = self.spec.tokens.image
-            padding = (ids == image) & ~image_mask(self.spec, ids, lengths)
-            feeds[names.INPUT_IDS] = ids.masked_fill(padding, int(image == 0))
-            feeds[names.IMAGE_FEATURES] = features
-        return self.run(feeds)
+    def conversation(
+        self, *, system: str | None = None, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Conversation:
+        """Start a conversation, whose turns share one cache: `conversation().say("Hello").text`.
+
+        Args:
+            system: the system's message, which comes first.
+            tools: the tools that the model may call, in the form that the chat template takes.
+
+        Raises:
+            MoecError: there is no tokenizer, or it is broken.
+        """
+        return Conversation(self, system=system, tools=tools)
 
     def _features(self, ids: Tensor, lengths: Tensor, pixel_values: Pixels | None) -> Tensor | None:
         """The image features of `pixel_values`, after a check that `ids` have a place for each."""

@@ -10,6 +10,7 @@ import torch
 import moec
 from tests.cli_page import PAGE, page
 from tests.conftest import ROOT, TINY
+from tests.talks import PHOTO, with_template
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 #: what a page may name in backticks that starts as a path of this repository does
@@ -23,9 +24,11 @@ pytestmark = pytest.mark.full
 def test_the_code_on_a_page_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    os.symlink(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "examples").mkdir()
+    os.symlink(PHOTO, tmp_path / "examples" / PHOTO.name)
+    with_template(TINY, tmp_path / "examples" / TINY.name)
     monkeypatch.chdir(tmp_path)
-    moec.export(TINY, out="build/tiny")
+    moec.export("examples/tiny-scout", out="build/tiny")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
     names = {"input_ids": torch.tensor([[7, 8, 9]])}
     exec(compile("\n".join(blocks), name, "exec"), names)

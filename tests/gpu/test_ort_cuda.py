@@ -17,6 +17,7 @@ from moec.weights.checkpoint import read_checkpoint
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import TORCH_DTYPES, view
 from tests.proofs import assert_passed
+from tests.talks import check_five_turns, with_template
 
 #: precision -> largest error of a logit over the largest logit, share of equal choices, perplexity
 LIMITS = {"fp16": (1e-2, 0.985, 0.005), "bf16": (6e-2, 0.95, 0.02)}
@@ -53,6 +54,15 @@ def test_rows_of_a_batch_are_rows_alone(session: Session) -> None:
         alone = _decode(session, [row.tolist()], steps[index : index + 1])
         ratio = (together[:, index] - alone[:, 0]).norm() / alone.norm()
         assert ratio < (5e-3 if session.precision == "fp16" else 6e-2)
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_five_turns_are_one_call_with_the_whole_text(
+    precision: str, tiny: Path, tmp_path: Path
+) -> None:
+    checkpoint = with_template(tiny, tmp_path / "checkpoint")
+    made = moec.export(checkpoint, target="ort", precision=precision, out=tmp_path / "a").path
+    check_five_turns(moec.open_session(made, device="cuda"), made, LIMITS[precision][0])
 
 
 def _decode(session: Session, rows: list[list[int]], steps: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from tests.proofs import assert_passed
+from tests.talks import check_five_turns, with_template
 
 #: relative error of logits that rounding to FP8 in other places may make
 NOISE = 6e-2
@@ -145,3 +146,9 @@ def test_two_layers_of_full_width_are_plain_torchs(pattern: str, tmp_path: Path)
     error = (found - expected).norm(dim=2) / expected.norm(dim=2)
     print(f"{pattern}: median relative error of a token's logits {error.median():.1e}")
     assert error.median(0).values.max() < NOISE  # of each row
+
+
+def test_five_turns_are_one_call_with_the_whole_text(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = with_template(tiny, tmp_path / "checkpoint")
+    art = moec.export(checkpoint, target="torch", precision="fp8", out=tmp_path / "a").path
+    check_five_turns(moec.open_session(art, device="cuda"), art, NOISE)

@@ -6,11 +6,13 @@ system's. So `guarded` breaks such text with a marker, and `split` tells both ap
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moec.spec.bounded.limits import JSON
+from moec.spec.bounded.own import own_file
 from moec.spec.bounded.read import parse_json, read_bytes
 from moec.spec.errors import refuse
 
@@ -18,7 +20,9 @@ Message = Mapping[str, Any]
 #: characters that Unicode keeps free for such uses; the first that no message has is the marker
 _MARKERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 #: whose text may have special tokens: the model wrote it
-_MODEL = "assistant"
+MODEL = "assistant"
+#: where a part {"type": "image"} may have its image
+_SOURCES = ("path", "image")
 
 
 def checked(messages: object, where: str = "messages") -> list[dict[str, Any]]:
@@ -51,17 +55,61 @@ def checked(messages: object, where: str = "messages") -> list[dict[str, Any]]:
 def read_messages(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Read messages and tools from a JSON file: a list of messages, or an object with both.
 
+    The files of images that the messages name lie in the file's folder.
+
     Raises:
-        MoecError: the file cannot be read, is too large, or holds something else.
+        MoecError: the file cannot be read, is too large, or holds something else; or an image is
+            outside the folder.
     """
     again = "correct the file"
     found = parse_json(read_bytes(path, JSON.bytes, "a file of messages", again), path, JSON, again)
     if not isinstance(found, dict):
-        return checked(found, str(path)), None
+        return _with_files(checked(found, str(path)), path.parent), None
     tools = found.get("tools")
     if set(found) - {"messages", "tools"} or not isinstance(tools, list | None):
         _refuse(str(path), found, 'a list of messages, or {"messages": [...], "tools": [...]}')
-    return checked(found.get("messages"), f"{path}: messages"), tools
+    messages = checked(found.get("messages"), f"{path}: messages")
+    return _with_files(messages, path.parent), tools
+
+
+def _with_files(messages: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The messages with the real paths of the images in `folder` that they name."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            for name in _SOURCES if part["type"] == "image" else ():
+                given = part.get(name)
+                if isinstance(given, str):
+                    next_step = f"put the image into {folder}, or give it with --image"
+                    part[name] = str(own_file(folder / given, folder, next_step))
+                elif given is not None:
+                    _refuse(f'an image\'s "{name}"', given, "the name of a file")
+    return messages
+
+
+def pictures(
+    messages: Sequence[Message], images: Iterable[Any]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The messages without their images, and all images in the order of the messages.
+
+    Parts that have no image of their own take one of `images` each.
+    """
+    given, found = iter(images), list[Any]()
+
+    def without(part: Any) -> Any:
+        if not isinstance(part, Mapping) or part.get("type") != "image":
+            return part
+        own = [part[name] for name in _SOURCES if part.get(name) is not None][:1]
+        found.extend(own or islice(given, 1))
+        return {key: value for key, value in part.items() if key not in _SOURCES}
+
+    bare = [
+        {**each, "content": [without(part) for part in each["content"]]}
+        if isinstance(each.get("content"), list)
+        else dict(each)
+        for each in messages
+    ]
+    return bare, [*found, *given]
 
 
 def _refuse(where: str, found: object, expected: str) -> NoReturn:
@@ -73,11 +121,12 @@ def guarded(
     special: Iterable[str],
     nobodys: Iterable[str] = (),
     kept: Iterable[str] = (),
+    plain: Collection[int] = (),
 ) -> tuple[list[dict[str, Any]], str]:
     """Break special tokens in the text of all but the model; return the messages and the marker.
 
-    Tokens `nobodys` are broken in text of the model too; `kept` stay as they are. The marker is ""
-    if there was nothing to break.
+    Tokens `nobodys` are broken in text of the model too, and all tokens in the messages of the
+    numbers `plain`; `kept` stay as they are. The marker is "" if there was nothing to break.
 
     Raises:
         MoecError: the messages hold all characters that could be the marker.
@@ -90,8 +139,10 @@ def guarded(
         True: _breaks(set(nobodys) - set(kept), marker),
         False: _breaks({*special, *nobodys} - set(kept), marker),
     }
+    own = [each["role"] == MODEL and number not in plain for number, each in enumerate(messages)]
     found = [
-        {key: _each(each[key], breaks[each["role"] == _MODEL]) for key in each} for each in messages
+        {key: _each(each[key], breaks[tokens]) for key in each}
+        for each, tokens in zip(messages, own, strict=True)
     ]
     return found, marker if found != [dict(each) for each in messages] else ""
 

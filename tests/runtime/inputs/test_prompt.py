@@ -15,7 +15,7 @@ from transformers import Llama4Processor, PreTrainedTokenizerFast
 from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
 
 import moec
-from moec.runtime.inputs.prompt import COLUMN, END, IMAGE, PATCH, ROW, START, layout
+from moec.runtime.inputs.image_places import COLUMN, END, IMAGE, PATCH, ROW, START, layout
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced

@@ -1,0 +1,52 @@
+"""The loop that generates tokens on a cache that holds the prompts."""
+
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moec.runtime.cache import Cache
+from moec.runtime.engines.gpu import on_host
+
+if TYPE_CHECKING:
+    from moec.runtime.session import Session
+
+
+def steps(
+    session: "Session",
+    logits: Tensor,
+    cache: Cache,
+    most: int,
+    choose: Callable[[Tensor], Tensor],
+    ends: Collection[int],
+) -> Iterator[list[int | None]]:
+    """Yield the tokens of each step: one for each sequence, None for those that have ended.
+
+    The last token of a sequence need not be in the cache afterwards; `cache.lengths` counts what
+    is.
+
+    Args:
+        session: runs the steps.
+        logits: those of the last token of each prompt, float32 [B, vocab].
+        cache: the cache of the B prompts, which grows by the tokens that are run.
+        most: the most steps.
+        choose: chooses tokens, int64 [B], by logits.
+        ends: the tokens that end a sequence.
+    """
+    alive = torch.ones(len(cache.lengths), dtype=torch.bool)
+    for step in range(most):
+        tokens = choose(logits)
+        arrived = on_host(tokens)
+        # The GPU starts the next step while the host checks whether a sequence has ended.
+        ahead = session.queues and bool(alive.all()) and step + 1 < most
+        if ahead:
+            logits = session.decode(tokens, cache)
+        tokens = arrived()
+        new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
+        yield new
+        alive = torch.tensor([token is not None and token not in ends for token in new])
+        if not alive.any() or step + 1 == most:
+            break
+        if not ahead:
+            logits = session.extend(tokens[:, None], alive.long(), cache)

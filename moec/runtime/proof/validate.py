@@ -8,7 +8,7 @@ import math
 import secrets
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -160,7 +160,7 @@ def validate(
 
 def _source(
     artefact: Artefact, folder: str | Path | None, notes: list[str]
-) -> tuple[ModelSpec, Mapping[str, TensorEntry]] | None:
+) -> tuple[ModelSpec, dict[str, TensorEntry]] | None:
     """The spec and the tensors of the checkpoint to compare with; None if no folder is known."""
     if folder is not None:
         return read_source(artefact, Path(folder))

@@ -16,10 +16,10 @@ from moec.cli import COMMANDS, SPEC_COMMANDS, app
 OPTIONS = {
     "build": "--variant --spec --checkpoint --target --precision --out --weights --scheme --scales "
     "--cache --context --batch --prefill-chunk --sm --bindings --engine --no-engine "
-    "--weights-from --hash --validate --no-validate",
+    "--weights-from --hash --adapter --validate --no-validate",
     "engine": "artefact --sm --trtexec --weights-from",
     "bind": "artefact --checkpoint --out --weights --scales --engine --no-engine "
-    "--weights-from --hash",
+    "--weights-from --hash --adapter",
     "calibrate": "checkpoint --tokens --out --percentile",
     "validate": "artefact --tokens --seed --reduced --html --device --reference --eval "
     "--source --weights-from --json",

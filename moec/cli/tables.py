@@ -172,7 +172,11 @@ def plan_table(plan: Plan) -> None:
         f"fits {plan.device or 'the device'}": {None: "give --device", True: "yes", False: "no"}[
             plan.fits
         ],
-        "experts read per MoE layer and step": f"{plan.experts_read:.2f}",
+        **(
+            {"experts read per MoE layer and step": f"{plan.experts_read:.2f}"}
+            if plan.experts_read
+            else {}
+        ),
         "read per decode step": size(plan.decode_read_bytes),
         "decode step": f"{plan.decode_flops / 1e9:,.1f} GFLOP",
         "decode step, bound": bound(plan.decode_ms),
@@ -229,7 +233,9 @@ def spec_table(specs: Iterable[ModelSpec]) -> None:
         "active text": lambda s: f"{counts(s)['active_text']:,}",
         "layers x width": lambda s: f"{s.text.layers} x {s.text.dim}",
         "heads / kv": lambda s: f"{s.text.heads} / {s.text.kv_heads} x {s.text.head_dim}",
-        "experts, width": lambda s: f"{s.text.experts.count} x {s.text.experts.hidden}",
+        "experts, width": lambda s: (
+            f"{s.text.experts.count} x {s.text.experts.hidden}" if s.text.experts else "none"
+        ),
         "ffn (D dense, M MoE)": lambda s: s.text.ffn,
         "mask (L chunk, G all)": lambda s: f"{s.text.attention} of {s.text.chunk}",
         "positions (R, N none)": lambda s: s.text.rope,

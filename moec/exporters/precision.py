@@ -6,7 +6,7 @@ from moec.spec.errors import refuse
 from moec.spec.files import load_scheme
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
-from moec.spec.scheme import Scheme
+from moec.spec.scheme import WITHOUT_EXPERTS, Scheme
 from moec.spec.tensors import quantized
 from moec.weights.packing import Packing
 
@@ -20,8 +20,9 @@ def in_precision(
 ) -> ModelSpec:
     """`spec` as an artefact of this precision has it: with a scheme for fp8, else without.
 
-    `default` is the scheme that quantises wide weights if the user names none. `cache` is "fp8" or
-    "wide"; None leaves the choice to the scheme.
+    `default` is the scheme that quantises wide weights if the user names none; a model without
+    experts has another one, because some defaults are for experts. `cache` is "fp8" or "wide"; None
+    leaves the choice to the scheme.
 
     Raises:
         MoecError: the model or the precision does not allow this scheme, or FP8 caches.
@@ -46,6 +47,8 @@ def in_precision(
             "no --scheme",
             "leave it out, or quantise bf16 weights",
         )
+    if spec.text.experts is None:
+        default = WITHOUT_EXPERTS.get(default, default)
     chosen = spec.scheme or load_scheme(default if scheme is None else scheme)
     if not spec.scheme and chosen.layout != "moec":
         refuse(

@@ -23,7 +23,7 @@ from moec.graph_builder import ops
 from moec.graph_builder.builder import Builder
 from moec.graph_builder.roles import Place, Role
 from moec.spec import names
-from moec.spec.model import LayerSpec, ModelSpec, TextSpec
+from moec.spec.model import Experts, LayerSpec, ModelSpec, TextSpec
 from moec.spec.parameters import text_parameters
 from moec.weights.view import TORCH_DTYPES
 
@@ -154,7 +154,7 @@ def _layer(
     h, kept = _attention(b, text, layer, shared, h, cache)
     x = b.emit(ops.add, x, h, name=names.attention(i, "residual"))
     h = _norm(b, text, names.dense(i, "norm"), x)
-    h = _moe(b, text, i, h) if layer.moe else _swiglu(b, i, names.dense(i), h)
+    h = _moe(b, layer.experts, i, h) if layer.experts else _swiglu(b, i, names.dense(i), h)
     return b.emit(ops.add, x, h, name=names.out(i)), kept
 
 
@@ -218,14 +218,14 @@ def _attention(
     return project(b.emit(ops.pack, out, name=f"{at}.mix.packed"), "o"), kept
 
 
-def _moe(b: Builder, text: TextSpec, i: int, x: fx.Node) -> fx.Node:
+def _moe(b: Builder, each: Experts, i: int, x: fx.Node) -> fx.Node:
     weight = b.parameter(names.moe(i, "router", "weight"))
     place = Place(Role.ROUTER, i)
     logits = b.emit(ops.linear, x, weight, None, name=names.router(i), place=place)
     scores, experts = b.emit_pair(
         ops.route,
         logits,
-        text.experts.top_k,
+        each.top_k,
         name=names.moe(i, "route"),
         places=(Place(Role.SCORES, i), Place(Role.CHOICE, i)),
     )

@@ -45,13 +45,14 @@ def check_sizes(spec: ModelSpec) -> None:
         MoecError: names every size that does not fit (exit code 3).
     """
     text = spec.text
-    feed = {layer.moe for layer in text.all_layers}
+    feed = {layer.experts for layer in text.all_layers}
+    experts = next((each for each in feed if each), None)
     widths = {
         "text.dim": text.dim,
         "text.heads * head_dim": text.q_width,
         "text.(heads + 2 * kv_heads) * head_dim": text.q_width + 2 * text.kv_width,
-        **({"text.dense_hidden": text.dense_hidden} if False in feed else {}),
-        **({"text.experts.hidden": text.experts.hidden} if True in feed else {}),
+        **({"text.dense_hidden": text.dense_hidden} if None in feed else {}),
+        **({"text.experts.hidden": experts.hidden} if experts else {}),
     }
     odd = [f"{name} {size}" for name, size in widths.items() if size % SMALLEST]
     if not is_head(text.head_dim):

@@ -60,10 +60,9 @@ class _Magnitudes:
 class _Observer(fx.Interpreter):
     """Runs the unquantised graph and records the inputs of linear layers and caches."""
 
-    def __init__(self, graph: fx.GraphModule, experts: int, percentile: float) -> None:
+    def __init__(self, graph: fx.GraphModule, percentile: float) -> None:
         super().__init__(graph)
         self.new: Callable[[], _Magnitudes] = lambda: _Magnitudes(percentile)
-        self.experts = experts
         self.inputs: dict[str, list[_Magnitudes]] = {}
         self.caches: dict[str, _Magnitudes] = {}
 
@@ -86,7 +85,8 @@ class _Observer(fx.Interpreter):
 
     def _moe(self, n: fx.Node, moe: Moe[Tensor]) -> Tensor:
         weights: Moe[fx.Node] = Moe(*cast(tuple[fx.Node, ...], n.args))
-        into, between = (self._site(each, self.experts) for each in (weights.gate_up, weights.down))
+        count = len(moe.gate_up)
+        into, between = (self._site(each, count) for each in (weights.gate_up, weights.down))
         dtype = moe.x.dtype
 
         def ffn(expert: int, rows: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def calibrate(
     rows = read_rows(tokens, spec, folder)
     graph = build_graph(spec)
     fill(graph, entries)
-    observer = _Observer(graph, spec.text.experts.count, percentile)
+    observer = _Observer(graph, percentile)
     with torch.inference_mode():
         for start in range(0, len(rows), batch):
             progress("calibrate", start, len(rows))

@@ -81,7 +81,7 @@ def static_scales(
     for name, rule in quantized(spec).items():
         if rule.inputs in STATIC:
             sizes = _magnitudes(calibration.inputs.get(name), name, calibration)
-            experts = spec.text.experts.count if names.is_routed(name) else 1
+            experts = spec.text.expert_count if names.is_routed(name) else 1
             if len(sizes) != experts:
                 raise _other_model(
                     name, f"{len(sizes)} magnitudes", f"{experts} magnitudes", calibration

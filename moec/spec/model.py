@@ -78,7 +78,7 @@ class Experts(Frozen):
 class LayerSpec:
     """What the patterns say about one decoder layer.
 
-    `chunk` is in tokens; None stands for a full causal mask.
+    `chunk` is in tokens; None stands for a full causal mask. `experts` is None for a dense layer.
     """
 
     index: int
@@ -86,7 +86,12 @@ class LayerSpec:
     chunk: int | None
     qk_norm: bool
     temperature: bool
-    moe: bool
+    experts: Experts | None
+
+    @property
+    def moe(self) -> bool:
+        """Whether the layer has experts."""
+        return self.experts is not None
 
 
 class TextSpec(Frozen):
@@ -109,7 +114,9 @@ class TextSpec(Frozen):
     temperature: str = "---T"
     ffn: str = "M"
 
-    chunk: Positions | None = Field(description="the most tokens that a local layer attends to")
+    chunk: Positions | None = Field(
+        description="the most tokens that a local layer attends to; null where no layer is local"
+    )
     rope_theta: Base
     rope_scaling: RopeScaling | None
     temperature_floor: Positions = Field(
@@ -117,12 +124,14 @@ class TextSpec(Frozen):
     )
     temperature_scale: float = Field(ge=-1e6, le=1e6)
     dense_hidden: Width = Field(description="width of a dense layer's SwiGLU")
-    experts: Experts
+    experts: Experts | None = Field(
+        default=None, description="the experts of each MoE layer; null where all layers are dense"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _shortest_patterns(cls, values: object) -> object:
-        """Store each pattern in its shortest form, so that equal models are equal specs."""
+    def _equal_models_are_equal_specs(cls, values: object) -> object:
+        """Store each pattern in its shortest form, and leave out what no layer uses."""
         if not isinstance(values, dict) or not isinstance(values.get("layers"), int):
             return values
         tiled = {
@@ -130,7 +139,13 @@ class TextSpec(Frozen):
             for name in ALPHABETS
             if isinstance(values.get(name), str)
         }
-        return {**values, **tiled}
+        used_by = {"chunk": ("attention", "L"), "experts": ("ffn", "M")}
+        unused = [
+            name
+            for name, (pattern, letter) in used_by.items()
+            if letter not in tiled.get(pattern, letter)
+        ]
+        return {**values, **tiled, **dict.fromkeys(unused)}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -147,7 +162,9 @@ class TextSpec(Frozen):
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
         if "L" in self.attention and self.chunk is None:
             raise ValueError("local layers need a chunk size")
-        experts = self.experts.count * sum(layer.moe for layer in self.all_layers)
+        if "M" in self.ffn and self.experts is None:
+            raise ValueError("MoE layers need experts")
+        experts = self.expert_count * sum(layer.moe for layer in self.all_layers)
         if experts > limits.ALL_EXPERTS:
             raise ValueError(
                 f"{experts} experts in all layers: at most {limits.ALL_EXPERTS} are expected, "
@@ -167,13 +184,18 @@ class TextSpec(Frozen):
             chunk=self.chunk if at(self.attention) == "L" else None,
             qk_norm=at(self.qk_norm) == "Q",
             temperature=at(self.temperature) == "T",
-            moe=at(self.ffn) == "M",
+            experts=self.experts if at(self.ffn) == "M" else None,
         )
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:
         """Every layer, first to last."""
         return tuple(self.layer(i) for i in range(self.layers))
+
+    @property
+    def expert_count(self) -> int:
+        """The routed experts of one MoE layer; 0 for a model without any."""
+        return self.experts.count if self.experts else 0
 
     @property
     def q_width(self) -> int:

@@ -57,13 +57,13 @@ def _layer(text: TextSpec, layer: LayerSpec) -> Iterator[tuple[str, Shape]]:
         for part, width in (*widths.items(), ("o", text.dim)):
             yield names.attention(i, part, "bias"), (width,)
     yield names.dense(i, "norm", "weight"), (text.dim,)
-    if layer.moe:
-        count, hidden = text.experts.count, text.experts.hidden
+    if layer.experts:
+        count, hidden = layer.experts.count, layer.experts.hidden
         gate_up, down = names.routed(i)
         yield names.moe(i, "router", "weight"), (count, text.dim)
         yield gate_up, (count, text.dim, 2 * hidden)  # gate first, then up
         yield down, (count, hidden, text.dim)
-        yield from _swiglu(names.shared(i), text.dim, text.experts.shared_hidden)
+        yield from _swiglu(names.shared(i), text.dim, layer.experts.shared_hidden)
     else:
         yield from _swiglu(names.dense(i), text.dim, text.dense_hidden)
 
@@ -114,7 +114,7 @@ def counts(spec: ModelSpec) -> dict[str, int]:
     routed = sum(size for name, size in sizes.items() if names.is_routed(name))
     text = sum(sizes.values()) - vision - projector
     experts = spec.text.experts
-    idle = routed // experts.count * (experts.count - experts.top_k)
+    idle = routed // experts.count * (experts.count - experts.top_k) if experts else 0
     return {
         "total": text + vision + projector,
         "text": text,

@@ -135,7 +135,7 @@ def plan(
     sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
     width = {name: _width(name, precision) for name in sizes if precision != "fp8"}
     width = width or _fp8_widths(spec, sizes)
-    count, k = text.experts.count, text.experts.top_k
+    count, k = (text.experts.count, text.experts.top_k) if text.experts else (1, 0)
     read = count * (1 - (1 - k / count) ** batch)
     kept = [context if la.chunk is None else min(la.chunk, context) for la in text.all_layers]
     element = 4 if precision in ("fp32", "int8", "int4") else 2

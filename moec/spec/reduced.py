@@ -40,7 +40,8 @@ def reduced(
             "temperature_floor": CHUNK,
             "rope_scaling": scaling and scaling.model_copy(update={"original_positions": CHUNK}),
             "dense_hidden": 2 * block,
-            "experts": text.experts.model_copy(update={"hidden": block, "shared_hidden": block}),
+            "experts": text.experts
+            and text.experts.model_copy(update={"hidden": block, "shared_hidden": block}),
         }
     )
     vision = spec.vision and spec.vision.model_copy(

@@ -149,3 +149,5 @@ SCHEMES = {
         _scheme("deepseek", _LINEAR, "block", "group"),
     )
 }
+#: a target's default scheme -> what takes its place for a model without experts
+WITHOUT_EXPERTS = {"meta": "dynamic", "mixed": "static"}

@@ -82,8 +82,7 @@ def unquantised(spec: ModelSpec, dtype: str) -> ModelSpec:
 
 def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
     """Name and shape [..., out, in] of every FP8 tensor, and the parameters that it consists of."""
-    dim, hidden = text.dim, text.experts.hidden
-    count = text.experts.count + 1
+    dim = text.dim
     for layer in text.all_layers:
         i = layer.index
         qkv = tuple(names.attention(i, part, "weight") for part in "qkv")
@@ -91,10 +90,11 @@ def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
         yield names.attention(i, "qkv", "weight"), (width, dim), qkv
         o = names.attention(i, "o", "weight")
         yield o, (dim, text.q_width), (o,)
-        swiglu = names.shared if layer.moe else names.dense
+        swiglu = names.shared if layer.experts else names.dense
         gate_up = tuple(swiglu(i, part, "weight") for part in ("gate", "up"))
         down = swiglu(i, "down", "weight")
-        if layer.moe:
+        if layer.experts:
+            count, hidden = layer.experts.count + 1, layer.experts.hidden
             routed = names.routed(i)
             yield routed[0], (count, 2 * hidden, dim), (routed[0], *gate_up)
             yield routed[1], (count, dim, hidden), (routed[1], down)

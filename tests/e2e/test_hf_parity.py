@@ -31,6 +31,15 @@ MAVERICK = reduced(PRESETS["maverick"])
 MAVERICK = MAVERICK.model_copy(
     update={"vision": None, "text": MAVERICK.text.model_copy(update={"layers": 8})}
 )
+#: a text model without experts, whose embedding is its head, and whose layers all have RoPE
+DENSE = ModelSpec.model_validate(
+    MAVERICK.model_dump()
+    | {
+        "name": "dense",
+        "text": MAVERICK.text.model_dump()
+        | {"ffn": "D", "rope": "R", "qk_norm": "Q", "temperature": "-", "tie_embeddings": True},
+    }
+)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -41,6 +50,7 @@ MAVERICK = MAVERICK.model_copy(
     cuts=st.lists(st.integers(1, 33), max_size=4),
 )
 @example(spec=MAVERICK, seed=1, lengths=[33, 9, 20], cuts=[7, 8, 9, 25])
+@example(spec=DENSE, seed=1, lengths=[33, 9, 20], cuts=[7, 8, 9, 25])
 def test_random_models_agree(
     spec: ModelSpec, seed: int, lengths: list[int], cuts: list[int]
 ) -> None:

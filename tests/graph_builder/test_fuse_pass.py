@@ -28,7 +28,7 @@ CAPACITY = 24
 
 def _fusible(spec: ModelSpec) -> ModelSpec:
     """`spec` without what the fused ops cannot express, and with the scheme that they can."""
-    experts = spec.text.experts.model_copy(update={"top_k": 1})
+    experts = spec.text.experts and spec.text.experts.model_copy(update={"top_k": 1})
     text = spec.text.model_copy(update={"attention_bias": False, "experts": experts})
     rules = SCHEMES["dynamic"].rules[0]
     kinds = {".moe.": "M" in text.ffn, ".ffn.": "D" in text.ffn}

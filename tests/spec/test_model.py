@@ -4,6 +4,7 @@ from pydantic import ValidationError
 
 from moec.spec.model import ModelSpec, shortest_tile
 from moec.spec.parameters import counts
+from moec.spec.plan import plan
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from tests.strategies import specs
@@ -24,6 +25,26 @@ def test_parameter_counts_are_exact(
     assert found["total"] == total
     assert found["active_text"] == active_text
     assert (found["vision"], found["projector"]) == (vision, projector)
+
+
+def test_a_dense_model_has_no_experts_to_count_and_may_say_some() -> None:
+    text = PRESETS["tiny-scout"].text.model_dump() | {"ffn": "DD", "dense_hidden": 96}
+    dense = PRESETS["tiny-scout"].model_dump() | {"vision": None, "text": text}
+    spec = ModelSpec.model_validate(dense)
+    assert spec.text.experts is None and not any(layer.moe for layer in spec.text.all_layers)
+    assert spec == ModelSpec.model_validate(dense | {"text": text | {"experts": None}})
+    layer = 2 * 128 + 2 * 128 * 128 + 2 * 64 * 128 + 3 * 96 * 128
+    total = 2 * 4096 * 128 + 128 + 8 * layer
+    found = {"total": total, "text": total, "active": total, "active_text": total}
+    assert counts(spec) == found | {"vision": 0, "projector": 0, "routed_experts": 0}
+    assert plan(spec).experts_read == 0 and plan(spec).weights_bytes == 2 * total
+    assert reduced(spec).text.experts is None
+
+
+def test_layers_with_experts_want_them() -> None:
+    text = PRESETS["scout"].text.model_dump() | {"experts": None, "ffn": "DDM"}
+    with pytest.raises(ValidationError, match="MoE layers need experts"):
+        ModelSpec.model_validate(PRESETS["scout"].model_dump() | {"text": text})
 
 
 def test_behemoth_is_marked_as_a_guess_and_lands_near_the_public_figures() -> None:

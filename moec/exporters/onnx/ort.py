@@ -144,11 +144,13 @@ def check_sizes(spec: ModelSpec, bits: int | None) -> None:
         MoecError: a width is not a multiple of the number that an operator needs.
     """
     text, block = spec.text, BLOCK if bits else 1
-    for where, size, multiple, operator in (
-        ("text.head_dim", text.head_dim, 8, "GroupQueryAttention"),
-        ("text.dim", text.dim, block, "QMoE"),
-        ("text.experts.hidden", text.experts.hidden, block, "QMoE"),
-    ):
+    wanted = [("text.head_dim", text.head_dim, 8, "GroupQueryAttention")]
+    if text.experts:
+        wanted += [
+            ("text.dim", text.dim, block, "QMoE"),
+            ("text.experts.hidden", text.experts.hidden, block, "QMoE"),
+        ]
+    for where, size, multiple, operator in wanted:
         if size % multiple:
             refuse(
                 f"{spec.name}: {where}",

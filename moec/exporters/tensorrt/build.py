@@ -127,8 +127,9 @@ def plugin_of(folder: Path, spec: ModelSpec, options: EngineOptions, package: Pa
     from moec.kernels.launches.launch import SHARED
     from moec.kernels.sizes import Sizes
 
-    text = spec.text
-    sizes = Sizes(text.dim, text.experts.hidden, text.experts.count)
+    experts = spec.text.experts
+    assert experts is not None  # they are what the plugin runs
+    sizes = Sizes(spec.text.dim, experts.hidden, experts.count)
     wanted = [int(name.removeprefix("SM")) for name in options.architectures]
     known = [each for each in wanted if each in SHARED] if package == "tensorrt_rtx" else [*SHARED]
     max_tokens = max(options.piece, options.batch)

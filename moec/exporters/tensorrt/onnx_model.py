@@ -47,7 +47,7 @@ def packings_of(spec: ModelSpec) -> dict[str, Packing]:
     If the MoE plugin runs the experts, they get the layout of its kernels.
     """
     found = fp8_packings(spec)
-    if spec.scheme and wants_plugin(spec.scheme):
+    if wants_plugin(spec):
         found |= {
             name: each
             for name, each in joined_packings(spec).items()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from moec.kernels.sizes import SMALLEST
 from moec.spec.errors import refuse
-from moec.spec.model import ModelSpec
+from moec.spec.model import Experts, ModelSpec
 from moec.spec.names import of_moe, routed
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
@@ -29,9 +29,11 @@ def check_expressible(spec: ModelSpec, precision: str) -> None:
         refuse(f"{spec.name}: {first[0]}", *first[1:])
 
 
-def wants_plugin(scheme: Scheme) -> bool:
-    """Whether only the plugin can run the experts of `scheme`: inputs have per-token scales."""
-    return any(rule.inputs == "token" for rule in map(scheme.rule, _EXPERTS) if rule)
+def wants_plugin(spec: ModelSpec) -> bool:
+    """Whether only the plugin can run the experts of `spec`: inputs have per-token scales."""
+    if spec.scheme is None or spec.text.experts is None:
+        return False
+    return any(rule.inputs == "token" for rule in map(spec.scheme.rule, _EXPERTS) if rule)
 
 
 def _unsupported(spec: ModelSpec, precision: str) -> Iterator[Unsupported]:
@@ -48,8 +50,8 @@ def _unsupported_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[Unsupported
     if scheme.cache:
         expected = "unquantised caches, because TensorRT cannot update FP8 caches"
         yield f"{at}: cache", "FP8 keys and values", expected, "add --cache wide"
-    plugin = wants_plugin(scheme)
-    inside = {name for name in fp8_parameters(spec) if of_moe(name)} if plugin else set()
+    experts = spec.text.experts if wants_plugin(spec) else None
+    inside = {name for name in fp8_parameters(spec) if of_moe(name)} if experts else set()
     for name, rule in quantized(spec).items():
         if name in inside:
             continue
@@ -57,19 +59,18 @@ def _unsupported_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[Unsupported
             found = f"weight scales by {rule.weight}, input scales by {rule.inputs}"
             expected = "static scales, by tensor, expert or channel"
             yield f"{at}: {name}", found, expected, "use --scheme static"
-    if not plugin:
-        return
-    yield from _unsupported_by_plugin(spec, scheme, inside)
+    if experts:
+        yield from _unsupported_by_plugin(spec, scheme, experts, inside)
 
 
 def _unsupported_by_plugin(
-    spec: ModelSpec, scheme: Scheme, inside: set[str]
+    spec: ModelSpec, scheme: Scheme, experts: Experts, inside: set[str]
 ) -> Iterator[Unsupported]:
     """What the plugin's kernels do not support; they are those of target torch.
 
     `inside` names the weights that the plugin computes with.
     """
-    fix, experts, rules = "use --scheme static", spec.text.experts, quantized(spec)
+    fix, rules = "use --scheme static", quantized(spec)
     if scheme.layout != "moec":
         found = f"{scheme.layout}, an FP8 checkpoint with per-token scales"
         expected = "unquantised weights, or FP8 weights with static scales, as ModelOpt writes them"

@@ -49,7 +49,7 @@ class _Rewrite:
     ) -> None:
         self.root, self.graph = graph, graph.graph
         self.scheme, self.rules, self.kinds = scheme, rules, tensors(spec)
-        self.experts = spec.text.experts.count
+        self.experts = spec.text.expert_count
         self.inputs: dict[tuple[fx.Node, str], fx.Node] = {}  # rounded once for q, k and v
 
     def __call__(self, node: fx.Node) -> None:

@@ -43,7 +43,7 @@ def _odd(spec: ModelSpec) -> Iterator[_Odd]:
     text, experts = spec.text, spec.text.experts
     if text.attention_bias:
         yield _Odd("text.attention_bias", True, "false: fused products have no bias")
-    if not any(layer.moe for layer in text.all_layers):
+    if experts is None:
         return
     if experts.top_k != 1:
         yield _Odd("text.experts.top_k", experts.top_k, "1, an expert for each token")

@@ -143,7 +143,7 @@ def ort_engine(
         if len(fresh) + len(kept) < len(outputs):
             found = zip(outputs, binding.get_outputs(), strict=True)
             fresh |= {
-                name: torch.from_numpy(each.numpy())
+                name: _tensor(each)
                 for name, each in found
                 if name not in kept and name not in fresh
             }

@@ -146,10 +146,11 @@ def validate(
         report.identity = proven
         report.twin, report.subject = True, f"{artefact.path} (reduced-size model)"
         report.checks[:0] = files
+        experts = f" with {small.text.expert_count} experts" if small.text.experts else ""
         report.notes.append(
             f"The artefact's {'weights are not bound' if unbound else 'own weights were not run'}: "
             f"proven on its reduced-size model (twin), {small.text.layers} layers of width "
-            f"{small.text.dim} with {small.text.experts.count} experts, chunk {small.text.chunk}. "
+            f"{small.text.dim}{experts}, chunk {small.text.chunk}. "
             "The artefact's own graph files did not run: they were compared node for node with "
             "what this version of moec writes for the model's full size."
         )

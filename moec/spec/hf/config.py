@@ -51,6 +51,9 @@ INERT = frozenset(
     """.split()
 )
 
+#: Fields that say nothing of a model without experts.
+_OF_EXPERTS = frozenset({"intermediate_size", "num_experts_per_tok", "num_local_experts"})
+
 #: The values of `torch_dtype` (4.x) or `dtype` (5.x), and our names for them.
 DTYPES: dict[str, DType] = {
     dtypes("name", "torch")[name]: name for name in reversed(get_args(DType))
@@ -143,8 +146,7 @@ def _text(at: Fields) -> TextSpec:
     temperature = bool(
         at.take("attn_temperature_tuning", bool, int, default=PUBLISHED["attn_temperature_tuning"])
     )
-    hidden = at.size("intermediate_size", limits.WIDTH)
-    chunk = at.take("attention_chunk_size", int, default=None)
+    moe = _moe_layers(at, layers)
     text = TextSpec(
         layers=layers,
         dim=at.size("hidden_size", limits.WIDTH),
@@ -160,22 +162,32 @@ def _text(at: Fields) -> TextSpec:
         rope="".join("R" if on else "N" for on in rope),
         qk_norm="".join("Q" if on and qk_norm else "-" for on in rope),
         temperature="".join("T" if temperature and not on else "-" for on in rope),
-        ffn="".join("M" if moe else "D" for moe in _moe_layers(at, layers)),
-        chunk=chunk,
+        ffn="".join("M" if each else "D" for each in moe),
+        chunk=at.take("attention_chunk_size", int, default=None),
         rope_theta=theta,
         rope_scaling=scaling,
         temperature_floor=at.take("floor_scale", int, default=PUBLISHED["floor_scale"]),
         temperature_scale=at.take("attn_scale", float, default=PUBLISHED["attn_scale"]),
         dense_hidden=at.size("intermediate_size_mlp", limits.WIDTH),
-        experts=Experts(
-            count=at.size("num_local_experts", limits.EXPERTS),
-            top_k=at.size("num_experts_per_tok", limits.EXPERTS),
-            hidden=hidden,
-            shared_hidden=hidden,
-        ),
+        experts=_experts(at) if any(moe) else None,
     )
-    at.finish(_inert(at) | {"bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"})
+    left = _OF_EXPERTS if text.experts is None else frozenset()
+    tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    at.finish(_inert(at) | left | tokens | {"torch_dtype", "dtype"})
     return text
+
+
+def _experts(at: Fields) -> Experts:
+    if at.left.get("num_local_experts") == 0:
+        expected = "1 or more, or moe_layers: [] for a model without experts"
+        raise at.error("num_local_experts", "0, although there are MoE layers", expected)
+    hidden = at.size("intermediate_size", limits.WIDTH)
+    return Experts(
+        count=at.size("num_local_experts", limits.EXPERTS),
+        top_k=at.size("num_experts_per_tok", limits.EXPERTS),
+        hidden=hidden,
+        shared_hidden=hidden,
+    )
 
 
 def _rope_layers(at: Fields, layers: int) -> list[bool]:
@@ -192,10 +204,14 @@ def _rope_layers(at: Fields, layers: int) -> list[bool]:
 
 
 def _local_layers(at: Fields, layers: int, rope: list[bool]) -> list[bool]:
-    """Which layers have a chunked mask: as `layer_types` says, or else those with RoPE."""
+    """Which layers have a chunked mask: as `layer_types` says, or else those with RoPE.
+
+    An `attention_chunk_size` of null is how Llama Guard 4 says that no layer is chunked.
+    """
     types = at.take("layer_types", list, default=None)
+    whole = at.left.get("attention_chunk_size", 0) is None
     if types is None:
-        return rope
+        return [on and not whole for on in rope]
     kinds = {str(kind) for kind in types}
     if len(types) != layers or kinds - {"chunked_attention", "full_attention"}:
         raise at.error(
@@ -203,6 +219,9 @@ def _local_layers(at: Fields, layers: int, rope: list[bool]) -> list[bool]:
             f"{len(types)} values of {shown(sorted(kinds))}",
             f"{layers} values, each 'chunked_attention' or 'full_attention'",
         )
+    if whole and "chunked_attention" in kinds:
+        expected = "a number of tokens, or layer_types that are all 'full_attention'"
+        raise at.error("attention_chunk_size", "null, for chunked layers", expected)
     return [kind == "chunked_attention" for kind in types]
 
 
@@ -212,7 +231,8 @@ def _moe_layers(at: Fields, layers: int) -> list[bool]:
     listed = at.take("moe_layers", list, default=None)
     if listed is None:
         if step < 1:
-            raise at.error("interleave_moe_layer_step", str(step), "at least 1")
+            expected = "at least 1, or moe_layers: [] for a model without experts"
+            raise at.error("interleave_moe_layer_step", str(step), expected)
         return [(index + 1) % step == 0 for index in range(layers)]
     found = {index for index in listed if type(index) is int and 0 <= index < layers}
     if any(type(index) is not int or index not in found for index in listed):
@@ -313,6 +333,8 @@ def _tokens(top: Fields, text: dict[str, Any], image: Any) -> Tokens:
 
 def _notes(text: dict[str, Any]) -> tuple[str, ...]:
     notes = list[str]()
+    if text.get("attention_chunk_size", 0) is None and text.get("layer_types") is None:
+        notes.append("attention_chunk_size is null: every layer attends to all tokens before.")
     scaling = text.get("rope_scaling") or {}
     if isinstance(scaling, dict) and (scaling.get("factor"), scaling.get("high_freq_factor")) == (
         8,

@@ -14,8 +14,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     Raises:
         MoecError: the spec has layer patterns that a Llama 4 config cannot express.
     """
-    text, experts = spec.text, spec.text.experts
-    layers = text.all_layers
+    text, layers, experts = spec.text, spec.text.all_layers, spec.text.experts
     # A config has one switch for all layers. QK-norm then applies to layers with RoPE, temperature
     # to those without.
     qk_norm = any(layer.qk_norm for layer in layers)
@@ -23,7 +22,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     if (
         any(layer.qk_norm != (layer.rope and qk_norm) for layer in layers)
         or any(layer.temperature != (temperature and not layer.rope) for layer in layers)
-        or experts.hidden != experts.shared_hidden
+        or (experts and experts.hidden != experts.shared_hidden)
     ):
         refuse(
             f"spec {spec.name}",
@@ -36,7 +35,8 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     text_config = {
         "model_type": "llama4_text",
         "attention_bias": text.attention_bias,
-        "attention_chunk_size": text.chunk,
+        # transformers makes a chunked mask even where no layer uses it, and needs a size for it.
+        "attention_chunk_size": text.chunk or text.max_positions,
         "attn_scale": text.temperature_scale,
         "attn_temperature_tuning": temperature,
         "bos_token_id": spec.tokens.bos,
@@ -46,8 +46,10 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "head_dim": text.head_dim,
         "hidden_act": "silu",
         "hidden_size": text.dim,
-        "interleave_moe_layer_step": len(text.ffn) if text.ffn.strip("D") == "M" else 1,
-        "intermediate_size": experts.hidden,
+        "interleave_moe_layer_step": len(text.ffn)
+        if text.ffn.strip("D") == "M"
+        else int("M" in text.ffn),
+        "intermediate_size": experts.hidden if experts else text.dense_hidden,
         "intermediate_size_mlp": text.dense_hidden,
         "layer_types": [
             "full_attention" if layer.chunk is None else "chunked_attention" for layer in layers
@@ -56,10 +58,10 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "moe_layers": [layer.index for layer in layers if layer.moe],
         "no_rope_layers": [int(layer.rope) for layer in layers],
         "num_attention_heads": text.heads,
-        "num_experts_per_tok": experts.top_k,
+        "num_experts_per_tok": experts.top_k if experts else 0,
         "num_hidden_layers": text.layers,
         "num_key_value_heads": text.kv_heads,
-        "num_local_experts": experts.count,
+        "num_local_experts": experts.count if experts else 0,
         "rms_norm_eps": text.norm_eps,
         "rope_scaling": scaling
         and {

@@ -344,7 +344,7 @@ def _modules(name: str, spec: ModelSpec, separate_experts: bool) -> list[str]:
     """The checkpoint's modules that hold a parameter: one, or one for each separate expert."""
     parts = [name]
     if separate_experts and not name.endswith(".weight"):
-        parts = [part for e in range(spec.text.experts.count) for part in separate(name, e)]
+        parts = [part for e in range(spec.text.expert_count) for part in separate(name, e)]
     prefix = "language_model." if spec.vision else ""
     return [prefixed(key_of(part), prefix).rpartition(".")[0] for part in parts]
 

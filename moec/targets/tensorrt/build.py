@@ -32,7 +32,7 @@ def check(wanted: Wanted) -> None:
 
 def dialect(chosen: str, spec: ModelSpec) -> str:
     """The dialect with the MoE plugin if only it can run the scheme's experts, else `chosen`."""
-    return "tensorrt-plugin" if spec.scheme and wants_plugin(spec.scheme) else chosen
+    return "tensorrt-plugin" if wants_plugin(spec) else chosen
 
 
 def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:

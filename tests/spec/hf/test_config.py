@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,60 @@ def test_transformers_understands_what_we_write(spec: ModelSpec) -> None:
     assert config.no_rope_layers == [int(layer.rope) for layer in text.all_layers]
     assert config.moe_layers == [layer.index for layer in text.all_layers if layer.moe]
     assert config.rope_parameters["rope_theta"] == text.rope_theta
+
+
+#: how configs say that no layer has experts
+DENSE: dict[str, dict[str, Any]] = {
+    "the released Llama Guard 4": {
+        "num_local_experts": 0, "interleave_moe_layer_step": 0, "moe_layers": [],
+    },
+    "none for a token either": {
+        "num_local_experts": 0, "num_experts_per_tok": 0, "moe_layers": [], "intermediate_size": 0,
+    },
+    "numbers of experts that nobody has": {"num_local_experts": 16, "moe_layers": []},
+    "a step beyond the last layer": {"num_local_experts": 0, "interleave_moe_layer_step": 9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_a_config_without_experts(tmp_path: Path, case: str) -> None:
+    config = _released()
+    config["text_config"] |= DENSE[case]
+    spec = _read(tmp_path, config)
+    assert (spec.text.ffn, spec.text.experts, spec.text.dense_hidden) == ("D", None, 128)
+    assert diff(_read(tmp_path, write_config(spec)), spec) == []
+    text = Llama4Config(**write_config(spec)).text_config
+    assert (text.moe_layers, text.intermediate_size_mlp, text.num_local_experts) == ([], 128, 0)
+    for name in ("num_local_experts", "num_experts_per_tok", "intermediate_size"):
+        config["text_config"].pop(name, None)
+    assert diff(_read(tmp_path, config), spec) == []
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"num_local_experts": 0}, "although there are MoE layers"),
+        ({"num_local_experts": 0, "interleave_moe_layer_step": 0}, "moe_layers: []"),
+    ],
+)
+def test_a_config_that_is_unsure_of_its_experts(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    config = _released()
+    config["text_config"] |= changes
+    with pytest.raises(MoecError, match=re.escape(said)):
+        _read(tmp_path, config)
+
+
+def test_a_chunk_of_null_means_that_no_layer_is_chunked(tmp_path: Path) -> None:
+    config = _released()
+    config["text_config"] |= {"attention_chunk_size": None}
+    spec = _read(tmp_path, config)
+    assert (spec.text.attention, spec.text.chunk, spec.text.rope) == ("G", None, "RRRN")
+    assert any("attention_chunk_size is null" in note for note in spec.notes)
+    written = write_config(spec)
+    assert diff(_read(tmp_path, written), spec) == []
+    assert Llama4Config(**written).text_config.attention_chunk_size == 2048  # of all positions
 
 
 def test_launch_week_oddities(tmp_path: Path) -> None:

@@ -63,10 +63,11 @@ def every_op(
     # Roundings to FP8 make noise that no fixed ceiling fits.
     most_error = math.inf if spec.scheme else tolerance.error
     yield from checks_of(seen.found.values(), most_error)
+    experts = f", each expert but {unreached}" if unreached else ", each expert"
     notes.append(
         f"Each op was compared with float64 on the engine's own inputs: {len(seen.found)} values, "
-        f"positions up to {last}, {embedded} of {spec.text.vocab} embeddings, "
-        + (f"each expert but {unreached}." if unreached else "each expert.")
+        f"positions up to {last}, {embedded} of {spec.text.vocab} embeddings"
+        + (f"{experts}." if spec.text.experts else ".")
     )
 
 

@@ -34,7 +34,6 @@ from moec.spec.parameters import text_parameters
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
-from moec.weights.view import TORCH_DTYPES
 
 ROUNDS, STEPS, PROMPT, IMAGE = 7, 16, 1024, 3
 
@@ -126,7 +125,7 @@ def embeddings(artefact: Artefact, folder: Path) -> Way:
 
 def graph(spec: ModelSpec) -> torch.fx.GraphModule:
     """A graph from token ids to embeddings with early fusion."""
-    b = Builder(text_parameters(spec), TORCH_DTYPES[spec.dtype])
+    b = Builder(text_parameters(spec), spec.stored)
     ids = b.input("input_ids", ("batch", "sequence"), torch.int64)
     x = b.emit(ops.embedding, ids, b.parameter("embed.weight"), "fp32", name="embed")
     none = torch.zeros(0, spec.text.dim)

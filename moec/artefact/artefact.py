@@ -102,7 +102,7 @@ class Artefact:
             if packing.fp8 and packing.arrange == "rows":  # the graph itself dequantises these
                 continue
             shape = parameters(spec)[name]
-            parts = tuple(stored[part] for part in packing.names(spec.dtype))
+            parts = tuple(stored[part] for part in packing.names(spec.stored(name)))
             found[name] = Packed(packing, shape, parts)
         return found
 
@@ -193,7 +193,8 @@ def stored_kinds(
     shapes, found = parameters(spec), {**tensors(spec)}
     for packing in packings.values():
         found.pop(packing.source, None)
-        names, kinds = packing.names(spec.dtype), packing.shapes(shapes[packing.source])
+        names = packing.names(spec.stored(packing.source))
+        kinds = packing.shapes(shapes[packing.source])
         found.update(zip(names, map(Kind._make, kinds), strict=True))
     return {name: (kind.shape, kind.dtype) for name, kind in found.items()}
 

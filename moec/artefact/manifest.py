@@ -285,7 +285,7 @@ class Manifest(Frozen):
         return {
             packing.source: packing
             for packing in self.packings.values()
-            if packing.names(self.spec.dtype) != (packing.source,)
+            if packing.names(self.spec.stored(packing.source)) != (packing.source,)
         }
 
 

@@ -80,6 +80,6 @@ def fp8_packings(spec: ModelSpec) -> dict[str, Packing]:
     return {
         name: Packing(source=name, dtype=scheme.scales, fp8=rules[name].weight, block=scheme.block)
         if name in rules
-        else Packing(source=name, dtype=spec.dtype)
+        else Packing(source=name, dtype=spec.stored(name))
         for name in parameters(spec)
     }

@@ -1,6 +1,6 @@
 """Build a torch.fx graph of our ops. Its weights are on the meta device, so they take no memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import fx, nn
 from moec.graph_builder.ops import Op
 from moec.graph_builder.roles import Place
 from moec.graph_builder.types import TensorType
+from moec.weights.view import TORCH_DTYPES
 
 
 class Builder:
@@ -19,8 +20,11 @@ class Builder:
     graph, in reports and in errors. Passes go by `meta["role"]`: see `moec.graph_builder.roles`.
     """
 
-    def __init__(self, parameters: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self._shapes, self._dtype = parameters, dtype
+    def __init__(
+        self, parameters: dict[str, tuple[int, ...]], stored: Callable[[str], str]
+    ) -> None:
+        """Make a builder for `parameters`; `stored` says in which dtype each is stored."""
+        self._shapes, self._stored = parameters, stored
         self._root, self._graph = nn.Module(), fx.Graph()
         self._known: dict[str, fx.Node] = {}
 
@@ -42,14 +46,14 @@ class Builder:
     def parameter(self, name: str) -> fx.Node:
         """The node of parameter `name`. A second call returns the same node."""
         if name not in self._known:
-            shape = self._shapes[name]
+            shape, dtype = self._shapes[name], TORCH_DTYPES[self._stored(name)]
             owner, _, leaf = name.rpartition(".")
             weight = nn.Parameter(
-                torch.empty(shape, dtype=self._dtype, device="meta"), requires_grad=False
+                torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
             )
             submodule(self._root, owner).register_parameter(leaf, weight)
             node = self._graph.get_attr(name)
-            self._known[name] = tag(node, name, TensorType(shape, self._dtype))
+            self._known[name] = tag(node, name, TensorType(shape, dtype))
         return self._known[name]
 
     def emit(self, op: Op, *args: Any, name: str, place: Place | None = None) -> fx.Node:

@@ -56,7 +56,7 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
     Weights are on the meta device, in the dtype in which they are stored.
     """
     text = spec.text
-    b = Builder(text_parameters(spec), TORCH_DTYPES[spec.dtype])
+    b = Builder(text_parameters(spec), spec.stored)
     ids = b.input(names.INPUT_IDS, ("batch", "sequence"), torch.int64)
     past = b.input(names.PAST_LENGTHS, ("batch",), torch.int64)
     new = b.input(names.LENGTHS, ("batch",), torch.int64)

@@ -17,7 +17,6 @@ from moec.graph_builder.builder import Builder
 from moec.spec import names
 from moec.spec.model import ModelSpec, VisionSpec
 from moec.spec.parameters import vision_parameters
-from moec.weights.view import TORCH_DTYPES
 
 #: epsilon of every LayerNorm; the released model does not read the published `norm_eps` either
 EPS = 1e-5
@@ -31,7 +30,7 @@ def build_vision(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
     """
     vision, at = spec.vision, names.vision
     assert vision is not None
-    b = Builder(vision_parameters(spec), TORCH_DTYPES[spec.dtype])
+    b = Builder(vision_parameters(spec), spec.stored)
     shape = ("tiles", vision.channels, vision.image, vision.image)
     pixels = b.input(names.PIXEL_VALUES, shape, torch.float32)
 

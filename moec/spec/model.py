@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from moec.spec.bounded import limits
 from moec.spec.data import DType, Frozen
+from moec.spec.names import family
 from moec.spec.scheme import Scheme
 
 #: the characters that each pattern field may hold, and what they mean
@@ -304,14 +305,16 @@ class ModelSpec(Frozen):
 
     `provenance` says how far to trust the sizes. "released" ones come from a published config.json,
     "estimated" ones are a guess of ours, "custom" ones come from the user. With a `scheme` some
-    weights are stored as FP8; `dtype` is the type of the others. `sampling` is what generation does
-    by default; None: it takes the likeliest token.
+    weights are stored as FP8; `dtype` is the type of the others, but for those in `dtypes`: by the
+    name of a parameter, or of a family such as "layers.*.attn.norm.weight". `sampling` is what
+    generation does by default; None: it takes the likeliest token.
     """
 
     name: Name
     provenance: Literal["released", "estimated", "custom"]
     notes: tuple[str, ...] = ()
     dtype: DType = Field(description="type of the weights on disk that the scheme leaves alone")
+    dtypes: dict[Name, DType] = Field(default={}, max_length=limits.LISTED)
     scheme: Scheme | None = None
     text: TextSpec
     vision: VisionSpec | None = None
@@ -327,6 +330,13 @@ class ModelSpec(Frozen):
                 f"0 to {self.text.vocab - 1}"
             )
         return self
+
+    def stored(self, parameter: str) -> DType:
+        """The type of a parameter on disk, where the scheme leaves it alone."""
+        if not self.dtypes:
+            return self.dtype
+        known = (self.dtypes.get(each) for each in (parameter, family(parameter)))
+        return next((each for each in known if each), self.dtype)
 
 
 def shortest_tile(pattern: str, layers: int) -> str:

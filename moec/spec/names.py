@@ -173,6 +173,11 @@ def template(name: str) -> tuple[str, dict[str, str]]:
     return re.sub(r"experts\.(\d+)", "experts.{e}", text), numbers
 
 
+def family(name: str) -> str:
+    """A name with "*" for the layer, which stands for the same tensor of all layers."""
+    return re.sub(r"layers\.\d+\.", "layers.*.", name)
+
+
 # ---- what a graph takes and gives ----
 
 INPUT_IDS, PAST_LENGTHS, LENGTHS = "input_ids", "past_lengths", "lengths"

@@ -230,7 +230,7 @@ def _fp8_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:
     """Bytes of one weight of each parameter, with its share of the scales."""
     scheme, rules, shapes = spec.scheme, quantized(spec), text_parameters(spec)
     assert scheme is not None
-    found: dict[str, float] = dict.fromkeys(sizes, _BYTES[spec.dtype])
+    found = {name: float(_BYTES[spec.stored(name)]) for name in sizes}
     for name in rules.keys() & sizes.keys():
         scales = math.prod(scale_shape(shapes[name], rules[name].weight, scheme.block))
         found[name] = 1 + scales * _BYTES[scheme.scales] / sizes[name]

@@ -36,7 +36,7 @@ def tensors(spec: ModelSpec) -> dict[str, Kind]:
     found: dict[str, Kind] = {}
     for name, shape in parameters(spec).items():
         if name not in rules:
-            found[name] = Kind(shape, spec.dtype)
+            found[name] = Kind(shape, spec.stored(name))
         else:
             found.update(_stored(spec, name, shape, rules[name]))
     if spec.scheme and spec.scheme.cache:

@@ -71,13 +71,13 @@ def joined_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
             packing = Packing.model_validate({"source": name, "dtype": "fp32", **how})
         else:
             packing = Packing.model_validate({"source": name, "dtype": dtype})
-        found[packing.names(spec.dtype)[0]] = packing
+        found[packing.names(spec.stored(name))[0]] = packing
     return found
 
 
 def unquantised(spec: ModelSpec, dtype: str) -> ModelSpec:
     """`spec` without its scheme, with all weights of type `dtype`."""
-    return spec.model_copy(update={"scheme": None, "dtype": dtype})
+    return spec.model_copy(update={"scheme": None, "dtype": dtype, "dtypes": {}})
 
 
 def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:

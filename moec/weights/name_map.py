@@ -12,7 +12,7 @@ from moec.spec.errors import refuse
 from moec.spec.files import load_spec
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
-from moec.spec.names import is_scale
+from moec.spec.names import family, is_scale
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.shard import TensorEntry
@@ -47,7 +47,7 @@ def read_model(
         MoecError: something is wrong with config.json, the index, a shard, a tensor or an adapter.
     """
     spec, checkpoint = spelled(load_spec(folder), read_checkpoint(folder, named))
-    spec = _with_scales(_with_dtype(spec, checkpoint), checkpoint)
+    spec = _with_scales(_with_dtypes(spec, checkpoint), checkpoint)
     entries = match(spec, checkpoint)
     if adapters:
         from moec.weights.adapter.read import with_adapters  # torch, which reading needs not
@@ -58,12 +58,30 @@ def read_model(
     return spec, checkpoint, entries
 
 
-def _with_dtype(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
-    """`spec` with the type that most wide weights have: config.json may name another, or none."""
-    wide = [each for each in checkpoint_tensors(spec) if each.dtype == spec.dtype]
-    stored = (checkpoint.tensors.get(each.key) for each in wide if not is_scale(each.name))
-    found = Counter(each.dtype for each in stored if each and each.dtype in get_args(DType))
-    return spec.model_copy(update={"dtype": found.most_common(1)[0][0]}) if found else spec
+def _with_dtypes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """`spec` with the types of the wide weights: config.json may name another, or none.
+
+    The type that most of them have is the model's. The others are named, all layers in one where
+    they agree.
+    """
+    kept = (each for each in checkpoint_tensors(spec) if each.dtype != "fp8")
+    stored = {
+        each.name: checkpoint.tensors.get(each.key) for each in kept if not is_scale(each.name)
+    }
+    wide = get_args(DType)
+    found = {name: each.dtype for name, each in stored.items() if each and each.dtype in wide}
+    if not found:
+        return spec
+    most = Counter(found.values()).most_common(1)[0][0]
+    families: dict[str, set[str]] = {}
+    for name, dtype in found.items():
+        families.setdefault(family(name), set()).add(dtype)
+    odd = {
+        family(name) if len(families[family(name)]) == 1 else name: dtype
+        for name, dtype in found.items()
+        if dtype != most
+    }
+    return spec.model_copy(update={"dtype": most, "dtypes": odd})
 
 
 def _with_scales(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

@@ -44,7 +44,7 @@ def write_random_checkpoint(
 def _draw_all(spec: ModelSpec, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     rules = quantized(spec)
     for name, shape in parameters(spec).items():
-        weight = _draw(name, shape, generator).to(TORCH_DTYPES[spec.dtype])
+        weight = _draw(name, shape, generator).to(TORCH_DTYPES[spec.stored(name)])
         if name not in rules:
             yield name, weight
         elif spec.scheme and spec.scheme.separate_experts and len(shape) == 3:

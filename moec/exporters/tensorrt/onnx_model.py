@@ -21,7 +21,7 @@ from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.static import make_static
 from moec.spec import names
 from moec.spec.model import ModelSpec
-from moec.weights.joined import joined_packings, unquantised
+from moec.weights.joined import joined_packings
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 
@@ -35,7 +35,7 @@ def graphs_of(
     """Every graph of a TensorRT artefact, by part."""
     graphs = {part: build_graph(spec, precision, part=part) for part in parts_of(spec)}
     if dialect == "tensorrt-plugin":
-        wide = build_decoder(unquantised(spec, spec.dtype), precision)
+        wide = build_decoder(spec.model_copy(update={"scheme": None}), precision)
         graphs["model"] = quantize(fuse_experts(wide, spec), spec)
     make_static(keep_buffers(graphs["model"]), options.slots(spec))
     return graphs

@@ -35,7 +35,9 @@ def _joined_inputs(manifest: Manifest) -> dict[str, tuple[str, ...]]:
     if manifest.dialect != "tensorrt-plugin":
         return {}
     spec = manifest.spec
-    as_stored = {each.source: each.names(spec.dtype)[0] for each in manifest.packings.values()}
+    as_stored = {
+        each.source: each.names(spec.stored(each.source))[0] for each in manifest.packings.values()
+    }
     return {
         name: tuple(as_stored.get(source, source) for source in each.sources)
         for name, each in joined_tensors(spec).items()

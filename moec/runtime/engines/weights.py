@@ -29,7 +29,10 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
     manifest = artefact.manifest
     spec, stored = manifest.spec, artefact.stored()
     # the names under which parameters are stored
-    names = {packing.source: packing.names(spec.dtype)[0] for packing in manifest.packings.values()}
+    names = {
+        packing.source: packing.names(spec.stored(packing.source))[0]
+        for packing in manifest.packings.values()
+    }
     reader = Reader(device)
     found: dict[str, Tensor] = {}
     for name, joined in joined_tensors(spec, manifest.compute, part).items():

@@ -124,7 +124,7 @@ def _wrong(
     packing: Packing | None,
 ) -> Iterator[tuple[str, float, str]]:
     """The matrices of parameter `name` that differ: (place, share of right rows, what differs)."""
-    kinds = packing.names(artefact.manifest.spec.dtype) if packing else (name,)
+    kinds = packing.names(artefact.manifest.spec.stored(name)) if packing else (name,)
     parts = [stored[each] for each in kinds]
     if packing is None and _same_bytes(parts[0], source):
         return

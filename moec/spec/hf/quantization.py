@@ -4,7 +4,6 @@ The supported formats are FP8 of compressed-tensors, of ModelOpt and of transfor
 Each format lists the modules that it does not quantise, by names or by patterns of its own kind.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from moec.spec.fields import REQUIRED, Fields, read_own_json, shown
 from moec.spec.hf.listed import Kind, listed
 from moec.spec.hf.names import key_of, prefixed
 from moec.spec.model import ModelSpec
-from moec.spec.names import separate
+from moec.spec.names import family, separate
 from moec.spec.scheme import Layout, Scheme
 from moec.spec.tensors import eligible, quantized
 
@@ -354,9 +353,5 @@ def _patterns(chosen: list[str], names: list[str]) -> list[str]:
 
     Where all layers agree, one pattern stands for all of them; elsewhere single names do.
     """
-
-    def family(name: str) -> str:
-        return re.sub(r"layers\.\d+\.", "layers.*.", name)
-
     partial = {family(name) for name in set(names) - set(chosen)}
     return list(dict.fromkeys(n if family(n) in partial else family(n) for n in chosen))

@@ -30,7 +30,7 @@ from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.weights.checkpoint import Checkpoint
-from moec.weights.name_map import read_model
+from moec.weights.name_map import read_model, stacked
 from moec.weights.shard import TensorEntry
 from moec.weights.trust.records import allow_folder
 
@@ -108,6 +108,8 @@ def export(
         spec = in_precision(spec, precision, scheme, cache, chosen.scheme)
         dialect, mode = choose(chosen, precision, weights, spec.scheme)
         mode = merging(mode, weights) if adapters else mode
+        if mode == "pack":
+            spec, entries = stacked(spec, entries)
         builder = builder_of(target)
         dialect = builder.dialect(dialect, spec) if builder.dialect else dialect
         wanted = Wanted(
@@ -238,6 +240,8 @@ def bind(
         spec, read, entries = read_model(checkpoint, named, adapters)
         _refuse_inside(path, read.folders)
         wanted = built.manifest.spec
+        if packs:
+            spec, entries = stacked(spec, entries)
         if packs:  # this artefact quantises wide weights
             wanted = wanted.model_copy(update={"scheme": None})
         elif spec.scheme and wanted.scheme and not wanted.scheme.cache:

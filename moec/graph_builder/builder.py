@@ -43,6 +43,10 @@ class Builder:
         node.meta["default"] = default
         return tag(node, name, TensorType(shape, dtype))
 
+    def knows(self, name: str) -> bool:
+        """Whether there is a parameter `name`."""
+        return name in self._shapes
+
     def parameter(self, name: str) -> fx.Node:
         """The node of parameter `name`. A second call returns the same node."""
         if name not in self._known:

@@ -25,6 +25,7 @@ from moec.graph_builder.roles import Place, Role
 from moec.spec import names
 from moec.spec.model import Experts, LayerSpec, ModelSpec, TextSpec
 from moec.spec.parameters import text_parameters
+from moec.spec.tensors import quantized, tensors
 from moec.weights.view import TORCH_DTYPES
 
 #: part of a weight's name -> role of the product with it
@@ -56,7 +57,7 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
     Weights are on the meta device, in the dtype in which they are stored.
     """
     text = spec.text
-    b = Builder(text_parameters(spec), spec.stored)
+    b = Builder(_weights(spec), spec.stored)
     ids = b.input(names.INPUT_IDS, ("batch", "sequence"), torch.int64)
     past = b.input(names.PAST_LENGTHS, ("batch",), torch.int64)
     new = b.input(names.LENGTHS, ("batch",), torch.int64)
@@ -102,6 +103,17 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
         x = b.emit(ops.to_float32, x, name="head.float32")
     x = b.emit(ops.unpack, x, logit_index, name=names.LOGITS)
     return b.output({names.LOGITS: x, **outputs})
+
+
+def _weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes of the decoder's weights before quantisation, and with wide experts as stored."""
+    found = text_parameters(spec)
+    if spec.separate_experts:
+        rules, kinds = quantized(spec), tensors(spec)
+        found = {name: shape for name, shape in found.items() if name in kinds or name in rules}
+        wide = {name: kind.shape for name, kind in kinds.items() if kind.dtype != "fp8"}
+        found |= {name: shape for name, shape in wide.items() if names.holds_routed(name)}
+    return found
 
 
 def _shared(
@@ -229,8 +241,18 @@ def _moe(b: Builder, each: Experts, i: int, x: fx.Node) -> fx.Node:
         name=names.moe(i, "route"),
         places=(Place(Role.SCORES, i), Place(Role.CHOICE, i)),
     )
-    gate_up, down = map(b.parameter, names.routed(i))
-    routed = b.emit(ops.moe, x, scores, experts, gate_up, down, name=names.moe(i, "routed"))
+    weights: list[fx.Node] | list[list[fx.Node]]
+    if all(map(b.knows, names.routed(i))):
+        op, weights = ops.moe, [b.parameter(name) for name in names.routed(i)]
+    else:
+        op, weights = (
+            ops.separate_moe,
+            [
+                [b.parameter(part) for e in range(each.count) for part in names.separate(name, e)]
+                for name in names.routed(i)
+            ],
+        )
+    routed = b.emit(op, x, scores, experts, *weights, name=names.moe(i, "routed"))
     shared, place = _swiglu(b, i, names.shared(i), x), Place(Role.EXPERTS, i)
     return b.emit(ops.add, shared, routed, name=names.moe(i, "out"), place=place)
 

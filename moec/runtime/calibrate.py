@@ -5,14 +5,14 @@ Static FP8 scales are computed from these magnitudes.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.ops.moe import over_chosen
-from moec.graph_builder.ops.operands import Moe
+from moec.graph_builder.ops.moe import matrices, over_chosen
+from moec.graph_builder.ops.operands import Moe, SeparateMoe
 from moec.graph_builder.parts import build_graph
 from moec.graph_builder.roles import cached
 from moec.runtime.cache import new_cache
@@ -71,30 +71,32 @@ class _Observer(fx.Interpreter):
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
         if n.target == ops.linear.target:
-            self._site(n.args[1], 1)[0].add(args[0])
+            weight: Any = n.args[1]
+            self._site(weight.meta["name"], 1)[0].add(args[0])
         elif n.target == ops.cache_append.target:
             self.caches.setdefault(cached(n, "calibrate"), self.new()).add(args[1])
         elif n.target == ops.moe.target:
-            return self._moe(n, Moe(*args))
+            return self._moe(n, Moe(*args), len(args[3]))
+        elif n.target == ops.separate_moe.target:
+            return self._moe(n, SeparateMoe(*args), len(args[4]))
         return super().run_node(n)
 
-    def _site(self, weight: Any, count: int) -> list[_Magnitudes]:
-        """The magnitudes of the inputs of `weight`, one for each of `count` experts."""
-        name = weight.meta["name"]
+    def _site(self, name: str, count: int) -> list[_Magnitudes]:
+        """The magnitudes of the inputs of weight `name`, one for each of `count` experts."""
         return self.inputs.setdefault(name, [self.new() for _ in range(count)])
 
-    def _moe(self, n: fx.Node, moe: Moe[Tensor]) -> Tensor:
-        weights: Moe[fx.Node] = Moe(*cast(tuple[fx.Node, ...], n.args))
-        count = len(moe.gate_up)
-        into, between = (self._site(each, count) for each in (weights.gate_up, weights.down))
-        dtype = moe.x.dtype
+    def _moe(self, n: fx.Node, moe: Moe[Tensor] | SeparateMoe[Tensor], count: int) -> Tensor:
+        layer = names.layer_of(n.meta["name"])
+        assert layer is not None
+        into, between = (self._site(each, count) for each in names.routed(layer))
 
         def ffn(expert: int, rows: Tensor) -> Tensor:
             into[expert].add(rows)
-            gate, up = (rows @ moe.gate_up[expert].to(dtype)).chunk(2, -1)
+            gate_up, down = matrices(moe, expert)
+            gate, up = (rows @ gate_up).chunk(2, -1)
             act: Tensor = ops.swiglu.eager(gate, up)
             between[expert].add(act)
-            return act @ moe.down[expert].to(dtype)
+            return act @ down
 
         return over_chosen(moe, ffn)
 

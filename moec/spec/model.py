@@ -306,8 +306,9 @@ class ModelSpec(Frozen):
     `provenance` says how far to trust the sizes. "released" ones come from a published config.json,
     "estimated" ones are a guess of ours, "custom" ones come from the user. With a `scheme` some
     weights are stored as FP8; `dtype` is the type of the others, but for those in `dtypes`: by the
-    name of a parameter, or of a family such as "layers.*.attn.norm.weight". `sampling` is what
-    generation does by default; None: it takes the likeliest token.
+    name of a parameter, or of a family such as "layers.*.attn.norm.weight". With `separate_experts`
+    each routed expert has tensors of its own on disk, [out, in], where the scheme leaves it alone.
+    `sampling` is what generation does by default; None: it takes the likeliest token.
     """
 
     name: Name
@@ -315,6 +316,7 @@ class ModelSpec(Frozen):
     notes: tuple[str, ...] = ()
     dtype: DType = Field(description="type of the weights on disk that the scheme leaves alone")
     dtypes: dict[Name, DType] = Field(default={}, max_length=limits.LISTED)
+    separate_experts: bool = False
     scheme: Scheme | None = None
     text: TextSpec
     vision: VisionSpec | None = None

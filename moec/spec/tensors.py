@@ -35,10 +35,15 @@ def tensors(spec: ModelSpec) -> dict[str, Kind]:
     rules = quantized(spec)
     found: dict[str, Kind] = {}
     for name, shape in parameters(spec).items():
-        if name not in rules:
-            found[name] = Kind(shape, spec.stored(name))
-        else:
+        if name in rules:
             found.update(_stored(spec, name, shape, rules[name]))
+        elif spec.separate_experts and names.is_routed(name):
+            count, inner, outer = shape
+            each = [names.separate(name, expert) for expert in range(count)]
+            matrix = (outer // len(each[0]), inner)
+            found |= {part: Kind(matrix, spec.stored(part)) for parts in each for part in parts}
+        else:
+            found[name] = Kind(shape, spec.stored(name))
     if spec.scheme and spec.scheme.cache:
         for layer in spec.text.all_layers:
             for part in "kv":

@@ -13,9 +13,10 @@ from moec.spec.files import load_spec
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.names import family, is_scale
+from moec.spec.parameters import parameters
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
-from moec.weights.shard import TensorEntry
+from moec.weights.shard import TensorEntry, stack, turned
 from moec.weights.spelling import spelled
 
 
@@ -47,6 +48,7 @@ def read_model(
         MoecError: something is wrong with config.json, the index, a shard, a tensor or an adapter.
     """
     spec, checkpoint = spelled(load_spec(folder), read_checkpoint(folder, named))
+    spec = _with_experts(spec, checkpoint)
     spec = _with_scales(_with_dtypes(spec, checkpoint), checkpoint)
     entries = match(spec, checkpoint)
     if adapters:
@@ -56,6 +58,34 @@ def read_model(
         folders = tuple(Path(each).resolve() for each in adapters)
         checkpoint = replace(checkpoint, adapters=folders)
     return spec, checkpoint, entries
+
+
+def _with_experts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """`spec` with separate experts if the checkpoint has wide tensors of single experts."""
+    separate = spec.model_copy(update={"separate_experts": True})
+    fused, apart = ({row.key for row in checkpoint_tensors(each)} for each in (spec, separate))
+    return separate if (apart - fused) & checkpoint.tensors.keys() else spec
+
+
+def stacked(
+    spec: ModelSpec, entries: dict[str, TensorEntry]
+) -> tuple[ModelSpec, dict[str, TensorEntry]]:
+    """`spec` and its tensors as if each layer's experts were in two tensors: for what packs them.
+
+    Matrices of several types make a stack of float32.
+    """
+    if not spec.separate_experts:
+        return spec, entries
+    found = dict(entries)
+    for name, (count, *_) in parameters(spec).items():
+        each = [names.separate(name, expert) for expert in range(count)]
+        if names.is_routed(name) and all(part in found for parts in each for part in parts):
+            own = [[found.pop(part) for part in parts] for parts in each]
+            types = {part.dtype for parts in own for part in parts}
+            dtype = types.pop() if len(types) == 1 else "fp32"
+            found[name] = stack(name, [turned(name, dtype, parts) for parts in own])
+    spec = spec.model_copy(update={"separate_experts": False})
+    return _typed(spec, {name: each.dtype for name, each in found.items()}), found
 
 
 def _with_dtypes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
@@ -68,8 +98,11 @@ def _with_dtypes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     stored = {
         each.name: checkpoint.tensors.get(each.key) for each in kept if not is_scale(each.name)
     }
-    wide = get_args(DType)
-    found = {name: each.dtype for name, each in stored.items() if each and each.dtype in wide}
+    return _typed(spec, {name: each.dtype for name, each in stored.items() if each})
+
+
+def _typed(spec: ModelSpec, dtypes: dict[str, str]) -> ModelSpec:
+    found = {name: each for name, each in dtypes.items() if each in get_args(DType)}
     if not found:
         return spec
     most = Counter(found.values()).most_common(1)[0][0]

@@ -49,9 +49,7 @@ def fingerprint(
     """Identify the packed file: its layout, its packings, and the sizes of its sources."""
     digest = hashlib.sha256(header)
     digest.update("".join(p.model_dump_json() for p in packings.values()).encode())
-    changes = [each for entry in entries.values() for each in entry.changes]
-    sources = [*entries.values(), *(side for each in changes for side in (each.down, each.up))]
-    for file in sorted({entry.file for entry in sources}):
+    for file in sorted({file for entry in entries.values() for file in entry.files}):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return digest.hexdigest()
 
@@ -65,7 +63,7 @@ def checksum_of(matrices: Iterable[TensorEntry]) -> int:
     """The checksum of a weight whose matrices are in a checkpoint; it reads all of them."""
     found = []
     for matrix in matrices:
-        if matrix.changes:
+        if matrix.changes or matrix.parts:
             found.append(zlib.crc32(view(matrix).flatten().view(torch.uint8).numpy().tobytes()))
             continue
         crc, left = 0, matrix.nbytes

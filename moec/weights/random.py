@@ -45,7 +45,12 @@ def _draw_all(spec: ModelSpec, generator: torch.Generator) -> Iterator[tuple[str
     rules = quantized(spec)
     for name, shape in parameters(spec).items():
         weight = _draw(name, shape, generator).to(TORCH_DTYPES[spec.stored(name)])
-        if name not in rules:
+        if name not in rules and spec.separate_experts and len(shape) == 3:
+            for expert, own in enumerate(weight):
+                parts = names.separate(name, expert)
+                for part, matrix in zip(parts, own.t().chunk(len(parts)), strict=True):
+                    yield part, matrix.to(TORCH_DTYPES[spec.stored(part)]).contiguous()
+        elif name not in rules:
             yield name, weight
         elif spec.scheme and spec.scheme.separate_experts and len(shape) == 3:
             for expert, own in enumerate(weight):

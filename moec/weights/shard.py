@@ -3,9 +3,10 @@
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from moec.spec.bounded.limits import AXES, JSON, NAME, SIZE
 from moec.spec.bounded.read import open_file, parse_json
@@ -33,6 +34,9 @@ class TensorEntry:
     """Where a tensor is: `nbytes` bytes at `offset` of `file`, row-major, without reading them.
 
     `changes` are what adapters add to it; whoever reads the tensor adds them (`moec.weights.view`).
+
+    A tensor with `parts` is in several places instead. A stack [expert, in, out] has an entry for
+    each expert, and a matrix [in, out] has matrices [out, in], whose rows are its columns in turn.
     """
 
     name: str
@@ -42,8 +46,16 @@ class TensorEntry:
     offset: int
     nbytes: int
     changes: "tuple[LowRank, ...]" = ()
+    parts: "tuple[TensorEntry, ...]" = ()
 
-    def __getitem__(self, index: int) -> Self:
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold it, and what adapters add to it."""
+        changes = [side for each in self.changes for side in (each.down, each.up)]
+        more = {file for each in (*self.parts, *changes) for file in each.files}
+        return more if self.parts else more | {self.file}
+
+    def __getitem__(self, index: int) -> "TensorEntry":
         """The entry of the slice at `index` of the first axis, such as one expert.
 
         Raises:
@@ -51,6 +63,8 @@ class TensorEntry:
         """
         if not 0 <= index < self.shape[0]:
             raise IndexError(f"{self.name}: index {index} of {self.shape[0]}")
+        if self.parts:
+            return self.parts[index]
         size = self.nbytes // self.shape[0]
         return replace(
             self,
@@ -60,6 +74,24 @@ class TensorEntry:
             nbytes=size,
             changes=tuple(change.of(index) for change in self.changes),
         )
+
+
+def turned(name: str, dtype: str, matrices: Sequence[TensorEntry]) -> TensorEntry:
+    """A matrix [in, out] of `dtype`, made of matrices [out, in] that lie elsewhere."""
+    first = matrices[0]
+    shape = (first.shape[1], sum(each.shape[0] for each in matrices))
+    return TensorEntry(
+        name, dtype, shape, first.file, first.offset, nbytes(shape, dtype), parts=tuple(matrices)
+    )
+
+
+def stack(name: str, matrices: Sequence[TensorEntry]) -> TensorEntry:
+    """A stack [expert, in, out] of the matrices of all experts."""
+    first, count = matrices[0], len(matrices)
+    shape, size = (count, *first.shape), count * first.nbytes
+    return TensorEntry(
+        name, first.dtype, shape, first.file, first.offset, size, parts=tuple(matrices)
+    )
 
 
 @dataclass(frozen=True, slots=True)

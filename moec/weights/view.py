@@ -1,5 +1,6 @@
 """Read a checkpoint's bytes as torch tensors, by mapping the file or by reading it directly."""
 
+import math
 import os
 from typing import get_args
 
@@ -32,7 +33,7 @@ def view(entry: TensorEntry) -> torch.Tensor:
     """Map the tensor at `entry`, in its own type and shape.
 
     The bytes are read when they are used. They are copied only if their offset is not aligned, or
-    if adapters change the tensor.
+    if adapters change the tensor, or it has parts.
     """
     stored = _map(entry)
     if not entry.changes:
@@ -44,6 +45,10 @@ def view(entry: TensorEntry) -> torch.Tensor:
 
 def _map(entry: TensorEntry) -> torch.Tensor:
     dtype = STORED[entry.dtype]
+    if entry.parts and len(entry.shape) == 3:
+        return torch.stack([view(part) for part in entry.parts])
+    if entry.parts:
+        return torch.cat([view(part).to(dtype) for part in entry.parts]).t()
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=dtype)
     # Mode "c" is copy-on-write: torch needs writable memory, and the file must not change.
@@ -63,6 +68,9 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
     Raises:
         MoecError: the file ends too early.
     """
+    if entry.parts:
+        _read_turned(entry, first, out)
+        return
     data = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
     start, at = entry.offset + first * out.element_size(), 0
     with entry.file.open("rb", buffering=0) as file:
@@ -85,3 +93,13 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
         from moec.weights.adapter.low_rank import merge_rows
 
         merge_rows(entry, first, out)
+
+
+def _read_turned(stack: TensorEntry, first: int, out: torch.Tensor) -> None:
+    """Read rows [n, out] of one matrix of a stack that has parts; `first` is as in `read_into`."""
+    expert, element = divmod(first, math.prod(stack.shape[1:]))
+    row, at = element // stack.shape[2], 0
+    for part in stack[expert].parts:
+        end = at + part.shape[0]
+        out[:, at:end].copy_(view(part)[:, row : row + len(out)].t())
+        at = end

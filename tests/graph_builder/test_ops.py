@@ -115,6 +115,14 @@ def test_the_score_scales_the_input_not_the_output() -> None:
         assert torch.allclose(out[token], expected, atol=1e-5)
 
 
+def test_separate_experts_equal_a_stack() -> None:
+    x, gate_up, down = torch.randn(7, 4), torch.randn(3, 4, 6), torch.randn(3, 3, 4)
+    routed = (x, *ops.route.eager(torch.randn(7, 3), 2))
+    halves = [half for each in gate_up for half in each.t().chunk(2)]
+    found = ops.separate_moe.target(*routed, halves, [each.t() for each in down])
+    assert torch.allclose(found, ops.moe.target(*routed, gate_up, down), atol=1e-5)
+
+
 def test_moe_equals_the_dense_sum_with_zero_scores() -> None:
     """transformers runs all experts, scores of the others at zero: the same function."""
     x, gate_up, down = torch.randn(7, 4), torch.randn(5, 4, 6), torch.randn(5, 3, 4)

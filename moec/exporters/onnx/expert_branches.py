@@ -17,11 +17,12 @@ from moec.exporters.onnx.experts import (
     loop_over_chosen,
     over_rows,
     rows_of,
+    swiglu,
     take_rows,
     zero,
 )
 from moec.exporters.onnx.lowering import Emitter, type_of
-from moec.graph_builder.ops.operands import Moe, Routed
+from moec.graph_builder.ops.operands import Moe, Routed, SeparateMoe
 from moec.graph_builder.types import TensorType
 
 _INT64 = torch.int64
@@ -43,6 +44,29 @@ def lower_branches(
         return expert_ffn(e, rows, *weights)
 
     return (write or branches)(e, node, moe, type_of(moe.gate_up).shape[0], ffn)
+
+
+def lower_separate(
+    e: Emitter,
+    node: fx.Node,
+    moe: SeparateMoe[ir.Value],
+    write: Callable[..., ir.Value] | None = None,
+) -> ir.Value:
+    """`separate_moe` on weights in the checkpoint; `write` as in `lower_branches`."""
+
+    def ffn(e: Emitter, expert: int, rows: ir.Value) -> ir.Value:
+        kind = type_of(rows)
+
+        def product(x: ir.Value, weight: ir.Value, label: str) -> ir.Value:
+            out = kind.like(kind.shape[0], type_of(weight).shape[0])
+            wide = e.cast(weight, kind.dtype, f"{weight.name}.cast")
+            return e.op("Gemm", [x, wide], out, label, transB=1)
+
+        gate, up = moe.gate_up[2 * expert :][:2]
+        act = swiglu(e, product(rows, gate, "gate"), product(rows, up, "up"))
+        return product(act, moe.down[expert], "down")
+
+    return (write or branches)(e, node, moe, moe.count, ffn)
 
 
 def branches(e: Emitter, node: fx.Node, routed: Routed[ir.Value], count: int, ffn: Ffn) -> ir.Value:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.exporters.onnx.expert_branches import lower_separate
 from moec.exporters.onnx.experts import lower_moe
 from moec.exporters.onnx.fp8 import (
     lower_dequantize,
@@ -353,6 +354,7 @@ STANDARD = (
     Rule(ops.gelu, _gelu),
     Rule(ops.route, _route),
     Rule(ops.moe, lower_moe),
+    Rule(ops.separate_moe, lower_separate),
     Rule(ops.token_scale, lower_token_scale),
     Rule(ops.quantize, lower_quantize),
     Rule(ops.dequantize, lower_dequantize),

@@ -24,6 +24,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.exporters.onnx.expert_branches import lower_separate
 from moec.exporters.onnx.fp8 import lower_fp8_moe
 from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.standard import STANDARD, column, lower_linear, steps
@@ -215,6 +216,7 @@ TENSORRT = (
     Rule(ops.linear, _linear),
     Rule(ops.moe_layer, _moe_layer),
     Rule(ops.moe, few_or_many),
+    Rule(ops.separate_moe, partial(lower_separate, write=dense)),
     Rule(ops.fp8_moe, partial(lower_fp8_moe, write=dense)),
     *STANDARD,
 )

@@ -36,7 +36,7 @@ from moec.graph_builder.ops.linear import (
     swiglu,
     to_float32,
 )
-from moec.graph_builder.ops.moe import moe, route
+from moec.graph_builder.ops.moe import moe, route, separate_moe
 from moec.graph_builder.ops.registry import OPS, Op
 from moec.graph_builder.ops.rope import rope, rope_table
 from moec.graph_builder.ops.tokens import embedding, fuse, pack, positions, select, unpack
@@ -86,6 +86,7 @@ __all__ = [
     "route",
     "scale_queries",
     "select",
+    "separate_moe",
     "skip_norm",
     "skip_norm_fp8",
     "slot_mask",

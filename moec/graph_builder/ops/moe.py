@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moec.graph_builder.ops.linear import swiglu
-from moec.graph_builder.ops.operands import Moe, Routed
+from moec.graph_builder.ops.operands import Moe, Routed, SeparateMoe
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import TensorType, widened
 
@@ -58,13 +58,45 @@ def moe(moe: Moe[Tensor]) -> Tensor:
 
     Only chosen experts are read.
     """
-    dtype = moe.x.dtype
+    return over_chosen(moe, lambda expert, rows: _ffn(rows, *matrices(moe, expert)))
 
-    def ffn(expert: int, rows: Tensor) -> Tensor:
-        gate, up = (rows @ moe.gate_up[expert].to(dtype)).chunk(2, -1)
-        return swiglu.eager(gate, up) @ moe.down[expert].to(dtype)
 
-    return over_chosen(moe, ffn)
+def _separate_moe_rule(moe: SeparateMoe[TensorType]) -> TensorType:
+    name, dim = "separate_moe", moe.x.shape[1]
+    need(moe.count > 0, name, "down", moe.down, "at least one tensor")
+    need(len(moe.gate_up) == 2 * moe.count, name, "gate_up", len(moe.gate_up), 2 * moe.count)
+    width = moe.down[0].shape[-1]
+    for label, each, shape in (
+        *(("gate_up", each, (width, dim)) for each in moe.gate_up),
+        *(("down", each, (dim, width)) for each in moe.down),
+    ):
+        need(each.shape == shape, name, label, each.shape, shape)
+    need_routed(name, moe)
+    return moe.x
+
+
+@op(
+    "separate_moe(Tensor x, Tensor scores, Tensor experts, Tensor[] gate_up, Tensor[] down)"
+    " -> Tensor",
+    _separate_moe_rule,
+    SeparateMoe,
+)
+def separate_moe(moe: SeparateMoe[Tensor]) -> Tensor:
+    """`moe` on weights that each expert has for itself."""
+    return over_chosen(moe, lambda expert, rows: _ffn(rows, *matrices(moe, expert)))
+
+
+def matrices(moe: Moe[Tensor] | SeparateMoe[Tensor], expert: int) -> tuple[Tensor, Tensor]:
+    """The weights of one expert in the type of x: gate and up [D, 2F], and down [F, D]."""
+    if isinstance(moe, SeparateMoe):
+        gate_up = torch.cat([each.to(moe.x.dtype) for each in moe.gate_up[2 * expert :][:2]])
+        return gate_up.t(), moe.down[expert].to(moe.x.dtype).t()
+    return moe.gate_up[expert].to(moe.x.dtype), moe.down[expert].to(moe.x.dtype)
+
+
+def _ffn(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (rows @ gate_up).chunk(2, -1)
+    return swiglu.eager(gate, up) @ down
 
 
 def over_chosen(routed: Routed[Tensor], ffn: Callable[[int, Tensor], Tensor]) -> Tensor:

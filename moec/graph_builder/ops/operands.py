@@ -38,6 +38,23 @@ class Moe(Routed[T]):
 
 
 @dataclass(frozen=True, slots=True)
+class SeparateMoe(Routed[T]):
+    """Operands of `separate_moe`: routed tokens, and three weights [out, in] for each expert.
+
+    gate_up  gate_0 [F, D], up_0 [F, D], gate_1, ...
+    down     down_0 [D, F], down_1, ...
+    """
+
+    gate_up: list[T]
+    down: list[T]
+
+    @property
+    def count(self) -> int:
+        """The number of experts."""
+        return len(self.down)
+
+
+@dataclass(frozen=True, slots=True)
 class Fp8Moe(Routed[T]):
     """Operands of `fp8_moe`: routed tokens, the FP8 weights of all experts, and their scheme.
 

@@ -21,7 +21,7 @@ from moec.spec.model import ModelSpec
 from moec.spec.scheme import SCHEMES
 from moec.weights import fp8
 from moec.weights.arrange import arrange, store
-from moec.weights.name_map import read_model
+from moec.weights.name_map import read_model, stacked
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 from moec.weights.trust.records import folder_is_allowed
@@ -60,7 +60,8 @@ def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, 
     wanted = artefact.manifest.spec
     if not spec.scheme or (wanted.scheme and not wanted.scheme.cache):
         wanted = wanted.model_copy(update={"scheme": spec.scheme})
-    odd = other_model(spec, wanted, "scheme")  # `schemes` compares that
+    same = spec if wanted.separate_experts else stacked(spec, entries)[0]
+    odd = other_model(same, wanted, "scheme")  # `schemes` compares that
     if odd:
         refuse(
             f"--source {folder}: {odd[0][0]}",
@@ -128,19 +129,21 @@ def _wrong(
     parts = [stored[each] for each in kinds]
     if packing is None and _same_bytes(parts[0], source):
         return
-    right, found = view(source), [view(part) for part in parts]
-    many = right.dim() == 3
+    found = [view(part) for part in parts]
+    many = len(source.shape) == 3
+    matrices = [source[expert] for expert in range(source.shape[0])] if many else [source]
     along = fp8.along_of(packing.fp8 if packing else None, many)
     largest = None  # magnitude of a stack whose matrices share a scale
     if many and packing and packing.fp8 == "tensor":
-        largest = fp8.magnitudes(right.flatten(0, 1), "all", packing.block)
-    for expert in range(len(right)) if many else (None,):
-        matrix = right if expert is None else right[expert]
-        mine = found if expert is None else [_of(each, expert, right) for each in found]
+        sizes = [fp8.magnitudes(view(each), "all", packing.block) for each in matrices]
+        largest = torch.stack(sizes).amax()
+    for expert, each in enumerate(matrices):
+        matrix = view(each)
+        mine = [_of(part, expert, source.shape[0]) for part in found] if many else found
         wanted = _packed(packing, matrix, along, largest) if packing else (matrix,)
         off = _wrong_rows(wanted, mine)
         if bool(off.any()):
-            place = name if expert is None else names.expert_of(name, expert)
+            place = names.expert_of(name, expert) if many else name
             first = int(off.nonzero()[0, 0])
             detail = f"{int(off.sum())} of {len(off)} rows differ from {source.file.name}, "
             yield place, 1 - float(off.double().mean()), f"{detail}first row {first}"
@@ -151,9 +154,9 @@ def _same_bytes(mine: TensorEntry, source: TensorEntry) -> bool:
     return mine.offset == source.offset and mine.file.samefile(source.file)
 
 
-def _of(part: Tensor, expert: int, like: Tensor) -> Tensor:
+def _of(part: Tensor, expert: int, count: int) -> Tensor:
     """An expert's share of a stored tensor; a scale of the whole tensor stays."""
-    return part[expert] if part.dim() and len(part) == len(like) else part
+    return part[expert] if part.dim() and len(part) == count else part
 
 
 def _wrong_rows(wanted: tuple[Tensor, ...], found: list[Tensor]) -> Tensor:

@@ -48,6 +48,7 @@ from moec.spec.errors import MoecError, refuse
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import quantized
+from moec.weights.name_map import stacked
 from moec.weights.shard import TensorEntry
 
 Progress = Callable[[str, int, int], None]
@@ -259,7 +260,8 @@ def _prove(
             )
     if known:
         built_from = known[0]
-        stages.insert(0, ("weights", lambda: weights_against_source(artefact, original)))
+        as_packed = original if manifest.spec.separate_experts else stacked(*known)[1]
+        stages.insert(0, ("weights", lambda: weights_against_source(artefact, as_packed)))
         stages.insert(0, ("scheme", lambda: schemes(artefact, built_from)))
         given = (artefact, built_from, original, ids, lengths)
         stages.append(("wide weights", lambda: against_wide(*given, traced["logits"])))

@@ -36,7 +36,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("onnx", "fp8", "dynamic"),
         ("torch", "fp8", "dynamic"),
-        ("tensorrt", "bf16", None),
+        pytest.param("tensorrt", "bf16", None, marks=pytest.mark.slow),
         ("tensorrt", "fp8", "static"),
         pytest.param("ort", "fp8", "dynamic", marks=pytest.mark.slow),
         pytest.param("ort", "int8", None, marks=pytest.mark.slow),

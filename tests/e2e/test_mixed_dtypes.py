@@ -68,7 +68,7 @@ def test_logits_are_those_of_transformers(mixed: Path, tmp_path: Path) -> None:
     "target, precision, scheme",
     [
         ("onnx", "fp8", "modelopt"),
-        ("torch", "fp8", "dynamic"),
+        pytest.param("torch", "fp8", "dynamic", marks=pytest.mark.slow),
         pytest.param("onnx", "fp32", None, marks=pytest.mark.slow),
         pytest.param("ort", "fp8", "meta", marks=pytest.mark.slow),
         pytest.param("ort", "fp16", None, marks=pytest.mark.slow),

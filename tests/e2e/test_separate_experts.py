@@ -78,7 +78,7 @@ def test_logits_are_those_of_transformers(fused: Path, separate: Path, tmp_path:
     [
         ("ort", "int4", None),
         ("ort", "fp32", None),
-        ("torch", "fp8", "dynamic"),
+        pytest.param("torch", "fp8", "dynamic", marks=pytest.mark.slow),
         ("onnx", "fp8", "meta"),
         ("onnx", "fp8", "static"),
         ("onnx", "fp8", "modelopt"),
@@ -111,7 +111,7 @@ def test_packed_weights_are_those_of_the_fused_checkpoint(
     "target, precision, weights",
     [
         ("onnx", "fp32", None),
-        ("ort", "int4", None),
+        pytest.param("ort", "int4", None, marks=pytest.mark.slow),
         pytest.param("ort", "fp16", None, marks=pytest.mark.slow),
         pytest.param("torch", "fp8", None, marks=pytest.mark.slow),
         pytest.param("tensorrt", "bf16", None, marks=pytest.mark.slow),

@@ -1,7 +1,7 @@
 """Match the tensors of a checkpoint with those of a spec, one to one."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -68,15 +68,15 @@ def _with_experts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
 
 
 def stacked(
-    spec: ModelSpec, entries: dict[str, TensorEntry]
+    spec: ModelSpec, entries: Mapping[str, TensorEntry]
 ) -> tuple[ModelSpec, dict[str, TensorEntry]]:
     """`spec` and its tensors as if each layer's experts were in two tensors: for what packs them.
 
     Matrices of several types make a stack of float32.
     """
-    if not spec.separate_experts:
-        return spec, entries
     found = dict(entries)
+    if not spec.separate_experts:
+        return spec, found
     for name, (count, *_) in parameters(spec).items():
         each = [names.separate(name, expert) for expert in range(count)]
         if names.is_routed(name) and all(part in found for parts in each for part in parts):

@@ -27,6 +27,7 @@ SOURCES = Path(__file__).parents[1] / "fp8_sources"
 FORMATS = {
     "compressed_tensors meta": ("token", 0.02),
     "compressed_tensors dynamic": ("token", 0.06),
+    "compressed_tensors attention": ("token", 0.06),
     "modelopt": ("tensor", 0.06),
     "fbgemm": ("token", 0.06),
 }

@@ -1,9 +1,10 @@
 """An FP8 checkpoint in the compressed-tensors layout, quantised and packed by that library.
 
-    python make_compressed_tensors.py CHECKPOINT OUT_FOLDER [meta | dynamic]
+    python make_compressed_tensors.py CHECKPOINT OUT_FOLDER [meta | dynamic | attention]
 
 `meta` quantises the routed experts alone, as Meta's Maverick FP8 does; `dynamic` quantises every
-Linear of the text model but the router and lm_head, as the FP8-dynamic releases do. Weights have
+Linear of the text model but the router and lm_head, as the FP8-dynamic releases do. `attention`
+leaves all experts wide, and writes them one by one all the same. Weights have
 one scale per output channel, activations one per token, taken at run time. The experts are
 written one by one: `experts.{e}.{gate,up,down}_proj.weight` [out, in] and `.weight_scale` [out, 1].
 
@@ -40,11 +41,15 @@ from transformers import Llama4ForConditionalGeneration
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 NOT_TEXT = ["re:vision_model.*", "re:multi_modal_projector.*", "re:.*lm_head", "re:.*router"]
-IGNORED = {"dynamic": NOT_TEXT, "meta": [*NOT_TEXT, "re:.*self_attn.*", "re:.*shared_expert.*"]}
+IGNORED = {
+    "dynamic": NOT_TEXT,
+    "meta": [*NOT_TEXT, "re:.*self_attn.*", "re:.*shared_expert.*"],
+    "attention": [*NOT_TEXT, "re:.*expert.*"],
+}
 SHOWN = (
     *(f"layers.0.feed_forward.experts.0.{kind}_proj" for kind in ("gate", "up", "down")),
     *(f"layers.5.feed_forward.experts.7.{kind}_proj" for kind in ("gate", "up", "down")),
-    "layers.0.self_attn.q_proj",
+    *(f"layers.{i}.self_attn.{kind}_proj" for i, kind in ((0, "q"), (1, "k"), (4, "v"), (7, "o"))),
     "layers.5.feed_forward.shared_expert.down_proj",
 )
 

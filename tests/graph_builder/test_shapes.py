@@ -144,6 +144,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             *graphs_of(spec, precision, "standard").values(),
             *graphs_of(spec, precision, "ort").values(),
             make_static(keep_buffers(build_decoder(spec)), {}),
+            build_decoder(unquantised(spec, "fp32").model_copy(update={"separate_experts": True})),
             *([build_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
         )
         for node in graph.graph.nodes

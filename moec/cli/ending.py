@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from moec.cli.output import error_line
+from moec.cli.output import error_line, show_error
 from moec.cli.stopping import EXIT_CODE, MESSAGE, Stopped, stoppable
 from moec.cli.streams import Unwritable, check_stdout, standard_streams
 from moec.spec.errors import MoecError, understood, visible
@@ -41,24 +41,21 @@ def run(command: Callable[[], int | None], arguments: Sequence[str], notes: Sequ
         except Unwritable as failure:
             code = 1 if failure.closed else 2
             if not failure.closed:
-                _show(MoecError("stdout", failure.why, "room for the output", "write elsewhere"))
+                show_error(
+                    MoecError("stdout", failure.why, "room for the output", "write elsewhere")
+                )
         except _UsageError as error:
             code = _show_usage(error)
         except SystemExit as end:  # Rich ends so where the reader of its output has gone
             code = end.code if isinstance(end.code, int) else 1
         except BaseException as error:  # the exit code tells what it was
             clear = understood(error, where) or _bug(error)
-            _show(clear)
+            show_error(clear)
             code = clear.exit_code
         for note in notes:
             error_line(f"note: {note}")
         sys.stderr.flush()
     return code
-
-
-def _show(error: MoecError) -> None:
-    for line in f"error: {error}".split("\n"):
-        error_line(line, "red")
 
 
 def _show_usage(error: Any) -> int:

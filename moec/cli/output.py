@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from moec.spec.errors import visible
+from moec.spec.errors import MoecError, visible
 
 
 class _Console(Console):
@@ -36,6 +36,12 @@ def say(text: str, style: str | None = None) -> None:
 def error_line(text: str, style: str | None = None) -> None:
     """Print a line to stderr; only the terminal wraps it."""
     errors.print(text, style=style, soft_wrap=True)
+
+
+def show_error(error: MoecError) -> None:
+    """Print a refusal to stderr, a line for each of its parts."""
+    for line in f"error: {error}".split("\n"):
+        error_line(line, "red")
 
 
 def write(text: str) -> None:

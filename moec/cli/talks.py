@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moec.cli.output import error_line, write
+from moec.cli.output import error_line, show_error, write
 from moec.spec.bounded.limits import TOKENS_TEXT
 from moec.spec.errors import MoecError, refuse
 
@@ -37,7 +37,7 @@ def converse(talk: "Conversation", images: Sequence[Path], **settings: Any) -> N
         except MoecError as error:
             if not sys.stdin.isatty():
                 raise
-            error_line(f"error: {error}", "red")
+            show_error(error)
             continue
         finally:
             shown = []

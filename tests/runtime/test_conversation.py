@@ -188,6 +188,15 @@ def test_a_template_that_rewrites_earlier_turns(
         assert found.prompt_tokens - kept - 1 <= found.fed <= found.prompt_tokens - kept
 
 
+def test_a_prompt_that_the_cache_holds_whole_runs_its_last_token(
+    start: Callable[..., Talk],
+) -> None:
+    talk = start("{% set messages = messages[-1:] %}" + TAIL)
+    first = _say(talk, "import os", "a")
+    again = _say(talk, "import os", "b")
+    assert again.prompt_tokens == first.prompt_tokens and again.fed == 1 and again.text == "b"
+
+
 def test_tokens_that_the_text_does_not_give_are_computed_anew(start: Callable[..., Talk]) -> None:
     _, _, encode = talk = start()
     pieces = [encode(letter)[0] for letter in "import"]

@@ -35,7 +35,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "target, precision, scheme",
     [
         ("onnx", "fp8", "dynamic"),
-        ("torch", "fp8", "dynamic"),
+        pytest.param("torch", "fp8", "dynamic", marks=pytest.mark.slow),
         pytest.param("tensorrt", "bf16", None, marks=pytest.mark.slow),
         ("tensorrt", "fp8", "static"),
         pytest.param("ort", "fp8", "dynamic", marks=pytest.mark.slow),

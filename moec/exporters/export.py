@@ -101,7 +101,8 @@ def export(
             spec, checkpoint, entries = read_model(source, named_folder(weights_from), adapters)
         else:
             if adapters:
-                refuse("adapters", f"no weights in {source}", "a checkpoint", "give its folder")
+                name = source.name if isinstance(source, ModelSpec) else source
+                refuse("adapters", f"no weights in {name}", "a checkpoint", "give its folder")
             spec = load_spec(source)
         if precision is None:
             precision = default_precision(chosen, spec.scheme)

@@ -258,7 +258,7 @@ def test_an_image_part_may_hold_its_image(start: Callable[..., Talk], tmp_path: 
     _picture(7).save(tmp_path / "a.png")
     talk = start()
     parts = [
-        {"type": "image", "path": str(tmp_path / "a.png")},
+        {"type": "image", "path": tmp_path / "a.png"},
         {"type": "image"},
         {"type": "image", "image": _picture(200)},
     ]

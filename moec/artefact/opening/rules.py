@@ -41,6 +41,13 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
     ):
         if folder is not None and not _is_folder_name(folder):
             refuse(f"{path / NAME}: {field}", f"{folder!r}"[:200], "an absolute path", _BUILD_AGAIN)
+    if manifest.adapters and manifest.weights.mode in ("in-place", "link"):
+        refuse(
+            f"{path / NAME}: adapters",
+            f"{len(manifest.adapters)}, beside weights that are the checkpoint's own",
+            "weights that were copied or packed, with the adapters' changes",
+            _BUILD_AGAIN,
+        )
     _check_options(path, manifest)
     suffix = find_target(manifest.target).suffix
     for part in ("model", *(["vision"] if manifest.vision else [])):

@@ -13,7 +13,7 @@ from shlex import quote
 from moec.artefact.manifest import Manifest, TensorRef, Weights
 from moec.spec.bounded.own import blobs_of, inside, is_regular
 from moec.spec.errors import refuse
-from moec.spec.hf.forms import LISTS
+from moec.spec.hf.forms import split_list
 from moec.spec.hf.names import DECODER, keys
 from moec.spec.names import is_scale
 from moec.weights.shard import TensorEntry
@@ -60,8 +60,7 @@ def checkpoint_of(path: Path, manifest: Manifest, named: Path | None) -> Path | 
     """
     if manifest.checkpoint is None:
         return named
-    source = Path(manifest.checkpoint)
-    folder, name = (source.parent, source.name) if source.name in LISTS else (source, "")
+    folder, name = split_list(Path(manifest.checkpoint))
     if named is not None:
         return named / name
     allowed = inside(folder, path) or folder_is_allowed(Path(os.path.realpath(folder)))

@@ -81,7 +81,7 @@ def _with_files(messages: list[dict[str, Any]], folder: Path) -> list[dict[str, 
                 given = part.get(name)
                 if isinstance(given, str):
                     next_step = f"put the image into {folder}, or give it with --image"
-                    part[name] = str(own_file(folder / given, folder, next_step))
+                    part[name] = own_file(folder / given, folder, next_step)
                 elif given is not None:
                     _refuse(f'an image\'s "{name}"', given, "the name of a file")
     return messages
@@ -92,7 +92,11 @@ def pictures(
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The messages without their images, and all images in the order of the messages.
 
-    Parts that have no image of their own take one of `images` each.
+    Parts that have no image of their own take one of `images` each. A part names no file as text,
+    because whoever wrote the messages could then name any file of this user.
+
+    Raises:
+        MoecError: an image of a part is text.
     """
     given, found = iter(images), list[Any]()
 
@@ -100,6 +104,8 @@ def pictures(
         if not isinstance(part, Mapping) or part.get("type") != "image":
             return part
         own = [part[name] for name in _SOURCES if part.get(name) is not None][:1]
+        if own and isinstance(own[0], str):
+            _refuse("an image of a message", own[0], "a pathlib.Path, bytes or a Pillow image")
         found.extend(own or islice(given, 1))
         return {key: value for key, value in part.items() if key not in _SOURCES}
 

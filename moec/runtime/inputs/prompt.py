@@ -22,6 +22,7 @@ from moec.runtime.inputs.image_places import (
 from moec.runtime.inputs.text import Text, open_text
 from moec.spec.errors import refuse
 from moec.spec.files import load_spec
+from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 
 
@@ -59,7 +60,7 @@ def encode(
         text: the prompt, or the messages of a conversation, [{"role": ..., "content": ...}], which
             go into the checkpoint's chat template. In a prompt `<|image|>` marks the place of each
             image; without marks, images come first. In messages a part {"type": "image"} does; it
-            may have its image as "path" (a file) or "image" (what `images` holds).
+            may have its image as "path" or "image": a `Path`, bytes or a Pillow image.
         images: one or several image files, their bytes, or Pillow images: those that no part has.
         chat: put the prompt into the chat template, as a message of the user.
         system: a system message before the prompt, which goes into the chat template then.
@@ -72,7 +73,8 @@ def encode(
             tower for images.
     """
     path = Path(path)
-    if not (path / NAME).is_file() and (path / "config.json").is_file():
+    folder = checkpoint_folder(path)
+    if folder and not (folder / NAME).is_file() and (folder / "config.json").is_file():
         return compose(open_text(path), load_spec(path), text, images, chat, tools, system)
     artefact = open_artefact(path, weights_from)
     return compose(open_text(artefact), artefact.manifest.spec, text, images, chat, tools, system)

@@ -17,6 +17,7 @@ from moec.spec.bounded.own import find_own
 from moec.spec.bounded.read import read_bytes
 from moec.spec.errors import refuse
 from moec.spec.fields import read_json
+from moec.spec.hf.forms import checkpoint_folder
 
 #: finds the path of a file by its name; None if there is no such file
 Find = Callable[[str], Path | None]
@@ -88,7 +89,7 @@ def open_text(source: Artefact | Path) -> Text:
         MoecError: there is no tokenizer.json, or it is broken; or one of the files is a link that
             leads out of its folder.
     """
-    folder = source if isinstance(source, Path) else source.path
+    folder = (checkpoint_folder(source) or source) if isinstance(source, Path) else source.path
     find = partial(find_own, folder) if isinstance(source, Path) else source.companion
     path = find("tokenizer.json")
     if path is None:

@@ -37,16 +37,14 @@ WIDE = 0.25
 def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, TensorEntry]]:
     """The spec of the checkpoint in `folder`, and its tensors by our name.
 
-    The artefact's adapters are merged into the checkpoint that it was built from. Another folder
-    is taken as it is, because its weights may be merged already.
+    The artefact's adapters are merged into them.
 
     Raises:
         MoecError: the folder holds no checkpoint, or one of another model; or an adapter is not
             where this user has built from.
     """
     manifest = artefact.manifest
-    own = str(folder.resolve()) == manifest.checkpoint
-    adapters = [Path(each) for each in manifest.adapters] if own else []
+    adapters = [Path(each) for each in manifest.adapters]
     for adapter in adapters:
         if not folder_is_allowed(adapter.resolve()):
             refuse(
@@ -150,7 +148,9 @@ def _wrong(
 
 
 def _same_bytes(mine: TensorEntry, source: TensorEntry) -> bool:
-    """Whether both are one place of one file."""
+    """Whether both are one place of one file, and nothing is added to it."""
+    if source.changes or source.parts:
+        return False
     return mine.offset == source.offset and mine.file.samefile(source.file)
 
 

@@ -25,6 +25,11 @@ _HUB_URL = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/|hf://)(?:models/
 _EXPECTED = "a folder with config.json and safetensors weights"
 
 
+def split_list(source: Path) -> tuple[Path, str]:
+    """The folder of a checkpoint, and the file that lists its weights if `source` names that."""
+    return (source.parent, source.name) if source.name in LISTS else (source, "")
+
+
 def checkpoint_folder(source: str | Path) -> Path | None:
     """The folder of the checkpoint that `source` names; None if it names none.
 
@@ -125,7 +130,9 @@ _FORMS = (
 
 
 def _refuse_folder(folder: Path) -> None:
-    names = sorted(each.name for each in os.scandir(folder))[:100_000]
+    found = sorted((each.name, each.is_dir()) for each in os.scandir(folder))[:100_000]
+    names = [name for name, is_folder in found if not is_folder]
+    folders = [name for name, is_folder in found if is_folder]
     if "manifest.json" in names and "config.json" not in names:
         refuse(
             folder,
@@ -141,18 +148,18 @@ def _refuse_folder(folder: Path) -> None:
             _EXPECTED,
             f"--checkpoint BASE --adapter {quote(str(folder))}",
         )
-    if "snapshots" in names and "blobs" in names:
-        found = sorted(each.name for each in os.scandir(folder / "snapshots"))[:1]
+    if "snapshots" in folders and "blobs" in folders:
+        revisions = sorted(each.name for each in os.scandir(folder / "snapshots"))[:1]
         refuse(
             folder,
             "a model's folder in the cache of the Hugging Face Hub",
             f"one of its snapshots, {_EXPECTED}",
-            f"--checkpoint {quote(str(folder / 'snapshots' / (found or ['REVISION'])[0]))}",
+            f"--checkpoint {quote(str(folder / 'snapshots' / (revisions or ['REVISION'])[0]))}",
         )
     for form in _FORMS:
-        if found := [name for name in names if form.has(name)]:
-            refuse(folder, f"{found[0]}: {form.what}", _EXPECTED, form.next_step)
-    below = [name for name in names if is_regular(folder / name / "config.json")]
+        if own := next(filter(form.has, names), None):
+            refuse(folder, f"{own}: {form.what}", _EXPECTED, form.next_step)
+    below = [name for name in folders if is_regular(folder / name / "config.json")]
     if below and "config.json" not in names:
         refuse(
             folder,

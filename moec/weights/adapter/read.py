@@ -18,7 +18,7 @@ from moec.spec.fields import Fields, read_own_json, shown
 from moec.spec.hf.forms import ADAPTER
 from moec.spec.hf.names import DECODER, keys
 from moec.spec.model import ModelSpec
-from moec.weights.adapter.low_rank import LowRank
+from moec.weights.adapter.low_rank import ELEMENTS, LowRank
 from moec.weights.shard import Shard, TensorEntry, read_shard
 from moec.weights.trust.links import own_shard
 from moec.weights.view import TORCH_DTYPES, view
@@ -41,6 +41,9 @@ _INERT = frozenset(
 _OFF = ("fan_in_fan_out", "lora_bias", "use_bdlora", "use_dora", "use_qalora")
 #: ways to begin the training of an adapter that leave the base as it is
 _PLAIN_START = (True, False, "gaussian", "eva", "orthogonal")
+#: what `alpha_pattern` may hold: names, whose dots may be escaped; peft takes any expression
+_LITERAL = re.compile(r"\^?\w+(\\?\.\w+)*\$?")
+_MOST = 1e300
 #: the first version of peft whose adapters of square experts are [out, in]
 _TURNS = (0, 19)
 
@@ -72,7 +75,7 @@ def with_adapters(
     """
     changed = dict(entries)
     for adapter in adapters:
-        for name, change in read_adapter(Path(adapter), spec, changed, named).items():
+        for name, change in read_adapter(Path(adapter), spec, entries, named).items():
             entry = changed[name]
             changed[name] = replace(entry, changes=(*entry.changes, change))
     return changed
@@ -89,14 +92,18 @@ def read_adapter(
     at = Fields(str(folder / ADAPTER), read_own_json(folder / ADAPTER), _MERGE)
     scales = _Scales(at)
     shard = read_shard(own_shard(folder / WEIGHTS, folder, named, "put the file into it"), WEIGHTS)
-    names = {key: name for name, key in keys(spec).items()}
+    names_of = keys(spec)
+    names = {key: name for name, key in names_of.items()}
     changes: dict[str, LowRank] = {}
     for module, kind, down, up in _pairs(folder, shard, names, entries):
         name, turned, experts = _place(folder, module, kind, down, up, names, entries, at)
         if name in changes:
             _refuse(folder, module, "two changes of one weight", "one for each weight")
         rank = down.shape[0] // experts
-        scale = scales.of(module, rank)
+        own = _RENAMED[1][0].sub("", _RENAMED[0][0].sub("", module))
+        scale = scales.of(
+            f"{own}.{names_of[name].rpartition('.')[2]}" if experts > 1 else own, rank
+        )
         changes[name] = LowRank(down, up, scale, turned, experts)
     if not changes:
         _refuse(folder, WEIGHTS, "no tensor lora_A or lora_B", "those of a LoRA adapter")
@@ -117,10 +124,13 @@ class _Scales:
         if kept := at.take("modules_to_save", list, default=[]):
             raise at.error("modules_to_save", shown(kept), "none: changes of low rank alone")
         self.alpha = at.take("lora_alpha", int, float)
+        if not abs(self.alpha) < _MOST:
+            raise at.error("lora_alpha", shown(self.alpha), "a number of usual size")
         self.root = at.take("use_rslora", bool, default=False)
         self.patterns = at.take("alpha_pattern", dict, default={})
         for pattern, alpha in self.patterns.items():
-            if not re.fullmatch(r"\^?[\w.\\]+", pattern) or type(alpha) not in (int, float):
+            number = type(alpha) in (int, float) and abs(alpha) < _MOST
+            if not _LITERAL.fullmatch(pattern) or not number:
                 raise at.error(
                     "alpha_pattern", shown({pattern: alpha}), "names of modules, and numbers"
                 )
@@ -130,15 +140,9 @@ class _Scales:
         at.finish(_INERT)
 
     def of(self, module: str, rank: int) -> float:
-        """The factor for a module by the name that peft has for it."""
-        alpha = self.alpha
-        for pattern, own in self.patterns.items():
-            name = pattern.replace("\\", "")
-            whole = name.startswith("^")
-            if module == name.lstrip("^") or (not whole and module.endswith(f".{name}")):
-                alpha = own
-                break
-        return float(alpha / (math.sqrt(rank) if self.root else rank))
+        """The factor for a module, or a parameter, by the name that peft has for it."""
+        own = (a for key, a in self.patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        return float(next(own, self.alpha) / (math.sqrt(rank) if self.root else rank))
 
 
 def _pairs(
@@ -147,6 +151,8 @@ def _pairs(
     """Each adapted module, whether it is an embedding, and its two matrices."""
     sides: dict[tuple[str, str], dict[str, TensorEntry]] = {}
     for key, entry in shard.tensors.items():
+        if entry.dtype not in TORCH_DTYPES:
+            _refuse(folder, key, entry.dtype, " or ".join(TORCH_DTYPES))
         if found := _PART.fullmatch(key):
             at = found["module"], found["kind"] or ""
             sides.setdefault(at, {})[found["side"]] = entry
@@ -158,8 +164,6 @@ def _pairs(
             _refuse(
                 folder, key, "a tensor that is no lora_A or lora_B", "changes of low rank alone"
             )
-        if entry.dtype not in TORCH_DTYPES:
-            _refuse(folder, key, entry.dtype, " or ".join(TORCH_DTYPES))
     for (module, kind), both in sides.items():
         if len(both) < 2:
             _refuse(folder, module, f"lora_{min(both)} alone", "lora_A and lora_B")
@@ -186,9 +190,12 @@ def _place(
         _refuse(folder, module, "no such weight in the checkpoint", "an adapter of this model")
     outer, inner = up.shape[0], down.shape[1]
     for name in found:
+        if len(entries[name].shape) < 2:
+            continue
         *stack, rows, columns = entries[name].shape
         experts = stack[0] if stack else 1
-        if down.shape[0] != up.shape[1] or down.shape[0] % experts or not down.shape[0]:
+        rank, rest = divmod(down.shape[0], experts)
+        if down.shape[0] != up.shape[1] or rest or not 1 <= rank <= min(rows, columns):
             continue
         straight = (outer, inner) == (rows, columns) and not kind
         turned = (outer, inner) == (columns, rows) and bool(kind or stack)
@@ -208,7 +215,7 @@ def _place(
         folder,
         module,
         f"lora_A {list(down.shape)} and lora_B {list(up.shape)}",
-        f"matrices whose product has the shape of the weight, {shapes}",
+        f"matrices of a low rank, whose product has the shape of the weight, {shapes}",
     )
 
 
@@ -230,7 +237,10 @@ def _find(key: str, names: Mapping[str, str]) -> str | None:
 
 
 def _equal(left: TensorEntry, right: TensorEntry) -> bool:
-    return left.shape == right.shape and torch.equal(view(left).float(), view(right).float())
+    if left.shape != right.shape:
+        return False
+    parts = (torch.split(view(each).flatten(), ELEMENTS) for each in (left, right))
+    return all(torch.equal(a.float(), b.float()) for a, b in zip(*parts, strict=True))
 
 
 def _refuse(folder: Path, what: str, found: str, expected: str) -> NoReturn:

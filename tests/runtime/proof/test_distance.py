@@ -31,9 +31,12 @@ def test_a_sum_that_cancels_has_the_noise_of_its_terms(times: float, passes: boo
     assert found.error < 1e-4, "relative to what other tokens are like"
 
 
-def test_errors_of_ten_times_the_limit_are_found_at_every_token() -> None:
-    right, near = _sums(cancel=False)
-    for token in range(TOKENS):
-        value = near.double()
-        value[token] += 10 * MULTIPLE * (near.double() - right).abs().max()
-        assert distance("x", value, right, near).ratio > 1, token
+def test_errors_of_small_tokens_are_found() -> None:
+    """Eight tokens are a thousand times as small as the others."""
+    torch.manual_seed(0)
+    right = torch.randn(TOKENS, 32).double()
+    right[:8] *= 1e-3
+    near = right.float()
+    value = near.double()
+    value[0] += 1e-5 * right[1:].abs().max()
+    assert distance("x", value, right, near).ratio > 1

@@ -30,13 +30,19 @@ LINEAR: dict[str, Any] = {
     "target_modules": [
         "q_proj", "o_proj", "shared_expert.up_proj", "router", "embed_tokens", "fc1", "linear_1",
     ],
-    "alpha_pattern": {"language_model.model.layers.1.self_attn.q_proj": 40, "router": 1},
+    "alpha_pattern": {
+        "^language_model.model.layers.1.self_attn.q_proj": 40,
+        "router": 1,
+        r"layers\.2\.self_attn\.q_proj": 9,
+        "self.attn.o_proj": 3,
+    },
     "rank_pattern": {"o_proj": 2},
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {
     "r": 2,
     "lora_alpha": 8,
     "use_rslora": True,
+    "alpha_pattern": {"experts.down_proj": 20, "feed_forward.experts": 99},
     "target_modules": ["lm_head"],
     "target_parameters": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
 }
@@ -170,13 +176,36 @@ def _first(held: dict[str, Tensor], side: str) -> str:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "DoRA": (_config(use_dora=True), "use_dora"),
     "another method": (_config(peft_type="LOHA"), "peft_type"),
-    "biases": (_config(bias="all"), "bias"),
+    "biases": (_config(bias="all"), "adapter_config.json: bias"),
     "whole modules": (_config(modules_to_save=["lm_head"]), "modules_to_save"),
     "PiSSA": (_config(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
     "tokens": (_config(trainable_token_indices=[1, 2]), "trainable_token_indices"),
     "an unknown field": (_config(sparkle=3), "sparkle"),
     "alpha that is text": (_config(lora_alpha="8"), "lora_alpha"),
     "an expression": (_config(alpha_pattern={"(a+)+$": 2}), "alpha_pattern"),
+    "a class of characters": (_config(alpha_pattern={r"layers\.\d\.q_proj": 2}), "alpha_pattern"),
+    "a large number": (_config(alpha_pattern={"q_proj": 10**400}), "alpha_pattern"),
+    "an infinite number": (_config(lora_alpha=1e999), "lora_alpha"),
+    "a norm": (
+        _tensors(lambda held: held.update(
+            {key.replace("self_attn.q_proj", "input_layernorm"): held.pop(key)
+             for key in list(held) if "q_proj" in key}
+        )),
+        "input_layernorm",
+    ),
+    "a base of integers": (
+        _tensors(lambda held: held.update(
+            {_first(held, "A").replace("lora_A", "base_layer"): torch.ones(2, dtype=torch.int8)}
+        )),
+        "int8",
+    ),
+    "a high rank": (
+        _tensors(lambda held: held.update(
+            {(k := _first(held, side)): held[k].repeat_interleave(99, dim)
+             for side, dim in (("A", 0), ("B", 1))}
+        )),
+        "of a low rank",
+    ),
     "no config": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "pickled weights": (
@@ -206,7 +235,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         _tensors(lambda held: held.update({"base_model.model.lm_head.weight": torch.ones(2)})),
         "lm_head.weight",
     ),
-    "nothing": (_tensors(lambda held: (held.clear(), held.update(x=torch.ones(1)))), "x"),
+    "nothing": (
+        _tensors(lambda held: (held.clear(), held.update(x=torch.ones(1)))),
+        "tensor that is no lora_A",
+    ),
 }  # fmt: skip
 
 
@@ -243,3 +275,41 @@ def test_square_experts_of_old_versions_are_refused(
     shutil.copytree(adapters[1], folder)
     _config(peft_version="0.18.1")(folder)
     refusal(lambda: read_model(float32, adapters=[folder]), "0.18.1")
+
+
+def test_the_same_adapter_twice_counts_twice(
+    float32: Path, adapters: Sequence[Path], merged: dict[str, Tensor]
+) -> None:
+    """The second adapter's copy of the base is compared with the base, not with what was merged."""
+    once, twice = (read_model(float32, adapters=[adapters[0]] * n)[2] for n in (1, 2))
+    base = read_model(float32)[2]
+    name = "layers.1.attn.q.weight"
+    change = view(once[name]) - view(base[name])
+    torch.testing.assert_close(view(twice[name]), view(base[name]) + 2 * change)
+
+
+def test_weights_that_were_never_merged_fail_the_proof(
+    float32: Path, adapters: Sequence[Path], tmp_path: Path
+) -> None:
+    """A stranger's manifest may name adapters beside the base's own weights."""
+    plain = moec.export(float32, out=tmp_path / "plain")
+    file = plain.path / "manifest.json"
+    held = json.loads(file.read_text()) | {"adapters": [str(adapters[0])]}
+    file.write_text(json.dumps(held))
+    refusal(lambda: moec.validate(plain.path), "adapters")
+
+
+@pytest.mark.slow
+def test_a_base_that_moved_and_a_download_cache_are_merged_again(
+    float32: Path, adapters: Sequence[Path], tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub"
+    shutil.copytree(float32, cache / "blobs")
+    snapshot = cache / "snapshots" / "r"
+    snapshot.mkdir(parents=True)
+    for file in (cache / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    art = moec.export(snapshot, out=tmp_path / "art", adapters=adapters)
+    assert moec.validate(art.path).passed
+    cache.rename(tmp_path / "moved")
+    assert moec.validate(art.path, source=tmp_path / "moved" / "snapshots" / "r").passed

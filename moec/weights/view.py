@@ -43,6 +43,11 @@ def view(entry: TensorEntry) -> torch.Tensor:
     return merged(entry, stored)
 
 
+def raw(entry: TensorEntry) -> bytes:
+    """The bytes of the tensor at `entry` as it is read, row-major."""
+    return view(entry).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def _map(entry: TensorEntry) -> torch.Tensor:
     dtype = STORED[entry.dtype]
     if entry.parts and len(entry.shape) == 3:

@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,17 @@ os.environ["XDG_STATE_HOME"] = _STATE.name
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: a thread each, or they spin
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with suppress(ImportError):
+        import onnxruntime
+
+        class OneThread(onnxruntime.SessionOptions):
+            """Session options of ONNX Runtime, which has no environment variable for threads."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.intra_op_num_threads = 1
+
+        onnxruntime.SessionOptions = OneThread
 # Examples are judged by what they compute: on a busy machine one of them may take a second.
 settings.register_profile("moec", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moec")

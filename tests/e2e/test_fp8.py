@@ -35,7 +35,7 @@ def scales(tiny: Path, golden: dict[str, Tensor]) -> Calibration:
 @pytest.mark.parametrize(
     "scheme, cache",
     [
-        each if each == ("modelopt", "wide") else pytest.param(*each, marks=pytest.mark.slow)
+        each if each == ("meta", None) else pytest.param(*each, marks=pytest.mark.slow)
         for each in LIMITS
     ],
 )

@@ -42,7 +42,7 @@ DENSE = ModelSpec.model_validate(
 )
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     spec=specs(),
     seed=st.integers(0, 2**31),

@@ -113,6 +113,7 @@ def test_a_tied_head_is_the_embedding_in_reference_and_engine(tmp_path: Path) ->
 
 
 @quantized
+@pytest.mark.slow
 def test_packed_artefacts_stand_alone(tiny: Path, tmp_path: Path) -> None:
     """Proven after the checkpoint is gone; the reference reads the packed weights."""
     import shutil

@@ -209,7 +209,7 @@ def test_without_the_package_the_build_says_so_first(
     "options, named",
     [
         (("--sm", "SM90"), "compute capability 9.0"),
-        (("--sm", "SM75"), "bf16"),
+        pytest.param(("--sm", "SM75"), "bf16", marks=pytest.mark.slow),
         (("--context", "0"), "--context"),
         (("--piece", "70", "--context", "64"), "--piece"),
         (("--bindings", "some"), "--bindings"),

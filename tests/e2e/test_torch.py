@@ -40,6 +40,7 @@ def test_the_command_line(
     assert code == 2 and "device tpu" in said
 
 
+@pytest.mark.slow
 def test_greedy_text_is_the_eager_graphs(art: Path, golden: dict[str, Tensor]) -> None:
     prompts = golden["input_ids"][:, :40]
     found, expected = (

@@ -26,7 +26,7 @@ from tests.strategies import schemes, specs
 
 @pytest.mark.full
 @settings(
-    max_examples=5, deadline=None, suppress_health_check=list(HealthCheck),
+    max_examples=3, deadline=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # a smaller example would take minutes to find
 )  # fmt: skip
 @given(data=st.data(), spec=specs(), target=st.sampled_from(["onnx", "ort"]))

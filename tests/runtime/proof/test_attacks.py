@@ -173,7 +173,7 @@ def _against(art: moec.Artefact, checkpoint: Path) -> dict[str, bool]:
     return {check.name: check.passed for check in (*schemes(art, spec), *wide)}
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_static_scales_and_schemes_that_are_far_off_fail(tiny: Path, tmp_path: Path) -> None:
     """Engine and reference both follow them, so that only the checkpoint can tell."""
     art = moec.export(tiny, "onnx", "fp8", tmp_path / "static", scheme="static")

@@ -250,7 +250,7 @@ def fp8_twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("without_graph_files")
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_wrong_scale_of_a_program_fails_its_layer(
     fp8_twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

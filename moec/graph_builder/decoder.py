@@ -111,7 +111,7 @@ def _weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.separate_experts:
         rules, kinds = quantized(spec), tensors(spec)
         found = {name: shape for name, shape in found.items() if name in kinds or name in rules}
-        wide = {name: kind.shape for name, kind in kinds.items() if kind.dtype != "fp8"}
+        wide = {name: kind.shape for name, kind in kinds.items() if kind.dtype in TORCH_DTYPES}
         found |= {name: shape for name, shape in wide.items() if names.holds_routed(name)}
     return found
 

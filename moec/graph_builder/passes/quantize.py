@@ -1,4 +1,4 @@
-"""Quantise a graph to FP8 as the scheme of a spec says: the weights, and the inputs of products."""
+"""Quantise a graph as the scheme of a spec says: the weights, and the inputs of products."""
 
 from typing import Any
 
@@ -22,8 +22,9 @@ def quantize(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
 
     Nothing changes if `spec` has no scheme. A `linear` that the scheme names gets a `dequantize`
     for its weight. Its input gets a `quantize` and a `dequantize`; dynamic scales need a
-    `token_scale` before them. `moe` becomes `fp8_moe`. With FP8 caches, keys and values are rounded
-    to FP8 before they are appended, and the caches hold FP8 values.
+    `token_scale` before them. `moe` becomes `fp8_moe`. 4-bit integers have ops of their own in
+    place of `dequantize` and `fp8_moe`, and inputs stay as they are. With FP8 caches, keys and
+    values are rounded to FP8 before they are appended, and the caches hold FP8 values.
 
     Raises:
         MoecError: a cache is FP8, and the node that appends to it lacks the role of keys or values.
@@ -65,6 +66,14 @@ class _Rewrite:
         args: Any = node.args
         x, old, bias = args
         rule, dtype = self.rules[weight], _name(x)
+        if self.scheme.int4:
+            zero = self.parameter(names.zero_point_of(weight)) if self.scheme.zero_points else None
+            tensors = self.parameter(weight), self.parameter(names.scale_of(weight)), zero
+            how = self.scheme.scales, dtype
+            wide = call(self.graph, ops.dequantize_int4, *tensors, *how, name=f"{weight}.wide")
+            node.args = (x, wide, bias)
+            self.forget(old)
+            return
         scale = self.parameter(names.scale_of(weight))
         wide = self.dequantize(self.parameter(weight), scale, 0, f"{weight}.wide", dtype)
         node.args = (self.rounded(x, weight, rule), wide, bias)
@@ -104,21 +113,23 @@ class _Rewrite:
                 [self.parameter(each) for each in parts],
                 [self.parameter(names.scale_of(each)) for each in parts],
             ]
+            if self.scheme.int4:
+                zeros = map(names.zero_point_of, parts if self.scheme.zero_points else ())
+                weights.append(list(map(self.parameter, zeros)))
+        routed = (old.x, old.scores, old.experts)
+        if self.scheme.int4:
+            self.replace(node, old, ops.int4_moe, *routed, *weights, self.scheme.scales)
+            return
         inputs = [
             self.parameter(names.input_scale_of(fused)) if rule.inputs in STATIC else None
             for fused in experts
         ]
-        new = call(
-            self.graph,
-            ops.fp8_moe,
-            *(old.x, old.scores, old.experts),
-            *weights,
-            *inputs,
-            rule.inputs,
-            self.scheme.block,
-            self.scheme.bound,
-            name=node.meta["name"],
-        )
+        how = rule.inputs, self.scheme.block, self.scheme.bound
+        self.replace(node, old, ops.fp8_moe, *routed, *weights, *inputs, *how)
+
+    def replace(self, node: fx.Node, old: Moe[fx.Node], op: ops.Op, *args: object) -> None:
+        """Let `op` on `args` take the place of `node`, a `moe` with the operands `old`."""
+        new = call(self.graph, op, *args, name=node.meta["name"])
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         self.forget(old.gate_up, old.down)

@@ -192,7 +192,7 @@ def _packed(
 
 
 def schemes(artefact: Artefact, source: ModelSpec) -> Iterator[Check]:
-    """Compare the FP8 scheme with that of the checkpoint, or with moec's own of the same name.
+    """Compare the scheme with that of the checkpoint, or with moec's own of the same name.
 
     A scheme that somebody wrote has nothing to be compared with; `against_wide` measures it.
     """
@@ -208,7 +208,7 @@ def schemes(artefact: Artefact, source: ModelSpec) -> Iterator[Check]:
     wanted, found = right.model_copy(update=free).model_dump(), mine.model_dump()
     odd = [key for key in wanted if wanted[key] != found[key]]
     detail = f"{odd[0]} is {found[odd[0]]}, not {wanted[odd[0]]}"[:200] if odd else mine.name
-    yield Check("FP8 scheme", "agreement", 0.0 if odd else 1.0, 1.0, detail)
+    yield Check(f"{mine.precision.upper()} scheme", "agreement", 0.0 if odd else 1.0, 1.0, detail)
 
 
 def against_wide(

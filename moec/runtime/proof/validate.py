@@ -206,7 +206,7 @@ def _prove(
         original if original and covered(artefact, original) else None,
     )
     tested.check_device()
-    tolerance = FP8_NOISE if manifest.spec.scheme else TOLERANCES[tested.compute]
+    tolerance = FP8_NOISE if manifest.spec.fp8 else TOLERANCES[tested.compute]
     chunk = manifest.spec.text.chunk
     longest = tokens or min(MOST_TOKENS, 3 * (chunk or 16) + 5)
     if manifest.options:
@@ -245,7 +245,7 @@ def _prove(
         ("generation", lambda: generation(tested, ids, tolerance)),
     ]
     if GENAI in artefact.parts:
-        most = math.inf if manifest.spec.scheme else tolerance.error
+        most = math.inf if manifest.spec.fp8 else tolerance.error
         stages.append(("genai", lambda: genai(tested, most, more)))
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)

@@ -1,0 +1,57 @@
+"""Quantise weights to 4-bit integers as compressed-tensors stores them, for random checkpoints."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moec.spec import names
+from moec.weights.view import STORED
+
+
+def quantise(
+    name: str, weight: Tensor, grid: str, group: int, zero_points: bool, dtype: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, by our names, of a weight [out, in] whose scales `grid` says: "group" or "row".
+
+    Without `zero_points` the largest magnitude of a group is 7 steps away from 8; with them, the
+    numbers from the smallest to the largest are 15 steps, and zero is one of them.
+    """
+    rows, columns = weight.shape
+    wide = weight.float().view(rows, -1, group if grid == "group" else columns)
+    if zero_points:
+        low, high = wide.amin(2).clamp(max=0), wide.amax(2).clamp(min=0)
+        scale = _scale((high - low) / 15, dtype)
+        zero = (-low / scale.float()).round().clamp(0, 15)
+    else:
+        scale = _scale(wide.abs().amax(2) / 7, dtype)
+        zero = torch.full(scale.shape, 8.0)
+    codes = (wide / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
+    yield name, _pairs(codes.view(rows, columns).to(torch.uint8))
+    yield names.scale_of(name), scale
+    if zero_points:
+        eights = torch.full((-(-rows // 8) * 8, zero.shape[1]), 8.0)
+        eights[:rows] = zero
+        turned = eights.view(-1, 8, zero.shape[1]).transpose(1, 2)
+        yield names.zero_point_of(name), _pairs(turned.to(torch.uint8))
+
+
+def in_words(key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that store `tensor` at `key`: int32 for 4-bit integers."""
+    if tensor.dtype != torch.uint8:
+        return {key: tensor}
+    words = tensor.reshape(-1).view(torch.int32)
+    if tensor.dim() == 3:
+        return {key: words.view(tensor.shape[:2])}
+    words = words.view(len(tensor), -1)
+    shape = torch.tensor([tensor.shape[0], 2 * tensor.shape[1]])
+    return {key: words, key.removesuffix("_packed") + "_shape": shape}
+
+
+def _scale(size: Tensor, dtype: str) -> Tensor:
+    return torch.where(size > 0, size, 1.0).to(STORED[dtype])
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    """Two integers of 0 to 15 in a byte, the first one in the low half."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4

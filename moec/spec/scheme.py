@@ -29,8 +29,11 @@ WEIGHTS = {
     "expert": "one scale for each expert, or for each linear layer",
     "channel": "per-channel: one scale for each output",
     "block": "block-wise: one scale for each square of `block` inputs by `block` outputs",
-    "group": "4-bit integers: one scale for each `block` inputs of an output",
-    "row": "4-bit integers: one scale for each output",
+}
+#: the same for weights of 4-bit integers
+INT4_WEIGHTS = {
+    "group": "one scale for each `block` inputs of an output",
+    "output": "one scale for each output",
 }
 #: what a scheme rule may say of the inputs, and what it means
 INPUTS = {
@@ -44,8 +47,8 @@ STATIC = ("tensor", "expert")
 
 #: the format whose tensor names and shapes a checkpoint uses; "moec" is an artefact's own format
 Layout = Literal["moec", "compressed-tensors", "modelopt", "fbgemm_fp8", "pack-quantized"]
-#: the layout of 4-bit integers, and what its rules may say of scales; other layouts are FP8
-INT4, INT4_WEIGHTS = "pack-quantized", ("group", "row")
+#: the layout of 4-bit integers; the others are FP8
+INT4: Layout = "pack-quantized"
 
 #: patterns over parameter names, for the groups of weights that schemes name
 EXPERTS = names.routed("*")
@@ -68,8 +71,8 @@ class Rule(Frozen):
     """
 
     of: tuple[Annotated[str, Field(max_length=limits.PATTERN)], ...] = Field(min_length=1)
-    weight: Literal["tensor", "expert", "channel", "block", "group", "row"] = Field(
-        description=str(WEIGHTS)
+    weight: Literal["tensor", "expert", "channel", "block", "group", "output"] = Field(
+        description=str(WEIGHTS | INT4_WEIGHTS)
     )
     inputs: Literal["none", "tensor", "expert", "token", "group"] = Field(
         default="none", description=str(INPUTS)
@@ -115,7 +118,7 @@ class Scheme(Frozen):
         if self.layout == "compressed-tensors" and any(r.inputs in STATIC for r in self.rules):
             raise ValueError("compressed-tensors with static input scales is not supported")
         if any((rule.weight in INT4_WEIGHTS) != self.int4 for rule in self.rules):
-            raise ValueError(f"weight group or row goes with layout {INT4}, and with no other")
+            raise ValueError(f"weight group or output goes with layout {INT4}, and with no other")
         if self.int4 and (self.cache or any(rule.inputs != "none" for rule in self.rules)):
             raise ValueError(f"layout {INT4} has no scales for inputs or caches")
         if self.zero_points and not self.int4:

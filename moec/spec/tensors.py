@@ -8,7 +8,7 @@ Scales have these shapes, for a linear layer and for stacked experts:
     "channel"  [out]                [expert, out]
     "block"    [out, in] in blocks  [expert, in, out] in blocks
     "group"    [out, in / block]    each expert has its own: see below
-    "row"      [out, 1]
+    "output"   [out, 1]
 
 4-bit integers are bytes [out, in / 2]: two in a byte, the first one in the low half. So are their
 zero points, [out / 8, groups, 4]: the eight of one group and eight outputs are side by side. All
@@ -91,7 +91,7 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
         _check_widths(spec, found)
     for layer in spec.text.all_layers:
         both = [found.get(name) for name in names.routed(layer.index)]
-        if len({each and each.inputs for each in both}) > 1:
+        if len({each and each.inputs for each in both}) > 1 and not scheme.int4:
             refuse(
                 f"scheme {scheme.name}: {names.moe(layer.index)}",
                 "different input scales for gate_up and down",
@@ -175,5 +175,5 @@ def scale_shape(shape: Shape, weight: str, block: int) -> Shape:
         "group": (*experts, columns, -(-rows // block))
         if experts
         else (rows, -(-columns // block)),
-        "row": (*experts, columns if experts else rows, 1),
+        "output": (*experts, columns if experts else rows, 1),
     }[weight]

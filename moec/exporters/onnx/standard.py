@@ -20,7 +20,7 @@ from moec.exporters.onnx.fp8 import (
     lower_quantize,
     lower_token_scale,
 )
-from moec.exporters.onnx.int4.standard import lower_dequantize_int4, lower_int4_moe
+from moec.exporters.onnx.int4.standard import lower_int4_linear, lower_int4_moe
 from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.vision import (
     lower_fuse,
@@ -360,7 +360,7 @@ STANDARD = (
     Rule(ops.quantize, lower_quantize),
     Rule(ops.dequantize, lower_dequantize),
     Rule(ops.fp8_moe, lower_fp8_moe),
-    Rule(ops.dequantize_int4, lower_dequantize_int4),
+    Rule(ops.int4_linear, lower_int4_linear),
     Rule(ops.int4_moe, lower_int4_moe),
     Rule(ops.to_float32, _to_float32),
     Rule(ops.patches, lower_patches),

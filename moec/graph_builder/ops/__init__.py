@@ -26,7 +26,7 @@ from moec.graph_builder.ops.fused import (
     swiglu_fp8,
 )
 from moec.graph_builder.ops.fused_attention import attend, attend_fp8, attention_fp8, rope_append
-from moec.graph_builder.ops.int4 import dequantize_int4, int4_moe
+from moec.graph_builder.ops.int4 import int4_linear, int4_moe
 from moec.graph_builder.ops.linear import (
     add,
     gelu,
@@ -59,7 +59,6 @@ __all__ = [
     "cache_write",
     "columns",
     "dequantize",
-    "dequantize_int4",
     "embedding",
     "encode",
     "fp8_linear",
@@ -67,6 +66,7 @@ __all__ = [
     "fuse",
     "gelu",
     "head_norm",
+    "int4_linear",
     "int4_moe",
     "key_positions",
     "layer_norm",

@@ -8,7 +8,7 @@ in the low half; `moec.spec.tensors` has the shapes.
 import torch
 from torch import Tensor
 
-from moec.graph_builder.ops.linear import swiglu
+from moec.graph_builder.ops.linear import linear, swiglu
 from moec.graph_builder.ops.moe import need_routed, over_chosen
 from moec.graph_builder.ops.operands import Int4Moe
 from moec.graph_builder.ops.registry import need, op
@@ -34,28 +34,43 @@ def _need_int4(
     return rows, columns
 
 
-def _dequantize_rule(
-    codes: TensorType, scale: TensorType, zero: TensorType | None, values: str, dtype: str
+def _linear_rule(
+    x: TensorType,
+    codes: TensorType,
+    scale: TensorType,
+    zero: TensorType | None,
+    bias: TensorType | None,
+    values: str,
 ) -> TensorType:
-    return TensorType(_need_int4("dequantize_int4", codes, scale, zero), TORCH_DTYPES[dtype])
+    rows, columns = _need_int4("int4_linear", codes, scale, zero)
+    need(x.shape[-1] == columns, "int4_linear", "codes", codes.shape, f"[out, {x.shape[-1]} / 2]")
+    if bias is not None:
+        need(bias.shape == (rows,), "int4_linear", "bias", bias.shape, (rows,))
+    return x.like(*x.shape[:-1], rows)
 
 
 @op(
-    "dequantize_int4(Tensor codes, Tensor scale, Tensor? zero, str values, str dtype) -> Tensor",
-    _dequantize_rule,
+    "int4_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, str values) "
+    "-> Tensor",
+    _linear_rule,
 )
-def dequantize_int4(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, values: str, dtype: str
+def int4_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, values: str
 ) -> Tensor:
+    """`linear` on a weight of 4-bit integers."""
+    return linear.eager(x, dequantize_int4(codes, scale, zero, values), bias)
+
+
+def dequantize_int4(codes: Tensor, scale: Tensor, zero: Tensor | None, values: str) -> Tensor:
     """The weight [out, in] of codes [out, in/2], scale [out, groups] and zero [out/8, groups, 4].
 
-    It is rounded to the type `values`, and then stored in `dtype`.
+    It has the type `values`.
     """
     rows, groups = scale.shape
     wide = _unpacked(codes).view(rows, groups, -1).float()
     wide -= CENTRE if zero is None else zero_points(zero, rows)[..., None]
     wide = wide * widened(scale)[..., None]
-    return wide.view(rows, -1).to(TORCH_DTYPES[values]).to(TORCH_DTYPES[dtype])
+    return wide.view(rows, -1).to(TORCH_DTYPES[values])
 
 
 def zero_points(zero: Tensor, rows: int) -> Tensor:
@@ -72,14 +87,17 @@ def _moe_rule(moe: Int4Moe[TensorType]) -> TensorType:
     name, dim = "int4_moe", moe.x.shape[1]
     need_routed(name, moe)
     need(moe.count > 0, name, "down", moe.down, "at least one tensor")
-    width = 2 * moe.down[0].shape[-1]
+    width = moe.down[0].shape[-1] * (2 if moe.down_scale else 1)
     for label, each_has, shape in (("gate_up", 2, (width, dim)), ("down", 1, (dim, width))):
         codes, scales, zeros = moe.tensors(label)
         count = each_has * moe.count
-        need(len(codes) == len(scales) == count, name, label, len(codes), f"{count} tensors")
-        need(len(zeros) in (0, count), name, f"{label}_zero", len(zeros), f"0 or {count} tensors")
-        for i in range(count):
-            found = _need_int4(name, codes[i], scales[i], zeros[i] if zeros else None)
+        need(len(codes) == count, name, label, len(codes), f"{count} tensors")
+        need(len(scales) in (0, count), name, f"{label}_scale", len(scales), f"0 or {count}")
+        need(len(zeros) in (0, len(scales)), name, f"{label}_zero", len(zeros), f"0 or {count}")
+        for i, each in enumerate(codes):
+            found = each.shape
+            if scales:
+                found = _need_int4(name, each, scales[i], zeros[i] if zeros else None)
             need(found == shape, name, label, found, shape)
     return moe.x
 
@@ -97,8 +115,10 @@ def int4_moe(moe: Int4Moe[Tensor]) -> Tensor:
     def ffn(expert: int, rows: Tensor) -> Tensor:
         def product(rows: Tensor, label: str, index: int) -> Tensor:
             codes, scales, zeros = moe.tensors(label)
-            zero = zeros[index] if zeros else None
-            weight = dequantize_int4.eager(codes[index], scales[index], zero, moe.values, "fp32")
+            weight = codes[index]
+            if scales:
+                zero = zeros[index] if zeros else None
+                weight = dequantize_int4(weight, scales[index], zero, moe.values)
             return rows @ weight.to(rows.dtype).t()
 
         gate, up = (product(rows, "gate_up", 2 * expert + part) for part in (0, 1))

@@ -98,7 +98,7 @@ class Int4Moe(Routed[T]):
 
     gate_up, down    codes, two in a byte: gate_0 [F, D/2], up_0, gate_1, ... and down_0 [D, F/2],
                      down_1, ...
-    gate_up_scale,   the scales of each, [out, groups]
+    gate_up_scale,   the scales of each, [out, groups]; no tensors: the weights are wide, [out, in]
     down_scale
     gate_up_zero,    the zero points of each, [out/8, groups, 4]; no tensors: all are 8
     down_zero

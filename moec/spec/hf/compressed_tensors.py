@@ -96,7 +96,7 @@ def _integers(at: Fields, group: Fields) -> dict[str, Any]:
     found = {"inputs": "none", "zero_points": not symmetric}
     if strategy == "channel":
         weights.finish(INERT | {"group_size", "block_structure"})
-        return {"weight": "row", **found}
+        return {"weight": "output", **found}
     size: int = weights.take("group_size", int)
     if not 2 <= size <= 1024:
         raise weights.error("group_size", str(size), "2 to 1024")

@@ -12,7 +12,7 @@ from moec.weights.view import STORED
 def quantise(
     name: str, weight: Tensor, grid: str, group: int, zero_points: bool, dtype: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, by our names, of a weight [out, in] whose scales `grid` says: "group" or "row".
+    """The tensors, by our names, of a weight [out, in]; `grid` is a key of `INT4_WEIGHTS`.
 
     Without `zero_points` the largest magnitude of a group is 7 steps away from 8; with them, the
     numbers from the smallest to the largest are 15 steps, and zero is one of them.

@@ -22,17 +22,21 @@ from moec.weights.view import TORCH_DTYPES
 _FLOAT, _UINT8, _UINT4 = torch.float32, torch.uint8, torch.uint4
 
 
-def lower_dequantize_int4(
+def lower_int4_linear(
     e: Emitter,
     node: fx.Node,
+    x: ir.Value,
     codes: ir.Value,
     scale: ir.Value,
     zero: ir.Value | None,
+    bias: ir.Value | None,
     values: str,
-    dtype: str,
 ) -> ir.Value:
-    """The weight [out, in] of 4-bit integers."""
-    return _dequantize(e, codes, scale, zero, values, TORCH_DTYPES[dtype], "")
+    """A Gemm on the weight [out, in] of 4-bit integers."""
+    out: TensorType = node.meta["type"]
+    weight = _dequantize(e, codes, scale, zero, values, out.dtype, "weight")
+    inputs = [x, weight] if bias is None else [x, weight, e.cast(bias, out.dtype, "bias")]
+    return e.op("Gemm", inputs, out, transB=1)
 
 
 def _dequantize(
@@ -93,12 +97,13 @@ def lower_int4_moe(e: Emitter, node: fx.Node, moe: Int4Moe[ir.Value]) -> ir.Valu
     def ffn(e: Emitter, expert: int, rows: ir.Value) -> ir.Value:
         kind = type_of(rows)
 
-        def product(x: ir.Value, label: str, index: int, name: str) -> ir.Value:
-            codes, scales, zeros = moe.tensors(label)
-            zero = zeros[index] if zeros else None
-            weight = _dequantize(
-                e, codes[index], scales[index], zero, moe.values, kind.dtype, f"{name}.weight"
-            )
+        def product(x: ir.Value, of: str, index: int, name: str) -> ir.Value:
+            codes, scales, zeros = moe.tensors(of)
+            weight, label = codes[index], f"{name}.weight"
+            if scales:
+                zero = zeros[index] if zeros else None
+                weight = _dequantize(e, weight, scales[index], zero, moe.values, kind.dtype, label)
+            weight = e.cast(weight, kind.dtype, f"{label}.cast")
             out = kind.like(kind.shape[0], type_of(weight).shape[0])
             return e.op("Gemm", [x, weight], out, name, transB=1)
 

@@ -64,6 +64,8 @@ def read_model(
 
 def _with_experts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     """`spec` with separate experts if the checkpoint has wide tensors of single experts."""
+    if not any(".experts.0." in key and key.endswith(".weight") for key in checkpoint.tensors):
+        return spec
     separate = spec.model_copy(update={"separate_experts": True})
     fused, apart = ({row.key for row in checkpoint_tensors(each)} for each in (spec, separate))
     return separate if (apart - fused) & checkpoint.tensors.keys() else spec

@@ -39,7 +39,8 @@ def quantize(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
             with graph.graph.inserting_before(node):
                 rewrite(node)
     graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
+    if not spec.scheme.int4:  # `forget` has removed the wide weights one by one
+        graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
 

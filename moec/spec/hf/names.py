@@ -6,6 +6,8 @@ be read in place. A weight in FP8 has the key of the plain weight, one of 4-bit 
 The keys of scales depend on the scheme's layout.
 """
 
+from functools import lru_cache
+
 from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import INT4, Layout
@@ -104,6 +106,7 @@ def prefixed(key: str, prefix: str) -> str:
     return key if key.startswith(TOWER) else prefix + key
 
 
+@lru_cache(maxsize=1 << 16)  # a model of separate experts asks for tens of thousands, often
 def key_of(name: str, layout: Layout = "moec") -> str:
     """The checkpoint key of the tensor `name`, without prefix. `layout` matters for scales only."""
     if names.is_cache_scale(name):

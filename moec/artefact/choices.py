@@ -21,7 +21,7 @@ def choose(
 
     `weights` is the placement that the user chose; None leaves the choice to moec. moec does not
     rewrite the weights of an FP8 checkpoint. It packs wide weights that a `scheme` of layout "moec"
-    quantises to FP8.
+    quantises to FP8, and 4-bit integers where the target has another layout for them.
 
     Raises:
         MoecError: the target does not have the precision, the placement does not exist, or the two
@@ -47,7 +47,7 @@ def choose(
         )
     ours = scheme is not None and scheme.layout == "moec"
     stays = None if ours else known.stays
-    packed = known.packed if ours or scheme is None else None
+    packed = known.packed if ours or scheme is None or scheme.int4 else None
     mode = weights or ("in-place" if stays else "pack")
     if mode not in PLACEMENTS:
         raise _unknown_placement(mode)

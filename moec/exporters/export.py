@@ -30,7 +30,7 @@ from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.weights.checkpoint import Checkpoint
-from moec.weights.name_map import read_model, stacked
+from moec.weights.name_map import as_packed, read_model
 from moec.weights.shard import TensorEntry
 from moec.weights.trust.records import allow_folder
 
@@ -110,7 +110,7 @@ def export(
         dialect, mode = choose(chosen, precision, weights, spec.scheme)
         mode = merging(mode, weights) if adapters else mode
         if mode == "pack":
-            spec, entries = stacked(spec, entries)
+            spec, entries = as_packed(spec, entries)
         builder = builder_of(target)
         dialect = builder.dialect(dialect, spec) if builder.dialect else dialect
         wanted = Wanted(
@@ -242,7 +242,7 @@ def bind(
         _refuse_inside(path, read.folders)
         wanted = built.manifest.spec
         if packs:
-            spec, entries = stacked(spec, entries)
+            spec, entries = as_packed(spec, entries)
         if packs and not spec.scheme:  # this artefact quantises wide weights
             wanted = wanted.model_copy(update={"scheme": None})
         elif spec.fp8 and wanted.scheme and not wanted.scheme.cache:

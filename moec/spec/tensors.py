@@ -155,6 +155,15 @@ def _matrix(name: str, shape: Shape, rule: Rule, scheme: Scheme) -> Iterator[tup
         yield names.zero_point_of(name), Kind((-(-rows // 8), scales[1], 4), "uint8")
 
 
+def int4_tensors(parameter: str, shape: Shape) -> list[str]:
+    """The names of the tensors in which 4-bit integers store a parameter, zero points included."""
+    parts = [parameter]
+    if len(shape) == 3:
+        parts = [part for e in range(shape[0]) for part in names.separate(parameter, e)]
+    kinds = (str, names.scale_of, names.zero_point_of)
+    return [kind(part) for part in parts for kind in kinds]
+
+
 def in_words(kind: Kind) -> Kind:
     """How a checkpoint's header describes the bytes of 4-bit integers: words of eight, int32."""
     *lead, last = kind.shape

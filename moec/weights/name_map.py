@@ -14,7 +14,7 @@ from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.names import family, is_scale
 from moec.spec.parameters import parameters
-from moec.spec.tensors import tensors
+from moec.spec.tensors import quantized, tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
 from moec.weights.int4.stored import in_bytes
 from moec.weights.shard import TensorEntry, stack, turned
@@ -80,8 +80,10 @@ def stacked(
     """
     if not spec.separate_experts:
         return spec, entries
-    found = dict(entries)
+    found, rules = dict(entries), quantized(spec)
     for name, (count, *_) in parameters(spec).items():
+        if name in rules:
+            continue
         each = [names.separate(name, expert) for expert in range(count)]
         if names.is_routed(name) and all(part in found for parts in each for part in parts):
             own = [[found.pop(part) for part in parts] for parts in each]
@@ -90,6 +92,18 @@ def stacked(
             found[name] = stack(name, [turned(name, dtype, parts) for parts in own])
     spec = spec.model_copy(update={"separate_experts": False})
     return _typed(spec, {name: each.dtype for name, each in found.items()}), found
+
+
+def as_packed(
+    spec: ModelSpec, entries: dict[str, TensorEntry]
+) -> tuple[ModelSpec, dict[str, TensorEntry]]:
+    """`spec` and its tensors for what packs them: `stacked`, and 4-bit integers joined."""
+    spec, found = stacked(spec, entries)
+    if spec.scheme and spec.scheme.int4:
+        from moec.weights.int4.packed import joined  # torch, which reading needs not
+
+        return joined(spec, found)
+    return spec, found
 
 
 def _with_dtypes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

@@ -13,6 +13,7 @@ from moec.graph_builder.ops.moe import need_routed, over_chosen
 from moec.graph_builder.ops.operands import Int4Moe
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import TensorType, widened
+from moec.weights.int4.codes import unpacked, zero_points
 from moec.weights.view import TORCH_DTYPES
 
 CODES = torch.uint8
@@ -67,20 +68,10 @@ def dequantize_int4(codes: Tensor, scale: Tensor, zero: Tensor | None, values: s
     It has the type `values`.
     """
     rows, groups = scale.shape
-    wide = _unpacked(codes).view(rows, groups, -1).float()
+    wide = unpacked(codes).view(rows, groups, -1).float()
     wide -= CENTRE if zero is None else zero_points(zero, rows)[..., None]
     wide = wide * widened(scale)[..., None]
     return wide.view(rows, -1).to(TORCH_DTYPES[values])
-
-
-def zero_points(zero: Tensor, rows: int) -> Tensor:
-    """The zero points [out, groups] of a tensor [out/8, groups, 4]."""
-    return _unpacked(zero).transpose(1, 2).flatten(0, 1)[:rows]
-
-
-def _unpacked(codes: Tensor) -> Tensor:
-    """uint8 [..., n] -> [..., 2n]: the low half of each byte, then the high one."""
-    return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
 
 
 def _moe_rule(moe: Int4Moe[TensorType]) -> TensorType:

@@ -37,6 +37,7 @@ from moec.runtime.proof.reduced import (
 from moec.runtime.proof.report import Check, Report
 from moec.runtime.proof.source import (
     against_wide,
+    as_stored,
     covered,
     read_source,
     schemes,
@@ -48,7 +49,6 @@ from moec.spec.errors import MoecError, refuse
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import quantized
-from moec.weights.name_map import stacked
 from moec.weights.shard import TensorEntry
 
 Progress = Callable[[str, int, int], None]
@@ -260,8 +260,8 @@ def _prove(
             )
     if known:
         built_from = known[0]
-        as_packed = original if manifest.spec.separate_experts else stacked(*known)[1]
-        stages.insert(0, ("weights", lambda: weights_against_source(artefact, as_packed)))
+        stored = as_stored(artefact, *known)[1]
+        stages.insert(0, ("weights", lambda: weights_against_source(artefact, stored)))
         stages.insert(0, ("scheme", lambda: schemes(artefact, built_from)))
         given = (artefact, built_from, original, ids, lengths)
         stages.append(("wide weights", lambda: against_wide(*given, traced["logits"])))

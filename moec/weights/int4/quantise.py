@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moec.spec import names
+from moec.weights.int4.codes import in_eights, pairs
 from moec.weights.view import STORED
 
 
@@ -27,13 +28,10 @@ def quantise(
         scale = _scale(wide.abs().amax(2) / 7, dtype)
         zero = torch.full(scale.shape, 8.0)
     codes = (wide / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
-    yield name, _pairs(codes.view(rows, columns).to(torch.uint8))
+    yield name, pairs(codes.view(rows, columns).to(torch.uint8))
     yield names.scale_of(name), scale
     if zero_points:
-        eights = torch.full((-(-rows // 8) * 8, zero.shape[1]), 8.0)
-        eights[:rows] = zero
-        turned = eights.view(-1, 8, zero.shape[1]).transpose(1, 2)
-        yield names.zero_point_of(name), _pairs(turned.to(torch.uint8))
+        yield names.zero_point_of(name), in_eights(zero.to(torch.uint8))
 
 
 def in_words(key: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -50,8 +48,3 @@ def in_words(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def _scale(size: Tensor, dtype: str) -> Tensor:
     return torch.where(size > 0, size, 1.0).to(STORED[dtype])
-
-
-def _pairs(codes: Tensor) -> Tensor:
-    """Two integers of 0 to 15 in a byte, the first one in the low half."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4

@@ -32,11 +32,13 @@ def make(
     symmetric: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     kept: tuple[str, ...] = (),
+    rounded: bool = True,
 ) -> dict[str, Tensor]:
     """Quantise the wide checkpoint `source` to `out`, and write what it means to `plain`.
 
     `group` inputs share a scale of `dtype`; None: all inputs of an output do. Keys that an
-    expression of `kept` finds stay as they are. Returns the meaning of each tensor, by its key.
+    expression of `kept` finds stay as they are. Without `rounded`, the library multiplies in
+    float32, and does not round to the type of the scales. Returns the meaning of each tensor.
     """
     strategy = "group" if group else "channel"
     args = QuantizationArgs(
@@ -48,7 +50,8 @@ def make(
     for key, tensor in _linear(tensors):
         if _quantises(key, tensor) and not any(re.search(each, key) for each in kept):
             state = _compressed(tensor.to(dtype), scheme)
-            means[key] = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+            given = state if rounded else {**state, "weight_scale": state["weight_scale"].float()}
+            means[key] = PackedQuantizationCompressor.decompress(given, scheme)["weight"]
             packed |= {key.removesuffix("weight") + name: each for name, each in state.items()}
         else:
             packed[key] = means[key] = tensor

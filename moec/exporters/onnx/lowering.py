@@ -29,6 +29,7 @@ DTYPES: dict[torch.dtype, ir.DataType] = {
     getattr(torch, name): ir.DataType[theirs] for name, theirs in dtypes("torch", "onnx").items()
 }
 _TORCH = {theirs: ours for ours, theirs in DTYPES.items()}
+UINT4 = _TORCH[ir.DataType.UINT4]
 #: operators of this domain are written "com.microsoft::Name"
 MICROSOFT = "com.microsoft"
 

@@ -260,7 +260,7 @@ def _prove(
             )
     if known:
         built_from = known[0]
-        stored = as_stored(artefact, *known)[1]
+        stored = as_stored(artefact, built_from, dict(original))[1]
         stages.insert(0, ("weights", lambda: weights_against_source(artefact, stored)))
         stages.insert(0, ("scheme", lambda: schemes(artefact, built_from)))
         given = (artefact, built_from, original, ids, lengths)

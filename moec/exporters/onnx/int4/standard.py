@@ -13,13 +13,13 @@ from torch import fx
 
 from moec.exporters.onnx.expert_branches import branches
 from moec.exporters.onnx.experts import swiglu
-from moec.exporters.onnx.lowering import DTYPES, Emitter, type_of
+from moec.exporters.onnx.lowering import DTYPES, UINT4, Emitter, type_of
 from moec.graph_builder.ops.int4 import CENTRE
 from moec.graph_builder.ops.operands import Int4Moe
 from moec.graph_builder.types import TensorType
 from moec.weights.view import TORCH_DTYPES
 
-_FLOAT, _UINT8, _UINT4 = torch.float32, torch.uint8, torch.uint4
+_FLOAT, _UINT8 = torch.float32, torch.uint8
 
 
 def lower_int4_linear(
@@ -87,7 +87,7 @@ def _zero_points(e: Emitter, zero: ir.Value, rows: int, groups: int, label: str)
     if 8 * words != rows:
         ends = e.constant([0]), e.constant([rows]), e.constant([0])
         wide = e.op("Slice", [wide, *ends], TensorType((rows, groups), _UINT8), f"{label}.rows")
-    kind = TensorType((rows, groups), _UINT4)
+    kind = TensorType((rows, groups), UINT4)
     return e.op("Cast", [wide], kind, label, to=ir.DataType.UINT4.value)
 
 

@@ -73,7 +73,8 @@ class _Rewrite:
         meta = torch.empty(shape, dtype=STORED[dtype], device="meta")
         module = submodule(self.root, owner)
         module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
-        return tag(self.graph.get_attr(name), name, TensorType(shape, meta.dtype))
+        node = self.graph.create_node("get_attr", name)  # `get_attr` would look the name up again
+        return tag(node, name, TensorType(shape, meta.dtype))
 
     def forget(self, *wide: fx.Node) -> None:
         for node in wide:

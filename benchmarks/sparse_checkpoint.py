@@ -1,21 +1,25 @@
 """Write a checkpoint of full size that takes no room on the disk: real headers and sparse shards.
 
 `export` reads headers only, so that for it this is a checkpoint of 217 or 803 GB. All weights are
-zero.
+zero, and so are scales.
 """
 
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from moec.spec.hf.config_writer import write_config
 from moec.spec.model import ModelSpec
+from moec.spec.tensors import Kind, in_words
 from moec.weights.checkpoint import INDEX
 from moec.weights.name_map import CheckpointTensor, checkpoint_tensors
 from moec.weights.shard import DTYPES
 
 _PROBE = 1 << 26  # bytes
+#: names and bytes of an element in safetensors, by our names of types
+_TYPES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
 
 
 def write_sparse_checkpoint(spec: ModelSpec, folder: Path, shard_bytes: int = 50 * 10**9) -> int:
@@ -28,15 +32,12 @@ def write_sparse_checkpoint(spec: ModelSpec, folder: Path, shard_bytes: int = 50
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_sparse_files(folder)
-    dtype, itemsize = next(
-        (name, size) for name, (ours, size) in DTYPES.items() if ours == spec.dtype
-    )
-    shards = list(_shards(checkpoint_tensors(spec), itemsize, shard_bytes))
+    shards = list(_shards(_stored(spec), shard_bytes))
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        total += _write_shard(folder / name, shard, dtype, itemsize)
+        total += _write_shard(folder / name, shard)
         weight_map |= {row.key: name for row in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -50,13 +51,24 @@ def bytes_on_disk(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def _shards(
-    table: list[CheckpointTensor], itemsize: int, limit: int
-) -> Iterator[list[CheckpointTensor]]:
+def _stored(spec: ModelSpec) -> Iterator[CheckpointTensor]:
+    """The tensors of `spec` as a checkpoint stores them."""
+    for row in checkpoint_tensors(spec):
+        if row.dtype != "uint8":
+            yield row
+            continue
+        words = in_words(Kind(row.shape, row.dtype))
+        yield replace(row, shape=words.shape, dtype=words.dtype)
+        if row.key.endswith("_packed"):
+            key = row.key.removesuffix("_packed") + "_shape"
+            yield CheckpointTensor(key, key, (2,), "int64")
+
+
+def _shards(table: Iterator[CheckpointTensor], limit: int) -> Iterator[list[CheckpointTensor]]:
     shard: list[CheckpointTensor] = []
     size = 0
     for row in table:
-        nbytes = math.prod(row.shape) * itemsize
+        nbytes = math.prod(row.shape) * _TYPES[row.dtype][1]
         if shard and size + nbytes > limit:
             yield shard
             shard, size = [], 0
@@ -65,10 +77,11 @@ def _shards(
     yield shard
 
 
-def _write_shard(path: Path, shard: list[CheckpointTensor], dtype: str, itemsize: int) -> int:
+def _write_shard(path: Path, shard: list[CheckpointTensor]) -> int:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row in shard:
+        dtype, itemsize = _TYPES[row.dtype]
         start, end = end, end + math.prod(row.shape) * itemsize
         header[row.key] = {"dtype": dtype, "shape": row.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()

@@ -20,7 +20,7 @@ from moec.spec.fields import read_own_json
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
-from moec.spec.tensors import Kind, tensors
+from moec.spec.tensors import Kind, int4_tensors, tensors
 from moec.weights.hashed import file_sha256
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import TensorEntry, read_shard
@@ -103,7 +103,8 @@ class Artefact:
                 continue
             shape = parameters(spec)[name]
             parts = tuple(stored[part] for part in packing.names(spec.stored(name)))
-            found[name] = Packed(packing, shape, parts)
+            whole = Packed(packing, shape, parts)
+            found |= whole.in_parts() if packing.group else {name: whole}
         return found
 
     def stored(self) -> dict[str, TensorEntry]:
@@ -192,6 +193,8 @@ def stored_kinds(
     """
     shapes, found = parameters(spec), {**tensors(spec)}
     for packing in packings.values():
+        for part in int4_tensors(packing.source, shapes[packing.source]) if packing.group else ():
+            found.pop(part, None)
         found.pop(packing.source, None)
         names = packing.names(spec.stored(packing.source))
         kinds = packing.shapes(shapes[packing.source])

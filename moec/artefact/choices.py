@@ -21,23 +21,33 @@ def choose(
 
     `weights` is the placement that the user chose; None leaves the choice to moec. moec does not
     rewrite the weights of an FP8 checkpoint. It packs wide weights that a `scheme` of layout "moec"
-    quantises to FP8.
+    quantises to FP8, and 4-bit integers where the target has another layout for them.
 
     Raises:
         MoecError: the target does not have the precision, the placement does not exist, or the two
             do not fit together.
     """
+    if scheme and scheme.int4 and precision not in target.precisions:
+        able = [each.name for each in targets().values() if precision in each.precisions]
+        refuse(
+            f"--target {target.name}",
+            f"{scheme.shown}, which moec does not convert",
+            f"--target {' or '.join(able)}",
+            f"use --target {able[0]}, or the bf16 checkpoint that they were made from",
+        )
     known = target.precisions.get(precision)
+    if known and known.given and not (scheme and scheme.precision == precision):
+        known = None
     if known is None:
         refuse(
             f"--precision {precision} --target {target.name}",
             _ELSEWHERE.get(precision) or _unknown(precision),
-            " or ".join(target.precisions),
+            " or ".join(name for name, each in target.precisions.items() if not each.given),
             f"use --precision {next(iter(target.precisions))}",
         )
     ours = scheme is not None and scheme.layout == "moec"
     stays = None if ours else known.stays
-    packed = known.packed if ours or scheme is None else None
+    packed = known.packed if ours or scheme is None or scheme.int4 else None
     mode = weights or ("in-place" if stays else "pack")
     if mode not in PLACEMENTS:
         raise _unknown_placement(mode)
@@ -74,9 +84,10 @@ def merging(mode: str, chosen: str | None) -> str:
 def default_precision(target: Target, scheme: Scheme | None) -> str:
     """The precision of a build if the user names none.
 
-    "fp8" if the checkpoint's weights are FP8 already, else the first precision of the target.
+    "fp8" or "int4" if the checkpoint's weights are that already, else the first precision of the
+    target.
     """
-    return "fp8" if scheme else next(iter(target.precisions))
+    return scheme.precision if scheme else next(iter(target.precisions))
 
 
 def check_placement(mode: str, packs: bool) -> None:

@@ -27,18 +27,18 @@ _PREPACKED = SessionOptions(
 SETS, EXACT = ("lean", "fast"), "exact"
 
 
-#: run FP8 casts as the graph has them: onnxruntime 1.30 would fuse them into products that take
-#: only int8
+#: dequantise as the graph says: onnxruntime 1.30 would fuse FP8 into products that take only int8
 _AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 
 
-def session_options(quantized: bool, fp8: bool = False) -> dict[str, SessionOptions]:
+def session_options(quantized: bool, dequantizes: bool = False) -> dict[str, SessionOptions]:
     """The sets of session options of an artefact, by name.
 
-    `quantized` says whether its weights are int8 or int4, `fp8` whether they are FP8.
+    `quantized` says whether its packed weights are int8 or int4, `dequantizes` whether the graph
+    dequantises those of the checkpoint, FP8 or 4-bit integers.
     """
     found = dict(zip(SETS, (_PREPACKED if quantized else _MAPPED, SessionOptions()), strict=True))
-    if fp8:
+    if dequantizes and not quantized:
         return {
             name: each.model_copy(update={"entries": {**each.entries, **_AS_WRITTEN}})
             for name, each in found.items()

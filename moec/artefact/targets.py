@@ -24,11 +24,13 @@ class Precision:
             packs the weights.
         packed: the dialect of graphs that read packed weights; None if the target never packs.
         compute: the dtype that the graph computes in: "fp32", "fp16" or "bf16".
+        given: whether it is for checkpoints that are in this precision already, and for no others.
     """
 
     stays: str | None
     packed: str | None
     compute: str
+    given: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.weights.checkpoint import Checkpoint
-from moec.weights.name_map import read_model, stacked
+from moec.weights.name_map import as_packed, read_model
 from moec.weights.shard import TensorEntry
 from moec.weights.trust.records import allow_folder
 
@@ -61,10 +61,11 @@ def export(
             program of fused FP8 ops), "tensorrt" or "tensorrt-rtx" (TensorRT engines).
         precision: "fp32", "fp16" and "bf16" are the dtype that the graph computes in; weights keep
             the dtype in which they are stored, unless they are packed. "int8" and "int4" (target
-            "ort") are dtypes of packed weights; the graph computes in fp32. "fp8" rounds weights
+            "ort") are dtypes of packed weights; the graph computes in fp32. "int4" is the precision
+            of checkpoints of 4-bit integers too (targets "onnx" and "ort"). "fp8" rounds weights
             and inputs to E4M3; the graph computes in fp32, or in bf16 for the targets of GPUs. The
-            default is "fp8" if the source's weights are FP8 and for target "torch", which has no
-            other precision; else "bf16" for TensorRT and "fp32" for the other targets.
+            default is "fp8" or "int4" if the source's weights are, and "fp8" for target "torch",
+            which has no other precision; else "bf16" for TensorRT and "fp32" for the other targets.
         out: the artefact's folder; default build/NAME-TARGET-PRECISION.
         weights: "in-place" (the artefact refers to the checkpoint's files), "link" (hard links
             beside the model), "copy", or "pack" (moec writes the weights anew: in the layout that
@@ -110,7 +111,7 @@ def export(
         dialect, mode = choose(chosen, precision, weights, spec.scheme)
         mode = merging(mode, weights) if adapters else mode
         if mode == "pack":
-            spec, entries = stacked(spec, entries)
+            spec, entries = as_packed(spec, entries)
         builder = builder_of(target)
         dialect = builder.dialect(dialect, spec) if builder.dialect else dialect
         wanted = Wanted(
@@ -145,7 +146,7 @@ def export(
         lowered = {part: builder.lower(wanted, graph, part) for part, graph in graphs.items()}
         models = {part: model for part, (model, _) in lowered.items()}
         packings = {name: each for _, wanted in lowered.values() for name, each in wanted.items()}
-        if spec.scheme and mode == "pack":
+        if spec.fp8 and mode == "pack":
             packings = builder.packings(spec)
     manifest = Manifest(
         spec=spec,
@@ -242,10 +243,10 @@ def bind(
         _refuse_inside(path, read.folders)
         wanted = built.manifest.spec
         if packs:
-            spec, entries = stacked(spec, entries)
-        if packs:  # this artefact quantises wide weights
+            spec, entries = as_packed(spec, entries)
+        if packs and not spec.scheme:  # this artefact quantises wide weights
             wanted = wanted.model_copy(update={"scheme": None})
-        elif spec.scheme and wanted.scheme and not wanted.scheme.cache:
+        elif spec.fp8 and wanted.scheme and not wanted.scheme.cache:
             spec = in_precision(spec, "fp8", None, "wide")
         odd = other_model(spec, wanted)
         if odd:

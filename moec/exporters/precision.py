@@ -31,15 +31,9 @@ def in_precision(
         odd = next((n for n, v in (("scheme", scheme), ("cache", cache)) if v is not None), None)
         if odd:
             refuse(f"--{odd}", f"--precision {precision}", "--precision fp8", "add --precision fp8")
-        if spec.scheme:
-            found = f"{spec.name}, whose weights are FP8 ({spec.scheme.name})"
-            refuse(
-                f"--precision {precision}",
-                found,
-                "--precision fp8",
-                "add --precision fp8, or build from bf16 weights",
-            )
+        _check_own(spec, precision)
         return spec
+    _check_own(spec, precision)
     if spec.scheme and scheme is not None:
         refuse(
             f"--scheme {scheme}",
@@ -73,12 +67,31 @@ def in_precision(
     return done
 
 
+def _check_own(spec: ModelSpec, precision: str) -> None:
+    """Refuse a precision that is not that of weights which are quantised already."""
+    own = spec.scheme and spec.scheme.precision
+    if spec.scheme and own != precision:
+        refuse(
+            f"--precision {precision}",
+            f"{spec.name}, whose weights are {str(own).upper()} ({spec.scheme.name})",
+            f"--precision {own}",
+            f"add --precision {own}, or build from bf16 weights",
+        )
+
+
 def fp8_packings(spec: ModelSpec) -> dict[str, Packing]:
     """How the scheme of `spec` stores each wide weight, by parameter."""
     scheme, rules = spec.scheme, quantized(spec)
     assert scheme is not None
     return {
-        name: Packing(source=name, dtype=scheme.scales, fp8=rules[name].weight, block=scheme.block)
+        name: Packing.model_validate(
+            {
+                "source": name,
+                "dtype": scheme.scales,
+                "fp8": rules[name].weight,
+                "block": scheme.block,
+            }
+        )
         if name in rules
         else Packing(source=name, dtype=spec.stored(name))
         for name in parameters(spec)

@@ -111,8 +111,16 @@ def _weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.separate_experts:
         rules, kinds = quantized(spec), tensors(spec)
         found = {name: shape for name, shape in found.items() if name in kinds or name in rules}
-        wide = {name: kind.shape for name, kind in kinds.items() if kind.dtype != "fp8"}
+        wide = {name: kind.shape for name, kind in kinds.items() if kind.dtype in TORCH_DTYPES}
         found |= {name: shape for name, shape in wide.items() if names.holds_routed(name)}
+        for layer in spec.text.all_layers:
+            both = names.routed(layer.index)
+            if layer.moe and len(set(both) & rules.keys()) == 1:  # all of its experts are apart
+                for name in set(both) & rules.keys():
+                    count, inner, outer = found.pop(name)
+                    each = [names.separate(name, expert) for expert in range(count)]
+                    shape = (outer // len(each[0]), inner)
+                    found |= {part: shape for parts in each for part in parts}
     return found
 
 

@@ -127,9 +127,9 @@ def calibrate(
     if spec.scheme:
         refuse(
             folder,
-            f"FP8 weights ({spec.scheme.name})",
+            spec.scheme.shown,
             "wide weights",
-            "calibrate the checkpoint that the FP8 weights were made from",
+            "calibrate the checkpoint that they were made from",
         )
     if not 0 < percentile <= 100:
         expected = "a percentile above 0 and at most 100"

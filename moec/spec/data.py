@@ -44,6 +44,7 @@ DTYPES = (
     Names("fp8", 8, "float8_e4m3fn", "F8_E4M3", "FLOAT8E4M3FN", "FP8", "fp8e4nv"),
     Names("fp4", 4, "", "", "FLOAT4E2M1", "FP4"),
     Names("int4", 4, "", "", "INT4", "INT4"),
+    Names("uint4", 4, "uint4", "", "UINT4"),
     Names("int8", 8, "int8", "I8", "INT8", "INT8"),
     Names("int32", 32, "int32", "I32", "INT32", "INT32", "i32"),
     Names("int64", 64, "int64", "I64", "INT64", "INT64", "i64"),

@@ -305,10 +305,11 @@ class ModelSpec(Frozen):
 
     `provenance` says how far to trust the sizes. "released" ones come from a published config.json,
     "estimated" ones are a guess of ours, "custom" ones come from the user. With a `scheme` some
-    weights are stored as FP8; `dtype` is the type of the others, but for those in `dtypes`: by the
-    name of a parameter, or of a family such as "layers.*.attn.norm.weight". With `separate_experts`
-    each routed expert has tensors of its own on disk, [out, in], where the scheme leaves it alone.
-    `sampling` is what generation does by default; None: it takes the likeliest token.
+    weights are stored as FP8 or as 4-bit integers; `dtype` is the type of the others, but for those
+    in `dtypes`: by the name of a parameter, or of a family such as "layers.*.attn.norm.weight".
+    With `separate_experts` each routed expert has tensors of its own on disk, [out, in], where the
+    scheme leaves it alone. `sampling` is what generation does by default; None: it takes the
+    likeliest token.
     """
 
     name: Name
@@ -332,6 +333,11 @@ class ModelSpec(Frozen):
                 f"0 to {self.text.vocab - 1}"
             )
         return self
+
+    @property
+    def fp8(self) -> Scheme | None:
+        """The scheme, if weights are FP8, which makes noise wherever inputs are rounded too."""
+        return None if self.scheme is None or self.scheme.int4 else self.scheme
 
     def stored(self, parameter: str) -> DType:
         """The type of a parameter on disk, where the scheme leaves it alone."""

@@ -112,6 +112,16 @@ def scale_of(parameter: str) -> str:
     return f"{parameter}_scale"
 
 
+def zero_point_of(parameter: str) -> str:
+    """The name of the zero points of a parameter's 4-bit integers."""
+    return f"{parameter}_zero_point"
+
+
+def is_zero_point(name: str) -> bool:
+    """Whether a tensor holds zero points."""
+    return name.endswith("_zero_point")
+
+
 def input_scale_of(parameter: str) -> str:
     """The name of the static scale of a parameter's input."""
     stem = parameter.removesuffix(".weight")
@@ -152,7 +162,8 @@ def separate(parameter: str, expert: int) -> tuple[str, ...]:
 def holds_routed(tensor: str) -> bool:
     """Whether a stored tensor holds weights of routed experts, in any layout; no scales."""
     part = tensor.partition(".moe.")[2]
-    return bool(part) and not part.startswith(("router.", "shared.")) and "scale" not in part
+    other = "scale" in part or is_zero_point(part)
+    return bool(part) and not part.startswith(("router.", "shared.")) and not other
 
 
 def expert_of(tensor: str, index: int) -> str:

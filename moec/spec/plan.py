@@ -88,11 +88,13 @@ def plan(
 
     `tiles` adds the cost of that many image tiles in the vision tower.
 
-    The default precision is "fp8" for a model with FP8 weights, else "bf16". In fp8 the scheme
+    The default precision is "fp8" for a model with FP8 weights, "int4" for one with 4-bit weights,
+    else "bf16". In fp8 the scheme
     decides about weights and caches: the model's own scheme, or `scheme`, which is "dynamic" by
     default. "dynamic" takes one byte for each weight of a linear layer or expert and leaves
     embedding, head, router, norms and caches in bf16. In int8 and int4, embedding, router, norms
-    and caches are fp32. In int4, attention and head are int8.
+    and caches are fp32. In int4, attention and head are int8. A model that is int4 already keeps
+    its own types of weights.
 
     In the result, `decode_*` is one step of the whole batch, and `prefill_*` is one prompt of
     `context` tokens. `full_cache_bytes` is the size that the cache would have if chunked layers
@@ -105,16 +107,20 @@ def plan(
             hold; or tiles for a model without a vision tower.
     """
     spec = load_spec(spec)
-    precision = precision or ("fp8" if spec.scheme else "bf16")
+    precision = precision or (spec.scheme.precision if spec.scheme else "bf16")
     if spec.scheme and scheme is not None:
         raise _error(
             "scheme",
-            f"{scheme}, but the weights are FP8 already, by scheme {spec.scheme.name}",
-            "no --scheme for FP8 weights",
+            f"{scheme}, but the weights are {spec.scheme.precision.upper()} already, by scheme "
+            f"{spec.scheme.name}",
+            f"no --scheme for {spec.scheme.precision.upper()} weights",
         )
+    if spec.scheme and spec.scheme.precision != precision:
+        own = spec.scheme.precision
+        raise _error("precision", f"{precision}, with an {own.upper()} scheme", own)
     if precision == "fp8":
         spec = spec.model_copy(update={"scheme": spec.scheme or load_scheme(scheme or SCHEME)})
-    elif scheme or spec.scheme:
+    elif scheme:
         raise _error("precision", f"{precision}, with an FP8 scheme", "fp8")
     if precision not in _BYTES:
         raise _error("precision", precision, f"one of {', '.join(_BYTES)}")
@@ -133,8 +139,8 @@ def plan(
         raise _error("tiles", found, f"at most the {context * batch} tokens of all contexts")
     text = spec.text
     sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
-    width = {name: _width(name, precision) for name in sizes if precision != "fp8"}
-    width = width or _fp8_widths(spec, sizes)
+    width = {name: _width(name, precision) for name in sizes if not spec.scheme}
+    width = width or _own_widths(spec, sizes)
     count, k = (text.experts.count, text.experts.top_k) if text.experts else (1, 0)
     read = count * (1 - (1 - k / count) ** batch)
     kept = [context if la.chunk is None else min(la.chunk, context) for la in text.all_layers]
@@ -226,14 +232,15 @@ def _width(name: str, precision: str) -> float:
     return _BYTES["int8" if precision == "int4" and names.of_attention(name) else precision]
 
 
-def _fp8_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes of one weight of each parameter, with its share of the scales."""
+def _own_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:
+    """Bytes of one weight of each parameter, as the scheme stores it, with its share of scales."""
     scheme, rules, shapes = spec.scheme, quantized(spec), text_parameters(spec)
     assert scheme is not None
     found = {name: float(_BYTES[spec.stored(name)]) for name in sizes}
     for name in rules.keys() & sizes.keys():
         scales = math.prod(scale_shape(shapes[name], rules[name].weight, scheme.block))
-        found[name] = 1 + scales * _BYTES[scheme.scales] / sizes[name]
+        each = _BYTES[scheme.scales] + BYTES["int4"] * scheme.zero_points
+        found[name] = BYTES[scheme.precision] + scales * each / sizes[name]
     return found
 
 

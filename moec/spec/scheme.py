@@ -1,10 +1,13 @@
-"""FP8 (E4M3) quantisation schemes, as data.
+"""Quantisation schemes, FP8 (E4M3) or 4-bit integers of a checkpoint, as data.
 
 A scheme says which weights are quantised, how many values share a scale, and what happens to the
 inputs. A quantised weight is stored as one-byte quantised values and as scales; the weight is
 quantised value times scale. A linear layer's input either stays as it is, or is rounded to E4M3
 too. Its scale is then static (calibrated and stored) or dynamic (computed from the largest element
 of each token). Weights that no scheme rule names stay in their stored type.
+
+moec itself quantises to FP8 with a scheme. Schemes of 4-bit integers describe checkpoints that are
+quantised already: an integer of 0 to 15, less its zero point, times the scale of its group.
 """
 
 from fnmatch import fnmatchcase
@@ -27,6 +30,11 @@ WEIGHTS = {
     "channel": "per-channel: one scale for each output",
     "block": "block-wise: one scale for each square of `block` inputs by `block` outputs",
 }
+#: the same for weights of 4-bit integers
+INT4_WEIGHTS = {
+    "group": "one scale for each `block` inputs of an output",
+    "output": "one scale for each output",
+}
 #: what a scheme rule may say of the inputs, and what it means
 INPUTS = {
     "none": "inputs are not quantised",
@@ -38,7 +46,9 @@ INPUTS = {
 STATIC = ("tensor", "expert")
 
 #: the format whose tensor names and shapes a checkpoint uses; "moec" is an artefact's own format
-Layout = Literal["moec", "compressed-tensors", "modelopt", "fbgemm_fp8"]
+Layout = Literal["moec", "compressed-tensors", "modelopt", "fbgemm_fp8", "pack-quantized"]
+#: the layout of 4-bit integers; the others are FP8
+INT4: Layout = "pack-quantized"
 
 #: patterns over parameter names, for the groups of weights that schemes name
 EXPERTS = names.routed("*")
@@ -61,7 +71,9 @@ class Rule(Frozen):
     """
 
     of: tuple[Annotated[str, Field(max_length=limits.PATTERN)], ...] = Field(min_length=1)
-    weight: Literal["tensor", "expert", "channel", "block"] = Field(description=str(WEIGHTS))
+    weight: Literal["tensor", "expert", "channel", "block", "group", "output"] = Field(
+        description=str(WEIGHTS | INT4_WEIGHTS)
+    )
     inputs: Literal["none", "tensor", "expert", "token", "group"] = Field(
         default="none", description=str(INPUTS)
     )
@@ -78,10 +90,11 @@ class Rule(Frozen):
 
 
 class Scheme(Frozen):
-    """An FP8 scheme: an ordered list of scheme rules. The first one that matches a weight applies.
+    """A scheme: an ordered list of scheme rules. The first one that matches a weight applies.
 
     No built-in scheme quantises routers, norms or the embedding. With `cache`, keys and values are
     stored in E4M3 too, with one calibrated scale for the keys of a layer and one for the values.
+    With `zero_points`, 4-bit integers have a zero point for each scale; otherwise it is 8.
     """
 
     name: str = Field(min_length=1, max_length=limits.NAME)
@@ -91,6 +104,7 @@ class Scheme(Frozen):
         default=None, gt=0, description="dynamic scales treat larger input magnitudes as this one"
     )
     cache: bool = False
+    zero_points: bool = False
     layout: Layout = "moec"
     scales: DType = Field(default="fp32", description="type of the scales on disk")
 
@@ -103,6 +117,12 @@ class Scheme(Frozen):
             )
         if self.layout == "compressed-tensors" and any(r.inputs in STATIC for r in self.rules):
             raise ValueError("compressed-tensors with static input scales is not supported")
+        if any((rule.weight in INT4_WEIGHTS) != self.int4 for rule in self.rules):
+            raise ValueError(f"weight group or output goes with layout {INT4}, and with no other")
+        if self.int4 and (self.cache or any(rule.inputs != "none" for rule in self.rules)):
+            raise ValueError(f"layout {INT4} has no scales for inputs or caches")
+        if self.zero_points and not self.int4:
+            raise ValueError(f"only layout {INT4} has zero points")
         return self
 
     def rule(self, parameter: str) -> Rule | None:
@@ -115,9 +135,24 @@ class Scheme(Frozen):
         return self.cache or any(rule.inputs in STATIC for rule in self.rules)
 
     @property
+    def int4(self) -> bool:
+        """Whether the quantised values are 4-bit integers, and not FP8."""
+        return self.layout == INT4
+
+    @property
+    def precision(self) -> str:
+        """The precision of an artefact of such weights: "fp8" or "int4"."""
+        return "int4" if self.int4 else "fp8"
+
+    @property
+    def shown(self) -> str:
+        """What a message calls the weights of this scheme."""
+        return f"{self.precision.upper()} weights ({self.name})"
+
+    @property
     def separate_experts(self) -> bool:
         """Whether each expert has its own tensors, [out, in], instead of a slice of a stack."""
-        return self.layout == "compressed-tensors"
+        return self.layout in ("compressed-tensors", INT4)
 
 
 def _scheme(name: str, of: tuple[str, ...], weight: str, inputs: str, **more: object) -> Scheme:

@@ -7,6 +7,12 @@ Scales have these shapes, for a linear layer and for stacked experts:
     "expert"   []                   [expert]
     "channel"  [out]                [expert, out]
     "block"    [out, in] in blocks  [expert, in, out] in blocks
+    "group"    [out, in / block]    each expert has its own: see below
+    "output"   [out, 1]
+
+4-bit integers are bytes [out, in / 2]: two in a byte, the first one in the low half. So are their
+zero points, [out / 8, groups, 4]: the eight of one group and eight outputs are side by side. All
+routed experts then have tensors of their own.
 """
 
 from collections.abc import Iterator
@@ -16,11 +22,11 @@ from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import Shape, parameters
-from moec.spec.scheme import STATIC, Rule
+from moec.spec.scheme import STATIC, Rule, Scheme
 
 
 class Kind(NamedTuple):
-    """The shape and type of a stored tensor; `dtype` is "fp8" or a `DType`."""
+    """The shape and type of a stored tensor; `dtype` is "fp8", "uint8" or a `DType`."""
 
     shape: Shape
     dtype: str
@@ -53,11 +59,12 @@ def tensors(spec: ModelSpec) -> dict[str, Kind]:
 
 
 def quantized(spec: ModelSpec) -> dict[str, Rule]:
-    """The parameters that the scheme of `spec` quantises to FP8, with the scheme rule of each.
+    """The parameters that the scheme of `spec` quantises, with the scheme rule of each.
 
     Raises:
         MoecError: a scheme rule matches no weight of the model; a rule has static input scales in
-            the vision tower; or the rules treat the inputs of gate_up and down differently.
+            the vision tower; groups of 4-bit integers do not divide a weight; or the rules treat
+            the inputs of gate_up and down differently.
     """
     scheme = spec.scheme
     if scheme is None:
@@ -80,9 +87,11 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
             "dynamic input scales, because calibration runs on text only",
             "write `inputs: token` in the scheme rule for the vision tower",
         )
+    if scheme.int4:
+        _check_widths(spec, found)
     for layer in spec.text.all_layers:
         both = [found.get(name) for name in names.routed(layer.index)]
-        if len({each and each.inputs for each in both}) > 1:
+        if len({each and each.inputs for each in both}) > 1 and not scheme.int4:
             refuse(
                 f"scheme {scheme.name}: {names.moe(layer.index)}",
                 "different input scales for gate_up and down",
@@ -90,6 +99,21 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
                 "correct the scheme",
             )
     return found
+
+
+def _check_widths(spec: ModelSpec, rules: dict[str, Rule]) -> None:
+    """Refuse weights whose rows are no whole words of eight 4-bit integers, or no whole groups."""
+    shapes = parameters(spec)
+    for name, rule in rules.items():
+        width = shapes[name][-2 if len(shapes[name]) == 3 else -1]
+        for size in (8, spec.scheme.block if rule.weight == "group" and spec.scheme else 8):
+            if width % size:
+                refuse(
+                    name,
+                    f"4-bit integers for {width} inputs",
+                    f"a multiple of {size}, so that words and groups end with the row",
+                    "leave this layer out when you quantise the model",
+                )
 
 
 def eligible(spec: ModelSpec) -> list[str]:
@@ -109,18 +133,41 @@ def _stored(spec: ModelSpec, name: str, shape: Shape, rule: Rule) -> Iterator[tu
         for expert in range(count):
             parts = names.separate(name, expert)
             for part in parts:
-                matrix = (outer // len(parts), inner)
-                yield part, Kind(matrix, "fp8")
-                yield (
-                    names.scale_of(part),
-                    Kind(scale_shape(matrix, rule.weight, scheme.block), scheme.scales),
-                )
+                yield from _matrix(part, (outer // len(parts), inner), rule, scheme)
+        return
+    if scheme.int4:
+        yield from _matrix(name, shape, rule, scheme)
         return
     yield name, Kind(shape, "fp8")
     yield names.scale_of(name), Kind(scale_shape(shape, rule.weight, scheme.block), scheme.scales)
     if rule.inputs in STATIC:
         each = shape[:1] if rule.inputs == "expert" and len(shape) == 3 else ()
         yield names.input_scale_of(name), Kind(each, scheme.scales)
+
+
+def _matrix(name: str, shape: Shape, rule: Rule, scheme: Scheme) -> Iterator[tuple[str, Kind]]:
+    """The tensors of a quantised weight [out, in]."""
+    scales = scale_shape(shape, rule.weight, scheme.block)
+    rows, columns = shape
+    yield name, Kind((rows, columns // 2), "uint8") if scheme.int4 else Kind(shape, "fp8")
+    yield names.scale_of(name), Kind(scales, scheme.scales)
+    if scheme.zero_points:
+        yield names.zero_point_of(name), Kind((-(-rows // 8), scales[1], 4), "uint8")
+
+
+def int4_tensors(parameter: str, shape: Shape) -> list[str]:
+    """The names of the tensors in which 4-bit integers store a parameter, zero points included."""
+    parts = [parameter]
+    if len(shape) == 3:
+        parts = [part for e in range(shape[0]) for part in names.separate(parameter, e)]
+    kinds = (str, names.scale_of, names.zero_point_of)
+    return [kind(part) for part in parts for kind in kinds]
+
+
+def in_words(kind: Kind) -> Kind:
+    """How a checkpoint's header describes the bytes of 4-bit integers: words of eight, int32."""
+    *lead, last = kind.shape
+    return Kind((*lead, last // 4) if len(kind.shape) == 2 else tuple(lead), "int32")
 
 
 def scale_shape(shape: Shape, weight: str, block: int) -> Shape:
@@ -134,4 +181,8 @@ def scale_shape(shape: Shape, weight: str, block: int) -> Shape:
         "expert": tuple(experts),
         "channel": (*experts, columns if experts else rows),
         "block": (*experts, -(-rows // block), -(-columns // block)),
+        "group": (*experts, columns, -(-rows // block))
+        if experts
+        else (rows, -(-columns // block)),
+        "output": (*experts, columns if experts else rows, 1),
     }[weight]

@@ -14,8 +14,9 @@ from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.names import family, is_scale
 from moec.spec.parameters import parameters
-from moec.spec.tensors import tensors
+from moec.spec.tensors import quantized, tensors
 from moec.weights.checkpoint import Checkpoint, read_checkpoint
+from moec.weights.int4.stored import in_bytes
 from moec.weights.shard import TensorEntry, stack, turned
 from moec.weights.spelling import spelled
 
@@ -50,6 +51,7 @@ def read_model(
     spec, checkpoint = spelled(load_spec(folder), read_checkpoint(folder, named))
     spec = _with_experts(spec, checkpoint)
     spec = _with_scales(_with_dtypes(spec, checkpoint), checkpoint)
+    checkpoint = in_bytes(spec, checkpoint)
     entries = match(spec, checkpoint)
     if adapters:
         from moec.weights.adapter.read import with_adapters  # torch, which reading needs not
@@ -62,6 +64,8 @@ def read_model(
 
 def _with_experts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     """`spec` with separate experts if the checkpoint has wide tensors of single experts."""
+    if not any(".experts.0." in key and key.endswith(".weight") for key in checkpoint.tensors):
+        return spec
     separate = spec.model_copy(update={"separate_experts": True})
     fused, apart = ({row.key for row in checkpoint_tensors(each)} for each in (spec, separate))
     return separate if (apart - fused) & checkpoint.tensors.keys() else spec
@@ -74,10 +78,12 @@ def stacked(
 
     Matrices of several types make a stack of float32.
     """
-    found = dict(entries)
+    found, rules = dict(entries), quantized(spec)
     if not spec.separate_experts:
         return spec, found
     for name, (count, *_) in parameters(spec).items():
+        if name in rules:
+            continue
         each = [names.separate(name, expert) for expert in range(count)]
         if names.is_routed(name) and all(part in found for parts in each for part in parts):
             own = [[found.pop(part) for part in parts] for parts in each]
@@ -88,13 +94,25 @@ def stacked(
     return _typed(spec, {name: each.dtype for name, each in found.items()}), found
 
 
+def as_packed(
+    spec: ModelSpec, entries: dict[str, TensorEntry]
+) -> tuple[ModelSpec, dict[str, TensorEntry]]:
+    """`spec` and its tensors for what packs them: `stacked`, and 4-bit integers joined."""
+    spec, found = stacked(spec, entries)
+    if spec.scheme and spec.scheme.int4:
+        from moec.weights.int4.packed import joined  # torch, which reading needs not
+
+        return joined(spec, found)
+    return spec, found
+
+
 def _with_dtypes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     """`spec` with the types of the wide weights: config.json may name another, or none.
 
     The type that most of them have is the model's. The others are named, all layers in one where
     they agree.
     """
-    kept = (each for each in checkpoint_tensors(spec) if each.dtype != "fp8")
+    kept = (each for each in checkpoint_tensors(spec) if each.dtype in get_args(DType))
     stored = {
         each.name: checkpoint.tensors.get(each.key) for each in kept if not is_scale(each.name)
     }
@@ -149,7 +167,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 else "download the missing shard, or compare config.json with the weights",
             )
         if is_scale(row.name):
-            entry = _checked_scale(row, entry)
+            entry = _checked_scale(row, entry, not (spec.scheme and spec.scheme.int4))
         if (entry.dtype, entry.shape) != (row.dtype, row.shape):
             refuse(
                 f"{entry.file}: {row.key}",
@@ -177,15 +195,16 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     return entries
 
 
-def _checked_scale(row: CheckpointTensor, entry: TensorEntry) -> TensorEntry:
-    """Check the values of a scale; return `entry` with our shape.
+def _checked_scale(row: CheckpointTensor, entry: TensorEntry, few: bool) -> TensorEntry:
+    """Check the values of a scale, if there are `few` of them; return `entry` with our shape.
 
-    Formats differ in whether they keep axes of size 1.
+    Formats differ in whether they keep axes of size 1. Groups of a large model have gigabytes of
+    scales, and some have only weights of zero.
     """
     if [n for n in entry.shape if n != 1] != [n for n in row.shape if n != 1]:
         return entry
     entry = replace(entry, shape=row.shape)
-    if entry.dtype == row.dtype:
+    if few and entry.dtype == row.dtype:
         from moec.weights.view import view  # torch, which a wide checkpoint is read without
 
         values = view(entry).float()

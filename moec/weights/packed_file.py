@@ -19,6 +19,7 @@ from moec.spec.errors import refuse
 from moec.weights import fp8, packed_journal
 from moec.weights.arrange import arrange, store
 from moec.weights.hashed import Piece, joined
+from moec.weights.int4.packed import packed_rows
 from moec.weights.packed_journal import Hash, Landed
 from moec.weights.packed_layout import in_file_order, layout
 from moec.weights.packing import Packing
@@ -142,6 +143,7 @@ def write_packed(
                     continue
                 weight = _weight(handle, packing, entries[packing.source], offsets)
                 write = _write_fp8 if packing.fp8 else _write_rows
+                write = _write_int4 if packing.group else write
                 for read in write(weight, pool, beside):
                     at += read
                     progress(at, total)
@@ -312,6 +314,24 @@ def _write_rows(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Itera
         for some in _split(arrange(packing, matrix)):
             for pieces, part in zip(weight.pieces, store(packing, some), strict=True):
                 _refuse_not_finite(packing, weight.entry, part)
+                pieces[index].write(part.flatten().view(torch.uint8).numpy())
+        return matrices[index].nbytes
+
+    yield from pool.map(pack, range(len(matrices)))
+
+
+def _write_int4(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Iterator[int]:
+    """Write one matrix of a checkpoint's 4-bit integers after another, some rows at a time.
+
+    Yields the bytes of weights that have been packed, after each matrix.
+    """
+    packing, matrices = weight.packing, _matrices(weight.entry)
+
+    def pack(index: int) -> int:
+        weight.crcs[index] = packed_journal.crc_of(matrices[index])
+        for rows in packed_rows(packing, matrices[index]):
+            _refuse_not_finite(packing, weight.entry, rows[1])
+            for pieces, part in zip(weight.pieces, rows, strict=True):
                 pieces[index].write(part.flatten().view(torch.uint8).numpy())
         return matrices[index].nbytes
 

@@ -58,20 +58,25 @@ def checksum(matrices: Iterable[int]) -> int:
 
 def checksum_of(matrices: Iterable[TensorEntry]) -> int:
     """The checksum of a weight whose matrices are in a checkpoint; it reads all of them."""
-    found = []
-    for matrix in matrices:
-        if matrix.changes or matrix.parts:
-            from moec.weights.view import raw  # torch, which refusals do not wait for
+    return checksum(map(crc_of, matrices))
 
-            found.append(zlib.crc32(raw(matrix)))
-            continue
-        crc, left = 0, matrix.nbytes
-        with matrix.file.open("rb", buffering=0) as file:
-            file.seek(matrix.offset)
-            while left and (data := file.read(min(left, BLOCK))):
-                crc, left = zlib.crc32(data, crc), left - len(data)
-        found.append(crc)
-    return checksum(found)
+
+def crc_of(matrix: TensorEntry, crc: int = 0) -> int:
+    """The CRC-32 of a matrix in a checkpoint, after bytes that have the checksum `crc`."""
+    if matrix.dtype == "int4":  # its parts are tensors of several types
+        for part in matrix.parts:
+            crc = crc_of(part, crc)
+        return crc
+    if matrix.changes or matrix.parts:
+        from moec.weights.view import raw  # torch, which refusals do not wait for
+
+        return zlib.crc32(raw(matrix), crc)
+    left = matrix.nbytes
+    with matrix.file.open("rb", buffering=0) as file:
+        file.seek(matrix.offset)
+        while left and (data := file.read(min(left, BLOCK))):
+            crc, left = zlib.crc32(data, crc), left - len(data)
+    return crc
 
 
 def journal_of(path: Path) -> Path:

@@ -5,6 +5,7 @@ can hold it, `bind` can apply it later, and a proof can undo it. The experts of 
 packed one by one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -37,6 +38,9 @@ class Packing(Frozen):
     - With `bits`, each row is quantised symmetrically in blocks of `block` elements. The quantised
       values are unsigned integers around 2^(bits-1), and each block has a scale of `dtype`. Two
       4-bit values share a byte, the first one in the low nibble.
+    - With `group` too, the 4-bit values are the checkpoint's own: see `moec.weights.int4`. Each
+      `group` elements of a row have a scale, which all their blocks repeat; and so they have a zero
+      point with `zero_points`, two in a byte.
     - With `fp8`, the quantised values are E4M3 and have the parameter's name. The scales have the
       type `dtype`; `fp8` says how many values share one, as in a scheme rule.
     - With neither, the elements are cast to `dtype`.
@@ -48,12 +52,18 @@ class Packing(Frozen):
     bits: Literal[4, 8] | None = None
     fp8: Literal["tensor", "expert", "channel", "block"] | None = None
     block: int = Field(default=32, ge=1)
+    group: int | None = Field(default=None, ge=1)
+    zero_points: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         plain = self.arrange == "rows" or (self.arrange, self.fp8) == ("transpose", "channel")
         if self.fp8 and not plain:
             raise ValueError(f"fp8 {self.fp8} with arrange {self.arrange} is not supported")
+        if self.group and (self.bits != 4 or self.group % self.block):
+            raise ValueError(f"groups of {self.group} have 4 bits, and whole blocks")
+        if self.zero_points and not self.group:
+            raise ValueError("zero points are a checkpoint's, which has groups")
         return self
 
     def names(self, stored: str) -> tuple[str, ...]:
@@ -62,7 +72,8 @@ class Packing(Frozen):
         A parameter that is stored without a change keeps its own name.
         """
         if self.bits:
-            return f"{self.source}.int{self.bits}", f"{self.source}.scales"
+            zeros = (f"{self.source}.zero_points",) if self.zero_points else ()
+            return f"{self.source}.int{self.bits}", f"{self.source}.scales", *zeros
         if self.fp8:
             return self.source, scale_of(self.source)
         kept = self.arrange == "rows" and self.dtype == stored
@@ -82,7 +93,8 @@ class Packing(Frozen):
         bytes_each = self.block * self.bits // 8
         # QMoE wants the bytes of a row in one axis, MatMulNBits wants an axis for the blocks.
         packed = (*lead, rows, blocks * bytes_each) if lead else (rows, blocks, bytes_each)
-        return ((packed, "uint8"), ((*lead, rows, blocks), self.dtype))
+        zeros = (((*lead, rows, -(-blocks // 2)), "uint8"),) if self.zero_points else ()
+        return (packed, "uint8"), ((*lead, rows, blocks), self.dtype), *zeros
 
     @property
     def reason(self) -> str:
@@ -90,6 +102,8 @@ class Packing(Frozen):
         kind = f"stored as {self.dtype}"
         if self.bits:
             kind = f"int{self.bits} in blocks of {self.block}"
+        if self.group:
+            kind = f"the checkpoint's int4, scales of {self.group} for blocks of {self.block}"
         if self.fp8:
             squares = f", squares of {self.block}" if self.fp8 == "block" else ""
             kind = f"fp8, scales by {self.fp8}{squares}"
@@ -103,6 +117,12 @@ class Packed:
     packing: Packing
     shape: Shape
     parts: tuple[TensorEntry, ...]
+
+    def in_parts(self) -> "Mapping[str, Packed]":
+        """The tensors of 4-bit integers that it was made of: see `moec.weights.int4.packed`."""
+        from moec.weights.int4.packed import packed_parts  # imports torch too
+
+        return packed_parts(self)
 
     def read(self) -> "Tensor":
         """Read the parameter in its original shape: see `moec.weights.arrange.read`."""

@@ -17,6 +17,7 @@ from moec.spec.parameters import parameters
 from moec.spec.scheme import LARGEST
 from moec.spec.tensors import quantized, tensors
 from moec.weights import fp8
+from moec.weights.int4.quantise import in_words, quantise
 from moec.weights.view import STORED, TORCH_DTYPES
 
 #: the magnitude that static scales of random weights cover; very few inputs are larger
@@ -36,7 +37,7 @@ def write_random_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     theirs, found = keys(spec), dict[str, Tensor]()
     for name, tensor in _draw_all(spec, generator):
-        found[theirs[name]] = tensor.cpu()
+        found |= in_words(theirs[name], tensor.cpu())
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(write_config(spec), indent=2))
 
@@ -70,6 +71,10 @@ def _quantised(
 ) -> Iterator[tuple[str, Tensor]]:
     """The quantised values and the scales of a weight [out, in] or [expert, in, out]."""
     assert spec.scheme is not None
+    if spec.scheme.int4:
+        scheme = spec.scheme
+        yield from quantise(name, weight, grid, scheme.block, scheme.zero_points, scheme.scales)
+        return
     block, stacked = spec.scheme.block, weight.dim() == 3
     along = {"channel": "column" if stacked else "row", "block": "block"}.get(grid, "all")
     matrices = list(weight.contiguous().cpu()) if stacked else [weight.contiguous().cpu()]

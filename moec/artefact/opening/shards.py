@@ -16,12 +16,10 @@ from moec.spec.errors import refuse
 from moec.spec.hf.forms import split_list
 from moec.spec.hf.names import DECODER, keys
 from moec.spec.names import is_scale
+from moec.spec.tensors import Kind, in_words
 from moec.weights.shard import TensorEntry
 from moec.weights.trust.links import reachable
 from moec.weights.trust.records import folder_is_allowed
-
-#: shape and dtype of a stored tensor
-Kind = tuple[tuple[int, ...], str]
 
 
 def find_shard(path: Path, weights: Weights, name: str, named: Path | None) -> Path:
@@ -68,12 +66,17 @@ def checkpoint_of(path: Path, manifest: Manifest, named: Path | None) -> Path | 
 
 
 def holds(
-    name: str, ref: TensorRef, kind: Kind, tensors: Mapping[str, TensorEntry], key: str
+    name: str,
+    ref: TensorRef,
+    kind: tuple[tuple[int, ...], str],
+    tensors: Mapping[str, TensorEntry],
+    key: str,
 ) -> bool:
     """Whether `ref` is exactly the place of tensor `key` in a shard's header, and has its kind.
 
     `tensors` are those of the shard. Formats differ in whether a scale keeps axes of size 1, and
-    checkpoints of text alone in whether keys have the decoder's prefix.
+    checkpoints of text alone in whether keys have the decoder's prefix. 4-bit integers are words in
+    a checkpoint, and bytes in what moec packs.
     """
     entry = tensors.get(key) or tensors.get(DECODER + key)
     if entry is None or (entry.offset, entry.nbytes) != (ref.offset, ref.length):
@@ -82,7 +85,8 @@ def holds(
     found = entry.shape
     if is_scale(name):
         shape, found = (tuple(n for n in each if n != 1) for each in (shape, found))
-    return (entry.dtype, found) == (dtype, shape)
+    words = [in_words(Kind(shape, dtype))] if dtype == "uint8" else []
+    return (found, entry.dtype) in [(shape, dtype), *words]
 
 
 def keys_in_shards(manifest: Manifest) -> Mapping[str, str]:

@@ -26,12 +26,13 @@ def set_external_data(model: ir.Model, entries: Mapping[str, TensorEntry], root:
         entry = entry_of(weight.name or "", entries)
         if entry is None:
             continue
+        dtype, shape = kinds_of(entry)[weight.dtype == ir.DataType.UINT4]
         weight.const_value = ir.ExternalTensor(
             entry.file.relative_to(root).as_posix(),
             entry.offset,
             entry.nbytes,
-            ONNX_TYPES[entry.dtype],
-            shape=ir.Shape(entry.shape),
+            dtype,
+            shape=ir.Shape(shape),
             name=str(weight.name),
             base_dir=root,
         )
@@ -39,6 +40,14 @@ def set_external_data(model: ir.Model, entries: Mapping[str, TensorEntry], root:
     for weight in inputs:
         graph.inputs.remove(weight)
         graph.register_initializer(weight)
+
+
+def kinds_of(entry: TensorEntry) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    """ONNX's type and shape of a weight; bytes of 4-bit integers may also be UINT4, two a byte."""
+    found = [(ONNX_TYPES[entry.dtype], entry.shape)]
+    if entry.dtype == "uint8":
+        found.append((ir.DataType.UINT4, (*entry.shape[:-1], 2 * entry.shape[-1])))
+    return found
 
 
 def entry_of(name: str, entries: Mapping[str, TensorEntry]) -> TensorEntry | None:

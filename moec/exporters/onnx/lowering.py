@@ -29,6 +29,7 @@ DTYPES: dict[torch.dtype, ir.DataType] = {
     getattr(torch, name): ir.DataType[theirs] for name, theirs in dtypes("torch", "onnx").items()
 }
 _TORCH = {theirs: ours for ours, theirs in DTYPES.items()}
+UINT4 = _TORCH[ir.DataType.UINT4]
 #: operators of this domain are written "com.microsoft::Name"
 MICROSOFT = "com.microsoft"
 
@@ -70,6 +71,14 @@ class Weights:
         """Expert `index` of a stacked weight [expert, in, out], as a weight [in, out]."""
         name, kind = expert_of(str(stacked.name), index), type_of(stacked)
         return self.values.setdefault(name, value(name, kind.like(*kind.shape[1:])))
+
+    def as_uint4(self, stored: ir.Value) -> ir.Value:
+        """A weight of bytes, [..., n], as the 4-bit integers in them, UINT4 [..., 2n]."""
+        kind = type_of(stored)
+        if kind.dtype == torch.uint8:
+            shape = (*kind.shape[:-1], 2 * kind.shape[-1])
+            stored.type, stored.shape = ir.TensorType(ir.DataType.UINT4), ir.Shape(shape)
+        return stored
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from moec.exporters.onnx.expert_branches import lower_branches
+from moec.exporters.onnx.int4.ort import lower_int4_linear, lower_int4_moe
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.ort_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
@@ -189,3 +190,9 @@ def _quantized(bits: int) -> tuple[Rule, ...]:
 
 
 ORT_INT8, ORT_INT4 = _quantized(8), _quantized(4)
+#: the weights are packed, and those of 4-bit integers keep the checkpoint's
+ORT_GIVEN = (
+    Rule(ops.int4_moe, lower_int4_moe),
+    Rule(ops.int4_linear, lower_int4_linear),
+    *ORT_PACKED,
+)

@@ -1,8 +1,8 @@
 """The `standard` dialect: plain ONNX operators of opset 24, for any runtime that has them.
 
 Each op of the graph has one function here, and the table `STANDARD` at the end lists them. The
-functions for experts are in `experts`, those for FP8 in `fp8`, those for the vision tower in
-`vision`.
+functions for experts are in `experts`, those for FP8 in `fp8`, those for 4-bit integers in
+`int4.standard`, those for the vision tower in `vision`.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from moec.exporters.onnx.fp8 import (
     lower_quantize,
     lower_token_scale,
 )
+from moec.exporters.onnx.int4.standard import lower_int4_linear, lower_int4_moe
 from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.vision import (
     lower_fuse,
@@ -359,6 +360,8 @@ STANDARD = (
     Rule(ops.quantize, lower_quantize),
     Rule(ops.dequantize, lower_dequantize),
     Rule(ops.fp8_moe, lower_fp8_moe),
+    Rule(ops.int4_linear, lower_int4_linear),
+    Rule(ops.int4_moe, lower_int4_moe),
     Rule(ops.to_float32, _to_float32),
     Rule(ops.patches, lower_patches),
     Rule(ops.tile_tokens, lower_tile_tokens),

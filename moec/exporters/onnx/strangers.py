@@ -15,7 +15,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from moec.artefact.artefact import Artefact, stored_kinds
-from moec.exporters.onnx.external_data import ONNX_TYPES, entry_of
+from moec.exporters.onnx.external_data import entry_of, kinds_of
 from moec.spec.errors import refuse
 from moec.weights.shard import TensorEntry
 
@@ -169,8 +169,9 @@ def _check_place(file: Path, tensor: Any, entry: TensorEntry | None) -> None:
         )
     place = (entry.file.as_posix(), str(entry.offset), str(entry.nbytes))
     found = (given["location"], given["offset"], given["length"])
-    kind = (ONNX_TYPES[entry.dtype].value, entry.shape)
-    if (found, (tensor.data_type, tuple(tensor.dims))) != (place, kind):
+    kinds = [(dtype.value, shape) for dtype, shape in kinds_of(entry)]
+    kind = kinds[0]
+    if found != place or (tensor.data_type, tuple(tensor.dims)) not in kinds:
         _refuse(
             file,
             where,

@@ -26,6 +26,7 @@ from moec.graph_builder.ops.fused import (
     swiglu_fp8,
 )
 from moec.graph_builder.ops.fused_attention import attend, attend_fp8, attention_fp8, rope_append
+from moec.graph_builder.ops.int4 import int4_linear, int4_moe
 from moec.graph_builder.ops.linear import (
     add,
     gelu,
@@ -65,6 +66,8 @@ __all__ = [
     "fuse",
     "gelu",
     "head_norm",
+    "int4_linear",
+    "int4_moe",
     "key_positions",
     "layer_norm",
     "linear",

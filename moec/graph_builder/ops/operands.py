@@ -93,6 +93,39 @@ class Fp8Moe(Routed[T]):
 
 
 @dataclass(frozen=True, slots=True)
+class Int4Moe(Routed[T]):
+    """Operands of `int4_moe`: routed tokens, and the 4-bit integers of three weights an expert.
+
+    gate_up, down    codes, two in a byte: gate_0 [F, D/2], up_0, gate_1, ... and down_0 [D, F/2],
+                     down_1, ...
+    gate_up_scale,   the scales of each, [out, groups]; no tensors: the weights are wide, [out, in]
+    down_scale
+    gate_up_zero,    the zero points of each, [out/8, groups, 4]; no tensors: all are 8
+    down_zero
+    values           the type that dequantised weights are rounded to
+    """
+
+    gate_up: list[T]
+    gate_up_scale: list[T]
+    gate_up_zero: list[T]
+    down: list[T]
+    down_scale: list[T]
+    down_zero: list[T]
+    values: str
+
+    @property
+    def count(self) -> int:
+        """The number of experts."""
+        return len(self.down)
+
+    def tensors(self, label: str) -> tuple[list[T], list[T], list[T]]:
+        """The codes, scales and zero points of "gate_up" or "down"."""
+        if label == "down":
+            return self.down, self.down_scale, self.down_zero
+        return self.gate_up, self.gate_up_scale, self.gate_up_zero
+
+
+@dataclass(frozen=True, slots=True)
 class MoeLayer(Generic[T]):
     """Operands of `moe_layer`: a whole layer, router included, whose last expert is the shared one.
 

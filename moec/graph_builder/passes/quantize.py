@@ -1,4 +1,4 @@
-"""Quantise a graph to FP8 as the scheme of a spec says: the weights, and the inputs of products."""
+"""Quantise a graph as the scheme of a spec says: the weights, and the inputs of products."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call, submodule, tag
+from moec.graph_builder.builder import call, stand_in, submodule, tag
 from moec.graph_builder.ops.operands import Moe
 from moec.graph_builder.roles import cached
 from moec.graph_builder.types import TensorType
@@ -20,29 +20,33 @@ from moec.weights.view import STORED, name_of
 def quantize(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
     """Rewrite `graph`, a part of `spec` with unquantised weights, in place.
 
-    Nothing changes if `spec` has no scheme. A `linear` that the scheme names gets a `dequantize`
-    for its weight. Its input gets a `quantize` and a `dequantize`; dynamic scales need a
-    `token_scale` before them. `moe` becomes `fp8_moe`. With FP8 caches, keys and values are rounded
-    to FP8 before they are appended, and the caches hold FP8 values.
+    Nothing changes if `spec` has no scheme. In FP8, a `linear` that the scheme names gets a
+    `dequantize` for its weight. Its input gets a `quantize` and a `dequantize`; dynamic scales need
+    a `token_scale` before them. `moe` becomes `fp8_moe`. With FP8 caches, keys and values are
+    rounded to FP8 before they are appended, and the caches hold FP8 values.
+
+    With 4-bit integers, `linear` becomes `int4_linear`, and experts `int4_moe`.
 
     Raises:
         MoecError: a cache is FP8, and the node that appends to it lacks the role of keys or values.
     """
     if spec.scheme is None:
         return graph
-    rewrite = _Rewrite(graph, spec.scheme, spec, quantized(spec))
+    kind = _Int4 if spec.scheme.int4 else _Fp8
+    rewrite = kind(graph, spec.scheme, spec, quantized(spec))
     for node in list(graph.graph.nodes):
         if node.op == "call_function":
             with graph.graph.inserting_before(node):
                 rewrite(node)
     graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
+    if not spec.scheme.int4:  # `forget` has removed the wide weights one by one
+        graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
 
 
 class _Rewrite:
-    """One run of the pass over `graph`."""
+    """One run of the pass over `graph`: what both kinds of quantised values need."""
 
     def __init__(
         self, graph: fx.GraphModule, scheme: Scheme, spec: ModelSpec, rules: dict[str, Rule]
@@ -52,6 +56,38 @@ class _Rewrite:
         self.experts = spec.text.expert_count
         self.inputs: dict[tuple[fx.Node, str], fx.Node] = {}  # rounded once for q, k and v
 
+    def __call__(self, node: fx.Node) -> None:
+        """Rewrite `node` if the scheme says so."""
+        raise NotImplementedError
+
+    def parts(self, stacked: str) -> tuple[str, ...]:
+        """The stored tensors that hold the experts of a stacked weight."""
+        if not self.scheme.separate_experts:
+            return (stacked,)
+        return tuple(part for e in range(self.experts) for part in names.separate(stacked, e))
+
+    def parameter(self, name: str) -> fx.Node:
+        """Add a node for the stored tensor `name`."""
+        shape, dtype = self.kinds[name]
+        owner, _, leaf = name.rpartition(".")
+        meta = torch.empty(shape, dtype=STORED[dtype], device="meta")
+        module = submodule(self.root, owner)
+        module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
+        node = self.graph.create_node("get_attr", name)  # `get_attr` would look the name up again
+        return tag(node, name, TensorType(shape, meta.dtype))
+
+    def forget(self, *wide: fx.Node) -> None:
+        for node in wide:
+            if node.users:  # another node still uses it unquantised
+                continue
+            name = str(node.target)
+            self.graph.erase_node(node)
+            if name not in self.kinds:
+                owner, _, leaf = name.rpartition(".")
+                delattr(self.root.get_submodule(owner), leaf)
+
+
+class _Fp8(_Rewrite):
     def __call__(self, node: fx.Node) -> None:
         args: Any = node.args
         if node.target == ops.linear.target and args[1].meta["name"] in self.rules:
@@ -108,26 +144,14 @@ class _Rewrite:
             self.parameter(names.input_scale_of(fused)) if rule.inputs in STATIC else None
             for fused in experts
         ]
+        how = rule.inputs, self.scheme.block, self.scheme.bound
+        routed = (old.x, old.scores, old.experts)
         new = call(
-            self.graph,
-            ops.fp8_moe,
-            *(old.x, old.scores, old.experts),
-            *weights,
-            *inputs,
-            rule.inputs,
-            self.scheme.block,
-            self.scheme.bound,
-            name=node.meta["name"],
+            self.graph, ops.fp8_moe, *routed, *weights, *inputs, *how, name=node.meta["name"]
         )
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         self.forget(old.gate_up, old.down)
-
-    def parts(self, stacked: str) -> tuple[str, ...]:
-        """The stored tensors that hold the experts of a stacked weight."""
-        if not self.scheme.separate_experts:
-            return (stacked,)
-        return tuple(part for e in range(self.experts) for part in names.separate(stacked, e))
 
     def append(self, node: fx.Node) -> None:
         """Make a cache FP8: attention sees rounded keys or values, and the cache holds FP8."""
@@ -155,24 +179,60 @@ class _Rewrite:
         block = self.scheme.block
         return call(self.graph, ops.dequantize, codes, scale, axis, block, dtype, name=name)
 
-    def parameter(self, name: str) -> fx.Node:
-        """Add a node for the stored tensor `name`."""
-        shape, dtype = self.kinds[name]
-        owner, _, leaf = name.rpartition(".")
-        meta = torch.empty(shape, dtype=STORED[dtype], device="meta")
-        module = submodule(self.root, owner)
-        module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
-        return tag(self.graph.get_attr(name), name, TensorType(shape, meta.dtype))
 
-    def forget(self, *wide: fx.Node) -> None:
-        for node in wide:
-            if node.users:  # another node still uses it unquantised
-                continue
-            name = str(node.target)
-            self.graph.erase_node(node)
-            if name not in self.kinds:
-                owner, _, leaf = name.rpartition(".")
-                delattr(self.root.get_submodule(owner), leaf)
+class _Int4(_Rewrite):
+    def __call__(self, node: fx.Node) -> None:
+        args: Any = node.args
+        if node.target == ops.linear.target and args[1].meta["name"] in self.rules:
+            self.linear(node, *args)
+        elif node.target == ops.moe.target:
+            old = Moe(*args)
+            self.moe(node, args[:3], {old.gate_up.meta["name"]: [], old.down.meta["name"]: []})
+            self.forget(old.gate_up, old.down)
+        elif node.target == ops.separate_moe.target:
+            self.moe(node, args[:3], dict(zip(self.routed(node), args[3:], strict=True)))
+            self.forget(*args[3], *args[4])
+
+    def linear(self, node: fx.Node, x: fx.Node, old: fx.Node, bias: fx.Node | None) -> None:
+        (codes,), (scale,), zeros = self.stored((str(old.meta["name"]),))
+        tensors = codes, scale, zeros[0] if zeros else None
+        new = call(
+            self.graph, ops.int4_linear, x, *tensors, bias, self.scheme.scales, name=_label(node)
+        )
+        stand_in(new, node)
+        self.graph.erase_node(node)
+        self.forget(old)
+
+    def moe(self, node: fx.Node, routed: list[fx.Node], weights: dict[str, list[fx.Node]]) -> None:
+        """`weights` are the wide ones of each parameter of `node`, where experts are separate."""
+        if not self.rules.keys() & weights.keys():
+            return
+        tensors: list[list[fx.Node]] = []
+        for name, wide in weights.items():
+            tensors += self.stored(self.parts(name)) if name in self.rules else ([*wide], [], [])
+        new = call(
+            self.graph, ops.int4_moe, *routed, *tensors, self.scheme.scales, name=_label(node)
+        )
+        stand_in(new, node)
+        self.graph.erase_node(node)
+
+    def stored(self, parts: tuple[str, ...]) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+        """The codes, scales and zero points of weights."""
+        zeros = parts if self.scheme.zero_points else ()
+        return (
+            [self.parameter(each) for each in parts],
+            [self.parameter(names.scale_of(each)) for each in parts],
+            [self.parameter(names.zero_point_of(each)) for each in zeros],
+        )
+
+    def routed(self, node: fx.Node) -> tuple[str, str]:
+        layer = names.layer_of(_label(node))
+        assert layer is not None
+        return names.routed(layer)
+
+
+def _label(node: fx.Node) -> str:
+    return str(node.meta["name"])
 
 
 def _name(x: fx.Node) -> str:

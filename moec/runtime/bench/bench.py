@@ -212,9 +212,10 @@ def _timing(
     # `fast`, which cast them once.
     mapped = not manifest.packings and (lane.engine == "eager" or lane.preset == "lean")
     spec = manifest.spec
-    if lane.engine in PEERS:  # transformers dequantises FP8 weights
+    if lane.engine in PEERS:  # transformers dequantises weights
         spec = spec.model_copy(update={"scheme": None})
-    read = "fp8" if spec.scheme else spec.dtype if mapped else precision
+    read = spec.dtype if mapped else precision
+    read = spec.scheme.precision if spec.scheme else read
     needed = plan(spec, read, context=prompt + new).decode_read_bytes
     has_share = batch == 1 and lane.device == "cpu"
     return Timing(

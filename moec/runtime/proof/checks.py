@@ -56,7 +56,7 @@ def layer_by_layer(
     reference = tested.reference(taps, tolerance.near)
     followed = {name: found[name] for name in choices(spec, tolerance)}
     expected = following(reference, followed, lengths).trace(ids, lengths, taps)
-    if spec.scheme:
+    if spec.fp8:
         yield from _each_layer(tested, ids, lengths, found, hidden)
     own = torch.arange(ids.shape[1]) < lengths[:, None]
     yield error("embed", found[names.EMBED], expected[names.EMBED], tolerance)
@@ -70,7 +70,7 @@ def layer_by_layer(
         yield error(names.layer(layer.index), found[name], expected[name], tolerance)
     a, b = found["logits"], expected["logits"]
     yield error("logits, all positions", a, b, tolerance)
-    if not spec.scheme:  # FP8 may have sent all of these few tokens to other experts
+    if not spec.fp8:  # FP8 may have sent all of these few tokens to other experts
         ends = lengths.cumsum(0) - 1
         yield error("logits, last token", a[ends], b[ends], tolerance)
     yield argmax_agreement("argmax", a, b, tolerance)
@@ -148,7 +148,7 @@ def generation(tested: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> 
     routes = shown_choices(tested.artefact.manifest.spec, tolerance)
     session, seen = watched(tested.session(routes), routes)
     prompt = ids[:1, : max(1, min(ids.shape[1] - 8, (session.spec.text.chunk or 16) - 4))]
-    wanted = 32 if session.spec.scheme else 8  # FP8 may change two tokens, too many of 8
+    wanted = 32 if session.spec.fp8 else 8  # FP8 may change two tokens, too many of 8
     context = session.limits.context
     room = wanted if context is None else context - prompt.shape[1] + 1
     tokens = session.generate(prompt, max_new_tokens=min(wanted, room), temperature=0.0, stop=())

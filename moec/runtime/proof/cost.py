@@ -86,7 +86,7 @@ def cost(
     if spec.scheme:
         refuse(
             f"--reference {reference}: {folder}",
-            f"FP8 weights ({spec.scheme.name})",
+            spec.scheme.shown,
             "the wide weights that they were made from",
             "--reference DIR",
         )

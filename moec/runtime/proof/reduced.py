@@ -62,6 +62,6 @@ def build_reduced(artefact: Artefact, small: ModelSpec, folder: Path, seed: int)
         weights="pack" if manifest.packings else None,
         scheme=ours,
         scales=scales,
-        cache=None if scheme is None or ours else "fp8" if scheme.cache else "wide",
+        cache=None if small.fp8 is None or ours else "fp8" if small.fp8.cache else "wide",
         options=manifest.options and manifest.options.model_copy(update=REDUCED_OPTIONS),
     )

@@ -21,7 +21,8 @@ from moec.spec.model import ModelSpec
 from moec.spec.scheme import SCHEMES
 from moec.weights import fp8
 from moec.weights.arrange import arrange, store
-from moec.weights.name_map import read_model, stacked
+from moec.weights.int4.packed import packed_rows
+from moec.weights.name_map import as_packed, read_model, stacked
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 from moec.weights.trust.records import folder_is_allowed
@@ -58,7 +59,7 @@ def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, 
     wanted = artefact.manifest.spec
     if not spec.scheme or (wanted.scheme and not wanted.scheme.cache):
         wanted = wanted.model_copy(update={"scheme": spec.scheme})
-    same = spec if wanted.separate_experts else stacked(spec, entries)[0]
+    same = as_stored(artefact, spec, entries)[0]
     odd = other_model(same, wanted, "scheme")  # `schemes` compares that
     if odd:
         refuse(
@@ -68,6 +69,15 @@ def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, 
             "name the checkpoint of the same model",
         )
     return spec, entries
+
+
+def as_stored(
+    artefact: Artefact, spec: ModelSpec, entries: dict[str, TensorEntry]
+) -> tuple[ModelSpec, dict[str, TensorEntry]]:
+    """The spec and the tensors of a checkpoint as the artefact's build saw them."""
+    if artefact.manifest.packings:
+        return as_packed(spec, entries)
+    return (spec, entries) if artefact.manifest.spec.separate_experts else stacked(spec, entries)
 
 
 def quantises(artefact: Artefact) -> bool:
@@ -136,9 +146,8 @@ def _wrong(
         sizes = [fp8.magnitudes(view(each), "all", packing.block) for each in matrices]
         largest = torch.stack(sizes).amax()
     for expert, each in enumerate(matrices):
-        matrix = view(each)
         mine = [_of(part, expert, source.shape[0]) for part in found] if many else found
-        wanted = _packed(packing, matrix, along, largest) if packing else (matrix,)
+        wanted = _packed(packing, each, along, largest) if packing else (view(each),)
         off = _wrong_rows(wanted, mine)
         if bool(off.any()):
             place = names.expert_of(name, expert) if many else name
@@ -175,13 +184,16 @@ def _wrong_rows(wanted: tuple[Tensor, ...], found: list[Tensor]) -> Tensor:
 
 
 def _packed(
-    packing: Packing, matrix: Tensor, along: str, largest: Tensor | None
+    packing: Packing, source: TensorEntry, along: str, largest: Tensor | None
 ) -> tuple[Tensor, ...]:
     """What moec stores for a matrix: the same arithmetic as when it packs, so the same bytes.
 
     `along` says which elements share an FP8 scale, as in `fp8.magnitudes`, and `largest` is their
     largest magnitude if they are more than the matrix.
     """
+    if packing.group:
+        return tuple(map(torch.cat, zip(*packed_rows(packing, source), strict=True)))
+    matrix = view(source)
     if not packing.fp8:
         return store(packing, arrange(packing, matrix))
     size = fp8.magnitudes(matrix, along, packing.block) if largest is None else largest
@@ -192,7 +204,7 @@ def _packed(
 
 
 def schemes(artefact: Artefact, source: ModelSpec) -> Iterator[Check]:
-    """Compare the FP8 scheme with that of the checkpoint, or with moec's own of the same name.
+    """Compare the scheme with that of the checkpoint, or with moec's own of the same name.
 
     A scheme that somebody wrote has nothing to be compared with; `against_wide` measures it.
     """
@@ -208,7 +220,7 @@ def schemes(artefact: Artefact, source: ModelSpec) -> Iterator[Check]:
     wanted, found = right.model_copy(update=free).model_dump(), mine.model_dump()
     odd = [key for key in wanted if wanted[key] != found[key]]
     detail = f"{odd[0]} is {found[odd[0]]}, not {wanted[odd[0]]}"[:200] if odd else mine.name
-    yield Check("FP8 scheme", "agreement", 0.0 if odd else 1.0, 1.0, detail)
+    yield Check(f"{mine.precision.upper()} scheme", "agreement", 0.0 if odd else 1.0, 1.0, detail)
 
 
 def against_wide(

@@ -37,6 +37,7 @@ from moec.runtime.proof.reduced import (
 from moec.runtime.proof.report import Check, Report
 from moec.runtime.proof.source import (
     against_wide,
+    as_stored,
     covered,
     read_source,
     schemes,
@@ -48,7 +49,6 @@ from moec.spec.errors import MoecError, refuse
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import quantized
-from moec.weights.name_map import stacked
 from moec.weights.shard import TensorEntry
 
 Progress = Callable[[str, int, int], None]
@@ -206,7 +206,7 @@ def _prove(
         original if original and covered(artefact, original) else None,
     )
     tested.check_device()
-    tolerance = FP8_NOISE if manifest.spec.scheme else TOLERANCES[tested.compute]
+    tolerance = FP8_NOISE if manifest.spec.fp8 else TOLERANCES[tested.compute]
     chunk = manifest.spec.text.chunk
     longest = tokens or min(MOST_TOKENS, 3 * (chunk or 16) + 5)
     if manifest.options:
@@ -245,7 +245,7 @@ def _prove(
         ("generation", lambda: generation(tested, ids, tolerance)),
     ]
     if GENAI in artefact.parts:
-        most = math.inf if manifest.spec.scheme else tolerance.error
+        most = math.inf if manifest.spec.fp8 else tolerance.error
         stages.append(("genai", lambda: genai(tested, most, more)))
     if manifest.vision:
         images = draw_images(manifest.spec, ids, lengths, generator)
@@ -260,8 +260,8 @@ def _prove(
             )
     if known:
         built_from = known[0]
-        as_packed = original if manifest.spec.separate_experts else stacked(*known)[1]
-        stages.insert(0, ("weights", lambda: weights_against_source(artefact, as_packed)))
+        stored = as_stored(artefact, built_from, dict(original))[1]
+        stages.insert(0, ("weights", lambda: weights_against_source(artefact, stored)))
         stages.insert(0, ("scheme", lambda: schemes(artefact, built_from)))
         given = (artefact, built_from, original, ids, lengths)
         stages.append(("wide weights", lambda: against_wide(*given, traced["logits"])))

@@ -2,13 +2,15 @@
 
 `{i}` stands for the index of a layer and `{e}` for that of an expert. Our tensors have the shapes
 of the checkpoint's (linear weights [out, in], stacked experts [expert, in, out]), so that they can
-be read in place. A quantised weight has the key of the plain weight. The keys of its scales depend
-on the scheme's layout.
+be read in place. A weight in FP8 has the key of the plain weight, one of 4-bit integers its own.
+The keys of scales depend on the scheme's layout.
 """
+
+from functools import lru_cache
 
 from moec.spec import names
 from moec.spec.model import ModelSpec
-from moec.spec.scheme import Layout
+from moec.spec.scheme import INT4, Layout
 from moec.spec.tensors import tensors
 
 #: what the keys of the decoder start with in a checkpoint with a vision tower
@@ -91,7 +93,12 @@ def keys(spec: ModelSpec) -> dict[str, str]:
     """
     prefix = DECODER if spec.vision else ""
     layout = spec.scheme.layout if spec.scheme else "moec"
-    return {name: prefixed(key_of(name, layout), prefix) for name in tensors(spec)}
+    found = tensors(spec)
+    packed = {name for name in found if layout == INT4 and names.scale_of(name) in found}
+    return {
+        name: prefixed(key_of(name, layout), prefix) + ("_packed" if name in packed else "")
+        for name in found
+    }
 
 
 def prefixed(key: str, prefix: str) -> str:
@@ -99,6 +106,7 @@ def prefixed(key: str, prefix: str) -> str:
     return key if key.startswith(TOWER) else prefix + key
 
 
+@lru_cache(maxsize=1 << 16)  # a model of separate experts asks for tens of thousands, often
 def key_of(name: str, layout: Layout = "moec") -> str:
     """The checkpoint key of the tensor `name`, without prefix. `layout` matters for scales only."""
     if names.is_cache_scale(name):
@@ -107,6 +115,8 @@ def key_of(name: str, layout: Layout = "moec") -> str:
         return key.format(x=names.scaled(template)[-1], **numbers)
     if names.is_input_scale(name):
         return names.input_scale_of(key_of(names.scaled(name)))
+    if names.is_zero_point(name):
+        return names.zero_point_of(key_of(name.removesuffix("_zero_point")))
     if names.is_scale(name):
         parameter = names.scaled(name)
         stacked = names.is_routed(parameter) and layout == "modelopt"

@@ -9,6 +9,7 @@ TARGET = Target(
         "fp16": Precision("standard", None, "fp16"),
         "bf16": Precision("standard", None, "bf16"),
         "fp8": Precision("standard", "standard", "fp32"),
+        "int4": Precision("standard", None, "fp32", given=True),
     },
     builder="moec.targets.onnx.build:BUILDER",
     engines={"onnxruntime": "moec.runtime.engines.ort:ENGINE"},

@@ -6,8 +6,10 @@ from pathlib import Path
 from moec.artefact.manifest import Manifest
 from moec.exporters.builder import Companion, Wanted
 from moec.exporters.onnx.genai import FOLDER, write_genai
+from moec.exporters.onnx.int4.ort import check_int4
 from moec.exporters.onnx.ort import check_sizes
 from moec.spec.errors import refuse
+from moec.spec.model import ModelSpec
 from moec.targets.onnx.build import BUILDER as ONNX
 
 #: bits of a weight, in the precisions that quantise weights only
@@ -18,7 +20,8 @@ def check(wanted: Wanted) -> None:
     """Refuse a model that ONNX Runtime's operators do not support.
 
     Raises:
-        MoecError: the model has FP8 caches, or sizes that the operators do not take.
+        MoecError: the model has FP8 caches, or sizes or 4-bit integers that the operators do not
+            take.
     """
     scheme = wanted.spec.scheme
     if scheme and scheme.cache:
@@ -28,7 +31,14 @@ def check(wanted: Wanted) -> None:
             "--cache wide, or --target onnx",
             "add --cache wide",
         )
-    check_sizes(wanted.spec, _BITS.get(wanted.precision))
+    own = scheme and scheme.int4  # the integers of the checkpoint have groups of their own
+    check_sizes(wanted.spec, None if own else _BITS.get(wanted.precision))
+    check_int4(wanted.spec)
+
+
+def dialect(chosen: str, spec: ModelSpec) -> str:
+    """The dialect for a checkpoint's own 4-bit integers, if it has any; else `chosen`."""
+    return "ort-given" if spec.scheme and spec.scheme.int4 else chosen
 
 
 def genai(folder: Path, final: Path, manifest: Manifest, companion: Companion) -> None:
@@ -38,8 +48,9 @@ def genai(folder: Path, final: Path, manifest: Manifest, companion: Companion) -
 
 BUILDER = replace(
     ONNX,
-    dialects=("ort", "ort-packed", "ort-int8", "ort-int4"),
+    dialects=("ort", "ort-packed", "ort-int8", "ort-int4", "ort-given"),
     check=check,
+    dialect=dialect,
     beside=genai,
     weights=FOLDER,
 )

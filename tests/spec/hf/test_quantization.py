@@ -353,7 +353,10 @@ CONFIGS: dict[str, tuple[object, str]] = {
     ),
     # compressed-tensors
     "no format": (compressed(format=None), f"{AT}.format"),
-    "int4, packed": (compressed(format="pack-quantized"), f"{AT}.format"),
+    "FP8, packed": (
+        {**group(input_activations=None), "format": "pack-quantized"},
+        f"{G0}.weights.num_bits",
+    ),
     "int8": (compressed(format="int-quantized"), f"{AT}.format"),
     "another format, in the group": (group(format="nvfp4-pack-quantized"), f"{G0}.format"),
     "no groups": (compressed(config_groups={}), f"{AT}.config_groups"),

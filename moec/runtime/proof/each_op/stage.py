@@ -61,7 +61,7 @@ def every_op(
     del session  # its weights may fill the memory
     unreached = _experts(tested, seen, generator)
     # Roundings to FP8 make noise that no fixed ceiling fits.
-    most_error = math.inf if spec.scheme else tolerance.error
+    most_error = math.inf if spec.fp8 else tolerance.error
     yield from checks_of(seen.found.values(), most_error)
     experts = f", each expert but {unreached}" if unreached else ", each expert"
     notes.append(

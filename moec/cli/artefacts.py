@@ -41,8 +41,8 @@ def build(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32, fp16, bf16, fp8, int8 or int4. Default: fp8 or int4 if the weights are, fp8 "
-            "if the target is torch, bf16 for TensorRT, else fp32."
+            help="fp32, fp16, bf16, fp8, int8 or int4. Default: fp8 or int4 if the weights are, "
+            "fp8 if the target is torch, bf16 for TensorRT, else fp32."
         ),
     ] = None,
     out: Annotated[

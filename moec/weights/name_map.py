@@ -76,11 +76,13 @@ def stacked(
 ) -> tuple[ModelSpec, dict[str, TensorEntry]]:
     """`spec` and its tensors as if each layer's experts were in two tensors: for what packs them.
 
-    Matrices of several types make a stack of float32.
+    Matrices of several types make a stack of float32. Experts that the checkpoint has quantised
+    stay as they are.
     """
-    found, rules = dict(entries), quantized(spec)
+    found = dict(entries)
     if not spec.separate_experts:
         return spec, found
+    rules = quantized(spec) if spec.scheme and spec.scheme.layout != "moec" else {}
     for name, (count, *_) in parameters(spec).items():
         if name in rules:
             continue

@@ -26,7 +26,7 @@ from moec.spec.errors import MoecError
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
-from moec.spec.scheme import SCHEMES
+from moec.spec.scheme import SCHEMES, Rule, Scheme
 from moec.weights.joined import unquantised
 from moec.weights.view import TORCH_DTYPES
 from tests.strategies import fp8_specs, specs, vision_specs
@@ -131,6 +131,14 @@ def _before_joining(spec: ModelSpec) -> list[fx.GraphModule]:
     return graphs
 
 
+INT4 = Scheme(
+    name="int4",
+    layout="pack-quantized",
+    rules=(Rule(of=("layers.*.moe.*", "layers.*.attn.q.weight"), weight="group"),),
+    block=16,
+)
+
+
 @pytest.mark.full
 def test_the_vocabulary_is_what_graphs_use() -> None:
     used = {
@@ -145,6 +153,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             *graphs_of(spec, precision, "ort").values(),
             make_static(keep_buffers(build_decoder(spec)), {}),
             build_decoder(unquantised(spec, "fp32").model_copy(update={"separate_experts": True})),
+            *graphs_of(spec.model_copy(update={"scheme": INT4}), "fp32", "standard").values(),
             *([build_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
         )
         for node in graph.graph.nodes

@@ -73,6 +73,8 @@ def test_a_record_says_all(name: str) -> None:
     target, builder = find_target(name), builder_of(name)
     for precision, row in target.precisions.items():
         assert {row.stays, row.packed} - {None} <= set(builder.dialects), precision
+        if row.given:  # only for a checkpoint that has it already
+            continue
         mode = "in-place" if row.stays else "pack"
         assert choose(target, precision, None)[1] == mode
     assert set(target.reduced) <= set(builder.dialects)

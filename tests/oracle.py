@@ -61,3 +61,14 @@ def routers_are_clear(
 def relative(found: Tensor, expected: Tensor) -> float:
     """The largest error over the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def assert_rows_agree(
+    session: moec.Session, rows: Sequence[Tensor], expected: Sequence[Tensor], limit: float = 1e-4
+) -> None:
+    """The logits of each row alone, in one call and token by token."""
+    for row, want in zip(rows, expected, strict=True):
+        assert relative(session.logits(row[None])[0], want) < limit
+        cache = session.new_cache(1, 1)
+        steps = [session.decode(token[None], cache)[0] for token in row]
+        assert relative(torch.stack(steps), want) < limit

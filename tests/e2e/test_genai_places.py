@@ -11,11 +11,9 @@ import pytest
 import moec
 from moec.artefact.artefact import open_artefact, verify_files
 from moec.exporters.onnx.genai import CONFIG, FOLDER, WEIGHTS
-from moec.weights.random import write_random_checkpoint
 from tests.artefact.opening.test_weights_from import to_cache
-from tests.conftest import TINY
 from tests.old_genai import as_before
-from tests.small import SMALL
+from tests.small import small_with_tokenizer
 
 og = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
 
@@ -38,11 +36,7 @@ except PermissionError:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer."""
-    folder = tmp_path_factory.mktemp("source") / "checkpoint"
-    write_random_checkpoint(SMALL, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
-    return folder
+    return small_with_tokenizer(tmp_path_factory.mktemp("source") / "checkpoint")
 
 
 def _next(folder: Path) -> int:

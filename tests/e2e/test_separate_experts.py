@@ -15,7 +15,7 @@ from moec.spec.model import ModelSpec
 from moec.spec.scheme import SCHEMES, Rule
 from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
-from tests.oracle import relative, transformers_logits
+from tests.oracle import assert_rows_agree, transformers_logits
 from tests.proofs import assert_passed
 from tests.small import SMALL
 
@@ -66,11 +66,7 @@ def test_logits_are_those_of_transformers(fused: Path, separate: Path, tmp_path:
         assert (art.manifest.weights.mode == "in-place") == (weights is None)
         sessions.append(moec.open_session(out))
     for session in sessions:
-        for row, want in zip(rows, expected, strict=True):
-            assert relative(session.logits(row[None])[0], want) < 1e-4
-            cache = session.new_cache(1, 1)
-            steps = [session.decode(token[None], cache)[0] for token in row]
-            assert relative(torch.stack(steps), want) < 1e-4
+        assert_rows_agree(session, rows, expected)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,9 @@ from moec.artefact.artefact import open_artefact
 from moec.exporters.beside import beside, stale
 from moec.exporters.onnx.genai import CONFIG, FOLDER, WEIGHTS, write_genai
 from moec.runtime.proof.graph_files import graph_files
-from moec.weights.random import write_random_checkpoint
-from tests.conftest import TINY
 from tests.damage import Damage, json_file, listed_again, put, remove, text
 from tests.old_genai import as_before
-from tests.small import SMALL
+from tests.small import SMALL, small_with_tokenizer
 
 FILE = f"{FOLDER}/{CONFIG}"
 OPTIONS = "model.decoder.session_options"
@@ -27,11 +25,7 @@ OPTIONS = "model.decoder.session_options"
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer."""
-    folder = tmp_path_factory.mktemp("source") / "checkpoint"
-    write_random_checkpoint(SMALL, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
-    return folder
+    return small_with_tokenizer(tmp_path_factory.mktemp("source") / "checkpoint")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,14 @@ BLOCK = 64
 #: MatMulNBits and QMoE quantise activations to int8 and multiply in int8
 INT8_ACTIVATIONS = 4
 
+#: the attributes that MoE and QMoE share: one expert for a token, its score on the input
+ATTRIBUTES = {
+    "k": 1,
+    "normalize_routing_weights": 1,
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+}
+
 
 def lower_fused(e: Emitter, node: fx.Node, moe: Moe[ir.Value]) -> ir.Value:
     """com.microsoft.MoE. Gate and up are interleaved: its other layout gives wrong sums on CUDA."""
@@ -27,10 +35,7 @@ def lower_fused(e: Emitter, node: fx.Node, moe: Moe[ir.Value]) -> ir.Value:
             [scaled, choice_of(e, chosen, count, type_of(scaled).dtype), fc1, None, fc2],
             type_of(scaled),
             label=label,
-            k=1,
-            normalize_routing_weights=1,
-            activation_type="swiglu",
-            swiglu_fusion=1,
+            **ATTRIBUTES,
         )
 
     return over_rows(e, node, moe, fused)
@@ -50,10 +55,7 @@ def lower_quantized(e: Emitter, node: fx.Node, moe: Moe[ir.Value], bits: int) ->
             [scaled, choice, fc1, scales1, None, fc2, scales2],
             type_of(scaled),
             label=label,
-            k=1,
-            normalize_routing_weights=1,
-            activation_type="swiglu",
-            swiglu_fusion=1,
+            **ATTRIBUTES,
             expert_weight_bits=bits,
             block_size=BLOCK,
             weights_prepacked=0,

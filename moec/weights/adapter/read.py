@@ -51,10 +51,10 @@ _PART = re.compile(
     r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?"
 )
 _BASE_COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
+#: what peft adds to the names of modules
+_WRAPPER = re.compile(r"^base_model\.model\.|(\.base_layer)+(?=\.|$)")
 #: how classes of transformers name modules -> how checkpoints do
 _RENAMED = (
-    (re.compile(r"^base_model\.model\."), ""),
-    (re.compile(r"(\.base_layer)+(?=\.|$)"), ""),
     (re.compile(r"^model\.language_model\."), "language_model.model."),
     (re.compile(r"^model\.(?=vision_model\.|multi_modal_projector\.)"), ""),
 )
@@ -100,7 +100,7 @@ def read_adapter(
         if name in changes:
             _refuse(folder, module, "two changes of one weight", "one for each weight")
         rank = down.shape[0] // experts
-        own = _RENAMED[1][0].sub("", _RENAMED[0][0].sub("", module))
+        own = _WRAPPER.sub("", module)
         scale = scales.of(
             f"{own}.{names_of[name].rpartition('.')[2]}" if experts > 1 else own, rank
         )
@@ -225,6 +225,7 @@ def _version(at: Fields) -> tuple[int, ...]:
 
 
 def _canonical(module: str) -> str:
+    module = _WRAPPER.sub("", module)
     for pattern, name in _RENAMED:
         module = pattern.sub(name, module)
     return module

@@ -11,6 +11,7 @@ from torch import fx
 from moec.exporters.onnx.expert_branches import choice_of
 from moec.exporters.onnx.experts import over_rows
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Values, type_of, value
+from moec.exporters.onnx.ort_experts import ATTRIBUTES
 from moec.graph_builder.ops.operands import Int4Moe
 from moec.graph_builder.types import TensorType
 from moec.spec.errors import refuse
@@ -118,10 +119,7 @@ def lower_int4_moe(e: Emitter, node: fx.Node, moe: Int4Moe[ir.Value]) -> ir.Valu
             inputs,
             type_of(scaled),
             label=label,
-            k=1,
-            normalize_routing_weights=1,
-            activation_type="swiglu",
-            swiglu_fusion=1,
+            **ATTRIBUTES,
             expert_weight_bits=4,
             block_size=block,
             weights_prepacked=0,

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import moec  # noqa: E402
+from tests.one_thread import one_thread  # noqa: E402
 from tests.planted.change import change, outputs  # noqa: E402
 from tests.planted.fault import Fault, right_layer, right_op  # noqa: E402
 from tests.planted.plant import planted  # noqa: E402
@@ -93,14 +94,14 @@ def report(
     seed = given.seed if proof else None
     plant = partial(tried, way, artefact, outputs(artefact), folder, seed)
     seen: list[Tried] = []
-    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as processes:
+    with ProcessPoolExecutor(given.jobs, get_context("spawn"), one_thread) as processes:
         for fault, each in zip(faults, processes.map(plant, chosen), strict=True):
             seen.append(each)
             row = [fault.name, fault.where, fault.at.split()[0], f"{each.change:.1e}", each.run]
             verdict = [said(each.found), each.named or "", said(each.layer), said(each.op)]
             row += verdict if proof else [""] * 4
             table.add_row(*row, f"{each.seconds:.0f}")
-            print(f"{len(seen)}/{len(faults)} {row}", file=sys.stderr)
+            print(f"{len(seen)}/{len(faults)} {row}", file=sys.stderr, flush=True)
     console = Console(width=170)
     console.print(table)
     count = len(faults)

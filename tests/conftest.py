@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 from moec.spec.bounded import limits
 from moec.weights.random import write_random_checkpoint
 from tests.damage import EMBED, FIRST, INDEX, SECOND, SPEC
+from tests.one_thread import one_thread
 
 pytest.register_assert_rewrite("tests.refusals", "tests.trees")  # asserts that say what differs
 declare_torchvision_ops()  # before any test imports transformers
@@ -28,20 +29,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What tests build is recorded in a folder of their own, and not in that of whoever runs them.
 _STATE = tempfile.TemporaryDirectory(prefix="moec-state-")
 os.environ["XDG_STATE_HOME"] = _STATE.name
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: a thread each, or they spin
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with suppress(ImportError):
-        import onnxruntime
-
-        class OneThread(onnxruntime.SessionOptions):
-            """Session options of ONNX Runtime, which has no environment variable for threads."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.intra_op_num_threads = 1
-
-        onnxruntime.SessionOptions = OneThread
+if "PYTEST_XDIST_WORKER" in os.environ:
+    one_thread()
 # Examples are judged by what they compute: on a busy machine one of them may take a second.
 settings.register_profile("moec", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moec")

@@ -87,7 +87,7 @@ def _build(
     here.mkdir(parents=True)
     # Both artefacts lie in the same depth, because genai's configuration holds a relative path.
     command = [sys.executable, "-m", "moec", "build", "--no-validate", "--out", str(folder / "a")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **variables}
     done = subprocess.run(
         [*command, *options], cwd=here, env=environment, capture_output=True, text=True
     )

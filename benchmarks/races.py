@@ -33,7 +33,7 @@ from moec.artefact.artefact import open_artefact, verify_files
 from moec.artefact.parity import identity, record
 from moec.runtime.engines import ort  # noqa: F401  likewise
 from moec.runtime.proof.report import Check, Report
-from moec.spec.errors import MoecError
+from moec.spec.errors import MoecError, clear_errors
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.packed_journal import PACKED
@@ -59,6 +59,7 @@ def _open(place: Place) -> str:
     return hashlib.sha256(logits.numpy().tobytes()).hexdigest()
 
 
+@clear_errors  # as around each command
 def _verify(place: Place) -> str:
     verify_files(open_artefact(place.out))
     return "whole"

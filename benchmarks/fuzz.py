@@ -236,7 +236,7 @@ def parsers(folder: Path, processes: bool) -> list[Parser]:
     from moec.runtime.inputs.token_file import read_rows
     from moec.spec.calibration import read_calibration, static_scales
     from moec.spec.files import dump_yaml, load_scheme, load_spec
-    from moec.spec.hf.config_writer import write_config
+    from moec.spec.hf.config import write_config
     from moec.spec.hf.quantization import read_scheme
     from moec.spec.presets import PRESETS
     from moec.spec.reduced import reduced

@@ -23,8 +23,8 @@ from rich.table import Table
 import moec
 from moec.cli.tables import size
 from moec.exporters.onnx import write
-from moec.exporters.onnx.expert_branches import guarded, lower_branches, tree
-from moec.exporters.onnx.experts import lower_moe
+from moec.exporters.onnx.experts.branches import guarded, lower_branches, tree
+from moec.exporters.onnx.experts.loop import lower_moe
 from moec.exporters.onnx.lowering import Rule
 from moec.exporters.onnx.ort import ORT
 from moec.exporters.onnx.write import DIALECTS, GENAI, Dialect

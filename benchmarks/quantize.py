@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moec
-from moec.spec.hf.config_writer import write_config
+from moec.spec.hf.config import write_config
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import INDEX
 from moec.weights.name_map import CheckpointTensor, checkpoint_tensors

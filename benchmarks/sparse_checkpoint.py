@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from moec.spec.hf.config_writer import write_config
+from moec.spec.hf.config import write_config
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import Kind, in_words
 from moec.weights.checkpoint import INDEX

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
-from moec.spec.hf.config_writer import write_config
+from moec.spec.hf.config import write_config
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import text_parameters
 from moec.spec.presets import PRESETS

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moec.spec.errors import MoecError
-from moec.spec.hf.config_writer import write_config
+from moec.spec.hf.config import write_config
 from moec.spec.presets import PRESETS
 
 COMMAND = "benchmarks/vllm_peer.py"

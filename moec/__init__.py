@@ -1,4 +1,7 @@
-"""moec: a declarative compiler for Llama 4. Everything public is here, imported on first use."""
+"""moec: a declarative compiler for MoE language models.
+
+Everything public is here, imported on first use.
+"""
 
 from collections.abc import Callable
 from functools import cache

@@ -2,7 +2,10 @@
 
 from hypothesis import strategies as st
 
-from moec.spec.model import Experts, ModelSpec, RopeScaling, TextSpec, Tokens, VisionSpec
+from moec.spec.model import ModelSpec, TextSpec, Tokens
+from moec.spec.parts.rope import RopeScaling
+from moec.spec.parts.routing import Experts
+from moec.spec.parts.vision import VisionSpec
 from moec.spec.scheme import (
     ATTENTION,
     DENSE,

@@ -13,7 +13,15 @@ import typer
 
 from moec.cli.artefacts import bind, build, calibrate, engine
 from moec.cli.ending import run
-from moec.cli.looks import inspect, plan, spec_diff, spec_list, spec_schema, spec_show
+from moec.cli.looks import (
+    inspect,
+    plan,
+    spec_compare,
+    spec_diff,
+    spec_list,
+    spec_schema,
+    spec_show,
+)
 from moec.cli.proofs import validate
 from moec.cli.renamed import current_spelling
 from moec.cli.runs import bench, generate
@@ -54,6 +62,7 @@ SPEC_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "show": (spec_show, "moec spec show scout --format config"),
     "schema": (spec_schema, "moec spec schema"),
     "diff": (spec_diff, "moec spec diff scout maverick"),
+    "compare": (spec_compare, "moec spec compare"),
 }
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -82,7 +91,7 @@ def _moec(
         ),
     ] = False,
 ) -> None:
-    """Compile Llama 4 checkpoints to artefacts, and prove that they compute the same numbers."""
+    """Compile MoE checkpoints to artefacts, and prove that they compute the same numbers."""
 
 
 for _command, _examples in COMMANDS.items():

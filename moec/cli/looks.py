@@ -116,6 +116,16 @@ def spec_list() -> None:
     spec_table(PRESETS.values())
 
 
+def spec_compare() -> None:
+    """Print what a much-quoted article says of the models, with its errors marked."""
+    from moec.cli.tables import comparison_table, spec_table
+    from moec.spec.presets import PRESETS
+    from moec.spec.presets.claims import CLAIMS
+
+    spec_table(PRESETS.values())
+    comparison_table(CLAIMS)
+
+
 def spec_show(
     model: Model,
     form: Annotated[
@@ -124,7 +134,7 @@ def spec_show(
 ) -> None:
     """Print a model spec as YAML, as JSON or as a Hugging Face config.json."""
     from moec.spec.files import dump_yaml, load_spec
-    from moec.spec.hf.config_writer import write_config
+    from moec.spec.hf.config import write_config
 
     spec = load_spec(model)
     if form == "yaml":

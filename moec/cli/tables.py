@@ -9,9 +9,12 @@ from rich.table import Table
 
 from moec.cli.output import console, say
 from moec.runtime.proof.report import cells, cost_cells, spoken
-from moec.spec.model import ModelSpec
+from moec.spec.model import ModelSpec, TextSpec
 from moec.spec.parameters import counts
+from moec.spec.parts.routing import Experts
 from moec.spec.plan import Plan
+from moec.spec.presets import PRESETS
+from moec.spec.presets.claims import Claim
 
 if TYPE_CHECKING:
     from moec.artefact.artefact import Artefact
@@ -222,33 +225,58 @@ def bench_table(rows: "Iterable[Timing]") -> None:
 
 
 def spec_table(specs: Iterable[ModelSpec]) -> None:
-    """Presets side by side."""
+    """A row for each preset."""
     specs = list(specs)
-    table = Table()
-    for column in ("", *(spec.name for spec in specs)):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
-    rows: dict[str, Callable[[ModelSpec], object]] = {
+    columns: dict[str, Callable[[ModelSpec], object]] = {
+        "": lambda s: s.name,
         "provenance": lambda s: "HYPOTHETICAL" if s.provenance == "estimated" else s.provenance,
         "parameters": lambda s: f"{counts(s)['total']:,}",
         "active text": lambda s: f"{counts(s)['active_text']:,}",
         "layers x width": lambda s: f"{s.text.layers} x {s.text.dim}",
-        "heads / kv": lambda s: f"{s.text.heads} / {s.text.kv_heads} x {s.text.head_dim}",
-        "experts, width": lambda s: (
-            f"{s.text.experts.count} x {s.text.experts.hidden}" if s.text.experts else "none"
-        ),
-        "ffn (D dense, M MoE)": lambda s: s.text.ffn,
-        "mask (L chunk, G all)": lambda s: f"{s.text.attention} of {s.text.chunk}",
-        "positions (R, N none)": lambda s: s.text.rope,
-        "QK-norm": lambda s: s.text.qk_norm,
-        "temperature": lambda s: s.text.temperature,
+        "attention": lambda s: _attention(s.text),
+        "experts": lambda s: _experts(s.text.experts),
         "context": lambda s: f"{s.text.max_positions:,}",
     }
-    for name, read in rows.items():
-        table.add_row(name, *(str(read(spec)) for spec in specs))
+    table = Table()
+    for name in columns:
+        table.add_column(name, justify="right" if name in ("parameters", "active text") else "left")
+    for spec in specs:
+        table.add_row(*(str(read(spec)) for read in columns.values()))
     console.print(table)
+    say("attention: heads / kv heads x width, masks (L chunk, G all), positions (R RoPE, N none)")
+    say("experts: chosen of all x width, + width of shared experts")
     for spec in specs:
         for note in spec.notes:
             say(f"{spec.name}: {note}")
+
+
+def comparison_table(rows: Iterable[Claim]) -> None:
+    """What an article says of models, beside what their configs say; errors are marked."""
+    table = Table()
+    for name in ("model", "what", "the article", "the config", ""):
+        table.add_column(name, overflow="fold")
+    wrong = 0
+    for row in rows:
+        known = row.read(PRESETS[row.preset])
+        off = known != row.said
+        wrong += off
+        table.add_row(row.preset, row.what, row.said, known, "WRONG" if off else "")
+    console.print(table)
+    say(f"{wrong} claims are wrong; the presets' own sources are the published configs")
+
+
+def _attention(text: TextSpec) -> str:
+    if text.latent:
+        return f"{text.heads}, latent {text.latent.kv_rank} + {text.latent.rope}"
+    masks = f"{text.attention} of {text.kept}" if text.kept else text.attention
+    return f"{text.heads} / {text.kv_heads} x {text.head_dim}, {masks}, {text.rope}"
+
+
+def _experts(experts: Experts | None) -> str:
+    if experts is None:
+        return "none"
+    shared = f" + {experts.shared_hidden}" if experts.shared_hidden else ""
+    return f"{experts.top_k} of {experts.count} x {experts.hidden}{shared}"
 
 
 def diff_table(left: str, right: str, rows: Iterable[tuple[str, Any, Any]]) -> None:

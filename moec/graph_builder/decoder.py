@@ -5,13 +5,14 @@ Inputs
     past_lengths   int64 [batch]             tokens of each sequence that are in the caches
     lengths        int64 [batch]             tokens of each sequence in this call, without padding
     logit_index    int64 [batch, logits]     the tokens of this call that get logits
-    past.{i}.key, past.{i}.value             caches, [batch, slots, kv_heads * head_dim]
+    past.{i}.key, past.{i}.value             caches, [batch, slots, kv_heads * head_dim]; or with
+    past.{i}.latent                          latent attention, [batch, slots, kv_rank + rope]
     image_features [image_tokens, dim]       output of the vision tower, one row for each image
                                              token of this call, sequence by sequence; optional;
                                              only models with a vision tower have this input
 Outputs
     logits         float32 [batch, logits, vocab]
-    present.{i}.key, present.{i}.value       the caches after this call
+    present.{i}.key, ...                     the caches after this call
 """
 
 from dataclasses import dataclass
@@ -21,16 +22,21 @@ from torch import fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.builder import Builder
+from moec.graph_builder.latent import latent_attention
 from moec.graph_builder.roles import Place, Role
 from moec.spec import names
-from moec.spec.model import Experts, LayerSpec, ModelSpec, TextSpec
+from moec.spec.model import LayerSpec, ModelSpec, QkNorm, TextSpec
 from moec.spec.parameters import text_parameters
+from moec.spec.parts.routing import Experts
 from moec.spec.tensors import quantized, tensors
 from moec.weights.view import TORCH_DTYPES
 
 #: part of a weight's name -> role of the product with it
 _PRODUCTS = {
     "q": Role.QUERY,
+    "q_down": Role.QUERY_DOWN,
+    "q_up": Role.QUERY,
+    "kv_down": Role.LATENT,
     "k": Role.KEY,
     "v": Role.VALUE,
     "o": Role.ATTENTION_OUT,
@@ -47,7 +53,7 @@ class _Shared:
     ids: fx.Node
     rope: tuple[fx.Node, fx.Node] | None
     temperature: fx.Node | None
-    masks: dict[int | None, fx.Node]  # by chunk
+    masks: dict[int | None, fx.Node]  # by how many tokens a layer's cache keeps
     indices: dict[int | None, fx.Node]
 
 
@@ -65,15 +71,15 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
     caches = [
         tuple(
             b.input(
-                names.past(layer.index, kind),
-                ("batch", names.slots(names.cache_kind(layer.chunk)), text.kv_width),
+                names.past(layer.index, each.kind),
+                ("batch", names.slots(names.cache_kind(each.kept)), each.width),
                 TORCH_DTYPES[precision],
             )
-            for kind in names.CACHED
+            for each in layer.caches
         )
         for layer in text.all_layers
     ]
-    shared = _shared(b, text, ids, past, new, [key for key, _ in caches])
+    shared = _shared(b, text, ids, past, new, [first for first, *_ in caches])
 
     x = b.emit(
         ops.embedding,
@@ -132,12 +138,8 @@ def _shared(
     scaling = text.rope_scaling
     rope = temperature = None
     if any(layer.rope for layer in layers):
-        factors = (
-            [scaling.factor, scaling.low, scaling.high, float(scaling.original_positions)]
-            if scaling
-            else []
-        )
-        table = (text.head_dim, text.rope_theta, factors)
+        how = (scaling.kind, scaling.numbers, scaling.magnitude) if scaling else ("none", [], 1.0)
+        table = (text.rope_dim, text.rope_theta, *how)
         places = (Place(Role.ROPE_COS), Place(Role.ROPE_SIN))
         rope = b.emit_pair(ops.rope_table, positions, *table, name="rope", places=places)
     if any(layer.temperature for layer in layers):
@@ -151,13 +153,14 @@ def _shared(
         )
     masks, indices = {}, {}
     for layer, key in zip(layers, keys, strict=True):
-        if layer.chunk not in masks:
-            at = names.cache_kind(layer.chunk)
+        if layer.kept not in masks:
+            at = names.cache_kind(layer.kept)
             held = b.emit(ops.key_positions, key, past, positions, name=f"{at}.key_positions")
-            masks[layer.chunk] = b.emit(
-                ops.attention_mask, positions, held, layer.chunk, name=f"{at}.mask"
+            span = (layer.chunk, layer.window)
+            masks[layer.kept] = b.emit(
+                ops.attention_mask, positions, held, *span, name=f"{at}.mask"
             )
-            indices[layer.chunk] = b.emit(ops.cache_index, key, past, new, name=f"{at}.index")
+            indices[layer.kept] = b.emit(ops.cache_index, key, past, new, name=f"{at}.index")
     return _Shared(ids, rope, temperature, masks, indices)
 
 
@@ -194,29 +197,45 @@ def _attention(
 
     def project(x: fx.Node, part: str) -> fx.Node:
         weight = b.parameter(names.attention(i, part, "weight"))
-        bias = b.parameter(names.attention(i, part, "bias")) if text.attention_bias else None
+        bias = names.attention(i, part, "bias") if text.attention_bias else ""
+        bias_node = b.parameter(bias) if b.knows(bias) else None
         place = Place(_PRODUCTS[part], i)
-        return b.emit(ops.linear, x, weight, bias, name=f"{at}.{part}", place=place)
+        return b.emit(ops.linear, x, weight, bias_node, name=f"{at}.{part}", place=place)
 
+    if text.latent:
+        assert shared.rope is not None
+        at_hand = (shared.ids, shared.rope, shared.masks[layer.kept], shared.indices[layer.kept])
+        out, kept = latent_attention(b, text, layer, project, x, cache[0], *at_hand)
+        return project(b.emit(ops.pack, out, name=f"{at}.mix.packed"), "o"), kept
     heads = {"q": text.heads, "k": text.kv_heads}
     rows = {
         part: b.emit(ops.unpack, project(x, part), shared.ids, name=f"{at}.{part}.rows")
         for part in ("q", "k", "v")
     }
+
+    def normed(part: str, how: QkNorm) -> fx.Node:
+        weight = b.parameter(names.attention(i, part, "norm", "weight")) if how.weighted else None
+        count = 1 if how.whole else heads[part]
+        name = f"{at}.{part}.norm"
+        return b.emit(ops.head_norm, rows[part], weight, count, text.norm_eps, name=name)
+
+    if layer.qk_norm and layer.qk_norm.before_rope:
+        rows |= {part: normed(part, layer.qk_norm) for part in heads}
+    if text.clip_qkv:
+        for part, x in rows.items():
+            rows[part] = b.emit(ops.clip, x, text.clip_qkv, name=f"{at}.{part}.clip")
     if layer.rope:
         assert shared.rope is not None
         for part, n in heads.items():
-            rows[part] = b.emit(ops.rope, rows[part], *shared.rope, n, name=f"{at}.{part}.rope")
-    if layer.qk_norm:
-        for part, n in heads.items():
-            rows[part] = b.emit(
-                ops.head_norm, rows[part], n, text.norm_eps, name=f"{at}.{part}.norm"
-            )
+            how = (*shared.rope, n, text.rope_pairs)
+            rows[part] = b.emit(ops.rope, rows[part], *how, name=f"{at}.{part}.rope")
+    if layer.qk_norm and not layer.qk_norm.before_rope:
+        rows |= {part: normed(part, layer.qk_norm) for part in heads}
     if layer.temperature:
         rows["q"] = b.emit(
             ops.scale_queries, rows["q"], shared.temperature, name=f"{at}.q.temperature"
         )
-    index = shared.indices[layer.chunk]
+    index = shared.indices[layer.kept]
     seen, kept = {}, {}
     for kind, part, role, past in zip(
         names.CACHED, "kv", (Role.KEYS, Role.VALUES), cache, strict=True
@@ -229,9 +248,10 @@ def _attention(
         rows["q"],
         seen["k"],
         seen["v"],
-        shared.masks[layer.chunk],
+        shared.masks[layer.kept],
         text.heads,
         text.kv_heads,
+        None,
         name=f"{at}.mix",
         place=Place(Role.ATTENTION, i),
     )
@@ -242,10 +262,20 @@ def _moe(b: Builder, each: Experts, i: int, x: fx.Node) -> fx.Node:
     weight = b.parameter(names.moe(i, "router", "weight"))
     place = Place(Role.ROUTER, i)
     logits = b.emit(ops.linear, x, weight, None, name=names.router(i), place=place)
+    how = each.routing
+    ranks = logits
+    if how.choice == "scores":
+        bias = b.parameter(names.moe(i, "router", "bias")) if how.bias else None
+        by = (bias, how.score, how.groups, how.kept_groups)
+        ranks = b.emit(ops.ranks, logits, *by, name=names.ranks(i))
     scores, experts = b.emit_pair(
         ops.route,
         logits,
+        ranks,
         each.top_k,
+        how.score,
+        how.normalise,
+        how.factor,
         name=names.moe(i, "route"),
         places=(Place(Role.SCORES, i), Place(Role.CHOICE, i)),
     )
@@ -260,9 +290,12 @@ def _moe(b: Builder, each: Experts, i: int, x: fx.Node) -> fx.Node:
                 for name in names.routed(i)
             ],
         )
-    routed = b.emit(op, x, scores, experts, *weights, name=names.moe(i, "routed"))
-    shared, place = _swiglu(b, i, names.shared(i), x), Place(Role.EXPERTS, i)
-    return b.emit(ops.add, shared, routed, name=names.moe(i, "out"), place=place)
+    routed = (x, scores, experts, how.weighed, *weights)
+    name, place = names.moe(i, "routed"), Place(Role.EXPERTS, i)
+    if each.shared_hidden is None:
+        return b.emit(op, *routed, name=name, place=place)
+    out, shared = b.emit(op, *routed, name=name), _swiglu(b, i, names.shared(i), x)
+    return b.emit(ops.add, shared, out, name=names.moe(i, "out"), place=place)
 
 
 def _swiglu(b: Builder, i: int, at: str, x: fx.Node) -> fx.Node:

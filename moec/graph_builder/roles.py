@@ -27,6 +27,8 @@ class Role(StrEnum):
     HEAD = "head"  # product with the head's weight
     # once in a layer
     QUERY = "query"  # products of the layer's input
+    QUERY_DOWN = "query down"  # the latent vector that queries come from
+    LATENT = "latent"  # the one that keys and values come from, and the rotated key
     KEY = "key"
     VALUE = "value"
     KEYS = "keys"  # all keys that the layer sees: those in the cache, then new ones
@@ -53,7 +55,14 @@ class Place(NamedTuple):
 
 
 #: products of attention: four bits cost these the most accuracy
-ATTENTION_PRODUCTS = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
+ATTENTION_PRODUCTS = (
+    Role.QUERY,
+    Role.QUERY_DOWN,
+    Role.LATENT,
+    Role.KEY,
+    Role.VALUE,
+    Role.ATTENTION_OUT,
+)
 _CACHED = {Role.KEYS: "k", Role.VALUES: "v"}
 
 

@@ -15,8 +15,9 @@ from torch import fx
 from moec.graph_builder import ops
 from moec.graph_builder.builder import Builder
 from moec.spec import names
-from moec.spec.model import ModelSpec, VisionSpec
+from moec.spec.model import ModelSpec
 from moec.spec.parameters import vision_parameters
+from moec.spec.parts.vision import VisionSpec
 
 #: epsilon of every LayerNorm; the released model does not read the published `norm_eps` either
 EPS = 1e-5
@@ -72,9 +73,9 @@ def _layer(
     }
     for part in ("q", "k"):
         name = f"{at}.attn.{part}.rope"
-        rows[part] = b.emit(ops.rope, rows[part], *rope, vision.heads, name=name)
+        rows[part] = b.emit(ops.rope, rows[part], *rope, vision.heads, "adjacent", name=name)
     heads = (vision.heads, vision.heads)
-    h = b.emit(ops.attention, *rows.values(), None, *heads, name=f"{at}.attn.mix")
+    h = b.emit(ops.attention, *rows.values(), None, *heads, None, name=f"{at}.attn.mix")
     h = _linear(b, f"{at}.attn.o", b.emit(ops.pack, h, name=f"{at}.attn.mix.packed"))
     x = b.emit(ops.add, x, h, name=f"{at}.attn.residual")
     h = _linear(b, f"{at}.mlp.fc1", _norm(b, f"{at}.mlp.norm", x))

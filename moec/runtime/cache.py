@@ -12,6 +12,7 @@ from moec.runtime.memory import available, cache_bytes, most_tokens, slots
 from moec.spec import names
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
+from moec.spec.parts.attention import CacheSpec
 from moec.weights.view import STORED, TORCH_DTYPES
 
 #: new tokens after a prompt for which a cache has room from the start
@@ -61,25 +62,23 @@ def new_cache(
     Raises:
         MoecError: there is too little memory (exit code 2), or the GPU's is too small (3).
     """
-    text, dtype = spec.text, _dtype(spec, precision)
+    dtype = _dtype(spec, precision)
     _check_room(spec, dtype.itemsize, batch, capacity, layout, device, prompt)
     most = capacity
     if prompt is not None:
         capacity = min(capacity, prompt + AHEAD)
 
-    def shape(chunk: int | None) -> tuple[int, ...]:
-        count = slots(chunk, capacity)
+    def shape(each: CacheSpec) -> tuple[int, ...]:
+        count = slots(each.kept, capacity)
         if layout == "slots":
-            return batch, count, text.kv_width
-        return batch, text.kv_heads, count, text.head_dim
+            return batch, count, each.width
+        return batch, each.heads, count, each.size
 
     with memory_for(f"caches of {batch} x {capacity} positions"):
         tensors = {
-            names.past(layer.index, kind): torch.zeros(
-                shape(layer.chunk), dtype=dtype, device=device
-            )
-            for layer in text.all_layers
-            for kind in names.CACHED
+            names.past(layer.index, each.kind): torch.zeros(shape(each), dtype=dtype, device=device)
+            for layer in spec.text.all_layers
+            for each in layer.caches
         }
     return Cache(torch.zeros(batch, dtype=torch.int64), tensors, capacity, most)
 
@@ -146,9 +145,9 @@ def grow(spec: ModelSpec, cache: Cache, needed: int, layout: Layout = "slots") -
     _check_room(spec, first.itemsize, batch, capacity, layout, first.device.type)
     with memory_for(f"caches of {len(cache.lengths)} x {capacity} positions"):
         for layer in spec.text.all_layers:
-            wanted = slots(layer.chunk, capacity)
-            for kind in names.CACHED:
-                name = names.past(layer.index, kind)
+            for each in layer.caches:
+                wanted = slots(each.kept, capacity)
+                name = names.past(layer.index, each.kind)
                 tensor = cache.tensors[name]
                 more = wanted - tensor.shape[-2]  # an earlier call may have failed half-way
                 if more > 0:

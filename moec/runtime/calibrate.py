@@ -76,9 +76,9 @@ class _Observer(fx.Interpreter):
         elif n.target == ops.cache_append.target:
             self.caches.setdefault(cached(n, "calibrate"), self.new()).add(args[1])
         elif n.target == ops.moe.target:
-            return self._moe(n, Moe(*args), len(args[3]))
+            return self._moe(n, Moe(*args), len(args[4]))
         elif n.target == ops.separate_moe.target:
-            return self._moe(n, SeparateMoe(*args), len(args[4]))
+            return self._moe(n, SeparateMoe(*args), len(args[5]))
         return super().run_node(n)
 
     def _site(self, name: str, count: int) -> list[_Magnitudes]:

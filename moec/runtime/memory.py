@@ -13,9 +13,9 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def slots(chunk: int | None, capacity: int) -> int:
-    """A layer's cache slots for `capacity` tokens; a chunked layer needs at most `chunk`."""
-    return capacity if chunk is None else min(chunk, capacity)
+def slots(kept: int | None, capacity: int) -> int:
+    """A cache's slots for `capacity` tokens, of which it keeps at most `kept`; None: all."""
+    return capacity if kept is None else min(kept, capacity)
 
 
 def cache_bytes(
@@ -26,8 +26,9 @@ def cache_bytes(
     `element` is the bytes of one number. With layout "slots" a call returns new caches, so that
     there are two of each for a moment.
     """
-    count = sum(slots(layer.chunk, capacity) for layer in spec.text.all_layers)
-    return (2 if layout == "slots" else 1) * 2 * count * spec.text.kv_width * batch * element
+    caches = (each for layer in spec.text.all_layers for each in layer.caches)
+    count = sum(slots(each.kept, capacity) * each.width for each in caches)
+    return (2 if layout == "slots" else 1) * count * batch * element
 
 
 def most_tokens(

@@ -114,7 +114,7 @@ class Fields:
             raise self.error(
                 unknown[0],
                 f"unknown field, value {shown(self.left[unknown[0]])}",
-                f"fields of a Llama 4 config such as {', '.join(sorted(self.taken)[:6])}, ...",
+                f"fields of such a config, as {', '.join(sorted(self.taken)[:6])}, ...",
             )
 
     def error(self, key: str, found: str, expected: str) -> MoecError:

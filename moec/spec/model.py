@@ -2,6 +2,8 @@
 
 A value that follows from other fields is a property, never a field.
 
+The parts with fields of their own are in `moec.spec.parts`.
+
 A layer pattern is a short string, one character for each layer, repeated until every layer has
 one. RoPE, mask, QK-norm, temperature and MoE each have their own pattern because they vary
 independently. "iRoPE" (three chunked RoPE layers, then one global layer without positions) is a
@@ -11,88 +13,97 @@ the two are often confused.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from moec.spec import names
 from moec.spec.bounded import limits
 from moec.spec.data import DType, Frozen
-from moec.spec.names import family
+from moec.spec.parts.attention import CacheSpec, Latent
+from moec.spec.parts.rope import Scaling
+from moec.spec.parts.routing import Experts
+from moec.spec.parts.sizes import (
+    Base,
+    Depth,
+    Factor,
+    HeadDim,
+    Heads,
+    Name,
+    Positions,
+    TokenId,
+    Width,
+)
+from moec.spec.parts.vision import VisionSpec
 from moec.spec.scheme import Scheme
 
 #: the characters that each pattern field may hold, and what they mean
 ALPHABETS = {
-    "attention": {"L": "local: chunked causal mask", "G": "global: full causal mask"},
+    "attention": {
+        "L": "local: chunked causal mask",
+        "S": "sliding: causal mask over the last `window` tokens",
+        "G": "global: full causal mask",
+    },
     "rope": {"R": "rotary positions", "N": "no positions (NoPE)"},
-    "qk_norm": {"Q": "RMS norm of q and k per head, after RoPE", "-": "none"},
+    "qk_norm": {
+        "Q": "RMS norm of q and k per head, after RoPE, without weight",
+        "H": "RMS norm of q and k per head, before RoPE, with a weight",
+        "W": "RMS norm of all of q and of all of k, before RoPE, with a weight",
+        "-": "none",
+    },
     "temperature": {"T": "queries scaled by position", "-": "none"},
-    "ffn": {"M": "mixture of experts and a shared expert", "D": "dense SwiGLU"},
+    "ffn": {"M": "mixture of experts", "D": "dense SwiGLU"},
 }
 
 
-Width = Annotated[int, Field(gt=0, le=limits.WIDTH)]
-Positions = Annotated[int, Field(gt=0, le=limits.POSITIONS)]
-Depth = Annotated[int, Field(gt=0, le=limits.LAYERS)]
-Heads = Annotated[int, Field(gt=0, le=limits.HEADS)]
-HeadDim = Annotated[int, Field(gt=0, le=limits.HEAD_DIM)]
-ExpertCount = Annotated[int, Field(gt=0, le=limits.EXPERTS)]
-#: a base of RoPE
-Base = Annotated[float, Field(gt=0, le=1e15)]
-#: a factor of RoPE scaling or of the attention temperature
-Factor = Annotated[float, Field(gt=0, le=1e6)]
-TokenId = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
+class QkNorm(NamedTuple):
+    """How queries and keys are normalised."""
+
+    whole: bool  # all heads together, and not each for itself
+    weighted: bool
+    before_rope: bool
 
 
-class RopeScaling(Frozen):
-    """The parameters of Llama 3's RoPE frequency scaling.
-
-    `moec.graph_builder.ops.rope.inverse_frequencies` gives the formula. `low` and `high` are
-    `low_freq_factor` and `high_freq_factor` of `config.json`; `original_positions` is in tokens.
-    """
-
-    factor: Factor
-    low: Factor
-    high: Factor
-    original_positions: Positions
-
-
-class Experts(Frozen):
-    """The experts of one MoE layer.
-
-    Each token goes through `top_k` of `count` routed SwiGLU experts, and through a shared expert.
-    """
-
-    count: ExpertCount
-    top_k: ExpertCount
-    hidden: Width = Field(description="width of each routed expert")
-    shared_hidden: Width = Field(description="width of the shared expert")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.top_k > self.count:
-            raise ValueError(f"top_k {self.top_k} is more than the {self.count} experts")
-        return self
+#: what the letters of `qk_norm` mean
+QK_NORMS = {
+    "Q": QkNorm(whole=False, weighted=False, before_rope=False),
+    "H": QkNorm(whole=False, weighted=True, before_rope=True),
+    "W": QkNorm(whole=True, weighted=True, before_rope=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What the patterns say about one decoder layer.
 
-    `chunk` is in tokens; None stands for a full causal mask. `experts` is None for a dense layer.
+    `chunk` and `window` are in tokens; with neither, the mask is causal alone. `experts` is None
+    for a dense layer.
     """
 
     index: int
     rope: bool
     chunk: int | None
-    qk_norm: bool
+    window: int | None
+    qk_norm: QkNorm | None
     temperature: bool
     experts: Experts | None
+    caches: tuple[CacheSpec, ...]
 
     @property
     def moe(self) -> bool:
         """Whether the layer has experts."""
         return self.experts is not None
+
+    @property
+    def ranked_by(self) -> str:
+        """The name of the value [tokens, experts] that the layer chooses experts by."""
+        by_scores = self.experts is not None and self.experts.routing.choice == "scores"
+        return (names.ranks if by_scores else names.router)(self.index)
+
+    @property
+    def kept(self) -> int | None:
+        """How many tokens the layer's cache keeps at most; None: all."""
+        return self.chunk or self.window
 
 
 class TextSpec(Frozen):
@@ -108,6 +119,13 @@ class TextSpec(Frozen):
     norm_eps: float = Field(ge=1e-30, le=1)
     attention_bias: bool = False
     tie_embeddings: bool = False
+    rope_pairs: Literal["adjacent", "halves"] = Field(
+        default="adjacent",
+        description="what RoPE rotates: elements 2i and 2i + 1 of a head, or i and i + half",
+    )
+    clip_qkv: Factor | None = Field(
+        default=None, description="the largest magnitude of queries, keys and values before RoPE"
+    )
 
     attention: str = "LLLG"
     rope: str = "RRRN"
@@ -115,16 +133,26 @@ class TextSpec(Frozen):
     temperature: str = "---T"
     ffn: str = "M"
 
+    latent: Latent | None = Field(
+        default=None, description="multi-head latent attention; head_dim is nope + rope there"
+    )
     chunk: Positions | None = Field(
-        description="the most tokens that a local layer attends to; null where no layer is local"
+        default=None,
+        description="the most tokens that a local layer attends to; null where no layer is local",
+    )
+    window: Positions | None = Field(
+        default=None,
+        description="the tokens that a sliding layer attends to; null where no layer is sliding",
     )
     rope_theta: Base
-    rope_scaling: RopeScaling | None
+    rope_scaling: Scaling | None
     temperature_floor: Positions = Field(
-        description="tokens for which the attention temperature stays the same"
+        default=1, description="tokens for which the attention temperature stays the same"
     )
-    temperature_scale: float = Field(ge=-1e6, le=1e6)
-    dense_hidden: Width = Field(description="width of a dense layer's SwiGLU")
+    temperature_scale: float = Field(default=0.0, ge=-1e6, le=1e6)
+    dense_hidden: Width | None = Field(
+        default=None, description="width of a dense layer's SwiGLU; null where no layer is dense"
+    )
     experts: Experts | None = Field(
         default=None, description="the experts of each MoE layer; null where all layers are dense"
     )
@@ -140,7 +168,11 @@ class TextSpec(Frozen):
             for name in ALPHABETS
             if isinstance(values.get(name), str)
         }
-        used_by = {"chunk": ("attention", "L"), "experts": ("ffn", "M")}
+        used_by = {
+            "chunk": ("attention", "L"),
+            "window": ("attention", "S"),
+            "experts": ("ffn", "M"),
+        }
         unused = [
             name
             for name, (pattern, letter) in used_by.items()
@@ -159,10 +191,22 @@ class TextSpec(Frozen):
                 )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
+        if self.rope_dim % 2:
+            raise ValueError(f"RoPE rotates pairs, and a head has {self.rope_dim} elements for it")
+        if self.latent and self.head_dim != self.latent.nope + self.latent.rope:
+            raise ValueError(f"head_dim {self.head_dim} is not nope + rope of latent attention")
+        if self.latent and (self.qk_norm != "-" or self.clip_qkv or self.temperature != "-"):
+            raise ValueError("latent attention has no QK-norm, clip_qkv or temperature")
+        if self.latent and self.rope != "R":
+            raise ValueError("latent attention rotates keys in every layer")
         if "L" in self.attention and self.chunk is None:
             raise ValueError("local layers need a chunk size")
+        if "S" in self.attention and self.window is None:
+            raise ValueError("sliding layers need a window")
+        if self.chunk and self.window:
+            raise ValueError("local and sliding layers in one model: their caches would differ")
+        if "D" in self.ffn and self.dense_hidden is None:
+            raise ValueError("dense layers need dense_hidden")
         if "M" in self.ffn and self.experts is None:
             raise ValueError("MoE layers need experts")
         experts = self.expert_count * sum(layer.moe for layer in self.all_layers)
@@ -179,14 +223,23 @@ class TextSpec(Frozen):
         def at(pattern: str) -> str:
             return pattern[index % len(pattern)]
 
+        chunk = self.chunk if at(self.attention) == "L" else None
+        window = self.window if at(self.attention) == "S" else None
         return LayerSpec(
             index=index,
             rope=at(self.rope) == "R",
-            chunk=self.chunk if at(self.attention) == "L" else None,
-            qk_norm=at(self.qk_norm) == "Q",
+            chunk=chunk,
+            window=window,
+            qk_norm=QK_NORMS.get(at(self.qk_norm)),
             temperature=at(self.temperature) == "T",
             experts=self.experts if at(self.ffn) == "M" else None,
+            caches=self._caches(chunk or window),
         )
+
+    def _caches(self, kept: int | None) -> tuple[CacheSpec, ...]:
+        if self.latent:
+            return (CacheSpec(names.LATENT, 1, self.latent.kv_rank + self.latent.rope, kept),)
+        return tuple(CacheSpec(kind, self.kv_heads, self.head_dim, kept) for kind in names.CACHED)
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:
@@ -199,6 +252,27 @@ class TextSpec(Frozen):
         return self.experts.count if self.experts else 0
 
     @property
+    def kept(self) -> int | None:
+        """How many tokens the caches of layers that do not see all tokens keep; None: all do."""
+        return self.chunk or self.window
+
+    @property
+    def rope_dim(self) -> int:
+        """How many elements of a head RoPE rotates."""
+        return self.latent.rope if self.latent else self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What a query's product with a key is multiplied by."""
+        factor = self.rope_scaling.score_factor if self.rope_scaling else 1.0
+        return float(self.head_dim**-0.5) * factor
+
+    @property
+    def mixed_width(self) -> int:
+        """Width of what attention gives, all heads together."""
+        return self.heads * (self.latent.value if self.latent else self.head_dim)
+
+    @property
     def q_width(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_dim
@@ -207,73 +281,6 @@ class TextSpec(Frozen):
     def kv_width(self) -> int:
         """Width of all key heads together, and of all value heads together."""
         return self.kv_heads * self.head_dim
-
-
-class VisionSpec(Frozen):
-    """The vision tower, its adapter and the projector into the decoder's width."""
-
-    layers: Depth
-    dim: Width
-    heads: Heads
-    hidden: Width = Field(description="width of each layer's GELU MLP")
-    image: int = Field(gt=0, le=limits.TILE, description="pixels along one side of a tile")
-    patch: int = Field(gt=0, le=limits.TILE, description="pixels along one side of a patch")
-    channels: int = Field(gt=0, le=limits.CHANNELS)
-    shuffle: int = Field(
-        gt=0, le=limits.PATCHES, description="the pixel shuffle joins shuffle x shuffle patches"
-    )
-    adapter_hidden: Width
-    adapter_out: Width
-    rope_theta: Base
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.image % self.patch or self.side % self.shuffle:
-            raise ValueError(
-                f"image {self.image} must be a multiple of patch {self.patch}, and the patches "
-                f"along a side a multiple of shuffle {self.shuffle}"
-            )
-        if self.side > limits.PATCHES:
-            raise ValueError(
-                f"{self.side} patches along a side: at most {limits.PATCHES} are expected, which "
-                "is far above any known model"
-            )
-        if self.side**2 * self.head_dim > limits.ROTATIONS:
-            raise ValueError(
-                f"{self.side**2} patches of heads of width {self.head_dim}: at most "
-                f"{limits.ROTATIONS} products are expected, which is far above any known model"
-            )
-        if self.dim % self.heads or self.head_dim % 4:
-            raise ValueError(
-                f"dim {self.dim} over {self.heads} heads: 2D RoPE needs heads whose width is a "
-                "multiple of 4"
-            )
-        return self
-
-    @property
-    def side(self) -> int:
-        """Patches along one side of an image tile."""
-        return self.image // self.patch
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens of one image tile, after the pixel shuffle."""
-        return (self.side // self.shuffle) ** 2
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.dim // self.heads
-
-    @property
-    def patch_width(self) -> int:
-        """Values in one patch: its pixels in all channels."""
-        return self.channels * self.patch**2
-
-    @property
-    def shuffled_dim(self) -> int:
-        """Width of one image token after the pixel shuffle."""
-        return self.dim * self.shuffle**2
 
 
 class Tokens(Frozen):
@@ -308,8 +315,9 @@ class ModelSpec(Frozen):
     weights are stored as FP8 or as 4-bit integers; `dtype` is the type of the others, but for those
     in `dtypes`: by the name of a parameter, or of a family such as "layers.*.attn.norm.weight".
     With `separate_experts` each routed expert has tensors of its own on disk, [out, in], where the
-    scheme leaves it alone. `sampling` is what generation does by default; None: it takes the
-    likeliest token.
+    scheme leaves it alone. `architecture` names the row of `moec.spec.hf.architectures` whose
+    config.json and tensor names a checkpoint of this model has. `sampling` is what generation does
+    by default; None: it takes the likeliest token.
     """
 
     name: Name
@@ -318,6 +326,7 @@ class ModelSpec(Frozen):
     dtype: DType = Field(description="type of the weights on disk that the scheme leaves alone")
     dtypes: dict[Name, DType] = Field(default={}, max_length=limits.LISTED)
     separate_experts: bool = False
+    architecture: Name = "llama4"
     scheme: Scheme | None = None
     text: TextSpec
     vision: VisionSpec | None = None
@@ -343,7 +352,7 @@ class ModelSpec(Frozen):
         """The type of a parameter on disk, where the scheme leaves it alone."""
         if not self.dtypes:
             return self.dtype
-        known = (self.dtypes.get(each) for each in (parameter, family(parameter)))
+        known = (self.dtypes.get(each) for each in (parameter, names.family(parameter)))
         return next((each for each in known if each), self.dtype)
 
 

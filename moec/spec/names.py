@@ -199,6 +199,8 @@ ATTENTION_MASK = "attention_mask"
 
 #: what a layer's cache holds
 CACHED = ("key", "value")
+#: what a layer's cache holds in multi-head latent attention
+LATENT = "latent"
 #: kinds of caches: of chunked layers, and of layers that see every position
 RING, GLOBAL = "ring", "global"
 
@@ -279,6 +281,11 @@ def out(index: Index) -> str:
 def router(index: Index) -> str:
     """The router's logits of an MoE layer."""
     return moe(index, "router")
+
+
+def ranks(index: Index) -> str:
+    """What an MoE layer chooses experts by, where that is not the router's logits."""
+    return moe(index, "ranks")
 
 
 def chosen(index: Index) -> str:

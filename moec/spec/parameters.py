@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterator
 
 from moec.spec import names
-from moec.spec.model import LayerSpec, ModelSpec, TextSpec, VisionSpec
+from moec.spec.model import LayerSpec, ModelSpec, TextSpec
+from moec.spec.parts.attention import Latent
+from moec.spec.parts.vision import VisionSpec
 
 Shape = tuple[int, ...]
 
@@ -49,13 +51,11 @@ def _text(text: TextSpec) -> Iterator[tuple[str, Shape]]:
 def _layer(text: TextSpec, layer: LayerSpec) -> Iterator[tuple[str, Shape]]:
     i = layer.index
     yield names.attention(i, "norm", "weight"), (text.dim,)
-    widths = {"q": text.q_width, "k": text.kv_width, "v": text.kv_width}
-    for part, width in widths.items():
-        yield names.attention(i, part, "weight"), (width, text.dim)
-    yield names.attention(i, "o", "weight"), (text.dim, text.q_width)
-    if text.attention_bias:
-        for part, width in (*widths.items(), ("o", text.dim)):
-            yield names.attention(i, part, "bias"), (width,)
+    yield from (_latent(text, text.latent, i) if text.latent else _heads(text, i))
+    if layer.qk_norm and layer.qk_norm.weighted:
+        for part, width in (("q", text.q_width), ("k", text.kv_width)):
+            width = width if layer.qk_norm.whole else text.head_dim
+            yield names.attention(i, part, "norm", "weight"), (width,)
     yield names.dense(i, "norm", "weight"), (text.dim,)
     if layer.experts:
         count, hidden = layer.experts.count, layer.experts.hidden
@@ -63,9 +63,41 @@ def _layer(text: TextSpec, layer: LayerSpec) -> Iterator[tuple[str, Shape]]:
         yield names.moe(i, "router", "weight"), (count, text.dim)
         yield gate_up, (count, text.dim, 2 * hidden)  # gate first, then up
         yield down, (count, hidden, text.dim)
-        yield from _swiglu(names.shared(i), text.dim, layer.experts.shared_hidden)
-    else:
+        if layer.experts.routing.bias:
+            yield names.moe(i, "router", "bias"), (count,)
+        if layer.experts.shared_hidden:
+            yield from _swiglu(names.shared(i), text.dim, layer.experts.shared_hidden)
+    elif text.dense_hidden:
         yield from _swiglu(names.dense(i), text.dim, text.dense_hidden)
+
+
+def _heads(text: TextSpec, i: int) -> Iterator[tuple[str, Shape]]:
+    """Attention whose keys and values are products with the token."""
+    widths = {"q": text.q_width, "k": text.kv_width, "v": text.kv_width}
+    for part, width in widths.items():
+        yield names.attention(i, part, "weight"), (width, text.dim)
+    yield names.attention(i, "o", "weight"), (text.dim, text.q_width)
+    if text.attention_bias:
+        for part, width in (*widths.items(), ("o", text.dim)):
+            yield names.attention(i, part, "bias"), (width,)
+
+
+def _latent(text: TextSpec, latent: Latent, i: int) -> Iterator[tuple[str, Shape]]:
+    """Multi-head latent attention."""
+    down = {"kv_down": (latent.kv_rank + latent.rope, latent.kv_rank)}
+    if latent.q_rank:
+        down["q_down"] = (latent.q_rank, latent.q_rank)
+    for part, (width, rank) in down.items():
+        yield names.attention(i, part, "weight"), (width, text.dim)
+        yield names.attention(i, part, "norm", "weight"), (rank,)
+    query = ("q_up", latent.q_rank) if latent.q_rank else ("q", text.dim)
+    yield names.attention(i, query[0], "weight"), (text.q_width, query[1])
+    up = text.heads * (latent.nope + latent.value)
+    yield names.attention(i, "kv_up", "weight"), (up, latent.kv_rank)
+    yield names.attention(i, "o", "weight"), (text.dim, text.mixed_width)
+    if text.attention_bias:
+        for part, width in (*((part, width) for part, (width, _) in down.items()), ("o", text.dim)):
+            yield names.attention(i, part, "bias"), (width,)
 
 
 def _swiglu(at: str, dim: int, hidden: int) -> Iterator[tuple[str, Shape]]:

@@ -143,11 +143,11 @@ def plan(
     width = width or _own_widths(spec, sizes)
     count, k = (text.experts.count, text.experts.top_k) if text.experts else (1, 0)
     read = count * (1 - (1 - k / count) ** batch)
-    kept = [context if la.chunk is None else min(la.chunk, context) for la in text.all_layers]
+    kept = [min(la.kept or context, context) for la in text.all_layers]
     element = 4 if precision in ("fp32", "int8", "int4") else 2
     if spec.scheme and spec.scheme.cache:
         element = 1
-    per_key = 2 * text.kv_width * element * batch
+    per_key = sum(each.width for each in text.layer(0).caches) * element * batch
 
     stepped = [name for name in sizes if text.tie_embeddings or name != names.EMBED_WEIGHT]
     share = {name: 1.0 if not names.is_routed(name) else read / count for name in stepped}

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from moec.spec.model import ModelSpec
+from moec.spec.parts.attention import Latent
+from moec.spec.parts.routing import Experts
 from moec.spec.scheme import Rule, Scheme
 from moec.spec.tensors import eligible
 
@@ -33,15 +35,16 @@ def reduced(
             "dim": 2 * block,
             "heads": text.heads // text.kv_heads * 2,
             "kv_heads": 2,
-            "head_dim": head_dim,
+            "head_dim": 2 * head_dim if text.latent else head_dim,
+            "latent": text.latent and _latent(text.latent, block, head_dim),
             "vocab": 256,
             "max_positions": 32 * CHUNK,
             "chunk": text.chunk and CHUNK,
+            "window": text.window and CHUNK,
             "temperature_floor": CHUNK,
             "rope_scaling": scaling and scaling.model_copy(update={"original_positions": CHUNK}),
             "dense_hidden": 2 * block,
-            "experts": text.experts
-            and text.experts.model_copy(update={"hidden": block, "shared_hidden": block}),
+            "experts": text.experts and _experts(text.experts, block),
         }
     )
     vision = spec.vision and spec.vision.model_copy(
@@ -77,6 +80,23 @@ def reduced(
     )
     scheme = spec.scheme and _scheme(spec.scheme, small_spec)
     return small_spec.model_copy(update={"scheme": scheme})
+
+
+def _experts(experts: Experts, block: int) -> Experts:
+    """Narrow experts; several shared ones stay wider than one routed expert."""
+    shared = experts.shared_hidden and block * min(2, -(-experts.shared_hidden // experts.hidden))
+    return experts.model_copy(update={"hidden": block, "shared_hidden": shared})
+
+
+def _latent(latent: Latent, block: int, head_dim: int) -> Latent:
+    """Latent attention whose keys and values have different widths, as in `latent`."""
+    return Latent(
+        q_rank=latent.q_rank and block,
+        kv_rank=block,
+        nope=head_dim,
+        rope=head_dim,
+        value=head_dim if latent.value == latent.nope else head_dim // 2,
+    )
 
 
 def _scheme(scheme: Scheme, spec: ModelSpec) -> Scheme:

@@ -98,6 +98,6 @@ def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
             routed = names.routed(i)
             yield routed[0], (count, 2 * hidden, dim), (routed[0], *gate_up)
             yield routed[1], (count, dim, hidden), (routed[1], down)
-        else:
+        elif text.dense_hidden:
             yield names.dense(i, "gate_up", "weight"), (2 * text.dense_hidden, dim), gate_up
             yield down, (dim, text.dense_hidden), (down,)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moec.spec import names
-from moec.spec.hf.config_writer import write_config
+from moec.spec.hf.config import write_config
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from moec.spec import names
 from moec.spec.errors import refuse
+from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.hf.names import DECODER, TOWER, key_of
 from moec.spec.model import ModelSpec
 from moec.weights.checkpoint import Checkpoint
@@ -27,6 +28,12 @@ def spelled(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpo
         MoecError: a tied model stores a head that is not its embedding.
     """
     found, notes = dict(checkpoint.tensors), list(spec.notes)
+    aside = ARCHITECTURES[spec.architecture].aside.format(layers=spec.text.layers)
+    unused = [key for key in found if aside and re.match(aside, key)]
+    for key in unused:
+        del found[key]
+    if unused:
+        notes.append(f"{len(unused)} tensors were left aside, such as {min(unused)[:200]}.")
     derived = [key for key in found if _DERIVED.search(key)]
     for key in derived:
         del found[key]
@@ -49,7 +56,10 @@ def spelled(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpo
 def _without_tied_head(spec: ModelSpec, found: dict[str, TensorEntry], notes: list[str]) -> None:
     """Remove the head of a tied model from `found`, if it is the embedding."""
     prefix = DECODER if spec.vision else ""
-    head, embed = (prefix + key_of(name) for name in (names.HEAD_WEIGHT, names.EMBED_WEIGHT))
+    head, embed = (
+        prefix + key_of(name, architecture=spec.architecture)
+        for name in (names.HEAD_WEIGHT, names.EMBED_WEIGHT)
+    )
     if not spec.text.tie_embeddings or head not in found or embed not in found:
         return
     if not _equal(found[head], found[embed]):

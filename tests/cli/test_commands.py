@@ -30,6 +30,7 @@ OPTIONS = {
     "inspect": "artefact --verify --weights-from --json",
     "bench": "artefact --batch --prompt-tokens --new-tokens --rounds --device "
     "--weights-from --trust-engines --json",
+    "spec compare": "",
     "spec list": "",
     "spec show": "model --format",
     "spec schema": "",

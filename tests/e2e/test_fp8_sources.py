@@ -114,7 +114,7 @@ def _check_products(
             count = spec.text.experts.count
             which = torch.arange(count).repeat_interleave(len(x) // count)[:, None]
             found = fp8_moe.eager(
-                x, torch.ones(len(x), 1), which, *weights, *scales, inputs, 128, bound
+                x, torch.ones(len(x), 1), which, "input", *weights, *scales, inputs, 128, bound
             )
         else:
             name = ours[f"{module}.weight"]

@@ -15,6 +15,7 @@ from moec.graph_builder.types import TensorType
 from moec.spec.errors import MoecError
 from moec.spec.scheme import INPUTS, STATIC, WEIGHTS
 from moec.spec.tensors import scale_shape
+from tests.routes import by
 
 E4M3 = ml_dtypes.float8_e4m3fn
 ALL = np.arange(256, dtype=np.uint8)
@@ -198,9 +199,9 @@ def _statics(inputs: str) -> tuple[Tensor | None, Tensor | None]:
     return _scales(shape, 20) * 3, _scales(shape, 21) * 3
 
 
-def _routed(top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _routed(top_k: int) -> tuple[Tensor, Tensor, Tensor, str]:
     x = _random(7, DIM, seed=3)
-    return x, *ops.route.target(_random(7, COUNT, seed=4), top_k)
+    return x, *ops.route.target(*by(_random(7, COUNT, seed=4), top_k)), "input"
 
 
 def _run(routed: Any, weights: Any, inputs: str) -> Tensor:
@@ -240,7 +241,7 @@ def test_experts_are_what_a_loop_over_tokens_gives(grid: str, inputs: str, top_k
     (gate_up,), (gate_up_scale,), (down,), (down_scale,) = weights
     first, second = _wide(gate_up, gate_up_scale, grid), _wide(down, down_scale, grid)
     before, between = _statics(inputs)
-    x, scores, experts = (each.numpy() for each in routed)
+    x, scores, experts = (each.numpy() for each in routed[:3])
     expected = np.zeros(x.shape)
     for token, k in np.ndindex(*scores.shape):
         expert = experts[token, k]
@@ -256,8 +257,8 @@ def test_experts_are_what_a_loop_over_tokens_gives(grid: str, inputs: str, top_k
 @pytest.mark.parametrize("grid", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_apart_are_the_fused_ones(grid: str, inputs: str, dtype: torch.dtype) -> None:
-    x, scores, experts = _routed(2)
-    routed = x.to(dtype), scores.to(dtype), experts
+    x, scores, experts, _ = _routed(2)
+    routed = x.to(dtype), scores.to(dtype), experts, "input"
     fused = _fused(grid)
     if grid == "block":  # whole squares, so that gate and up do not share one
         fused[0], fused[1] = [_codes(COUNT, DIM, 16, seed=0)], [_scales((COUNT, 3, 4), 10)]
@@ -288,6 +289,7 @@ def experts(**changes: Any) -> tuple[Any, ...]:
     """Operands of `fp8_moe`, but for `changes`."""
     given: dict[str, Any] = {
         "x": t(6, 4), "scores": t(6, 1), "experts": t(6, 1, dtype=torch.int64),
+        "weighed": "input",
         "gate_up": [fp8(3, 4, 8)], "gate_up_scale": [t(3, 8)],
         "down": [fp8(3, 4, 4)], "down_scale": [t(3)],
         "gate_up_input": None, "down_input": None, "inputs": "token", "block": 4, "bound": None,

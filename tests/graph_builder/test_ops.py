@@ -11,6 +11,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding
 
 from moec.graph_builder import ops
 from moec.graph_builder.ops.rope import inverse_frequencies
+from tests.routes import by
 
 
 @given(
@@ -36,7 +37,7 @@ def test_a_ring_holds_what_a_list_would(
             assert all(key == position for position, key in known.items() if position >= 0)
             oldest = max(0, int(past[row]) - slots)
             assert set(range(oldest, int(past[row]))) <= set(known)
-        mask = ops.attention_mask.eager(positions, held, chunk)
+        mask = ops.attention_mask.eager(positions, held, chunk, None)
         for row in range(2):
             for column in range(width):
                 q = int(positions[row, column])
@@ -54,7 +55,7 @@ def test_a_ring_holds_what_a_list_would(
 
 def test_the_first_token_of_a_chunk_sees_itself_only() -> None:
     positions = torch.arange(8)[None]
-    mask = ops.attention_mask.eager(positions, positions, 4)[0, 0]
+    mask = ops.attention_mask.eager(positions, positions, 4, None)[0, 0]
     assert mask[4].nonzero().flatten().tolist() == [4]
     assert mask[7].nonzero().flatten().tolist() == [4, 5, 6, 7]
 
@@ -80,13 +81,13 @@ def test_frequencies_are_those_of_transformers(low: float, high: float, factor: 
         },
     )  # fmt: skip
     theirs = Llama4TextRotaryEmbedding(config).inv_freq
-    ours = inverse_frequencies(128, 500000.0, [factor, low, high, 8192.0])
+    ours = inverse_frequencies(128, 500000.0, "bands", [factor, low, high, 8192.0])
     assert torch.equal(ours, theirs) or torch.allclose(ours, theirs, rtol=1e-6, atol=0)
 
 
 def test_scout_scales_29_of_64_frequencies_and_none_is_nan() -> None:
-    plain = inverse_frequencies(128, 500000.0, [])
-    scaled = inverse_frequencies(128, 500000.0, [16.0, 1.0, 1.0, 8192.0])
+    plain = inverse_frequencies(128, 500000.0, "none", [])
+    scaled = inverse_frequencies(128, 500000.0, "bands", [16.0, 1.0, 1.0, 8192.0])
     assert int((plain != scaled).sum()) == 29
     assert torch.equal(plain[35:] / 16, scaled[35:])
 
@@ -94,9 +95,9 @@ def test_scout_scales_29_of_64_frequencies_and_none_is_nan() -> None:
 @given(st.integers(0, 10_485_760))
 def test_rotation_equals_complex_multiplication(position: int) -> None:
     where = torch.tensor([[position]])
-    cos, sin = ops.rope_table.eager(where, 8, 10_000.0, [])
+    cos, sin = ops.rope_table.eager(where, 8, 10_000.0, "none", [], 1.0)
     x = torch.randn(1, 1, 16)
-    turned = ops.rope.eager(x, cos, sin, 2)
+    turned = ops.rope.eager(x, cos, sin, 2, "adjacent")
     pairs = torch.view_as_complex(x.reshape(1, 1, 2, 4, 2))
     expected = torch.view_as_real(pairs * torch.complex(cos, sin)[:, :, None])
     assert torch.allclose(turned, expected.flatten(2), atol=1e-6)
@@ -105,8 +106,8 @@ def test_rotation_equals_complex_multiplication(position: int) -> None:
 def test_the_score_scales_the_input_not_the_output() -> None:
     x, gate_up, down = torch.randn(3, 4), torch.randn(5, 4, 6), torch.randn(5, 3, 4)
     logits = torch.randn(3, 5)
-    scores, experts = ops.route.eager(logits, 1)
-    out = ops.moe.eager(x, scores, experts, gate_up, down)
+    scores, experts = ops.route.eager(*by(logits, 1))
+    out = ops.moe.eager(x, scores, experts, "input", gate_up, down)
     for token in range(3):
         expert = int(logits[token].argmax())
         scaled = x[token] / (1 + math.exp(-logits[token, expert]))
@@ -117,7 +118,7 @@ def test_the_score_scales_the_input_not_the_output() -> None:
 
 def test_separate_experts_equal_a_stack() -> None:
     x, gate_up, down = torch.randn(7, 4), torch.randn(3, 4, 6), torch.randn(3, 3, 4)
-    routed = (x, *ops.route.eager(torch.randn(7, 3), 2))
+    routed = (x, *ops.route.eager(*by(torch.randn(7, 3), 2)), "input")
     halves = [half for each in gate_up for half in each.t().chunk(2)]
     found = ops.separate_moe.target(*routed, halves, [each.t() for each in down])
     assert torch.allclose(found, ops.moe.target(*routed, gate_up, down), atol=1e-5)
@@ -127,11 +128,13 @@ def test_moe_equals_the_dense_sum_with_zero_scores() -> None:
     """transformers runs all experts, scores of the others at zero: the same function."""
     x, gate_up, down = torch.randn(7, 4), torch.randn(5, 4, 6), torch.randn(5, 3, 4)
     logits = torch.randn(7, 5)
-    scores, experts = ops.route.eager(logits, 2)
+    scores, experts = ops.route.eager(*by(logits, 2))
     dense = torch.zeros(7, 5).scatter(1, experts, scores)
     gate, up = torch.einsum("te,td,edf->etf", dense, x, gate_up).chunk(2, -1)
     expected = ((gate.sigmoid() * gate * up) @ down).sum(0)
-    assert torch.allclose(ops.moe.eager(x, scores, experts, gate_up, down), expected, atol=1e-4)
+    assert torch.allclose(
+        ops.moe.eager(x, scores, experts, "input", gate_up, down), expected, atol=1e-4
+    )
 
 
 def test_rms_norm_casts_before_the_weight() -> None:

@@ -53,7 +53,7 @@ def test_rotary_positions_are_those_of_transformers(side: int, dim: int, heads: 
     assert torch.equal(cos[:, -1], torch.ones(3, dim // 2))  # the class token is not turned
     x = torch.randn(3, side**2 + 1, heads, dim)
     expected, _ = vision_apply_rotary_emb(x, x, complex_table)
-    found = ops.rope.eager(x.flatten(2), cos, sin, heads)
+    found = ops.rope.eager(x.flatten(2), cos, sin, heads, "adjacent")
     assert torch.allclose(found, expected.flatten(2), atol=1e-6)
 
 
@@ -84,8 +84,8 @@ def test_another_number_of_features_is_refused(rows: int) -> None:
 def test_attention_without_a_mask_sees_everything() -> None:
     q, k, v = (torch.randn(2, 5, 8) for _ in "qkv")
     everything = torch.ones(2, 1, 5, 5, dtype=torch.bool)
-    expected = ops.attention.eager(q, k, v, everything, 2, 2)
-    assert torch.allclose(ops.attention.eager(q, k, v, None, 2, 2), expected, atol=1e-6)
+    expected = ops.attention.eager(q, k, v, everything, 2, 2, None)
+    assert torch.allclose(ops.attention.eager(q, k, v, None, 2, 2, None), expected, atol=1e-6)
 
 
 def test_gelu_is_the_exact_one() -> None:

@@ -72,8 +72,8 @@ def tables(device: str, size: int, batch: int, count: int) -> Iterator[tuple[str
     """(what, relative error) of what a step makes of positions, far ones too; and of its end."""
     positions = torch.randint(0, 10_000_000, (batch, count), device=device)
     positions[0, 0] = 8191  # where a temperature's step begins
-    for scaling in ([], [16.0, 1.0, 1.0, 8192.0]):
-        given = positions, size, 5e5, scaling
+    for scaling, numbers in (("none", []), ("bands", [16.0, 1.0, 1.0, 8192.0])):
+        given = positions, size, 5e5, scaling, numbers, 1.0
         found, expected = torch_ops.rope_table(*given), ops.rope_table.eager(*given)
         yield "rope_table", max(map(error, found, expected))
     given = positions, 8192, 0.1
@@ -119,7 +119,7 @@ def attention(
     qkv = torch.randn(batch, count, width, device=device).bfloat16()
     last = torch.randint(count - 1, slots, (batch,), device=device, dtype=torch.int32)
     cos, sin = ops.rope_table.eager(
-        last[:, None].long() + torch.arange(1 - count, 1, device=device), size, 5e5, []
+        last[:, None].long() + torch.arange(1 - count, 1, device=device), size, 5e5, "none", [], 1.0
     )
     factor = 1 + torch.rand(batch, count, 1, device=device)
     total = (last.max() + 1).int().cpu()

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from pydantic import ValidationError
 
-from moec.spec.model import ModelSpec, shortest_tile
+from moec.spec.model import QK_NORMS, ModelSpec, shortest_tile
 from moec.spec.parameters import counts
 from moec.spec.plan import plan
 from moec.spec.presets import PRESETS
@@ -67,9 +67,10 @@ def test_irope_and_dense_interleaving_are_independent() -> None:
 
 def test_layer_reads_every_pattern() -> None:
     layer = PRESETS["scout"].text.layer(7)
-    assert (layer.rope, layer.chunk, layer.qk_norm, layer.temperature) == (False, None, False, True)
+    assert (layer.rope, layer.chunk, layer.qk_norm, layer.temperature) == (False, None, None, True)
     layer = PRESETS["scout"].text.layer(8)
-    assert (layer.rope, layer.chunk, layer.qk_norm, layer.temperature) == (True, 8192, True, False)
+    assert (layer.rope, layer.chunk, layer.temperature) == (True, 8192, False)
+    assert layer.qk_norm == QK_NORMS["Q"]
 
 
 @pytest.mark.parametrize(

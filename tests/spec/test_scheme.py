@@ -10,8 +10,9 @@ import yaml
 
 import moec
 from moec.spec.files import load_scheme
-from moec.spec.model import Experts, ModelSpec, TextSpec
+from moec.spec.model import ModelSpec, TextSpec
 from moec.spec.parameters import parameters
+from moec.spec.parts.routing import Experts
 from moec.spec.plan import plan
 from moec.spec.presets import PRESETS
 from moec.spec.scheme import ATTENTION, DENSE, EXPERTS, SCHEMES, SHARED, Scheme

@@ -83,7 +83,7 @@ def test_a_record_says_all(name: str) -> None:
 
 
 def test_sizes_of_reduced_models_are_those_of_blocks_and_kernels() -> None:
-    from moec.exporters.onnx.ort_experts import BLOCK
+    from moec.exporters.onnx.experts.ort import BLOCK
     from moec.kernels.sizes import SMALLEST
 
     assert find_target("ort").reduced["ort-int4"] == {"block": BLOCK}

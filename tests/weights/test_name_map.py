@@ -9,8 +9,8 @@ from transformers import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGe
 
 from moec.graph_builder.decoder import build_decoder
 from moec.spec.files import load_spec
-from moec.spec.hf.config_writer import write_config
-from moec.spec.hf.names import TEXT, VISION
+from moec.spec.hf.architectures.llama4.keys import TEXT, VISION
+from moec.spec.hf.config import write_config
 from moec.spec.parameters import counts, parameters
 from moec.spec.presets import PRESETS
 from moec.weights.checkpoint import read_checkpoint

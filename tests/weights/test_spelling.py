@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import moec
-from moec.spec.hf.config_writer import write_config
+from moec.spec.hf.config import write_config
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.name_map import checkpoint_tensors, read_model

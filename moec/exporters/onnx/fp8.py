@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import branches
-from moec.exporters.onnx.experts import swiglu
+from moec.exporters.onnx.experts.branches import branches
+from moec.exporters.onnx.experts.loop import swiglu
 from moec.exporters.onnx.lowering import DTYPES, Emitter, type_of
 from moec.graph_builder.ops.fp8 import FP8, SMALLEST_SCALE
 from moec.graph_builder.ops.operands import Fp8Moe

@@ -11,13 +11,14 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import lower_branches
+from moec.exporters.onnx.experts.branches import lower_branches
+from moec.exporters.onnx.experts.ort import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.int4.ort import lower_int4_linear, lower_int4_moe
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Rule, Values, type_of
-from moec.exporters.onnx.ort_experts import BLOCK, INT8_ACTIVATIONS, lower_fused, lower_quantized
 from moec.exporters.onnx.standard import STANDARD, lower_linear, steps
 from moec.graph_builder import ops
 from moec.graph_builder.ops.operands import BufferedAttention
+from moec.graph_builder.passes.buffers import has_buffers
 from moec.graph_builder.roles import ATTENTION_PRODUCTS, Role, place_of
 from moec.graph_builder.types import TensorType
 from moec.spec.errors import refuse
@@ -145,7 +146,9 @@ def check_sizes(spec: ModelSpec, bits: int | None) -> None:
         MoecError: a width is not a multiple of the number that an operator needs.
     """
     text, block = spec.text, BLOCK if bits else 1
-    wanted = [("text.head_dim", text.head_dim, 8, "GroupQueryAttention")]
+    wanted = []
+    if has_buffers(text):
+        wanted.append(("text.head_dim", text.head_dim, 8, "GroupQueryAttention"))
     if text.experts:
         wanted += [
             ("text.dim", text.dim, block, "QMoE"),

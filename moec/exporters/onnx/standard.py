@@ -7,21 +7,32 @@ functions for experts are in `experts`, those for FP8 in `fp8`, those for 4-bit 
 
 from collections.abc import Callable
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import lower_separate
-from moec.exporters.onnx.experts import lower_moe
+from moec.exporters.onnx.attention import (
+    lower_attention,
+    lower_attention_mask,
+    lower_clip,
+    lower_head_norm,
+    lower_rope,
+    lower_rope_table,
+    lower_scale_queries,
+    lower_temperature,
+)
+from moec.exporters.onnx.experts.branches import lower_separate
+from moec.exporters.onnx.experts.loop import lower_moe
+from moec.exporters.onnx.experts.routing import lower_ranks, lower_route
 from moec.exporters.onnx.fp8 import (
     lower_dequantize,
     lower_fp8_moe,
     lower_quantize,
     lower_token_scale,
 )
+from moec.exporters.onnx.heads import lower_head_linear, lower_join_parts, lower_take_part
 from moec.exporters.onnx.int4.standard import lower_int4_linear, lower_int4_moe
-from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
+from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, type_of
 from moec.exporters.onnx.vision import (
     lower_fuse,
     lower_patch_rope_table,
@@ -30,7 +41,6 @@ from moec.exporters.onnx.vision import (
     lower_tile_tokens,
 )
 from moec.graph_builder import ops
-from moec.graph_builder.ops.rope import inverse_frequencies
 from moec.graph_builder.types import TensorType
 
 OPSET = 24
@@ -157,119 +167,6 @@ def _cache_write(e: Emitter, node: fx.Node, seen: ir.Value, index: ir.Value) -> 
     return _gather_rows(e, seen, index, _result(node), "")
 
 
-def _attention_mask(
-    e: Emitter, node: fx.Node, queries: ir.Value, keys: ir.Value, chunk: int | None
-) -> ir.Value:
-    out = _result(node)
-    batch, _, rows, columns = out.shape
-    q_kind, k_kind = (
-        TensorType((batch, 1, rows, 1), _INT64),
-        TensorType((batch, 1, 1, columns), _INT64),
-    )
-    q = e.op("Unsqueeze", [queries, e.constant([1, 3])], q_kind, label="queries")
-    k = e.op("Unsqueeze", [keys, e.constant([1, 2])], k_kind, label="keys")
-    is_token = e.op(
-        "GreaterOrEqual", [k, e.constant(0)], TensorType(k_kind.shape, _BOOL), label="is_token"
-    )
-    causal = e.op("LessOrEqual", [k, q], out, label="causal")
-    if chunk is None:
-        return e.op("And", [causal, is_token], out)
-    seen = e.op("And", [causal, is_token], out, label="seen")
-    size = e.constant(chunk)
-    q_chunk = e.op("Div", [q, size], q_kind, label="query_chunk")
-    k_chunk = e.op("Div", [k, size], k_kind, label="key_chunk")
-    same = e.op("Equal", [q_chunk, k_chunk], out, label="same_chunk")
-    return e.op("And", [seen, same], out)
-
-
-def _attention(
-    e: Emitter,
-    node: fx.Node,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    mask: ir.Value | None,
-    *heads: int,
-) -> ir.Value:
-    inputs = [q, k, v] if mask is None else [q, k, v, mask]
-    return e.op("Attention", inputs, _result(node), q_num_heads=heads[0], kv_num_heads=heads[1])
-
-
-def _head_norm(e: Emitter, node: fx.Node, x: ir.Value, heads: int, eps: float) -> ir.Value:
-    kind = type_of(x)
-    size = kind.shape[2] // heads
-    split = kind.like(*kind.shape[:2], heads, size)
-    x = e.op("Reshape", [x, e.constant([0, 0, heads, size])], split, label="heads")
-    ones = e.cast(e.constant(np.ones(size, np.float32)), kind.dtype, "ones")
-    x = e.op("RMSNormalization", [x, ones], split, label="normed", axis=-1, epsilon=eps)
-    return e.op("Reshape", [x, e.constant([0, 0, heads * size])], _result(node))
-
-
-def _temperature(
-    e: Emitter, node: fx.Node, positions: ir.Value, floor: int, scale: float
-) -> ir.Value:
-    flat = TensorType(type_of(positions).shape, _FLOAT)
-
-    def number(x: float) -> ir.Value:
-        return e.constant(np.float32(x))
-
-    x = e.op("Add", [e.cast(positions, _FLOAT, "p"), number(1)], flat, label="count")
-    x = e.op("Floor", [e.op("Div", [x, number(floor)], flat, label="ratio")], flat, label="steps")
-    x = e.op("Log", [e.op("Add", [x, number(1)], flat, label="steps_1")], flat, label="log")
-    x = e.op(
-        "Add",
-        [e.op("Mul", [x, number(scale)], flat, label="gain"), number(1)],
-        flat,
-        label="factor",
-    )
-    return e.op("Unsqueeze", [x, e.constant([2])], _result(node))
-
-
-def _scale_queries(e: Emitter, node: fx.Node, x: ir.Value, factor: ir.Value) -> ir.Value:
-    return _in_float32(
-        e, node, x, lambda wide, kind, label: e.op("Mul", [wide, factor], kind, label=label)
-    )
-
-
-def _rope_table(
-    e: Emitter, node: fx.Node, positions: ir.Value, dim: int, theta: float, scaling: list[float]
-) -> Values:
-    kind = node.meta["type"][0]
-    rates = e.constant(inverse_frequencies(dim, theta, scaling).numpy())
-    wide = e.op(
-        "Unsqueeze",
-        [e.cast(positions, _FLOAT, "p"), e.constant([2])],
-        TensorType((*kind.shape[:2], 1), _FLOAT),
-        label="columns",
-    )
-    angles = e.op("Mul", [wide, rates], kind, label="angles")
-    return (
-        e.op("Cos", [angles], kind, label="cos"),
-        e.op("Sin", [angles], kind, label="sin"),
-    )
-
-
-def _rope(
-    e: Emitter, node: fx.Node, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int
-) -> ir.Value:
-    def rotate(wide: ir.Value, kind: TensorType, label: str) -> ir.Value:
-        return e.op(
-            "RotaryEmbedding", [wide, cos, sin], kind, label=label, interleaved=1, num_heads=heads
-        )
-
-    return _in_float32(e, node, x, rotate)
-
-
-def _in_float32(e: Emitter, node: fx.Node, x: ir.Value, compute: _Compute) -> ir.Value:
-    """Run `compute` on x in float32, and cast the result to the node's own type."""
-    out = _result(node)
-    kind = TensorType(out.shape, _FLOAT)
-    result = compute(e.cast(x, _FLOAT, "wide"), kind, "" if out.dtype == _FLOAT else "float32")
-    if out.dtype == _FLOAT:
-        return result
-    return e.op("Cast", [result], out, to=DTYPES[out.dtype].value)
-
-
 def lower_linear(
     e: Emitter, node: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None
 ) -> ir.Value:
@@ -312,18 +209,6 @@ def _swiglu(e: Emitter, node: fx.Node, gate: ir.Value, up: ir.Value) -> ir.Value
     return e.op("Mul", [act, up], out)
 
 
-def _route(e: Emitter, node: fx.Node, logits: ir.Value, top_k: int) -> Values:
-    scores, experts = node.meta["type"]
-    # Runtimes have no TopK for bfloat16. In float32 the order is the same.
-    if type_of(logits).dtype == torch.bfloat16:
-        logits = e.cast(logits, _FLOAT, "logits")
-        scores = TensorType(scores.shape, _FLOAT)
-    best, chosen = e.ops("TopK", [logits, e.constant([top_k])], (scores, experts), "top", axis=-1)
-    wide = e.cast(best, _FLOAT, "wide")
-    gain = e.op("Sigmoid", [wide], TensorType(scores.shape, _FLOAT), label="sigmoid")
-    return e.cast(gain, node.meta["type"][0].dtype, "scores"), chosen
-
-
 def _to_float32(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
     return e.op("Cast", [x], _result(node), to=DTYPES[_FLOAT].value)
 
@@ -340,20 +225,25 @@ STANDARD = (
     Rule(ops.cache_index, _cache_index),
     Rule(ops.cache_append, _cache_append),
     Rule(ops.cache_write, _cache_write),
-    Rule(ops.attention_mask, _attention_mask),
-    Rule(ops.attention, _attention),
-    Rule(ops.head_norm, _head_norm),
-    Rule(ops.temperature, _temperature),
-    Rule(ops.scale_queries, _scale_queries),
-    Rule(ops.rope_table, _rope_table),
-    Rule(ops.rope, _rope),
+    Rule(ops.attention_mask, lower_attention_mask),
+    Rule(ops.attention, lower_attention),
+    Rule(ops.take_part, lower_take_part),
+    Rule(ops.join_parts, lower_join_parts),
+    Rule(ops.head_linear, lower_head_linear),
+    Rule(ops.head_norm, lower_head_norm),
+    Rule(ops.clip, lower_clip),
+    Rule(ops.temperature, lower_temperature),
+    Rule(ops.scale_queries, lower_scale_queries),
+    Rule(ops.rope_table, lower_rope_table),
+    Rule(ops.rope, lower_rope),
     Rule(ops.linear, lower_linear),
     Rule(ops.rms_norm, _rms_norm),
     Rule(ops.layer_norm, _layer_norm),
     Rule(ops.add, _add),
     Rule(ops.swiglu, _swiglu),
     Rule(ops.gelu, _gelu),
-    Rule(ops.route, _route),
+    Rule(ops.ranks, lower_ranks),
+    Rule(ops.route, lower_route),
     Rule(ops.moe, lower_moe),
     Rule(ops.separate_moe, lower_separate),
     Rule(ops.token_scale, lower_token_scale),

@@ -24,11 +24,11 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import lower_separate
+from moec.exporters.onnx.experts.branches import lower_separate
+from moec.exporters.onnx.experts.static import dense, few_or_many
 from moec.exporters.onnx.fp8 import lower_fp8_moe
 from moec.exporters.onnx.lowering import DTYPES, Emitter, Rule, Values, type_of
 from moec.exporters.onnx.standard import STANDARD, column, lower_linear, steps
-from moec.exporters.onnx.static_experts import dense, few_or_many
 from moec.graph_builder import ops
 from moec.graph_builder.ops.operands import BufferedAttention, MoeLayer, arguments
 from moec.graph_builder.types import TensorType
@@ -138,6 +138,7 @@ def _attention(
     mask: None,
     heads: int,
     kv_heads: int,
+    scale: None,
 ) -> ir.Value:
     out: TensorType = node.meta["type"]
     counts = {"q_num_heads": heads, "kv_num_heads": kv_heads}

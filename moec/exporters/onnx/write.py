@@ -18,7 +18,7 @@ from moec.exporters.onnx.ort import ORT, ORT_GIVEN, ORT_INT4, ORT_INT8, ORT_PACK
 from moec.exporters.onnx.standard import OPSET, STANDARD
 from moec.exporters.onnx.tensorrt import TENSORRT
 from moec.graph_builder.parts import build_graph, parts_of
-from moec.graph_builder.passes.buffers import keep_buffers
+from moec.graph_builder.passes.buffers import has_buffers, keep_buffers
 from moec.graph_builder.passes.genai import genai_inputs
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.spec.model import ModelSpec
@@ -66,6 +66,12 @@ DIALECTS = {
 def graphs_of(spec: ModelSpec, precision: str, dialect: str) -> dict[str, fx.GraphModule]:
     """Every graph of an artefact in `dialect`, by part. Part P is written to the file P.onnx."""
     passes = DIALECTS[dialect].passes
+    if not has_buffers(spec.text):  # no operator takes such caches: plain attention runs instead
+        passes = {
+            part: [each for each in some if each is not keep_buffers]
+            for part, some in passes.items()
+            if part != GENAI
+        }
     graphs = {}
     for part in (*parts_of(spec), *(each for each in passes if each == GENAI)):
         graphs[part] = build_graph(spec, precision, part="model" if part == GENAI else part)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+from moec.graph_builder.passes.torch_support import unlike
 from moec.kernels.sizes import SMALLEST
 from moec.spec.errors import refuse
-from moec.spec.model import Experts, ModelSpec
+from moec.spec.model import ModelSpec
 from moec.spec.names import of_moe, routed
+from moec.spec.parts.routing import Experts, Routing
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
 from moec.weights.joined import fp8_parameters
@@ -41,6 +43,11 @@ def _unsupported(spec: ModelSpec, precision: str) -> Iterator[Unsupported]:
     if precision != "fp32" and size % _HEAD_MULTIPLE:
         expected = f"a multiple of {_HEAD_MULTIPLE} in half precision"
         yield "text.head_dim", size, expected, "use --precision fp32"
+    for field, found, expected in unlike(spec.text):
+        yield field, found, expected, "use --target onnx"
+    if spec.text.experts and spec.text.experts.routing != Routing():
+        found, expected = spec.text.experts.routing, "a sigmoid of logits, on inputs"
+        yield "text.experts.routing", found, expected, "use --target onnx"
     if spec.scheme:
         yield from _unsupported_scheme(spec, spec.scheme)
 

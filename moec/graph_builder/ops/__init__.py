@@ -3,19 +3,21 @@
 from moec.graph_builder.ops.attention import (
     attention,
     attention_mask,
+    clip,
     head_norm,
     scale_queries,
     temperature,
 )
-from moec.graph_builder.ops.buffers import (
+from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
+from moec.graph_builder.ops.fp8 import FP8, dequantize, fp8_moe, quantize, token_scale
+from moec.graph_builder.ops.fused.attention import attend, attend_fp8, attention_fp8, rope_append
+from moec.graph_builder.ops.fused.buffers import (
     buffered_attention,
     columns,
     slot_mask,
     spans_of_mask,
 )
-from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
-from moec.graph_builder.ops.fp8 import FP8, dequantize, fp8_moe, quantize, token_scale
-from moec.graph_builder.ops.fused import (
+from moec.graph_builder.ops.fused.layers import (
     encode,
     fp8_linear,
     moe_layer,
@@ -25,7 +27,7 @@ from moec.graph_builder.ops.fused import (
     skip_norm_fp8,
     swiglu_fp8,
 )
-from moec.graph_builder.ops.fused_attention import attend, attend_fp8, attention_fp8, rope_append
+from moec.graph_builder.ops.heads import head_linear, join_parts, take_part
 from moec.graph_builder.ops.int4 import int4_linear, int4_moe
 from moec.graph_builder.ops.linear import (
     add,
@@ -37,7 +39,7 @@ from moec.graph_builder.ops.linear import (
     swiglu,
     to_float32,
 )
-from moec.graph_builder.ops.moe import moe, route, separate_moe
+from moec.graph_builder.ops.moe import moe, ranks, route, separate_moe
 from moec.graph_builder.ops.registry import OPS, Op
 from moec.graph_builder.ops.rope import rope, rope_table
 from moec.graph_builder.ops.tokens import embedding, fuse, pack, positions, select, unpack
@@ -57,6 +59,7 @@ __all__ = [
     "cache_append",
     "cache_index",
     "cache_write",
+    "clip",
     "columns",
     "dequantize",
     "embedding",
@@ -65,9 +68,11 @@ __all__ = [
     "fp8_moe",
     "fuse",
     "gelu",
+    "head_linear",
     "head_norm",
     "int4_linear",
     "int4_moe",
+    "join_parts",
     "key_positions",
     "layer_norm",
     "linear",
@@ -82,6 +87,7 @@ __all__ = [
     "pixel_shuffle",
     "positions",
     "quantize",
+    "ranks",
     "rms_norm",
     "rope",
     "rope_append",
@@ -96,6 +102,7 @@ __all__ = [
     "spans_of_mask",
     "swiglu",
     "swiglu_fp8",
+    "take_part",
     "temperature",
     "tile_tokens",
     "to_float32",

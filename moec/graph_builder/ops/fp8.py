@@ -148,16 +148,17 @@ def _moe_rule(moe: Fp8Moe[TensorType]) -> TensorType:
 
 
 @op(
-    "fp8_moe(Tensor x, Tensor scores, Tensor experts, Tensor[] gate_up, Tensor[] gate_up_scale, "
-    "Tensor[] down, Tensor[] down_scale, Tensor? gate_up_input, Tensor? down_input, str inputs, "
-    "int block, float? bound) -> Tensor",
+    "fp8_moe(Tensor x, Tensor scores, Tensor experts, str weighed, Tensor[] gate_up, "
+    "Tensor[] gate_up_scale, Tensor[] down, Tensor[] down_scale, Tensor? gate_up_input, "
+    "Tensor? down_input, str inputs, int block, float? bound) -> Tensor",
     _moe_rule,
     Fp8Moe,
 )
 def fp8_moe(moe: Fp8Moe[Tensor]) -> Tensor:
     """`moe` on FP8 weights, whose products see inputs rounded as a scheme's `inputs` say.
 
-    Both products' inputs are rounded: the tokens times their scores, and what SwiGLU makes of them.
+    Both products' inputs are rounded: the tokens, times their scores where these multiply inputs,
+    and what SwiGLU makes of them.
     """
 
     def ffn(expert: int, rows: Tensor) -> Tensor:

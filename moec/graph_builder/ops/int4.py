@@ -94,9 +94,9 @@ def _moe_rule(moe: Int4Moe[TensorType]) -> TensorType:
 
 
 @op(
-    "int4_moe(Tensor x, Tensor scores, Tensor experts, Tensor[] gate_up, Tensor[] gate_up_scale, "
-    "Tensor[] gate_up_zero, Tensor[] down, Tensor[] down_scale, Tensor[] down_zero, str values) "
-    "-> Tensor",
+    "int4_moe(Tensor x, Tensor scores, Tensor experts, str weighed, Tensor[] gate_up, "
+    "Tensor[] gate_up_scale, Tensor[] gate_up_zero, Tensor[] down, Tensor[] down_scale, "
+    "Tensor[] down_zero, str values) -> Tensor",
     _moe_rule,
     Int4Moe,
 )

@@ -12,17 +12,55 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Ranks(Generic[T]):
+    """Operands of `ranks`: a router's logits, and how experts are ranked where logits do not.
+
+    logits  [T, E]
+    bias    [E]: what is added to the scores; None: nothing
+
+    The others are fields of `moec.spec.parts.routing.Routing`.
+    """
+
+    logits: T
+    bias: T | None
+    score: str
+    groups: int
+    kept_groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route(Generic[T]):
+    """Operands of `route`: a router's logits, and how the chosen experts are weighed.
+
+    logits  [T, E]
+    ranks   [T, E]: what experts are chosen by, the largest first; it may be the logits
+    top_k   how many experts a token gets
+
+    The others are fields of `moec.spec.parts.routing.Routing`.
+    """
+
+    logits: T
+    ranks: T
+    top_k: int
+    score: str
+    normalise: bool
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class Routed(Generic[T]):
     """Tokens, and the experts that the router chose for them.
 
     x        [T, D]: the tokens
-    scores   [T, k]: what each chosen expert's input is multiplied by
+    scores   [T, k]: the weights of the chosen experts
     experts  [T, k], int64: the chosen experts
+    weighed  what the scores multiply: "input" or "output" of the experts
     """
 
     x: T
     scores: T
     experts: T
+    weighed: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,15 @@ from moec.graph_builder.builder import replace, tag
 from moec.graph_builder.roles import find_input
 from moec.graph_builder.types import TensorType
 from moec.spec import names
+from moec.spec.model import TextSpec
+
+
+def has_buffers(text: TextSpec) -> bool:
+    """Whether `keep_buffers` can rewrite the decoder: all caches are of keys and values in order.
+
+    A latent vector is no key and no value, and the ring of a sliding window starts anywhere.
+    """
+    return text.latent is None and text.window is None
 
 
 def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
@@ -29,7 +38,7 @@ def keep_buffers(graph: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.graph.nodes):
         if node.target != ops.attention.target or node.args[3] is None:
             continue
-        q, seen_k, seen_v, mask, heads, kv_heads = node.args
+        q, seen_k, seen_v, mask, heads, kv_heads, _ = node.args
         (key, k), (value, v), chunk = seen_k.args, seen_v.args, mask.args[2]
         if chunk not in spans:
             kind = names.cache_kind(chunk)

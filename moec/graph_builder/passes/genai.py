@@ -53,7 +53,13 @@ def genai_inputs(graph: fx.GraphModule) -> fx.GraphModule:
             if chunk := old.chunk:
                 if chunk not in masks:
                     masks[chunk] = call(
-                        graph.graph, ops.attention_mask, positions, keys, chunk, name="chunk_mask"
+                        graph.graph,
+                        ops.attention_mask,
+                        positions,
+                        keys,
+                        chunk,
+                        None,
+                        name="chunk_mask",
                     )
                 node.args = arguments(replace(old, mask=masks[chunk], chunk=None))
     given = {names.PAST_LENGTHS: past, names.LOGIT_INDEX: index}

@@ -145,7 +145,7 @@ class _Fp8(_Rewrite):
             for fused in experts
         ]
         how = rule.inputs, self.scheme.block, self.scheme.bound
-        routed = (old.x, old.scores, old.experts)
+        routed = (old.x, old.scores, old.experts, old.weighed)
         new = call(
             self.graph, ops.fp8_moe, *routed, *weights, *inputs, *how, name=node.meta["name"]
         )
@@ -187,11 +187,11 @@ class _Int4(_Rewrite):
             self.linear(node, *args)
         elif node.target == ops.moe.target:
             old = Moe(*args)
-            self.moe(node, args[:3], {old.gate_up.meta["name"]: [], old.down.meta["name"]: []})
+            self.moe(node, args[:4], {old.gate_up.meta["name"]: [], old.down.meta["name"]: []})
             self.forget(old.gate_up, old.down)
         elif node.target == ops.separate_moe.target:
-            self.moe(node, args[:3], dict(zip(self.routed(node), args[3:], strict=True)))
-            self.forget(*args[3], *args[4])
+            self.moe(node, args[:4], dict(zip(self.routed(node), args[4:], strict=True)))
+            self.forget(*args[4], *args[5])
 
     def linear(self, node: fx.Node, x: fx.Node, old: fx.Node, bias: fx.Node | None) -> None:
         (codes,), (scale,), zeros = self.stored((str(old.meta["name"]),))
@@ -203,7 +203,7 @@ class _Int4(_Rewrite):
         self.graph.erase_node(node)
         self.forget(old)
 
-    def moe(self, node: fx.Node, routed: list[fx.Node], weights: dict[str, list[fx.Node]]) -> None:
+    def moe(self, node: fx.Node, routed: list[Any], weights: dict[str, list[fx.Node]]) -> None:
         """`weights` are the wide ones of each parameter of `node`, where experts are separate."""
         if not self.rules.keys() & weights.keys():
             return

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moec.spec.errors import refuse
-from moec.spec.model import ModelSpec
+from moec.spec.model import QK_NORMS, ModelSpec, TextSpec
+from moec.spec.parts.routing import Experts, Routing
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
 from moec.weights.joined import fp8_parameters
@@ -36,20 +37,41 @@ def check_fusible(spec: ModelSpec) -> None:
 
 
 def _odd(spec: ModelSpec) -> Iterator[_Odd]:
+    text, experts = spec.text, spec.text.experts
+    yield from (_Odd(*each) for each in unlike(text))
+    if text.attention_bias:
+        yield _Odd("text.attention_bias", True, "false: fused products have no bias")
+    if experts:
+        yield from _odd_experts(experts)
     if spec.scheme is None:
         yield _Odd("scheme", "none", "FP8 weights", "add --precision fp8")
     else:
         yield from _odd_scheme(spec, spec.scheme)
-    text, experts = spec.text, spec.text.experts
-    if text.attention_bias:
-        yield _Odd("text.attention_bias", True, "false: fused products have no bias")
-    if experts is None:
-        return
+
+
+def _odd_experts(experts: Experts) -> Iterator[_Odd]:
     if experts.top_k != 1:
         yield _Odd("text.experts.top_k", experts.top_k, "1, an expert for each token")
+    if experts.routing != Routing():
+        yield _Odd("text.experts.routing", experts.routing, "a sigmoid of logits, on inputs")
     if experts.shared_hidden != experts.hidden:
         found = f"{experts.shared_hidden}, where experts have {experts.hidden}"
         yield _Odd("text.experts.shared_hidden", found, "a shared expert as wide as the others")
+
+
+def unlike(text: TextSpec) -> Iterator[tuple[str, object, str]]:
+    """Fields of attention that fused attention has no kernel for: field, found, expected."""
+    weighted = sorted(letter for letter, how in QK_NORMS.items() if how.weighted)
+    if set(text.qk_norm) & set(weighted):
+        yield "text.qk_norm", text.qk_norm, "QK-norm without weights, after RoPE"
+    if text.rope_pairs != "adjacent":
+        yield "text.rope_pairs", text.rope_pairs, "adjacent"
+    if text.clip_qkv:
+        yield "text.clip_qkv", text.clip_qkv, "none"
+    if text.window:
+        yield "text.window", text.window, "chunks, or all tokens"
+    if text.latent:
+        yield "text.latent", "latent attention", "keys and values in the cache"
 
 
 def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[_Odd]:

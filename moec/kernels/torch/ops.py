@@ -227,13 +227,19 @@ def _attend_many(
 
 
 def rope_table(
-    positions: Tensor, dim: int, theta: float, scaling: list[float]
+    positions: Tensor,
+    dim: int,
+    theta: float,
+    scaling: str,
+    numbers: list[float],
+    magnitude: float,
 ) -> tuple[Tensor, Tensor]:
-    if not is_head(dim):
-        return ops.rope_table.eager(positions, dim, theta, scaling)  # type: ignore[no-any-return]
+    if not is_head(dim) or magnitude != 1:
+        how = (dim, theta, scaling, numbers, magnitude)
+        return ops.rope_table.eager(positions, *how)  # type: ignore[no-any-return]
     shape, device = (*positions.shape, dim // 2), positions.device
     cos, sin = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    rates = _rates(dim, theta, tuple(scaling), device)
+    rates = _rates(dim, theta, scaling, tuple(numbers), device)
     values = {"positions": positions.contiguous(), "rates": rates, "cos": cos, "sin": sin}
     run(step.rope_table(dim, positions.numel()), values)
     return cos, sin
@@ -265,6 +271,8 @@ def select(x: Tensor, index: Tensor) -> Tensor:
 
 
 @cache
-def _rates(dim: int, theta: float, scaling: tuple[float, ...], device: torch.device) -> Tensor:
+def _rates(
+    dim: int, theta: float, scaling: str, numbers: tuple[float, ...], device: torch.device
+) -> Tensor:
     """RoPE's frequencies, copied once per device: graph capture cannot copy from the host."""
-    return inverse_frequencies(dim, theta, list(scaling)).to(device)
+    return inverse_frequencies(dim, theta, scaling, list(numbers)).to(device)

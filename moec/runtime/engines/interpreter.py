@@ -131,9 +131,9 @@ class Attention(OpRun):
         q = q * (scale * size**0.5)  # the op itself scales by size**-0.5
         if q.dim() == 3:  # [B, S, heads * d]
             counts = more["q_num_heads"], more["kv_num_heads"]
-            return (_array(ops.attention.eager(q, k, v, mask, *counts)),)
+            return (_array(ops.attention.eager(q, k, v, mask, *counts, None)),)
         flat = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]  # [B, heads, S, d] ->
-        mixed = ops.attention.eager(*flat, mask, q.shape[1], k.shape[1])
+        mixed = ops.attention.eager(*flat, mask, q.shape[1], k.shape[1], None)
         return (_array(mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2)),)
 
 

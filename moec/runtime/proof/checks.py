@@ -49,9 +49,9 @@ def layer_by_layer(
     """
     spec = tested.artefact.manifest.spec
     layers = spec.text.all_layers
-    routers = {i: names.router(i) for i in (la.index for la in layers if la.moe)}
+    ranks = {layer.index: layer.ranked_by for layer in layers if layer.moe}
     hidden = [names.EMBED, *(names.out(layer.index) for layer in layers)]
-    chosen = {i: names.chosen(i) for i in routers}
+    chosen = {i: names.chosen(i) for i in ranks}
     taps = shown_layers(spec)
     reference = tested.reference(taps, tolerance.near)
     followed = {name: found[name] for name in choices(spec, tolerance)}
@@ -62,9 +62,9 @@ def layer_by_layer(
     yield error("embed", found[names.EMBED], expected[names.EMBED], tolerance)
     for layer in layers:
         if layer.moe:
-            logits = expected[routers[layer.index]]
+            order = expected[ranks[layer.index]]
             ours, theirs = (each[chosen[layer.index]] for each in (expected, found))
-            same, clear = (theirs == ours).all(-1), _clear(logits, ours, theirs, tolerance)
+            same, clear = (theirs == ours).all(-1), _clear(order, ours, theirs, tolerance)
             yield agreement(f"{names.layer(layer.index)} router", same, clear, tolerance)
         name = names.out(layer.index)
         yield error(names.layer(layer.index), found[name], expected[name], tolerance)
@@ -82,16 +82,17 @@ def layer_by_layer(
         yield error("logits, chunk borders", a[border], b[border], tolerance, detail)
 
 
-def _clear(logits: Tensor, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Tensor:
+def _clear(ranks: Tensor, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Tensor:
     """Which tokens have no near tie: bool [T].
 
-    `logits` [T, E] are the reference's router logits; ours and theirs [T, k] are the experts that
-    the reference and the engine chose. Without a near tie, only `ours` is right.
+    `ranks` [T, E] are what the reference chooses experts by; ours and theirs [T, k] are the experts
+    that the reference and the engine chose. Without a near tie, only `ours` is right.
     """
     if tolerance.near is not None:
-        return (taken(logits, ours, theirs, tolerance.near) != theirs).any(-1)
-    best = logits.topk(min(ours.shape[1] + 1, logits.shape[1])).values
-    return (-best.diff() > tolerance.error * logits.abs().max()).all(-1)
+        return (taken(ranks, ours, theirs, tolerance.near) != theirs).any(-1)
+    best = ranks.topk(min(ours.shape[1] + 1, ranks.shape[1])).values
+    largest = ranks[ranks.isfinite()].abs().max()
+    return (-best.diff() > tolerance.error * largest).all(-1)
 
 
 def _each_layer(

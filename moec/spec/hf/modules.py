@@ -78,7 +78,10 @@ def modules(name: str, spec: ModelSpec, separate_experts: bool) -> list[str]:
     if separate_experts and not name.endswith(".weight"):
         parts = [part for e in range(spec.text.expert_count) for part in separate(name, e)]
     prefix = "language_model." if spec.vision else ""
-    return [prefixed(key_of(part), prefix).rpartition(".")[0] for part in parts]
+    return [
+        prefixed(key_of(part, architecture=spec.architecture), prefix).rpartition(".")[0]
+        for part in parts
+    ]
 
 
 def _patterns(chosen: list[str], names: list[str]) -> list[str]:

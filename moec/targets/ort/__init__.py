@@ -2,7 +2,7 @@
 
 from moec.artefact.targets import Precision, Target
 
-#: each width must be a multiple of a quantisation block (`moec.exporters.onnx.ort_experts.BLOCK`)
+#: each width must be a multiple of a quantisation block (`moec.exporters.onnx.experts.ort.BLOCK`)
 _BLOCKS = {"block": 64}
 
 TARGET = Target(

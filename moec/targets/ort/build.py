@@ -8,6 +8,7 @@ from moec.exporters.builder import Companion, Wanted
 from moec.exporters.onnx.genai import FOLDER, write_genai
 from moec.exporters.onnx.int4.ort import check_int4
 from moec.exporters.onnx.ort import check_sizes
+from moec.graph_builder.passes.buffers import has_buffers
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.targets.onnx.build import BUILDER as ONNX
@@ -42,8 +43,9 @@ def dialect(chosen: str, spec: ModelSpec) -> str:
 
 
 def genai(folder: Path, final: Path, manifest: Manifest, companion: Companion) -> None:
-    """Write the files that onnxruntime-genai reads into `folder`/genai."""
-    write_genai(folder / FOLDER, final / FOLDER, manifest, companion)
+    """Write the files that onnxruntime-genai reads into `folder`/genai, if it can run the model."""
+    if has_buffers(manifest.spec.text):
+        write_genai(folder / FOLDER, final / FOLDER, manifest, companion)
 
 
 BUILDER = replace(

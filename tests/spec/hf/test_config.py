@@ -9,8 +9,8 @@ from transformers import Llama4Config, Llama4TextConfig
 
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
-from moec.spec.hf.config import PUBLISHED, read_config
-from moec.spec.hf.config_writer import write_config
+from moec.spec.hf.architectures.llama4.read import PUBLISHED
+from moec.spec.hf.config import read_config, write_config
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from tests.conftest import TINY

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from moec.spec.files import diff, load_spec
-from moec.spec.hf.config_writer import write_config
+from moec.spec.hf.config import write_config
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced

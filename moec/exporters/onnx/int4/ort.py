@@ -8,10 +8,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import choice_of
-from moec.exporters.onnx.experts import over_rows
+from moec.exporters.onnx.experts.branches import choice_of
+from moec.exporters.onnx.experts.loop import over_rows
+from moec.exporters.onnx.experts.ort import ATTRIBUTES
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, Values, type_of, value
-from moec.exporters.onnx.ort_experts import ATTRIBUTES
 from moec.graph_builder.ops.operands import Int4Moe
 from moec.graph_builder.types import TensorType
 from moec.spec.errors import refuse

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import branches
-from moec.exporters.onnx.experts import swiglu
+from moec.exporters.onnx.experts.branches import branches
+from moec.exporters.onnx.experts.loop import swiglu
 from moec.exporters.onnx.lowering import DTYPES, UINT4, Emitter, type_of
 from moec.graph_builder.ops.int4 import CENTRE
 from moec.graph_builder.ops.operands import Int4Moe

@@ -15,8 +15,10 @@ from torch import Tensor, fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.ops import FP8
+from moec.graph_builder.ops.operands import Route
 from moec.graph_builder.ops.registry import OPS
 from moec.graph_builder.roles import Role
+from moec.graph_builder.types import TensorType
 from moec.runtime.proof.each_op.distance import (
     Distance,
     Function,
@@ -33,6 +35,7 @@ _FUNCTIONS: dict[Any, Function] = {
     ops.swiglu.target: Function(4.0),
     ops.gelu.target: Function(4.0),
     ops.route.target: Function(4.0, 0.125),  # sigmoid
+    ops.ranks.target: Function(4.0, 0.125),
 }
 
 
@@ -133,14 +136,23 @@ def _compared(
         value, right, near = value[mask], right[mask], near[mask]
     if node.meta.get("role") and node.meta["role"].role == Role.CHOICE:
         route: Any = node.args[0]
-        logits = exact[route.args[0]]
-        logits = logits[own["batch*sequence"]]
-        known = value.clamp(0, logits.shape[1] - 1)
-        # experts whose logits are equal may stand for each other
-        return same_values(name, logits.gather(1, known), logits.gather(1, right), known == value)
+        order = exact[Route(*route.args).ranks]
+        order = order[own["batch*sequence"]]
+        known = value.clamp(0, order.shape[1] - 1)
+        # experts that rank equal may stand for each other
+        return same_values(name, order.gather(1, known), order.gather(1, right), known == value)
     if near.dtype == FP8:
         return same_codes(name, value.to(FP8), right)
     if not near.is_floating_point():
         return same_values(name, value, right)
     source: Any = node.args[0] if node.target is getitem else node
-    return distance(name, value, right, near, _FUNCTIONS.get(source.target, Function()), flips)
+    function = _FUNCTIONS.get(source.target, Function())
+    return distance(name, value, right, near, function, flips, _coarsest(source, near.dtype))
+
+
+def _coarsest(node: fx.Node, own: torch.dtype) -> torch.dtype:
+    """The type with the largest roundings among a node's result and what it takes."""
+    taken = [each.meta.get("type") for each in node.all_input_nodes if each.op != "get_attr"]
+    found = [each.dtype for each in taken if isinstance(each, TensorType)]
+    wide = [each for each in (own, *found) if each.is_floating_point and each != FP8]
+    return max(wide, key=lambda each: torch.finfo(each).eps)

@@ -73,8 +73,12 @@ def distance(
     near: Tensor,
     function: Function = Function(),
     flips: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Distance:
     """The distance of `value` from `right`, both [tokens, ...]; `near` is `right` with rounding.
+
+    `dtype` is the coarsest type of what the value was computed from, by default its own: an engine
+    may leave out a rounding to that type.
 
     Each token has a limit of its own, because sums that cancel round more than others: a multiple
     of its own noise, or of the usual noise of all tokens if that is larger. With `flips` distances
@@ -84,6 +88,9 @@ def distance(
     if not value.numel():
         return Distance(name, 0.0, 0.0)
     value, right, noisy = (x.reshape(len(x), -1).double() for x in (value, right, near))
+    # experts outside of the chosen groups have a rank of -inf, in all three or not at all
+    closed = value.isinf() & (value == right) & (value == noisy)
+    value, right, noisy = (x.masked_fill(closed, 0.0) for x in (value, right, noisy))
     if not bool(value.isfinite().all()):
         where = "" if right.isfinite().all() else " in the reference too: look at the weights"
         return Distance(name, math.nan, 0.0, f"not finite{where}")
@@ -92,7 +99,7 @@ def distance(
     size = size.maximum(size.quantile(SMALL))
     error, noise = norm(value - right), norm(noisy - right)
     usual = (noise / size).square().mean().sqrt()
-    usual = usual.clamp(min=function.roundings * torch.finfo(near.dtype).eps / 2)
+    usual = usual.clamp(min=function.roundings * torch.finfo(dtype or near.dtype).eps / 2)
     limit = MULTIPLE * torch.maximum(noise, usual * size)
     if flips:
         few = (error / limit).argsort(descending=True)[: max(1, int(FLIPS * len(error)))]

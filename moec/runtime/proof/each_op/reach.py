@@ -3,9 +3,12 @@
 Each function makes calls that a `Watch` compares op by op.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
+from moec.graph_builder import ops
 from moec.runtime.cache import Cache
 from moec.runtime.proof.each_op.watch import Watch
 from moec.runtime.session import Session
@@ -19,6 +22,8 @@ ROWS, SLOTS = 8, 16
 CALL = 256
 #: tokens that each expert gets, how far its logit leads, and how often an input is moved for that
 EACH, MARGIN, STEPS = 4, 1.0, 1000
+#: how far its score leads, where scores choose: they are at most 1
+SCORE_MARGIN = 0.01
 
 
 def ring_wrap(session: Session, most: int, generator: torch.Generator) -> None:
@@ -27,7 +32,7 @@ def ring_wrap(session: Session, most: int, generator: torch.Generator) -> None:
     In the second call the other sequence is the long one. `most` is the most tokens of a sequence.
     """
     text = session.spec.text
-    chunk = min(text.chunk or 16, max(1, (most - 4) // 2))
+    chunk = min(text.kept or 16, max(1, (most - 4) // 2))
     cache = session.new_cache(2, 1)
     for lengths in ([chunk + 2, max(1, chunk // 3)], [max(1, chunk // 4), chunk + 1], [1, 1]):
         ids = torch.randint(0, text.vocab, (2, max(lengths)), generator=generator)
@@ -42,7 +47,7 @@ def far_positions(seen: Watch, session: Session, generator: torch.Generator) -> 
     """
     spec, limits = session.spec, session.limits
     last = (limits.context or spec.text.max_positions) - 1
-    chunk = spec.text.chunk or last
+    chunk = spec.text.kept or last
     drawn = torch.randint(0, last + 1, (ROWS,), generator=generator).tolist()
     wanted = [last, last // 2, chunk, chunk - 1, *drawn]
     positions = sorted({at for at in wanted if 0 <= at <= last}, reverse=True)[:ROWS]
@@ -73,7 +78,7 @@ def _decode_far(seen: Watch, session: Session, past: Tensor, generator: torch.Ge
     narrow = spec.scheme is not None and spec.scheme.cache
     dtype = STORED["fp8"] if narrow else TORCH_DTYPES[session.precision]
     buffers = session.limits.layout == "buffers"
-    slots = {names.RING: min(SLOTS, text.chunk or SLOTS), names.GLOBAL: SLOTS}
+    slots = {names.RING: min(SLOTS, text.kept or SLOTS), names.GLOBAL: SLOTS}
     ids = torch.randint(0, text.vocab, (len(past), 1), generator=generator)
     feeds = {
         names.INPUT_IDS: ids,
@@ -82,19 +87,19 @@ def _decode_far(seen: Watch, session: Session, past: Tensor, generator: torch.Ge
         names.LOGIT_INDEX: torch.zeros(len(past), 1, dtype=torch.int64),
     }
     held = {
-        names.RING: past % text.chunk if text.chunk else past,
+        names.RING: past % text.chunk if text.chunk else past,  # buffers of chunks begin anew
         names.GLOBAL: past,
     }
     held = {kind: each.clamp(max=slots[kind]) for kind, each in held.items()}
     given = dict[str, Tensor]()  # what buffers have in place of these inputs, or more
     for layer in text.all_layers:
-        kind = names.cache_kind(layer.chunk)
-        for each in names.CACHED:
-            shape = (len(past), slots[kind], text.kv_width)
-            name, rows = names.past(layer.index, each), torch.randn(shape, generator=generator)
+        for each in layer.caches:
+            kind = names.cache_kind(each.kept)
+            shape = (len(past), slots[kind], each.width)
+            name, rows = names.past(layer.index, each.kind), torch.randn(shape, generator=generator)
             feeds[name] = rows.to(dtype)
             if buffers:
-                moved = _in_order(feeds[name], past, held[kind], text.kv_heads)
+                moved = _in_order(feeds[name], past, held[kind], each.heads)
                 given[name] = moved.to(session.device)
     for kind in held:
         given[names.last(kind)] = held[kind].int()
@@ -155,22 +160,38 @@ def expert_inputs(
     experts of all layers for which no such input was found.
     """
     text, weights = spec.text, dict(graph.named_parameters())
+    ranked = {
+        str(node.meta["name"]): node.args[1:]
+        for node in graph.graph.nodes
+        if node.target == ops.ranks.target
+    }
     found, missed = dict[str, Tensor](), 0
     for layer in (layer.index for layer in text.all_layers if layer.moe):
+        how = ranked.get(names.ranks(layer))
+
+        def order(x: Tensor, router: Tensor, how: Any = how) -> Tensor:
+            logits = x @ router.t()
+            if how is None:
+                return logits
+            bias, *by = how
+            given = bias and weights[str(bias.target)].double()
+            return ops.ranks.eager(logits, given, *by)  # type: ignore[no-any-return]
+
+        margin = MARGIN if how is None else SCORE_MARGIN
         router = weights[names.moe(layer, "router", "weight")].double()
         wanted = torch.randperm(len(router), generator=generator).repeat(EACH)
         size = (len(wanted), text.dim)
         x = torch.randn(size, generator=generator, dtype=torch.float64)
         step = 0.5 / router.square().sum(1).mean().clamp(min=1e-30)
         for _ in range(STEPS):
-            logits = x @ router.t()
-            lead = logits.gather(1, wanted[:, None])[:, 0]
-            rival = logits.scatter(1, wanted[:, None], -torch.inf).max(1)
-            behind = lead - rival.values < MARGIN
+            ranks = order(x, router)
+            lead = ranks.gather(1, wanted[:, None])[:, 0]
+            rival = ranks.scatter(1, wanted[:, None], -torch.inf).max(1)
+            behind = ~(lead - rival.values >= margin)
             if not behind.any():
                 break
             x[behind] += step * (router[wanted] - router[rival.indices])[behind]
-        first = (x @ router.t()).argmax(1)
+        first = order(x, router).argmax(1)
         missed += len(router) - len(torch.unique(first[first == wanted]))
         found[names.dense(layer, "norm")] = x.to(TORCH_DTYPES[precision])
     return found, missed

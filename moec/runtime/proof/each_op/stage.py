@@ -72,13 +72,14 @@ def every_op(
 
 
 def shown_layers(spec: ModelSpec) -> list[str]:
-    """The values that a comparison layer by layer needs: outputs, router logits and choices."""
+    """The values that a comparison layer by layer needs: outputs, ranks and choices of experts."""
     layers = spec.text.all_layers
-    routed = [layer.index for layer in layers if layer.moe]
+    routed = [layer for layer in layers if layer.moe]
     return [
         names.EMBED,
         *(names.out(layer.index) for layer in layers),
-        *(name(index) for name in (names.router, names.chosen) for index in routed),
+        *(layer.ranked_by for layer in routed),
+        *(names.chosen(layer.index) for layer in routed),
     ]
 
 

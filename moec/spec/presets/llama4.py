@@ -1,11 +1,14 @@
-"""The presets: one spec for each variant. The source is the released `config.json` files.
+"""Llama 4. The source is the released `config.json` files.
 
 Scout has 16 experts and 109 B parameters. Maverick has 128 experts and 402 B. Some articles swap
 the two. Some also call Maverick's alternation of dense and MoE layers "iRoPE"; but iRoPE is the
 pattern of the fields `attention` and `rope`, and both models have it.
 """
 
-from moec.spec.model import Experts, ModelSpec, RopeScaling, TextSpec, Tokens, VisionSpec
+from moec.spec.model import ModelSpec, TextSpec, Tokens
+from moec.spec.parts.rope import RopeScaling
+from moec.spec.parts.routing import Experts
+from moec.spec.parts.vision import VisionSpec
 
 _VISION = VisionSpec(
     layers=34,
@@ -29,7 +32,7 @@ _TOKENS = Tokens(
     image_end=200081,
 )
 
-_ROWS = (
+ROWS = (
     ModelSpec(
         name="scout",
         provenance="released",
@@ -166,5 +169,3 @@ _ROWS = (
         ),
     ),
 )
-
-PRESETS: dict[str, ModelSpec] = {row.name: row for row in _ROWS}

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import Ffn, choice_of
-from moec.exporters.onnx.experts import over_rows, swiglu, zero
+from moec.exporters.onnx.experts.branches import Ffn, choice_of
+from moec.exporters.onnx.experts.loop import over_rows, swiglu, zero
 from moec.exporters.onnx.lowering import Emitter, type_of
 from moec.graph_builder.ops.operands import Moe, Routed
 from moec.graph_builder.types import Dim, TensorType

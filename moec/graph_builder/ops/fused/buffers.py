@@ -65,7 +65,7 @@ def buffered_attention(of: BufferedAttention[Tensor]) -> tuple[Tensor, Tensor, T
     seen = torch.arange(count, device=q.device) <= at[..., None]  # [B, S, count]
     seen = seen[:, None] if of.mask is None else seen[:, None] & of.mask[..., :count]
     flat = [buffer[:, :, :count].transpose(1, 2).flatten(2) for buffer in (key, value)]
-    return attention.eager(q, *flat, seen, of.heads, of.kv_heads), key, value
+    return attention.eager(q, *flat, seen, of.heads, of.kv_heads, None), key, value
 
 
 def _slot_rule(ids: TensorType, last: TensorType, buffer: TensorType) -> TensorType:

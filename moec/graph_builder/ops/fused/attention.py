@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moec.graph_builder.ops.attention import attention, head_norm, scale_queries
-from moec.graph_builder.ops.fused import encode, encoded
+from moec.graph_builder.ops.fused.layers import encode, encoded
 from moec.graph_builder.ops.operands import Attend, FusedAttention, RopeAppend
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.ops.rope import rope
@@ -67,9 +67,9 @@ def _rope_rule(of: RopeAppend[TensorType]) -> TensorType:
 def rope_append(of: RopeAppend[Tensor]) -> Tensor:
     """The queries of a call's tokens, [B, S, heads * d]; their keys and values are appended.
 
-    Queries and keys are rotated by cos and sin, then normalised with `eps`, each where given;
-    queries are multiplied by temperature. Keys and values are written into their buffers, in place.
-    Each step is rounded to qkv's dtype.
+    Adjacent pairs of queries and keys are rotated by cos and sin, then heads are normalised with
+    `eps`, each where given; queries are multiplied by temperature. Keys and values are written into
+    their buffers, in place. Each step is rounded to qkv's dtype.
 
     Raises:
         MoecError: the tokens of a row do not fit its buffer.
@@ -77,9 +77,12 @@ def rope_append(of: RopeAppend[Tensor]) -> Tensor:
     steps, size, heads, kv_heads = of.qkv.shape[1], of.key.shape[3], of.heads, of.kv_heads
     q, k, v = of.qkv.split([heads * size, kv_heads * size, kv_heads * size], 2)
     if of.cos is not None:
-        q, k = rope.eager(q, of.cos, of.sin, heads), rope.eager(k, of.cos, of.sin, kv_heads)
+        q, k = (
+            rope.eager(x, of.cos, of.sin, count, "adjacent")
+            for x, count in ((q, heads), (k, kv_heads))
+        )
     if of.eps is not None:
-        q, k = head_norm.eager(q, heads, of.eps), head_norm.eager(k, kv_heads, of.eps)
+        q, k = (head_norm.eager(x, None, n, of.eps) for x, n in ((q, heads), (k, kv_heads)))
     if of.temperature is not None:
         q = scale_queries.eager(q, of.temperature)
     at = _slots("rope_append", of.last, steps, of.key)
@@ -117,7 +120,7 @@ def attend(of: Attend[Tensor]) -> Tensor:
     need(int(last.max()) < count <= key.shape[2], "attend", "total", count, expected)
     seen = torch.arange(count, device=q.device) <= at[..., None]  # [B, S, count]
     k, v = (buffer[:, :, :count].transpose(1, 2).flatten(2) for buffer in (key, of.value))
-    return attention.eager(q, k, v, seen[:, None], of.heads, of.kv_heads)
+    return attention.eager(q, k, v, seen[:, None], of.heads, of.kv_heads, None)
 
 
 def _attend_fp8_rule(of: Attend[TensorType]) -> tuple[TensorType, TensorType]:

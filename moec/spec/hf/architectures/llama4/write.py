@@ -1,15 +1,16 @@
-"""Write a spec as a Llama 4 `config.json`, in the released style (transformers 4.51)."""
+"""Write a Llama 4 `config.json`, in the released style (transformers 4.51)."""
 
 from typing import Any
 
 from moec.spec.errors import refuse
-from moec.spec.hf.config import DTYPES
-from moec.spec.hf.quantization import write_scheme
+from moec.spec.hf.architectures.common import DTYPES, written_scaling
 from moec.spec.model import ModelSpec
+from moec.spec.parts.rope import Yarn
+from moec.spec.parts.routing import Routing
 
 
-def write_config(spec: ModelSpec) -> dict[str, Any]:
-    """Write the released-style `config.json` of `spec`; `read_config` reads the same spec back.
+def write(spec: ModelSpec) -> dict[str, Any]:
+    """The released-style `config.json` of `spec`, without its scheme; `read` reads it back.
 
     Raises:
         MoecError: the spec has layer patterns that a Llama 4 config cannot express.
@@ -20,18 +21,19 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     qk_norm = any(layer.qk_norm for layer in layers)
     temperature = any(layer.temperature for layer in layers)
     if (
-        any(layer.qk_norm != (layer.rope and qk_norm) for layer in layers)
+        any(bool(layer.qk_norm) != (layer.rope and qk_norm) for layer in layers)
         or any(layer.temperature != (temperature and not layer.rope) for layer in layers)
         or (experts and experts.hidden != experts.shared_hidden)
+        or (experts and experts.routing != Routing())
+        or isinstance(text.rope_scaling, Yarn)
     ):
         refuse(
             f"spec {spec.name}",
-            "QK-norm without RoPE, temperature with RoPE, or experts of two widths",
+            "QK-norm without RoPE, temperature with RoPE, experts of two widths, YaRN, a router",
             "a model that a Llama 4 config.json can express",
             "keep the model as a spec file (moec spec show)",
         )
     dtype = {short: long for long, short in DTYPES.items()}[spec.dtype]
-    scaling = text.rope_scaling
     text_config = {
         "model_type": "llama4_text",
         "attention_bias": text.attention_bias,
@@ -63,27 +65,18 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "num_key_value_heads": text.kv_heads,
         "num_local_experts": experts.count if experts else 0,
         "rms_norm_eps": text.norm_eps,
-        "rope_scaling": scaling
-        and {
-            "factor": scaling.factor,
-            "high_freq_factor": scaling.high,
-            "low_freq_factor": scaling.low,
-            "original_max_position_embeddings": scaling.original_positions,
-            "rope_type": "llama3",
-        },
+        "rope_scaling": text.rope_scaling and written_scaling(text.rope_scaling),
         "rope_theta": text.rope_theta,
         "tie_word_embeddings": text.tie_embeddings,
         "torch_dtype": dtype,
         "use_qk_norm": qk_norm,
         "vocab_size": text.vocab,
     }
-    scheme = {"quantization_config": write_scheme(spec)} if spec.scheme else {}
     if spec.vision is None:
-        return {"architectures": ["Llama4ForCausalLM"], **text_config, **scheme}
+        return {"architectures": ["Llama4ForCausalLM"], **text_config}
     vision = spec.vision
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
-        **scheme,
         "boi_token_index": spec.tokens.image_start,
         "eoi_token_index": spec.tokens.image_end,
         "image_token_index": spec.tokens.image,

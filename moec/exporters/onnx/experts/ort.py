@@ -3,8 +3,8 @@
 import onnx_ir as ir
 from torch import fx
 
-from moec.exporters.onnx.expert_branches import choice_of
-from moec.exporters.onnx.experts import over_rows
+from moec.exporters.onnx.experts.branches import choice_of
+from moec.exporters.onnx.experts.loop import over_rows
 from moec.exporters.onnx.lowering import MICROSOFT, Emitter, type_of
 from moec.graph_builder.ops.operands import Moe
 from moec.weights.view import name_of

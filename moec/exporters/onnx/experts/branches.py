@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.exporters.onnx.experts import (
+from moec.exporters.onnx.experts.loop import (
     expert_ffn,
     loop_over_chosen,
     over_rows,

@@ -70,36 +70,42 @@ def loop_over_chosen(
 
 
 def over_rows(e: Emitter, node: fx.Node, routed: Routed[ir.Value], compute: Compute) -> ir.Value:
-    """The sum over each token's k experts, [T, D].
+    """The sum over each token's k weighed experts, [T, D].
 
-    `compute` gets one row for each token and expert, [T * k, D], already multiplied by its score;
-    the expert of each row, [T * k]; and the label of its result. Row t * k + j belongs to the j-th
-    expert of token t.
+    `compute` gets one row for each token and expert, [T * k, D], already multiplied by its score
+    where scores multiply inputs; the expert of each row, [T * k]; and the label of its result. Row
+    t * k + j belongs to the j-th expert of token t.
     """
     out: TensorType = node.meta["type"]
     tokens, dim = out.shape
     top_k = type_of(routed.scores).shape[1]
     rows = times(tokens, top_k) if top_k > 1 else tokens
-    scaled = _scale(e, routed.x, routed.scores, out.like(rows, dim), top_k)
     flat = TensorType((rows,), _INT64)
     chosen = e.op("Reshape", [routed.experts, e.constant([-1])], flat, label="chosen")
-    done = compute(scaled, chosen, "" if top_k == 1 else "rows")
+    on_input = routed.weighed == "input"
     if top_k == 1:
-        return done
-    split = e.op(
-        "Reshape", [done, e.constant([-1, top_k, dim])], out.like(tokens, top_k, dim), label="split"
+        if on_input:
+            scaled = e.op("Mul", [routed.x, routed.scores], out, label="scaled")
+            return compute(scaled, chosen, "")
+        return e.op("Mul", [compute(routed.x, chosen, "rows"), routed.scores], out)
+    wide = out.like(tokens, top_k, dim)
+    deep = e.op(
+        "Unsqueeze", [routed.scores, e.constant([2])], out.like(tokens, top_k, 1), label="deep"
     )
+    x = e.op("Unsqueeze", [routed.x, e.constant([1])], out.like(tokens, 1, dim), label="wide")
+    if on_input:
+        each = e.op("Mul", [x, deep], wide, label="each")
+    else:
+        shape = e.op("Shape", [x], TensorType((3,), _INT64), label="shape")
+        ones = e.constant([1, top_k, 1])
+        size = e.op("Mul", [shape, ones], TensorType((3,), _INT64), label="size")
+        each = e.op("Expand", [x, size], wide, label="each")
+    scaled = e.op("Reshape", [each, e.constant([-1, dim])], out.like(rows, dim), label="scaled")
+    done = compute(scaled, chosen, "rows")
+    split = e.op("Reshape", [done, e.constant([-1, top_k, dim])], wide, label="split")
+    if not on_input:
+        split = e.op("Mul", [split, deep], wide, label="weighed")
     return e.op("ReduceSum", [split, e.constant([1])], out, keepdims=0)
-
-
-def _scale(e: Emitter, x: ir.Value, scores: ir.Value, kind: TensorType, top_k: int) -> ir.Value:
-    if top_k == 1:
-        return e.op("Mul", [x, scores], kind, label="scaled")
-    tokens, dim = type_of(x).shape
-    wide = e.op("Unsqueeze", [x, e.constant([1])], kind.like(tokens, 1, dim), label="wide")
-    deep = e.op("Unsqueeze", [scores, e.constant([2])], kind.like(tokens, top_k, 1), label="deep")
-    each = e.op("Mul", [wide, deep], kind.like(tokens, top_k, dim), label="each")
-    return e.op("Reshape", [each, e.constant([-1, dim])], kind, label="scaled")
 
 
 def zero(e: Emitter, dtype: torch.dtype) -> ir.Value:

@@ -1,0 +1,1 @@
+"""How the ONNX dialects write routing and experts."""

@@ -1,0 +1,106 @@
+"""DeepSeek-V3 (https://arxiv.org/abs/2412.19437): latent attention, groups of experts, YaRN."""
+
+from typing import Any
+
+from moec.spec import names
+from moec.spec.bounded import limits
+from moec.spec.fields import Fields
+from moec.spec.hf.architectures.common import Architecture, Read
+from moec.spec.hf.architectures.decoder import LAYER, keys, read_decoder, write_decoder
+from moec.spec.hf.architectures.deepseek_moe import experts_of, ffn_of, written
+from moec.spec.model import ModelSpec
+from moec.spec.parts.attention import Latent
+from moec.spec.parts.routing import Routing
+
+_ATTENTION = {
+    "q_down": "q_a_proj",
+    "q_up": "q_b_proj",
+    "kv_down": "kv_a_proj_with_mqa",
+    "kv_up": "kv_b_proj",
+}
+_NORMS = {"q_down": "q_a_layernorm", "kv_down": "kv_a_layernorm"}
+_KEYS = (
+    keys(shared="shared_experts")
+    | {names.moe("{i}", "router", "bias"): f"{LAYER}.mlp.gate.e_score_correction_bias"}
+    | {
+        names.attention("{i}", ours, kind): f"{LAYER}.self_attn.{theirs}.{kind}"
+        for ours, theirs in _ATTENTION.items()
+        for kind in ("weight", "bias")
+    }
+    | {
+        names.attention("{i}", ours, "norm", "weight"): f"{LAYER}.self_attn.{theirs}.weight"
+        for ours, theirs in _NORMS.items()
+    }
+)
+
+
+def _read(top: Fields, kind: str) -> Read:
+    top.require("scoring_func", "sigmoid", default="sigmoid")
+    top.require("topk_method", "noaux_tc", default="noaux_tc")
+    groups = top.take("n_group", int, default=1)
+    routing = Routing(
+        choice="scores",
+        bias=True,
+        groups=groups,
+        kept_groups=top.take("topk_group", int, default=groups),
+        normalise=top.take("norm_topk_prob", bool),
+        factor=top.take("routed_scaling_factor", float),
+        weighed="output",
+    )
+    rank = top.take("q_lora_rank", int, default=None)
+    latent = Latent(
+        q_rank=rank,
+        kv_rank=top.size("kv_lora_rank", limits.WIDTH),
+        nope=top.size("qk_nope_head_dim", limits.HEAD_DIM),
+        rope=top.size("qk_rope_head_dim", limits.HEAD_DIM),
+        value=top.size("v_head_dim", limits.HEAD_DIM),
+    )
+    pairs = "adjacent" if top.take("rope_interleave", bool, default=True) else "halves"
+    more = top.take("num_nextn_predict_layers", int, default=0)
+    layers = top.left.get("num_hidden_layers")
+    notes = (f"Left aside: {more} layers that predict further tokens, from {layers}.",)
+    aside = {"aux_loss_alpha", "seq_aux", "ep_size", "head_dim", "qk_head_dim"}
+    top.left["head_dim"] = latent.nope + latent.rope
+    top.left["num_key_value_heads"] = top.left.get("num_attention_heads")
+    return read_decoder(
+        top,
+        aside,
+        ("default", "yarn"),
+        notes if more else (),
+        scores_scaled=True,
+        latent=latent,
+        rope_pairs=pairs,
+        experts=experts_of(top, routing),
+        ffn=ffn_of(top),
+        dense_hidden=top.size("intermediate_size", limits.WIDTH),
+    )
+
+
+def _write(spec: ModelSpec) -> dict[str, Any]:
+    text, latent, experts = spec.text, spec.text.latent, spec.text.experts
+    assert latent is not None and experts is not None
+    routing = experts.routing
+    more = {
+        "head_dim": latent.rope,
+        "kv_lora_rank": latent.kv_rank,
+        "n_group": routing.groups,
+        "q_lora_rank": latent.q_rank,
+        "qk_nope_head_dim": latent.nope,
+        "qk_rope_head_dim": latent.rope,
+        "rope_interleave": text.rope_pairs == "adjacent",
+        "routed_scaling_factor": routing.factor,
+        "scoring_func": "sigmoid",
+        "topk_group": routing.kept_groups,
+        "topk_method": "noaux_tc",
+        "v_head_dim": latent.value,
+    }
+    return write_decoder(spec, "deepseek_v3", "DeepseekV3ForCausalLM", **written(spec), **more)
+
+
+DEEPSEEK_V3 = Architecture(
+    ("deepseek_v3",),
+    _read,
+    _write,
+    _KEYS,
+    aside=r"model\.layers\.{layers}\.",
+)

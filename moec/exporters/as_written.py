@@ -122,11 +122,15 @@ def _numbered(facts: Iterator[Fact]) -> Iterator[tuple[tuple[str, int], Any]]:
 def _of_model(model: Any) -> Iterator[Fact]:
     """Everything that a model says, piece by piece: (where, what); nodes first, in their order."""
     yield from _of_graph(model.graph)
-    yield from _rest(model, "model", {"graph"})
+    for function in model.functions:
+        at = f"function {function.name}/"
+        yield from _of_nodes(function.node, at)
+        yield from _rest(function, at, {"node"})
+    yield from _rest(model, "model", {"graph", "functions"})
 
 
-def _of_graph(graph: Any, at: str = "") -> Iterator[Fact]:
-    for index, node in enumerate(graph.node):
+def _of_nodes(nodes: Any, at: str) -> Iterator[Fact]:
+    for index, node in enumerate(nodes):
         where = f"{at}{node.name or node.output[0]}"
         wires = tuple(node.input), tuple(node.output)
         yield where, (index, node.domain, node.op_type, *wires)
@@ -138,6 +142,10 @@ def _of_graph(graph: Any, at: str = "") -> Iterator[Fact]:
             else:
                 yield name, _bytes(attribute)
         yield from _rest(node, where, {"input", "output", "domain", "op_type", "attribute"})
+
+
+def _of_graph(graph: Any, at: str = "") -> Iterator[Fact]:
+    yield from _of_nodes(graph.node, at)
     for kind in ("input", "output", "initializer", "value_info"):
         values = getattr(graph, kind)
         yield f"{at}{kind}s", tuple(each.name for each in values)

@@ -10,7 +10,8 @@ from onnx import helper, numpy_helper
 
 import moec
 from moec.artefact.artefact import open_artefact
-from moec.exporters.onnx.strangers import read_checked
+from moec.exporters.onnx.lowering import FUNCTIONS
+from moec.exporters.onnx.strangers import MOST_NODES, read_checked
 from tests.damage import FIRST, SECOND, listed_again
 from tests.refusals import refusal
 
@@ -59,10 +60,23 @@ def _branch(model: Any) -> None:
     )
 
 
-def _function(model: Any) -> None:
-    node = helper.make_node("Identity", ["x"], ["y"])
-    opset = [helper.make_opsetid("", 20)]
-    model.functions.append(helper.make_function("mine", "F", ["x"], ["y"], [node], opset))
+def _function(domain: str, *nodes: onnx.NodeProto) -> Callable[[Any], None]:
+    def add(model: Any) -> None:
+        opsets = [helper.make_opsetid(name, 1) for name in ("", FUNCTIONS)]
+        made = helper.make_function(domain, "Evil", ["x"], ["y"], list(nodes), opsets)
+        model.functions.append(made)
+
+    return add
+
+
+def _many_calls(model: Any) -> None:
+    _function(FUNCTIONS, *[_PLAIN] * 4000)(model)
+    model.graph.node.extend([_ITSELF] * (MOST_NODES // 4000 + 1))
+
+
+_ITSELF = helper.make_node("Evil", ["x"], ["y"], domain=FUNCTIONS)
+_PYTHON = helper.make_node("PyOp", ["x"], ["y"], domain="ai.pyop")
+_PLAIN = helper.make_node("Relu", ["x"], ["y"])
 
 
 def _sparse(model: Any) -> None:
@@ -101,7 +115,10 @@ CASES: dict[str, tuple[Change, str]] = {
         "value",
     ),
     "a subgraph": (_branch, EMBED),
-    "a function": (_function, "functions"),
+    "a function of another domain": (_function("evil", _PLAIN), "function evil::Evil"),
+    "a function that calls itself": (_function(FUNCTIONS, _ITSELF), "moec.functions::Evil"),
+    "an operator in a function": (_function(FUNCTIONS, _PYTHON), "ai.pyop::PyOp"),
+    "functions that make too many nodes": (_many_calls, f"at most {MOST_NODES}"),
     "sparse data": (_sparse, "sparse"),
     "a domain": (lambda m: m.opset_import.add(domain="evil", version=1), "domain evil"),
     "an operator of a further domain": (

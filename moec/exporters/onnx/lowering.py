@@ -32,6 +32,8 @@ _TORCH = {theirs: ours for ours, theirs in DTYPES.items()}
 UINT4 = _TORCH[ir.DataType.UINT4]
 #: operators of this domain are written "com.microsoft::Name"
 MICROSOFT = "com.microsoft"
+#: functions of this domain are in the model itself
+FUNCTIONS = "moec.functions"
 
 Values = tuple[ir.Value, ...]
 Lower = Callable[..., ir.Value | Values]
@@ -89,6 +91,8 @@ class Emitter:
     nodes: list[ir.Node]
     constants: dict[tuple[Any, ...], ir.Value]
     weights: Weights
+    opset: int
+    functions: dict[tuple[Any, ...], ir.Function] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
 
     def op(
@@ -169,9 +173,26 @@ class Emitter:
         """The nodes that this emitter wrote, as a subgraph, which may use outer values."""
         return ir.Graph(inputs, outputs, nodes=self.nodes, name=self.name)
 
+    def function(
+        self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
+    ) -> ir.Function:
+        """The nodes that this emitter wrote, as a function; its constants are nodes too."""
+        constants = [
+            ir.Node("", "Constant", [], [ir.AttrTensor("value", each.const_value)], outputs=[each])
+            for each in self.constants.values()
+            if each.const_value is not None
+        ]
+        domains = {node.domain: 1 for node in self.nodes} | {"": self.opset}
+        graph = ir.Graph(
+            inputs, outputs, nodes=[*constants, *self.nodes], opset_imports=domains, name=name
+        )
+        return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+
     def body(self, label: str) -> "Emitter":
         """An emitter for a subgraph of this node, with its own nodes and the same constants."""
-        return Emitter(f"{self.name}/{label}", [], self.constants, self.weights)
+        return Emitter(
+            f"{self.name}/{label}", [], self.constants, self.weights, self.opset, self.functions
+        )
 
 
 def value(name: str, of: TensorType) -> ir.Value:
@@ -215,6 +236,7 @@ def lower(
     inputs: list[ir.Value] = []
     weights, stored = Weights(packs), set[str]()
     nodes: list[ir.Node] = []
+    functions: dict[tuple[Any, ...], ir.Function] = {}
     constants: dict[tuple[Any, ...], ir.Value] = {}
     defaults: list[ir.Value] = []
     outputs: Sequence[ir.Value] = ()
@@ -234,7 +256,7 @@ def lower(
         elif node.op == "call_function" and node.target in by_target:
             rule = _first(by_target[node.target], node)
             args = fx.map_arg(node.args, values.__getitem__)
-            emitter = Emitter(node.meta["name"], nodes, constants, weights)
+            emitter = Emitter(node.meta["name"], nodes, constants, weights, opset, functions)
             values[node] = rule.lower(emitter, node, *rule.op.given(args))
         elif node.op == "call_function" and node.target.__name__ == "getitem":
             values[node] = values[node.args[0]][node.args[1]]
@@ -256,7 +278,10 @@ def lower(
         opset_imports=domains,
         name=name,
     )
-    return Lowered(ir.Model(ir_graph, ir_version=11, producer_name="moec"), weights.packings)
+    model = ir.Model(
+        ir_graph, ir_version=11, producer_name="moec", functions=list(functions.values())
+    )
+    return Lowered(model, weights.packings)
 
 
 def _first(rules: Sequence[Rule], node: fx.Node) -> Rule:

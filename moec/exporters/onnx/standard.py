@@ -6,6 +6,7 @@ functions for experts are in `experts`, those for FP8 in `fp8`, those for 4-bit 
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -22,6 +23,7 @@ from moec.exporters.onnx.attention import (
     lower_temperature,
 )
 from moec.exporters.onnx.experts.branches import lower_separate
+from moec.exporters.onnx.experts.function import in_function
 from moec.exporters.onnx.experts.loop import lower_moe
 from moec.exporters.onnx.experts.routing import lower_ranks, lower_route
 from moec.exporters.onnx.fp8 import (
@@ -41,6 +43,7 @@ from moec.exporters.onnx.vision import (
     lower_tile_tokens,
 )
 from moec.graph_builder import ops
+from moec.graph_builder.ops.operands import Fp8Moe
 from moec.graph_builder.types import TensorType
 
 OPSET = 24
@@ -213,6 +216,12 @@ def _to_float32(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
     return e.op("Cast", [x], _result(node), to=DTYPES[_FLOAT].value)
 
 
+def _is_separate(node: fx.Node) -> bool:
+    """Whether FP8 experts have tensors of their own."""
+    operands: Fp8Moe[fx.Node] = Fp8Moe(*cast(Any, node.args))
+    return len(operands.gate_up) > 1
+
+
 STANDARD = (
     #    op                     written by
     Rule(ops.embedding, _embedding),
@@ -245,13 +254,14 @@ STANDARD = (
     Rule(ops.ranks, lower_ranks),
     Rule(ops.route, lower_route),
     Rule(ops.moe, lower_moe),
-    Rule(ops.separate_moe, lower_separate),
+    Rule(ops.separate_moe, in_function(lower_separate)),
     Rule(ops.token_scale, lower_token_scale),
     Rule(ops.quantize, lower_quantize),
     Rule(ops.dequantize, lower_dequantize),
+    Rule(ops.fp8_moe, in_function(lower_fp8_moe), _is_separate),
     Rule(ops.fp8_moe, lower_fp8_moe),
     Rule(ops.int4_linear, lower_int4_linear),
-    Rule(ops.int4_moe, lower_int4_moe),
+    Rule(ops.int4_moe, in_function(lower_int4_moe)),
     Rule(ops.to_float32, _to_float32),
     Rule(ops.patches, lower_patches),
     Rule(ops.tile_tokens, lower_tile_tokens),

@@ -2,7 +2,8 @@
 
 External data of an ONNX file may name any file, and operators of further domains may do anything.
 moec itself writes little of what ONNX allows: external data only for weights of the decoder or the
-tower, operators of a few domains, and no functions. All else is refused.
+tower, operators of a few domains, and functions of these in a domain of their own. All else is
+refused.
 """
 
 import os
@@ -16,6 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from moec.artefact.artefact import Artefact, stored_kinds
 from moec.exporters.onnx.external_data import entry_of, kinds_of
+from moec.exporters.onnx.lowering import FUNCTIONS
 from moec.spec.errors import refuse
 from moec.weights.shard import TensorEntry
 
@@ -33,6 +35,10 @@ _WRITES = {
     "trt": {"Attention"},
     "moec": {"MoecMoe"},
 }
+
+
+#: nodes that all calls of functions make; DeepSeek-V3 has 200,000
+MOST_NODES = 4_000_000
 
 
 def read_checked(artefact: Artefact, part: str) -> onnx.ModelProto:
@@ -93,11 +99,14 @@ def check_model(file: Path, model: Any, places: Mapping[str, TensorEntry]) -> No
     Raises:
         MoecError: the message names the first tensor, operator or field.
     """
-    for field in ("functions", "training_info"):
-        if getattr(model, field):
-            _refuse(file, field, "functions or training data of a model", "a plain graph")
-    for each in model.opset_import:
-        if each.domain not in ("", "ai.onnx", *_WRITES):
+    if model.training_info:
+        _refuse(file, "training_info", "training data of a model", "a plain graph")
+    functions = {each.name for each in model.functions}
+    for each in (
+        *model.opset_import,
+        *(each for of in model.functions for each in of.opset_import),
+    ):
+        if each.domain not in ("", "ai.onnx", FUNCTIONS, *_WRITES):
             _refuse(file, f"domain {each.domain}", "operators that moec does not write", _known())
     for depth, graph in _graphs(model.graph):
         if graph.sparse_initializer:
@@ -107,7 +116,28 @@ def check_model(file: Path, model: Any, places: Mapping[str, TensorEntry]) -> No
                 entry = entry_of(tensor.name, places) if depth == 0 else None
                 _check_place(file, tensor, entry)
         for node in graph.node:
-            _check_node(file, node)
+            _check_node(file, node, functions)
+    _check_functions(file, model)
+
+
+def _check_functions(file: Path, model: Any) -> None:
+    """Refuse functions that moec never writes, or whose calls make far more nodes than a model."""
+    sizes = dict[str, int]()
+    for function in model.functions:
+        if function.domain != FUNCTIONS or function.name in sizes:
+            found = "a function that moec does not write"
+            _refuse(file, f"function {function.domain}::{function.name}", found, _known())
+        sizes[function.name] = 0
+        for depth, graph in _graphs(function):
+            sizes[function.name] += len(graph.node)
+            if depth and (graph.sparse_initializer or graph.initializer):
+                _refuse(file, function.name, "initializers in a function", "inputs and constants")
+            for node in graph.node:
+                _check_node(file, node, set())  # no function calls another, so each ends
+    calls = (node for _, graph in _graphs(model.graph) for node in graph.node)
+    total = sum(sizes.get(node.op_type, 0) for node in calls if node.domain == FUNCTIONS)
+    if total > MOST_NODES:
+        _refuse(file, "functions", f"calls that make {total} nodes", f"at most {MOST_NODES}")
 
 
 def relocate(artefact: Artefact, part: str, model: Any) -> Path:
@@ -142,8 +172,8 @@ def _graphs(graph: Any, depth: int = 0) -> Iterator[tuple[int, Any]]:
                 yield from _graphs(inner, depth + 1)
 
 
-def _check_node(file: Path, node: Any) -> None:
-    known = _WRITES.get(node.domain)
+def _check_node(file: Path, node: Any, functions: set[str]) -> None:
+    known = functions if node.domain == FUNCTIONS else _WRITES.get(node.domain)
     if node.domain not in ("", "ai.onnx") and (known is None or node.op_type not in known):
         found = "an operator that moec does not write"
         _refuse(file, f"node {node.name}: {node.domain}::{node.op_type}", found, _known())

@@ -11,6 +11,9 @@ after its imports:
   writes show that it reads and copies no weight;
 - `ort, weights`: the same for target ort, with decoder, vision tower and genai's graph. Its limits
   are 5 and 10 s in total, and 1 GB;
+- `W4A16` and `W4A16, ort` (Scout alone): 4-bit integers with zero points in groups of 128, from a
+  sparse checkpoint in place for target onnx, and without weights for target ort. Their limits are
+  10 s in total, and 1 GB;
 - `by torch.onnx`: the peer, torch's own exporter, without weights; see benchmarks/torch_export.py.
 
 The exit code is 1 if a build by moec fails or misses a limit.
@@ -28,19 +31,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fresh_process import call
+from quantize import INTEGERS
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from sparse_checkpoint import bytes_on_disk, write_sparse_checkpoint
 
+from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 
 VARIANTS = ("scout", "maverick")
+INT4, INT4_ORT = "W4A16", "W4A16, ort"
 BARE, BOUND, ORT, PEER = "by moec", "by moec, weights", "ort, weights", "by torch.onnx"
 #: limits of a build by moec; MB and GB are decimal
 PLAIN = {"graph_s": 3.0, "onnx_s": 3.0, "peak_gb": 0.6, "written_mb": 20.0}
-LIMITS = {BARE: PLAIN, BOUND: PLAIN, ORT: {"peak_gb": 1.0}, PEER: {}}
+SHORT = {"total_s": 10.0, "peak_gb": 1.0}
+LIMITS = {BARE: PLAIN, BOUND: PLAIN, ORT: {"peak_gb": 1.0}, INT4: SHORT, INT4_ORT: SHORT, PEER: {}}
 #: limits of the total seconds for target ort, whose graph has a branch for each expert
 ORT_TOTAL_S = {"scout": 5.0, "maverick": 10.0}
 
@@ -112,6 +119,12 @@ def builds(variant: str, folder: Path, peer: bool, console: Console) -> Iterator
     )
     yield measure(variant, BOUND, moec_build, checkpoint, folder / f"{variant}-bound")
     yield measure(variant, ORT, ort_build, checkpoint, folder / f"{variant}-ort")
+    if variant == "scout":
+        integers = folder / "integers"
+        scheme = INTEGERS["int4-zeros"]
+        write_sparse_checkpoint(PRESETS[variant].model_copy(update={"scheme": scheme}), integers)
+        yield measure(variant, INT4, moec_build, integers, folder / "integers-onnx")
+        yield measure(variant, INT4_ORT, unbound_build, integers, folder / "integers-ort")
     if peer:
         yield measure(variant, PEER, torch_build, variant, folder / f"{variant}.onnx")
 
@@ -131,8 +144,15 @@ def ort_build(source: str, out: str) -> Figures:
     return moec_build(source, out, "ort")
 
 
-def moec_build(source: str, out: str, target: str = "onnx") -> Figures:
-    """Build `source`, a preset or a checkpoint folder. It runs in its own process."""
+def unbound_build(source: str, out: str) -> Figures:
+    """Build for target ort from the config in `source` alone."""
+    from moec import load_spec
+
+    return moec_build(load_spec(source), out, "ort")
+
+
+def moec_build(source: str | ModelSpec, out: str, target: str = "onnx") -> Figures:
+    """Build a preset, a checkpoint folder or a spec. It runs in its own process."""
     from moec import export
 
     before, start = traffic(), time.perf_counter()

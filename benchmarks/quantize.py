@@ -1,11 +1,15 @@
-"""Quantise a synthetic checkpoint to FP8, and compare its rate with that of the disk.
+"""Pack a synthetic checkpoint, and compare its rate with that of the disk.
 
     python benchmarks/quantize.py [--gigabytes 20] [--folder DIR] [--schemes meta,dynamic]
 
-The script writes layers of Scout's widths with random weights, and builds them in a new process. In
-the same run `dd` reads the same shards, and writes as many bytes as the build. The script drops the
-page cache before each of these, if it may. "of dd's" is the time that dd takes to read and then to
-write, as a share of the build's time.
+The script writes layers of Scout's widths with random weights, and builds them in a new process:
+FP8 by a scheme. `int4` and `int4-zeros` stand for a checkpoint of 4-bit integers in groups of 128,
+symmetric or with zero points, and for `bind` of target ort: it joins experts, interleaves gate and
+up, and repeats scales.
+
+In the same run `dd` reads the same shards, and writes as many bytes as the build. The script drops
+the page cache before each of these, if it may. "of dd's" is the time that dd takes to read and then
+to write, as a share of the build's time.
 """
 
 import argparse
@@ -22,17 +26,25 @@ from fresh_process import call
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from sparse_checkpoint import TYPES, stored
 
 import moec
 from moec.spec.hf.config import write_config
 from moec.spec.model import ModelSpec
+from moec.spec.scheme import ATTENTION, EXPERTS, INT4, SHARED, Rule, Scheme
 from moec.weights.checkpoint import INDEX
-from moec.weights.name_map import CheckpointTensor, checkpoint_tensors
-from moec.weights.packed_journal import PACKED
+from moec.weights.name_map import CheckpointTensor
 from moec.weights.shard import nbytes
 
-LIMIT = 2e9  # bytes of memory that the build may use
-LAYER = 2 * 2_202_101_760  # bytes of one of Scout's layers
+LIMITS = {False: 2e9, True: 1e9}  # bytes of memory that the build may use; True: of 4-bit integers
+LAYER = 2_202_101_760  # weights of one of Scout's layers
+INTEGERS = {
+    name: Scheme(
+        name=INT4, layout=INT4, scales="bf16", block=128, zero_points=zeros,
+        rules=(Rule(of=(*EXPERTS, *SHARED, *ATTENTION), weight="group"),),
+    )
+    for name, zeros in (("int4", False), ("int4-zeros", True))
+}  # fmt: skip
 
 
 def main() -> None:
@@ -46,21 +58,30 @@ def main() -> None:
         table.add_column(column, justify="right" if column else "left")
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         folder = Path(scratch)
-        spec = _spec(given.gigabytes * 1e9)
-        total = _write(spec, folder / "checkpoint")
+        stored_scheme, total = "none yet", 0
         for scheme in given.schemes.split(","):
+            source = scheme if scheme in INTEGERS else ""
+            if source != stored_scheme:
+                shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+                total = _write(_spec(given.gigabytes * 1e9, source), folder / "checkpoint")
+                stored_scheme = source
+            if source:
+                moec.export(moec.load_spec(folder / "checkpoint"), "ort", out=folder / "art")
             _drop_caches()
-            outcome = call(_build, folder / "checkpoint", folder / "art", scheme, limit_s=3000)
+            action = _bind if source else _build
+            outcome = call(action, folder / "checkpoint", folder / "art", scheme, limit_s=3000)
             if outcome.error:
                 raise SystemExit(outcome.error)
             seconds, written = outcome.value
             reading = _read(folder / "checkpoint")
-            writing = _writes(folder / "art" / PACKED, folder / "scratch")
+            packed = max((folder / "art").rglob("*.safetensors"), key=lambda at: at.stat().st_size)
+            writing = _writes(packed, folder / "scratch")
             shutil.rmtree(folder / "art")
+            over = outcome.peak_bytes >= LIMITS[bool(source)]
             table.add_row(
                 scheme, _gb(total), _gb(written), f"{seconds:.1f} s",
                 f"{total / seconds / 1e9:.2f} GB/s", f"{100 * (reading + writing) / seconds:.0f} %",
-                _gb(outcome.peak_bytes) + ("" if outcome.peak_bytes < LIMIT else " OVER"),
+                _gb(outcome.peak_bytes) + (" OVER" if over else ""),
             )  # fmt: skip
             table.add_row("  dd reads", _gb(total), "", f"{reading:.1f} s", _rate(total, reading))
             table.add_row(
@@ -69,10 +90,10 @@ def main() -> None:
     Console(width=110).print(table)
 
 
-def _spec(size: float) -> ModelSpec:
+def _spec(size: float, integers: str) -> ModelSpec:
     """A model with as many of Scout's layers as fit in `size` bytes, and a small vocabulary."""
-    scout = moec.load_spec("scout")
-    layers = max(1, round(size / LAYER))
+    scout = moec.load_spec("scout").model_copy(update={"scheme": INTEGERS.get(integers)})
+    layers = max(1, round(size / (LAYER * (0.5 if integers else 2))))
     tokens = scout.tokens.model_copy(update={"bos": 0, "eos": (1,), "pad": 2, "image": None})
     text = scout.text.model_copy(update={"layers": layers, "vocab": 1024})
     return scout.model_copy(update={"text": text, "vision": None, "tokens": tokens})
@@ -87,7 +108,7 @@ def _write(spec: ModelSpec, folder: Path) -> int:
     (folder / "config.json").write_text(json.dumps(write_config(spec)))
     noise = (torch.randn(1 << 25) / 64).bfloat16().view(torch.uint8).numpy().data
     shards: dict[str, list[CheckpointTensor]] = {}
-    for row in checkpoint_tensors(spec):
+    for row in stored(spec):
         layer = row.name.split(".")[1] if row.name.startswith("layers.") else "rest"
         shards.setdefault(f"model-{layer}.safetensors", []).append(row)
     total = 0
@@ -95,13 +116,17 @@ def _write(spec: ModelSpec, folder: Path) -> int:
         header, end = {}, 0
         for row in members:
             start, end = end, end + nbytes(row.shape, row.dtype)
-            header[row.key] = {"dtype": "BF16", "shape": row.shape, "data_offsets": [start, end]}
+            kind = TYPES[row.dtype][0]
+            header[row.key] = {"dtype": kind, "shape": row.shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with (folder / name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for at in range(0, end, len(noise)):
-                file.write(noise[: end - at])
+            for row in members:
+                left = nbytes(row.shape, row.dtype)
+                source = memoryview(bytes(left)) if row.dtype == "int64" else noise  # shapes
+                while left > 0:
+                    left -= file.write(source[:left])
         total += end
     weight_map = {row.key: name for name, members in shards.items() for row in members}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
@@ -113,6 +138,13 @@ def _build(checkpoint: Path, out: Path, scheme: str) -> tuple[float, int]:
     """The seconds until the weights are on the disk, and their bytes."""
     start = time.perf_counter()
     art = moec.export(checkpoint, precision="fp8", scheme=scheme, out=out)
+    return time.perf_counter() - start, art.manifest.build.bytes_packed
+
+
+def _bind(checkpoint: Path, out: Path, scheme: str) -> tuple[float, int]:
+    """The seconds until the integers are on the disk, and the bytes of the packed file."""
+    start = time.perf_counter()
+    art = moec.bind(out, checkpoint)
     return time.perf_counter() - start, art.manifest.build.bytes_packed
 
 

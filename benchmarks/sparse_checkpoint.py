@@ -19,7 +19,7 @@ from moec.weights.shard import DTYPES
 
 _PROBE = 1 << 26  # bytes
 #: names and bytes of an element in safetensors, by our names of types
-_TYPES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
+TYPES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
 
 
 def write_sparse_checkpoint(spec: ModelSpec, folder: Path, shard_bytes: int = 50 * 10**9) -> int:
@@ -32,7 +32,7 @@ def write_sparse_checkpoint(spec: ModelSpec, folder: Path, shard_bytes: int = 50
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_sparse_files(folder)
-    shards = list(_shards(_stored(spec), shard_bytes))
+    shards = list(_shards(stored(spec), shard_bytes))
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):
@@ -51,7 +51,7 @@ def bytes_on_disk(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def _stored(spec: ModelSpec) -> Iterator[CheckpointTensor]:
+def stored(spec: ModelSpec) -> Iterator[CheckpointTensor]:
     """The tensors of `spec` as a checkpoint stores them."""
     for row in checkpoint_tensors(spec):
         if row.dtype != "uint8":
@@ -68,7 +68,7 @@ def _shards(table: Iterator[CheckpointTensor], limit: int) -> Iterator[list[Chec
     shard: list[CheckpointTensor] = []
     size = 0
     for row in table:
-        nbytes = math.prod(row.shape) * _TYPES[row.dtype][1]
+        nbytes = math.prod(row.shape) * TYPES[row.dtype][1]
         if shard and size + nbytes > limit:
             yield shard
             shard, size = [], 0
@@ -81,7 +81,7 @@ def _write_shard(path: Path, shard: list[CheckpointTensor]) -> int:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row in shard:
-        dtype, itemsize = _TYPES[row.dtype]
+        dtype, itemsize = TYPES[row.dtype]
         start, end = end, end + math.prod(row.shape) * itemsize
         header[row.key] = {"dtype": dtype, "shape": row.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moec.graph_builder.module import MoecGraph
 from moec.graph_builder.ops import Op
 from moec.graph_builder.roles import Place
 from moec.graph_builder.types import TensorType
@@ -83,7 +84,7 @@ class Builder:
         """Close the graph. It returns a tuple of `outputs`; `meta["outputs"]` has their names."""
         node = self._graph.output(tuple(outputs.values()))
         node.meta["outputs"] = tuple(outputs)
-        return fx.GraphModule(self._root, self._graph, "MoecGraph")
+        return MoecGraph(self._root, self._graph, "MoecGraph")
 
 
 def call(graph: fx.Graph, op: Op, *args: Any, name: str) -> fx.Node:

@@ -68,7 +68,7 @@ def test_logits_are_those_of_transformers(mixed: Path, tmp_path: Path) -> None:
         pytest.param("onnx", "fp32", None, marks=pytest.mark.slow),
         pytest.param("ort", "fp8", "meta", marks=pytest.mark.slow),
         pytest.param("ort", "fp16", None, marks=pytest.mark.slow),
-        pytest.param("ort", "int4", None, marks=pytest.mark.slow),
+        ("ort", "int4", None),
         pytest.param("tensorrt", "fp8", "mixed", marks=pytest.mark.slow),
         pytest.param("tensorrt", "bf16", None, marks=pytest.mark.slow),
     ],

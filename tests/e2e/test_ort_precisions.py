@@ -56,7 +56,7 @@ def case(
     return art.path, LIMITS[request.param]
 
 
-def test_perplexity_and_choices(
+def test_perplexity_choices_and_generation(
     case: tuple[Path, tuple[float, float]], golden: dict[str, Tensor]
 ) -> None:
     path, (perplexity, agreement) = case
@@ -67,18 +67,14 @@ def test_perplexity_and_choices(
     assert abs(found / PERPLEXITY - 1) < perplexity
     choices = session.logits(golden["input_ids"]).argmax(-1)
     assert (choices == golden["argmax"]).float().mean() >= agreement
-
-
-def test_the_proof_passes_and_generation_goes_on(
-    case: tuple[Path, tuple[float, float]], golden: dict[str, Tensor]
-) -> None:
-    path, _ = case
-    report = moec.validate(path)
-    assert_passed(report)
-    session = moec.open_session(path)
     prompt = golden["generate.2"][:9]
     tokens = session.generate(prompt[None], max_new_tokens=6)
     assert tokens[0, :9].tolist() == prompt.tolist() and tokens.shape[1] > 9
+
+
+@pytest.mark.slow  # CI proves int4 of ort on a small model: test_mixed_dtypes
+def test_the_proof_passes(case: tuple[Path, tuple[float, float]]) -> None:
+    assert_passed(moec.validate(case[0]))
 
 
 @quantized

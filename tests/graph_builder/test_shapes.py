@@ -148,7 +148,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             ("scout", "fp32", None),
             ("maverick", "fp16", SCHEMES["dynamic"]),
         )
-        for spec in [reduced(PRESETS[name].model_copy(update={"scheme": scheme}))]
+        for spec in [reduced(PRESETS[name].model_copy(update={"scheme": scheme}), 4)]
         for graph in (
             *graphs_of(spec, precision, "standard").values(),
             *graphs_of(spec, precision, "ort").values(),

@@ -21,8 +21,8 @@ def weights(sizes: Sizes) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.manual_seed(torch.seed() % 2**31)
-    small = {"gate_up_rows": 32, "gate_up_depth": 64, "down_rows": 32, "down_depth": 64}
-    for experts, counts in ((4, (1, 9)), (16, (2,)), (1, (2,))):
+    small = {"gate_up_rows": 64, "gate_up_depth": 64, "down_rows": 64, "down_depth": 64}
+    for experts, counts in ((4, (1, 5)), (16, (2,)), (1, (2,))):
         sizes = Sizes(dim=128, hidden=128, experts=experts)
         given = weights(sizes)
         for tokens in counts:

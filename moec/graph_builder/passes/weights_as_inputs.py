@@ -3,6 +3,7 @@
 from torch import fx, nn
 
 from moec.graph_builder.builder import tag
+from moec.graph_builder.module import MoecGraph
 
 
 def lift_weights(graph: fx.GraphModule) -> fx.GraphModule:
@@ -24,4 +25,4 @@ def lift_weights(graph: fx.GraphModule) -> fx.GraphModule:
             tag(lifted[name], name, node.meta["type"])
         node.replace_all_uses_with(lifted[name])
         nodes.erase_node(node)
-    return fx.GraphModule(nn.Module(), nodes, "MoecGraph")
+    return MoecGraph(nn.Module(), nodes, "MoecGraph")

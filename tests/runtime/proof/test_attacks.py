@@ -20,9 +20,11 @@ from moec.runtime.proof.source import (
     weights_against_source,
 )
 from moec.spec.scheme import SCHEMES
+from moec.weights.random import write_random_checkpoint
 from tests.damage import json_file, listed_again, sealed
 from tests.proofs import assert_passed
 from tests.refusals import refusal
+from tests.small import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +198,9 @@ def test_static_scales_and_schemes_that_are_far_off_fail(tiny: Path, tmp_path: P
 
 
 @pytest.mark.full
-def test_a_proof_measures_what_fp8_changes(tiny: Path, tmp_path: Path) -> None:
-    art = moec.export(tiny, "onnx", "fp8", tmp_path / "art")
+def test_a_proof_measures_what_fp8_changes(tmp_path: Path) -> None:
+    write_random_checkpoint(SMALL, tmp_path / "small")
+    art = moec.export(tmp_path / "small", "onnx", "fp8", tmp_path / "art")
     report = moec.validate(art.path, tokens=40, seed=1)
     assert_passed(report)
     assert {"FP8 scheme", "logits, what FP8 changes"} <= {check.name for check in report.checks}

@@ -5,6 +5,9 @@ So codes are read in place, and so are zero points. Those of eight outputs are s
 a few operators turn them into ONNX's order, which costs little beside the weight itself.
 """
 
+from functools import cache
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -54,7 +57,7 @@ def _dequantize(
     (rows, columns), groups = type_of(codes).shape, type_of(scale).shape[1]
     scale = e.cast(scale, _FLOAT, f"{stem}scale.float32")
     if zero is None:
-        zero = e.constant(np.full((rows, groups), CENTRE, ml_dtypes.uint4))
+        zero = e.constant(_centres(rows, groups))
     else:
         zero = _zero_points(e, zero, rows, groups, f"{stem}zero")
     types = [_FLOAT, TORCH_DTYPES[values], dtype]
@@ -72,6 +75,12 @@ def _dequantize(
         name = label if i == last else f"{stem}rounded"
         wide = e.op("Cast", [wide], TensorType((rows, columns), kind), name, to=DTYPES[kind].value)
     return wide
+
+
+@cache
+def _centres(rows: int, groups: int) -> np.ndarray[Any, Any]:
+    """The zero points of symmetric integers, which all weights of a shape share."""
+    return np.full((rows, groups), CENTRE, ml_dtypes.uint4)
 
 
 def _zero_points(e: Emitter, zero: ir.Value, rows: int, groups: int, label: str) -> ir.Value:

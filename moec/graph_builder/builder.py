@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moec.graph_builder.module import MoecGraph
+from moec.graph_builder.module import module_of
 from moec.graph_builder.ops import Op
 from moec.graph_builder.roles import Place
 from moec.graph_builder.types import TensorType
@@ -57,7 +57,8 @@ class Builder:
                 torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
             )
             submodule(self._root, owner).register_parameter(leaf, weight)
-            node = self._graph.get_attr(name)
+            # `get_attr` would look for the parameter first, which costs seconds for 45,000 of them
+            node = self._graph.create_node("get_attr", name)
             self._known[name] = tag(node, name, TensorType(shape, dtype))
         return self._known[name]
 
@@ -84,7 +85,7 @@ class Builder:
         """Close the graph. It returns a tuple of `outputs`; `meta["outputs"]` has their names."""
         node = self._graph.output(tuple(outputs.values()))
         node.meta["outputs"] = tuple(outputs)
-        return MoecGraph(self._root, self._graph, "MoecGraph")
+        return module_of(self._root, self._graph)
 
 
 def call(graph: fx.Graph, op: Op, *args: Any, name: str) -> fx.Node:
@@ -137,7 +138,9 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     """The module at `path` below `root`. Modules that are missing are made."""
     module = root
     for part in filter(None, path.split(".")):
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
+        found = module._modules.get(part)
+        if found is None:
+            found = nn.Module()
+            module.add_module(part, found)
+        module = found
     return module

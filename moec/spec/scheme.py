@@ -46,7 +46,7 @@ INPUTS = {
 STATIC = ("tensor", "expert")
 
 #: the format whose tensor names and shapes a checkpoint uses; "moec" is an artefact's own format
-Layout = Literal["moec", "compressed-tensors", "modelopt", "fbgemm_fp8", "pack-quantized"]
+Layout = Literal["moec", "compressed-tensors", "modelopt", "fbgemm_fp8", "fp8", "pack-quantized"]
 #: the layout of 4-bit integers; the others are FP8
 INT4: Layout = "pack-quantized"
 
@@ -54,7 +54,7 @@ INT4: Layout = "pack-quantized"
 EXPERTS = names.routed("*")
 SHARED = (names.shared("*", "*", "weight"),)
 DENSE = tuple(names.dense("*", part, "weight") for part in ("gate", "up", "down"))
-ATTENTION = tuple(names.attention("*", part, "weight") for part in "qkvo")
+ATTENTION = tuple(names.attention("*", f"{part}*", "weight") for part in "qkvo")
 
 
 @lru_cache(maxsize=64)
@@ -152,7 +152,7 @@ class Scheme(Frozen):
     @property
     def separate_experts(self) -> bool:
         """Whether each expert has its own tensors, [out, in], instead of a slice of a stack."""
-        return self.layout in ("compressed-tensors", INT4)
+        return self.layout in ("compressed-tensors", "fp8", INT4)
 
 
 def _scheme(name: str, of: tuple[str, ...], weight: str, inputs: str, **more: object) -> Scheme:

@@ -20,6 +20,9 @@ from moec.weights.int4.stored import in_bytes
 from moec.weights.shard import TensorEntry, stack, turned
 from moec.weights.spelling import spelled
 
+#: the most scales whose values are checked when a checkpoint is read
+MOST_CHECKED = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
@@ -157,6 +160,8 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     """
     found, expected = dict(checkpoint.tensors), checkpoint_tensors(spec)
     entries = {}
+    int4 = spec.scheme is not None and spec.scheme.int4
+    scales = MOST_CHECKED + 1 if int4 else sum(is_scale(row.name) for row in expected)
     for row in expected:
         entry = found.pop(row.key, None)
         if entry is None:
@@ -169,7 +174,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 else "download the missing shard, or compare config.json with the weights",
             )
         if is_scale(row.name):
-            entry = _checked_scale(row, entry, not (spec.scheme and spec.scheme.int4))
+            entry = _checked_scale(row, entry, scales <= MOST_CHECKED)
         if (entry.dtype, entry.shape) != (row.dtype, row.shape):
             refuse(
                 f"{entry.file}: {row.key}",
@@ -200,8 +205,9 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
 def _checked_scale(row: CheckpointTensor, entry: TensorEntry, few: bool) -> TensorEntry:
     """Check the values of a scale, if there are `few` of them; return `entry` with our shape.
 
-    Formats differ in whether they keep axes of size 1. Groups of a large model have gigabytes of
-    scales, and some have only weights of zero.
+    Formats differ in whether they keep axes of size 1. 4-bit integers have gigabytes of scales, and
+    some groups have only weights of zero. Models with tens of thousands of experts have as many
+    scales, each in a place of its own.
     """
     if [n for n in entry.shape if n != 1] != [n for n in row.shape if n != 1]:
         return entry

@@ -55,6 +55,7 @@ class _Rewrite:
         self.scheme, self.rules, self.kinds = scheme, rules, tensors(spec)
         self.experts = spec.text.expert_count
         self.inputs: dict[tuple[fx.Node, str], fx.Node] = {}  # rounded once for q, k and v
+        self.wide: dict[str, fx.Node] = {}  # dequantised weights of several products
 
     def __call__(self, node: fx.Node) -> None:
         """Rewrite `node` if the scheme says so."""
@@ -94,6 +95,8 @@ class _Fp8(_Rewrite):
             self.linear(node, args[1].meta["name"])
         elif node.target == ops.moe.target:
             self.moe(node, Moe(*args))
+        elif node.target == ops.head_linear.target and args[1].meta["name"] in self.rules:
+            self.head_linear(node, args[1])
         elif node.target == ops.cache_append.target and self.scheme.cache:
             self.append(node)
 
@@ -104,6 +107,19 @@ class _Fp8(_Rewrite):
         scale = self.parameter(names.scale_of(weight))
         wide = self.dequantize(self.parameter(weight), scale, 0, f"{weight}.wide", dtype)
         node.args = (self.rounded(x, weight, rule), wide, bias)
+        self.forget(old)
+
+    def head_linear(self, node: fx.Node, old: fx.Node) -> None:
+        """Use the weights as they are stored; inputs stay wide.
+
+        A rule speaks of the inputs of the whole product. Here one is another product's input, and
+        the other one its output.
+        """
+        weight, x = str(old.meta["name"]), node.all_input_nodes[0]
+        if weight not in self.wide:  # two nodes use it
+            codes, scale = self.parameter(weight), self.parameter(names.scale_of(weight))
+            self.wide[weight] = self.dequantize(codes, scale, 0, f"{weight}.wide", _name(x))
+        node.replace_input_with(old, self.wide[weight])
         self.forget(old)
 
     def rounded(self, x: fx.Node, weight: str, rule: Rule) -> fx.Node:

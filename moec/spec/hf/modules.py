@@ -52,7 +52,7 @@ def scheme_of(
     format lists as quantised, and where; by default all are.
     """
     names = eligible(spec)
-    separate_experts = layout in ("compressed-tensors", INT4)
+    separate_experts = layout in ("compressed-tensors", "fp8", INT4)
     own = {name: modules(name, spec, separate_experts) for name in names}
     every = [module for each in own.values() for module in each]
     kept = set(every)

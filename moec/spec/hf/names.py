@@ -18,6 +18,8 @@ DECODER = "language_model."
 #: what other keys of such a checkpoint start with
 TOWER = ("vision_model.", "multi_modal_projector.")
 _LAYER = "model.layers.{i}"
+#: what follows the key of a weight in that of its scales, where it is not "_scale"
+_SCALES: dict[Layout, str] = {"fp8": "_scale_inv"}
 _CACHE_SCALES: dict[Layout, str] = {
     "modelopt": f"{_LAYER}.self_attn.{{x}}_proj.{{x}}_scale",
     "compressed-tensors": f"{_LAYER}.self_attn.{{x}}_scale",
@@ -62,6 +64,6 @@ def key_of(name: str, layout: Layout = "moec", architecture: str = "llama4") -> 
         parameter = names.scaled(name)
         stacked = names.is_routed(parameter) and layout == "modelopt"
         key = key_of(parameter, architecture=architecture)
-        return key + ("_weight_scale" if stacked else "_scale")
+        return key + ("_weight_scale" if stacked else _SCALES.get(layout, "_scale"))
     template, numbers = names.template(name)
     return ARCHITECTURES[architecture].keys[template].format_map(numbers)

@@ -1,8 +1,8 @@
 """Read a checkpoint's `quantization_config` or `hf_quant_config.json` into a scheme, and write it.
 
-The supported formats are FP8 of compressed-tensors, of ModelOpt and of transformers' fbgemm layout,
-and 4-bit integers of compressed-tensors. Each format lists the modules that it does not quantise,
-by names or by patterns of its own kind.
+The supported formats are FP8 of compressed-tensors, of ModelOpt, of transformers' fbgemm layout and
+in square blocks, and 4-bit integers of compressed-tensors. Each format lists the modules that it
+does not quantise, by names or by patterns of its own kind.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from moec.spec.fields import Fields, read_own_json, shown
 from moec.spec.hf.compressed_tensors import read_compressed_tensors, write_group
 from moec.spec.hf.modules import INERT, NEXT, modules, scheme_of, strings
 from moec.spec.model import ModelSpec
+from moec.spec.names import is_router
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import eligible, quantized
 
@@ -68,7 +69,6 @@ _OTHERS = {
     "eetq": "EETQ: 8-bit weights",
     "exl2": "ExLlamaV2: weights of mixed widths",
     "exl3": "ExLlamaV3: weights of mixed widths",
-    "fp8": "block FP8, as DeepSeek and transformers write it",
     "fp_quant": "FP-Quant: MXFP4 or NVFP4 weights",
     "higgs": "HIGGS: weights as grids",
     "hqq": "HQQ: weights of 1 to 8 bits",
@@ -143,10 +143,40 @@ def _fbgemm(at: Fields, spec: ModelSpec) -> Scheme:
     )
 
 
+def _fine_grained(at: Fields, spec: ModelSpec) -> Scheme:
+    """Square blocks, as DeepSeek publishes them and transformers writes them."""
+    if spec.text.experts and not spec.separate_experts:
+        expected = "experts with tensors of their own, as such checkpoints have"
+        raise at.error("quant_method", "fp8, for experts in one tensor", expected)
+    at.require("fmt", "e4m3", default="e4m3")
+    at.require("activation_scheme", "dynamic", default="dynamic")
+    size = at.take("weight_block_size", list)
+    if len(size) != 2 or size[0] != size[1] or type(size[0]) is not int or not 2 <= size[0] <= 1024:
+        raise at.error("weight_block_size", shown(size), "two equal numbers, such as [128, 128]")
+    kept = strings(at, "modules_to_not_convert", ["lm_head"])
+    at.finish(INERT)
+    # Routers are no linear layers in transformers, and none is listed.
+    routers = [
+        module for name in eligible(spec) if is_router(name) for module in modules(name, spec, True)
+    ]
+    return scheme_of(
+        at,
+        "modules_to_not_convert",
+        "fp8",
+        spec,
+        "transformers",
+        [*kept, *routers],
+        "block",
+        "group",
+        block=size[0],
+    )
+
+
 _READERS: dict[str, Callable[[Fields, ModelSpec], Scheme]] = {
     "compressed-tensors": read_compressed_tensors,
     "modelopt": _modelopt,
     "fbgemm_fp8": _fbgemm,
+    "fp8": _fine_grained,
 }
 
 
@@ -197,6 +227,14 @@ def _quantization_config(spec: ModelSpec) -> dict[str, Any]:
         return {
             "quant_method": scheme.layout,
             "activation_scale_ub": scheme.bound,
+            "modules_to_not_convert": kept,
+        }
+    if scheme.layout == "fp8":
+        return {
+            "quant_method": scheme.layout,
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [scheme.block, scheme.block],
             "modules_to_not_convert": kept,
         }
     if scheme.layout == "modelopt":

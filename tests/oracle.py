@@ -5,7 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
+)
 
 import moec
 from moec.runtime.cache import new_cache
@@ -18,7 +22,10 @@ def transformers_logits(
     folder: Path, rows: Sequence[Tensor], tiles: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """Logits of each row [S]; with `tiles`, those of its images [n, C, H, W], n may be 0."""
-    kind = Llama4ForCausalLM if tiles is None else Llama4ForConditionalGeneration
+    kind = Llama4ForConditionalGeneration
+    if tiles is None:
+        plain = moec.load_spec(folder).architecture == "llama4"
+        kind = Llama4ForCausalLM if plain else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     with torch.inference_mode():
@@ -34,7 +41,7 @@ def routers_are_clear(
     """No router so near a tie that rounding decides: then the models may rightly differ."""
     spec = moec.load_spec(folder)
     text, entries = spec.text, match(spec, read_checkpoint(folder))
-    names = [f"layers.{la.index}.moe.router" for la in text.all_layers if la.moe]
+    names = [layer.ranked_by for layer in text.all_layers if layer.moe]
     if not names or text.experts.top_k == text.experts.count:
         return True
     run = eager_engine(spec, entries, taps=names)
@@ -53,7 +60,7 @@ def routers_are_clear(
         )
         for name in names:
             best = out[name].topk(text.experts.top_k + 1).values
-            if (best[:, -2] - best[:, -1]).min() < 1e-4 * out[name].abs().max():
+            if (best[:, -2] - best[:, -1]).min() < 1e-5:
                 return False
     return True
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from moec.spec.model import ModelSpec
+from moec.spec.model import ALPHABETS, ModelSpec
 from moec.spec.parts.attention import Latent
 from moec.spec.parts.routing import Experts
 from moec.spec.scheme import Rule, Scheme
@@ -29,8 +29,10 @@ def reduced(
     """
     text = spec.text
     scaling = text.rope_scaling
+    patterns = {name: getattr(text, name)[: layers or text.layers] for name in ALPHABETS}
     small = text.model_copy(
         update={
+            **patterns,
             "layers": min(layers or text.layers, text.layers),
             "dim": 2 * block,
             "heads": text.heads // text.kv_heads * 2,
@@ -41,9 +43,9 @@ def reduced(
             "max_positions": 32 * CHUNK,
             "chunk": text.chunk and CHUNK,
             "window": text.window and CHUNK,
-            "temperature_floor": CHUNK,
+            "temperature_floor": CHUNK if "T" in text.temperature else text.temperature_floor,
             "rope_scaling": scaling and scaling.model_copy(update={"original_positions": CHUNK}),
-            "dense_hidden": 2 * block,
+            "dense_hidden": text.dense_hidden and 2 * block,
             "experts": text.experts and _experts(text.experts, block),
         }
     )

@@ -5,28 +5,23 @@ temperature (docs/numerics.md).
 """
 
 import tempfile
-from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-import moec
-from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.oracle import relative, routers_are_clear, transformers_logits
+from tests.parity import RELATIVE, check_pieces, check_prefill, sessions
 from tests.strategies import specs
 
 pytestmark = pytest.mark.full
 
-RELATIVE = 1e-4
 MAVERICK = reduced(PRESETS["maverick"])
 MAVERICK = MAVERICK.model_copy(
     update={"vision": None, "text": MAVERICK.text.model_copy(update={"layers": 8})}
@@ -61,9 +56,9 @@ def test_random_models_agree(
         rows = [torch.randint(0, spec.text.vocab, (n,), generator=generator) for n in lengths]
         assume(routers_are_clear(folder / "weights", rows))
         expected = transformers_logits(folder / "weights", rows)
-        for session in _sessions(folder):
-            _check_prefill(session, rows, expected)
-            _check_pieces(session, rows, expected, cuts)
+        for session in sessions(folder):
+            check_prefill(session, rows, expected)
+            check_pieces(session, rows, expected, cuts)
 
 
 @pytest.mark.parametrize("preset", ["scout", pytest.param("maverick", marks=pytest.mark.slow)])
@@ -76,42 +71,7 @@ def test_token_by_token_across_three_chunk_borders(preset: str, tmp_path: Path) 
     chunk = spec.text.chunk or 0
     rows = [torch.randint(0, 256, (n,)) for n in (3 * chunk + 5, 2)]
     expected = transformers_logits(tmp_path / "weights", rows[:1])[0]
-    for session in _sessions(tmp_path):
+    for session in sessions(tmp_path):
         cache = session.new_cache(1, 1)
         steps = [session.decode(token[None], cache)[0] for token in rows[0]]
         assert relative(torch.stack(steps), expected) < RELATIVE
-
-
-def _sessions(folder: Path) -> Iterator[Session]:
-    """Each engine and target on `folder`/weights."""
-    yield moec.open_session(folder / "weights")
-    fits = moec.load_spec(folder / "weights").text.head_dim % 8 == 0
-    builds = [("onnx", None), *([("ort", None), ("ort", "pack")] if fits else [])]
-    for target, weights in builds:
-        out = folder / f"{target}-{weights}"
-        moec.export(folder / "weights", target=target, weights=weights, out=out)
-        yield moec.open_session(out)
-
-
-def _check_prefill(session: Session, rows: list[Tensor], expected: list[Tensor]) -> None:
-    logits = session.logits([row.tolist() for row in rows])
-    for got, row, want in zip(logits, rows, expected, strict=True):
-        assert relative(torch.as_tensor(got[: len(row)]), want) < RELATIVE
-
-
-def _check_pieces(
-    session: Session, rows: list[Tensor], expected: list[Tensor], cuts: list[int]
-) -> None:
-    """The same tokens in pieces through the caches: rows end in different pieces."""
-    longest = max(map(len, rows))
-    ids = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    cache = session.new_cache(len(rows), 1)
-    edges = [0, *sorted({cut for cut in cuts if cut < longest}), longest]
-    for start, end in pairwise(edges):
-        own = (lengths - start).clamp(0, end - start)
-        got = session.extend(ids[:, start:end], own, cache)
-        for index, count in enumerate(own.tolist()):
-            if count:
-                assert relative(got[index], expected[index][start + count - 1]) < RELATIVE
-    assert torch.equal(cache.lengths, lengths)

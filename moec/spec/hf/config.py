@@ -4,6 +4,7 @@ The reader guesses nothing. `PUBLISHED` holds the values of fields that released
 out. Any other missing field is an error that names it, and so is an unknown field.
 """
 
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,12 +72,13 @@ def read_config(path: Path) -> ModelSpec:
     """
     raw = read_own_json(path)
     top = Fields(str(path), raw)
+    folder = os.fsencode(path.parent.resolve().name).decode(errors="replace")
     kind = top.take("model_type", str)
     quantization = top.left.pop("quantization_config", None)
     try:
         if kind == "llama4_text":
             spec = ModelSpec(
-                name=path.parent.resolve().name,
+                name=folder,
                 provenance="custom",
                 notes=(*_notes(raw), *_bookkeeping(raw)),
                 dtype=_dtype(top, Fields(str(path), {})),
@@ -89,7 +91,7 @@ def read_config(path: Path) -> ModelSpec:
             vision = Fields(f"{path}: vision_config", top.take("vision_config", dict))
             raw_text = dict(text.left)
             spec = ModelSpec(
-                name=path.parent.resolve().name,
+                name=folder,
                 provenance="custom",
                 notes=(*_notes(raw_text), *_bookkeeping(raw)),
                 dtype=_dtype(top, text),

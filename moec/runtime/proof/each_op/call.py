@@ -154,7 +154,7 @@ def _compared(
 def _function_of(node: fx.Node, exact: Mapping[fx.Node, Any]) -> Function:
     source: Any = node.args[0] if node.target is getitem else node
     if source.target == ops.linear.target:
-        x, weight, _ = (exact.get(each) for each in source.args)
+        x, weight = exact[source.args[0]], exact[source.args[1]]
         if len(weight) < FEW:
             return sums(x, weight)
     return _FUNCTIONS.get(source.target, Function())

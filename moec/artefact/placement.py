@@ -35,17 +35,18 @@ TEMPLATES = {
     "default": "chat_template.jinja",
     "tool_use": "additional_chat_templates/tool_use.jinja",
 }
-#: files of a checkpoint that a runtime may need beside the weights
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
+#: files of a checkpoint that say how text and images become a model's inputs
+INPUT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     *TEMPLATES.values(),
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
 )
+#: files of a checkpoint that a runtime may need beside the weights
+COMPANIONS = ("config.json", "generation_config.json", *INPUT_FILES)
 
 #: bytes that are copied at once
 BLOCK = 1 << 24

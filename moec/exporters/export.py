@@ -1,6 +1,6 @@
 """`export` builds an artefact; `bind` attaches a checkpoint to an artefact."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from moec.exporters.precision import in_precision
 from moec.exporters.stages import Stages, no_collection
 from moec.exporters.static_scales import scales_for
 from moec.exporters.write import versions, write_artefact
+from moec.spec.bounded.own import check_utf8
 from moec.spec.calibration import Calibration
 from moec.spec.errors import MoecError, refuse
 from moec.spec.files import load_spec, other_model
@@ -134,9 +135,7 @@ def export(
                 sizes = sizes.model_copy(update={"bindings": "all"})
             wanted = replace(wanted, options=sizes)
         path = Path(out) if out else default_out(spec.name, target, precision)
-        refuse_foreign(path)
-        if checkpoint:
-            _refuse_inside(path, checkpoint.folders)
+        _check_places(path, checkpoint)
         if scales is not None and not checkpoint:
             refuse("--scales", "a build without weights", "a checkpoint", "give it to bind instead")
         constants = scales_for(spec, mode, scales, checkpoint.folder) if checkpoint else {}
@@ -240,7 +239,7 @@ def bind(
         path = Path(out or artefact)
         refuse_foreign(path)
         spec, read, entries = read_model(checkpoint, named, adapters)
-        _refuse_inside(path, read.folders)
+        _check_places(path, read)
         wanted = built.manifest.spec
         if packs:
             spec, entries = as_packed(spec, entries)
@@ -290,9 +289,15 @@ def _allow(checkpoint: Checkpoint | None) -> None:
             allow_folder(folder)
 
 
-def _refuse_inside(out: Path, sources: Iterable[Path]) -> None:
-    """Refuse an `out` that is or contains a source of weights: replacing `out` would delete it."""
-    for folder in sources:
+def _check_places(out: Path, checkpoint: Checkpoint | None) -> None:
+    """Refuse an `out` that holds something else, and folders whose names are not UTF-8.
+
+    An `out` that is or contains a source of weights is refused too: replacing it would delete them.
+    """
+    refuse_foreign(out)
+    check_utf8(out)
+    for folder in sorted(checkpoint.folders) if checkpoint else ():
+        check_utf8(folder)
         if folder.resolve().is_relative_to(out.resolve()):
             refuse(
                 f"--out {out}",

@@ -29,7 +29,7 @@ from moec.runtime.inputs.image_places import (
 )
 from moec.runtime.inputs.prompt import filled
 from moec.runtime.inputs.text import Text, open_text
-from moec.runtime.sampling import chooser
+from moec.runtime.sampling import chooser, ends
 from moec.runtime.steps import steps
 from moec.spec.errors import clear_errors, refuse
 
@@ -158,6 +158,7 @@ class Conversation:
         """
         session, spec, state = self._session, self._session.spec, self._state
         choose = chooser(spec.sampling, max_new_tokens, temperature, top_k, top_p, seed)
+        ending = ends(stop, spec.tokens.eos)
         words = self._words = _alive(self._words, self._source)
         images = listed(images)
         said, images = pictures(checked(_spoken(text, len(images))), images)
@@ -177,10 +178,9 @@ class Conversation:
         new = torch.tensor([row[start:]])
         seen = _after(row[:start], spec.tokens.image, features)
         logits = session.extend(new, torch.tensor([new.shape[1]]), cache, seen)
-        ends = set(spec.tokens.eos if stop is None else stop)
         tokens, pieces, decoder = list[int](), list[str](), words.stream()
         next(decoder)
-        for (token,) in steps(session, logits, cache, max_new_tokens, choose, ends):
+        for (token,) in steps(session, logits, cache, max_new_tokens, choose, ending):
             assert token is not None  # there is one sequence, and its end is the last step
             tokens.append(token)
             pieces.append(decoder.send(token))

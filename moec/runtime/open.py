@@ -17,6 +17,7 @@ from moec.artefact.artefact import (
 )
 from moec.artefact.folder import held
 from moec.artefact.manifest import NAME
+from moec.artefact.placement import INPUT_FILES
 from moec.artefact.session_options import EXACT, SETS
 from moec.artefact.targets import find_target, imported, targets
 from moec.runtime.engines.eager import eager_engine
@@ -116,7 +117,7 @@ def open_session(
 
 def files_of_sessions(artefact: Artefact) -> list[str]:
     """The files of an artefact that sessions read: all but those for other programs."""
-    return [name for name in artefact.manifest.files if "/" not in name]
+    return [name for name in artefact.manifest.files if "/" not in name or name in INPUT_FILES]
 
 
 def engines() -> tuple[str, ...]:

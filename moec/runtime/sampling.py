@@ -1,6 +1,6 @@
 """Sample the next token from logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -79,6 +79,19 @@ def chooser(
         return sample(given, temperature, top_k, top_p, generator)
 
     return choose
+
+
+def ends(stop: Sequence[int] | None, own: Sequence[int]) -> set[int]:
+    """The tokens that end a sequence: `stop`, or the model's `own` if that is None.
+
+    Raises:
+        MoecError: `stop` is no list of token ids.
+    """
+    if stop is None:
+        return set(own)
+    if not isinstance(stop, Iterable) or isinstance(stop, str | bytes):
+        refuse("stop", repr(stop)[:200], "a list of token ids", "give [] to stop nowhere")
+    return set(stop)
 
 
 def _is(kind: type, value: Any, least: float, most: float) -> bool:

@@ -18,7 +18,7 @@ from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.feeds import feeds
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, images_for
-from moec.runtime.sampling import chooser
+from moec.runtime.sampling import chooser, ends
 from moec.runtime.steps import steps
 from moec.spec import names
 from moec.spec.errors import clear_errors, refuse
@@ -332,12 +332,12 @@ class Session:
         features = self._features(ids, counts, pixel_values)
         if max_new_tokens < 1:
             return like(input_ids, ids)
-        ends = set(self.spec.tokens.eos if stop is None else stop)
+        ending = ends(stop, self.spec.tokens.eos)
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
         capacity = int(counts.max()) + max_new_tokens - 1  # the last new token is not run
         cache = self.new_cache(len(ids), capacity, int(counts.max()))
         logits = self.extend(ids, counts, cache, features)
-        for new in steps(self, logits, cache, max_new_tokens, choose, ends):
+        for new in steps(self, logits, cache, max_new_tokens, choose, ending):
             for row, token in zip(rows, new, strict=True):
                 row += [] if token is None else [token]
             if stream:

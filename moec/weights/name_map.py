@@ -57,6 +57,7 @@ def read_model(
     checkpoint = in_bytes(spec, checkpoint)
     entries = match(spec, checkpoint)
     if adapters:
+        adapters = [adapters] if isinstance(adapters, str) else adapters
         from moec.weights.adapter.read import with_adapters  # torch, which reading needs not
 
         entries = with_adapters(spec, entries, adapters, named)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import moec
-from tests.refusals import refused_and_nothing_left
+from moec.weights.name_map import read_model
+from tests.refusals import refusal, refused_and_nothing_left
 
 
 def _file(world: Path) -> Path:
@@ -73,6 +74,8 @@ OUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "far below a file": (lambda world: _file(world) / "deep" / "out", "/file"),
     "a name too long": (lambda world: world / ("x" * 300), "x" * 300),
     "a name too long for a neighbour": (lambda world: world / ("x" * 250), "x" * 250),
+    "not UTF-8": (lambda world: world / "\udcff", "not UTF-8"),
+    "below what is not UTF-8": (lambda world: world / "\udcff" / "out", "not UTF-8"),
     "in a read-only place": (lambda world: Path("/proc/moec-artefact"), "/proc"),
     "deep in a read-only place": (lambda world: Path("/proc/moec/artefact"), "/proc"),
 }
@@ -85,3 +88,25 @@ def test_an_out_that_cannot_be_is_refused(checkpoint: Path, tmp_path: Path, case
     if "read-only" in case and not Path("/proc/self").exists():
         pytest.skip("no /proc here")
     refused_and_nothing_left(tmp_path, lambda: moec.export(checkpoint, out=out), names)
+
+
+def test_folders_that_are_not_utf8_are_named(
+    checkpoint: Path, artefact: Path, tmp_path: Path
+) -> None:
+    """Manifests and ONNX Runtime cannot have their paths; what needs neither works."""
+    for name in ("\udcff", "\udcff/deep"):
+        odd = tmp_path / name / "checkpoint"
+        shutil.copytree(checkpoint, odd)
+        for out in (tmp_path / "new", tmp_path / "packed"):
+            weights = "copy" if out.name == "packed" else None
+            refusal(
+                lambda odd=odd, out=out, w=weights: moec.export(odd, out=out, weights=w), "UTF-8"
+            )
+            assert not out.exists()
+        refusal(lambda odd=odd: moec.bind(artefact, odd), "not UTF-8")
+        assert moec.open_session(odd).logits([[1, 2]]).shape[1] == 2
+    shutil.copytree(checkpoint, odd := tmp_path / "name\udcfe")
+    assert read_model(odd)[0].name == "name\ufffd"
+    shutil.copytree(artefact, moved := tmp_path / "\udcfd")
+    refusal(lambda: moec.open_session(moved), "not UTF-8")
+    assert moec.open_session(moved, engine="eager").logits([[1, 2]]).shape[1] == 2

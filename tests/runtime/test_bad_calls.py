@@ -114,3 +114,13 @@ def test_an_unknown_way_to_run_is_refused(
 @pytest.mark.parametrize("engine", ["onnxruntime", "abacus"])
 def test_a_checkpoint_opens_in_the_eager_engine_only(sound: Path, engine: str) -> None:
     refusal(lambda: moec.open_session(sound, engine=engine), engine)
+
+
+@pytest.mark.parametrize("stop", [3, "x", b"x"], ids=repr)
+def test_what_is_no_list_of_tokens_does_not_stop(session: Session, stop: Any) -> None:
+    refusal(lambda: session.generate([[1]], max_new_tokens=1, stop=stop), "stop")
+
+
+@pytest.mark.parametrize("images", [3, None], ids=repr)
+def test_what_is_no_list_of_images_is_refused(tiny: Path, images: Any) -> None:
+    refusal(lambda: moec.encode(tiny, "x", images), "images")

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from moec.artefact.manifest import NAME, Manifest
 from moec.artefact.session_options import session_options
 from moec.artefact.targets import find_target
+from moec.spec.bounded.limits import ARTEFACT
 from moec.spec.errors import refuse
 
 _LONGEST = 4096  # characters of a path, as Linux limits it
@@ -34,6 +35,14 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
                 "a relative path inside the folder, without ..",
                 _BUILD_AGAIN,
             )
+    size = sum(file.size for file in manifest.files.values())
+    if size > ARTEFACT:
+        refuse(
+            f"{path / NAME}: files",
+            f"{size:,} bytes, besides weights",
+            f"at most {ARTEFACT:,} bytes, which is far above what moec writes",
+            _BUILD_AGAIN,
+        )
     for field, folder in (
         ("weights.folder", manifest.weights.folder),
         ("checkpoint", manifest.checkpoint),

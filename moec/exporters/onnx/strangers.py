@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from moec.artefact.artefact import Artefact, stored_kinds
 from moec.exporters.onnx.external_data import entry_of, kinds_of
 from moec.exporters.onnx.lowering import FUNCTIONS
+from moec.spec.bounded.own import check_utf8
 from moec.spec.errors import refuse
 from moec.weights.shard import TensorEntry
 
@@ -145,6 +146,9 @@ def relocate(artefact: Artefact, part: str, model: Any) -> Path:
 
     `model` is the graph of `part`. ONNX Runtime refuses a location that is a link to a file
     elsewhere, as each file of a download cache is.
+
+    Raises:
+        MoecError: the folder's path is not UTF-8, which ONNX Runtime does not take.
     """
     weights = artefact.manifest.weights
     folder = weights.data_folder(part)
@@ -152,6 +156,7 @@ def relocate(artefact: Artefact, part: str, model: Any) -> Path:
         Path(name).relative_to(folder).as_posix(): artefact.shard(name) for name in weights.shards
     }
     root = Path(os.path.commonpath([file.parent for file in shards.values()]))
+    check_utf8(root)
     names = {name: file.relative_to(root).as_posix() for name, file in shards.items()}
     if any(name != new for name, new in names.items()):
         for tensor in model.graph.initializer:

@@ -5,6 +5,7 @@ writes "<|eot|>", the tokenizer would take it for the token, and a message could
 system's. So `guarded` breaks such text with a marker, and `split` tells both apart again.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -23,6 +24,8 @@ _MARKERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 MODEL = "assistant"
 #: where a part {"type": "image"} may have its image
 _SOURCES = ("path", "image")
+#: whose text a template may put side by side
+_SPOKEN = ("content", "text")
 
 
 def checked(messages: object, where: str = "messages") -> list[dict[str, Any]]:
@@ -52,6 +55,32 @@ def checked(messages: object, where: str = "messages") -> list[dict[str, Any]]:
     return [dict(message) for message in messages]
 
 
+def checked_tools(tools: object, where: str = "tools") -> list[dict[str, Any]] | None:
+    """Tools that a model may call as a list of dicts; None if there are none.
+
+    Raises:
+        MoecError: they are no list of objects.
+    """
+    if tools is None:
+        return None
+    if not isinstance(tools, list | tuple) or not all(isinstance(each, Mapping) for each in tools):
+        _refuse(where, tools, "a list of objects that each describe a tool")
+    return [dict(each) for each in tools]
+
+
+def check_json(messages: object, where: str = "messages") -> None:
+    """Refuse messages or tools with a value that a chat template cannot be given.
+
+    Raises:
+        MoecError: a value is nothing that JSON holds, such as bytes.
+    """
+    try:
+        json.dumps(messages)
+    except (TypeError, ValueError) as error:
+        expected = "text, numbers, lists, objects, true, false and null"
+        refuse(where, error, expected, "correct the messages")
+
+
 def read_messages(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Read messages and tools from a JSON file: a list of messages, or an object with both.
 
@@ -62,12 +91,16 @@ def read_messages(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
             outside the folder.
     """
     again = "correct the file"
-    found = parse_json(read_bytes(path, JSON.bytes, "a file of messages", again), path, JSON, again)
+    raw = read_bytes(path, JSON.bytes, "a file of messages", again)
+    try:
+        found = parse_json(raw, path, JSON, again)
+    except ValueError as error:
+        refuse(path, f"broken JSON: {error}", "messages as JSON in UTF-8", again)
     if not isinstance(found, dict):
         return _with_files(checked(found, str(path)), path.parent), None
-    tools = found.get("tools")
-    if set(found) - {"messages", "tools"} or not isinstance(tools, list | None):
+    if set(found) - {"messages", "tools"}:
         _refuse(str(path), found, 'a list of messages, or {"messages": [...], "tools": [...]}')
+    tools = checked_tools(found.get("tools"), f"{path}: tools")
     messages = checked(found.get("messages"), f"{path}: messages")
     return _with_files(messages, path.parent), tools
 
@@ -146,10 +179,17 @@ def guarded(
         False: _breaks({*special, *nobodys} - set(kept), marker),
     }
     own = [each["role"] == MODEL and number not in plain for number, each in enumerate(messages)]
-    found = [
-        {key: _each(each[key], breaks[tokens]) for key in each}
-        for each, tokens in zip(messages, own, strict=True)
+    found: list[dict[str, Any]] = [
+        _each(each, breaks[tokens]) for each, tokens in zip(messages, own, strict=True)
     ]
+    said = list(_spoken([each for each, tokens in zip(found, own, strict=True) if not tokens]))
+    joined = "".join(said), "".join(each.strip() for each in said)
+    if any(token in each for token in {*special, *nobodys} - set(kept) for each in joined):
+        # The pieces of a token are in several texts: each of these ends with a marker.
+        found = [
+            each if tokens else _closed(each, marker)
+            for each, tokens in zip(found, own, strict=True)
+        ]
     return found, marker if found != [dict(each) for each in messages] else ""
 
 
@@ -175,14 +215,50 @@ def texts(value: object) -> Iterator[str]:
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with all text in it changed, but for the names of keys."""
+    """`value` with all text in it changed, but for keys that are names, which templates look up."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _each(inner, change) for key, inner in value.items()}
+        return {_key(key, change): _each(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_each(inner, change) for inner in value]
     return value
+
+
+def _key(key: Any, change: Callable[[str], str]) -> Any:
+    return change(key) if isinstance(key, str) and not key.isidentifier() else key
+
+
+def _spoken(value: Any) -> Iterator[str]:
+    """The text of messages in its order: contents, and the text of their parts."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if isinstance(inner, str) and key in _SPOKEN:
+                yield inner
+            else:
+                yield from _spoken(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _spoken(inner)
+
+
+def _closed(value: Any, marker: str) -> Any:
+    """`value` with the marker after each text of `_spoken`, before the spaces at its end."""
+    if isinstance(value, Mapping):
+        return {
+            key: _ended(inner, marker)
+            if isinstance(inner, str) and key in _SPOKEN
+            else _closed(inner, marker)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_closed(inner, marker) for inner in value]
+    return value
+
+
+def _ended(text: str, marker: str) -> str:
+    end = len(text.rstrip())
+    return text[:end] + marker + text[end:]
 
 
 def _breaks(special: Iterable[str], marker: str) -> Callable[[str], str]:

@@ -24,8 +24,17 @@ IMAGE_TOKENS = (START, IMAGE, PATCH, END, COLUMN, ROW)
 
 
 def listed(images: Images) -> list[Source]:
-    """One or several images, as a list."""
-    return [images] if isinstance(images, str | Path | bytes | Image) else list(images)
+    """One or several images, as a list.
+
+    Raises:
+        MoecError: it is neither.
+    """
+    if isinstance(images, str | Path | bytes | Image):
+        return [images]
+    if not isinstance(images, Iterable):
+        expected = "an image, or a list of images: paths, bytes or Pillow images"
+        refuse("images", f"{type(images).__name__}", expected, "give () where there are none")
+    return list(images)
 
 
 def check_marks(text: str, images: int) -> None:

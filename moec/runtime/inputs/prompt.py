@@ -9,7 +9,16 @@ from torch import Tensor
 
 from moec.artefact.artefact import open_artefact
 from moec.artefact.manifest import NAME
-from moec.runtime.inputs.chat import Message, checked, guarded, pictures, split, texts
+from moec.runtime.inputs.chat import (
+    Message,
+    check_json,
+    checked,
+    checked_tools,
+    guarded,
+    pictures,
+    split,
+    texts,
+)
 from moec.runtime.inputs.image_places import (
     IMAGE,
     IMAGE_TOKENS,
@@ -53,7 +62,7 @@ def encode(
 ) -> Prompt:
     """Turn `text` and `images` into token ids and image tiles.
 
-    In a chat template, text of messages that spells a special token is text.
+    In a chat template, text of messages and tools that spells a special token is text.
 
     Args:
         path: the folder of an artefact or of a checkpoint.
@@ -100,9 +109,8 @@ def compose(
         messages, kept = text, []
         if isinstance(text, str):
             messages, kept = [{"role": "user", "content": text}], [IMAGE] if shown else []
-        messages, shown = pictures(checked(messages), shown)
-        if system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
+        first = [] if system is None else checked([{"role": "system", "content": system}])
+        messages, shown = pictures([*first, *checked(messages)], shown)
         text, ids = filled(words, messages, tools, kept=kept)
     else:
         ids = words.encode
@@ -123,11 +131,15 @@ def filled(
     Text of the model may have special tokens, but for the messages of the numbers `plain`. `kept`
     are the tokens that everybody's text may have.
     """
-    for each in texts(messages):
+    tools = checked_tools(tools)
+    for each in texts([*messages, *(tools or ())]):
         _check_unicode(each)
+    for where, values in (("messages", messages), ("tools", tools)):
+        check_json(values, where)
     special = words.tokenizer.special()
-    messages, marker = guarded(messages, special, IMAGE_TOKENS, kept, plain)
-    text = words.render(messages, tools)
+    said = [*messages, {"role": "tools", "tools": tools}]
+    (*messages, held), marker = guarded(said, special, IMAGE_TOKENS, kept, plain)
+    text = words.render(messages, held["tools"])
     if not marker:
         return text, words.tokenizer.encode_filled
     return text, lambda text: words.tokenizer.encode_parts(split(text, special, marker))

@@ -5,6 +5,7 @@ cannot see an expert that was packed wrongly. Here each row of each weight is co
 checkpoint's, byte by byte; a quantised one with what moec makes of the checkpoint's row.
 """
 
+import filecmp
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
+from moec.artefact.placement import INPUT_FILES
 from moec.runtime.open import eager_session
 from moec.runtime.proof.report import Check
 from moec.spec import names
+from moec.spec.bounded.own import find_own
 from moec.spec.errors import refuse
+from moec.spec.fields import shown
 from moec.spec.files import other_model
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import SCHEMES
@@ -221,6 +225,42 @@ def schemes(artefact: Artefact, source: ModelSpec) -> Iterator[Check]:
     odd = [key for key in wanted if wanted[key] != found[key]]
     detail = f"{odd[0]} is {found[odd[0]]}, not {wanted[odd[0]]}"[:200] if odd else mine.name
     yield Check(f"{mine.precision.upper()} scheme", "agreement", 0.0 if odd else 1.0, 1.0, detail)
+
+
+def text_against_source(artefact: Artefact, source: ModelSpec, folder: Path) -> Iterator[Check]:
+    """Compare what decides which tokens go in and when a sequence ends with the checkpoint's.
+
+    These are end tokens and sampling, which the manifest has, and the copies of the tokenizer's
+    files that lie in the artefact. No number of a graph depends on them.
+    """
+    mine, wanted = artefact.manifest.spec, dict[str, object]()
+    found = dict[str, object]()
+    for spec, values in ((mine, found), (source, wanted)):
+        values["bos"], values["eos"], values["pad"] = (
+            spec.tokens.bos,
+            spec.tokens.eos,
+            spec.tokens.pad,
+        )
+        values["sampling"] = spec.sampling.model_dump() if spec.sampling else None
+    odd = {
+        name: f"{shown(value)}, expected {shown(wanted[name])}"
+        for name, value in found.items()
+        if value != wanted[name]
+    }
+    copies = 0
+    for name in INPUT_FILES:
+        own = find_own(artefact.path, name)
+        theirs = find_own(folder, name)
+        copies += own is not None
+        if own and theirs is None:
+            odd[name] = f"{folder} has no such file"
+        elif own and theirs and not filecmp.cmp(own, theirs, shallow=False):
+            odd[name] = f"other bytes than in {folder}"
+    for name, what in odd.items():
+        yield Check(f"text: {name}", "agreement", 0.0, 1.0, what)
+    if not odd:
+        detail = f"end tokens, sampling, and {copies} files" if copies else "end tokens, sampling"
+        yield Check("text", "agreement", 1.0, 1.0, detail)
 
 
 def against_wide(

@@ -5,6 +5,7 @@ docs/numerics.md says what each check means and where the limits come from.
 """
 
 import math
+import os
 import secrets
 import tempfile
 import warnings
@@ -41,6 +42,7 @@ from moec.runtime.proof.source import (
     covered,
     read_source,
     schemes,
+    text_against_source,
     weights_against_source,
 )
 from moec.runtime.proof.under_test import ArtefactUnderTest
@@ -145,7 +147,8 @@ def validate(
         least = REDUCED_TOKENS if longest else 1
         report = _prove(built, tokens or longest, seed, progress, device, least, twin=True)
         report.identity = proven
-        report.twin, report.subject = True, f"{artefact.path} (reduced-size model)"
+        subject = os.fsencode(artefact.path).decode(errors="replace")
+        report.twin, report.subject = True, f"{subject} (reduced-size model)"
         report.checks[:0] = files
         experts = f" with {small.text.expert_count} experts" if small.text.experts else ""
         report.notes.append(
@@ -160,18 +163,18 @@ def validate(
 
 def _source(
     artefact: Artefact, folder: str | Path | None, notes: list[str]
-) -> tuple[ModelSpec, dict[str, TensorEntry]] | None:
-    """The spec and the tensors of the checkpoint to compare with; None if no folder is known."""
+) -> tuple[ModelSpec, dict[str, TensorEntry], Path] | None:
+    """The spec, tensors and folder of the checkpoint to compare with; None if none is known."""
     if folder is not None:
-        return read_source(artefact, Path(folder))
+        return (*read_source(artefact, Path(folder)), checkpoint_folder(folder) or Path(folder))
     known = artefact.checkpoint
     # A folder inside the artefact comes from whoever made the artefact.
     if known and known.resolve().is_relative_to(artefact.path.resolve()):
         known = None
     try:
-        if known and checkpoint_folder(known):
+        if known and (home := checkpoint_folder(known)):
             notes.append(f"The weights were compared with those in {known}.")
-            return read_source(artefact, known)
+            return (*read_source(artefact, known), home)
         found = f"{known} is no folder here" if known else "none is known that you have used"
     except MoecError as error:
         found = f"{error.where}: {error.found}"
@@ -217,7 +220,7 @@ def _prove(
     shape = (len(lengths), longest)
     ids = torch.randint(0, manifest.spec.text.vocab, shape, generator=generator)
     report = Report(
-        str(artefact.path),
+        os.fsencode(artefact.path).decode(errors="replace"),  # what is stored is UTF-8
         tested.title,
         "eager fp32",
         manifest.precision,
@@ -263,6 +266,8 @@ def _prove(
         stored = as_stored(artefact, built_from, dict(original))[1]
         stages.insert(0, ("weights", lambda: weights_against_source(artefact, stored)))
         stages.insert(0, ("scheme", lambda: schemes(artefact, built_from)))
+        home = known[2]
+        stages.insert(0, ("text", lambda: text_against_source(artefact, built_from, home)))
         given = (artefact, built_from, original, ids, lengths)
         stages.append(("wide weights", lambda: against_wide(*given, traced["logits"])))
     if exact or (manifest.presets and not twin):

@@ -44,6 +44,8 @@ TOKENS_NPY = 256 * MIB
 #: token ids in one file
 TOKENS = 1 << 25
 IMAGE_FILE = 256 * MIB
+#: all files of an artefact but weights and engines; one with 3,072 separate experts has 60 MB
+ARTEFACT = 512 * MIB
 #: characters of a text that a chat template makes
 RENDERED = 16 * MIB
 

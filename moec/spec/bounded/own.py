@@ -49,6 +49,22 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def check_utf8(path: Path) -> None:
+    """Refuse a path whose bytes are not UTF-8: manifests, ONNX and ONNX Runtime hold no other.
+
+    Raises:
+        MoecError: the path, or where it leads, is not UTF-8.
+    """
+    for each in (str(path), os.path.realpath(path)):
+        if not each.isascii() and any("\udc80" <= char <= "\udcff" for char in each):
+            refuse(
+                path,
+                "a path that is not UTF-8",
+                "a path that is UTF-8, as manifests and ONNX Runtime take it",
+                "rename the folder, or use another",
+            )
+
+
 def own_file(path: Path, home: Path, next_step: str | None = None) -> Path:
     """The real path of `path`, a file of the folder `home`; the file need not exist.
 

@@ -1,5 +1,6 @@
 """Read and write a checkpoint's `config.json`, by the row of its architecture."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def read_config(path: Path) -> ModelSpec:
     """
     raw = read_own_json(path)
     top = Fields(str(path), raw)
+    folder = os.fsencode(path.parent.resolve().name).decode(errors="replace")
     kind = top.take("model_type", str)
     quantization = top.left.pop("quantization_config", None)
     if kind not in _ROWS:
@@ -34,7 +36,7 @@ def read_config(path: Path) -> ModelSpec:
         row = ARCHITECTURES[_ROWS[kind]]
         found = row.read(top, kind)
         spec = ModelSpec(
-            name=path.parent.resolve().name,
+            name=folder,
             provenance="custom",
             notes=(*found.notes, *bookkeeping(raw)),
             dtype=found.dtype,

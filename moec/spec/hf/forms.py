@@ -21,7 +21,10 @@ ADAPTER = "adapter_config.json"
 
 _GGUF = b"GGUF"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_HUB_URL = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?([^/]+/[^/?#]+)")
+#: with one slash too: a path has no two side by side
+_HUB_URL = re.compile(
+    r"(?:https?:/{1,2}(?:huggingface\.co|hf\.co)/|hf:/{1,2})(?:models/)?([^/]+/[^/?#]+)"
+)
 _EXPECTED = "a folder with config.json and safetensors weights"
 
 

@@ -5,11 +5,12 @@ merge is refused with its name.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,7 +24,7 @@ from moec.weights.shard import Shard, TensorEntry, read_shard
 from moec.weights.trust.links import own_shard
 from moec.weights.view import TORCH_DTYPES, view
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 _MERGE = (
     "merge it into its base with peft: PeftModel.from_pretrained(BASE, DIR).merge_and_unload()"
     ".save_pretrained(OUT); then --checkpoint OUT"
@@ -33,8 +34,8 @@ _INERT = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
     inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config
-    megatron_config megatron_core peft_version qalora_group_size r rank_pattern revision
-    runtime_config target_modules target_parameters task_type
+    megatron_config megatron_core peft_version qalora_group_size revision
+    runtime_config target_modules task_type
     """.split()
 )
 #: fields that stand for another arithmetic unless they are false
@@ -91,6 +92,14 @@ def read_adapter(
     """
     at = Fields(str(folder / ADAPTER), read_own_json(folder / ADAPTER), _MERGE)
     scales = _Scales(at)
+    if not os.path.lexists(folder / WEIGHTS):
+        pickled = (folder / PICKLED).exists()
+        refuse(
+            folder,
+            f"no {WEIGHTS}" + (f", but {PICKLED}, which can run code when it is loaded" * pickled),
+            f"an adapter with {WEIGHTS}",
+            _MERGE if pickled else f"download {WEIGHTS}",
+        )
     shard = read_shard(own_shard(folder / WEIGHTS, folder, named, "put the file into it"), WEIGHTS)
     names_of = keys(spec)
     names = {key: name for name, key in names_of.items()}
@@ -100,10 +109,8 @@ def read_adapter(
         if name in changes:
             _refuse(folder, module, "two changes of one weight", "one for each weight")
         rank = down.shape[0] // experts
-        own = _WRAPPER.sub("", module)
-        scale = scales.of(
-            f"{own}.{names_of[name].rpartition('.')[2]}" if experts > 1 else own, rank
-        )
+        leaf = names_of[name].rpartition(".")[2]
+        scale = scales.of(_WRAPPER.sub("", module), leaf, rank, experts > 1)
         changes[name] = LowRank(down, up, scale, turned, experts)
     if not changes:
         _refuse(folder, WEIGHTS, "no tensor lora_A or lora_B", "those of a LoRA adapter")
@@ -134,15 +141,39 @@ class _Scales:
                 raise at.error(
                     "alpha_pattern", shown({pattern: alpha}), "names of modules, and numbers"
                 )
+        self.rank = at.take("r", int, default=None)
+        self.ranks = at.take("rank_pattern", dict, default={})
+        if not all(map(_LITERAL.fullmatch, self.ranks)):
+            self.rank, self.ranks = None, {}  # the tensors alone say it
+        self.parameters = at.take("target_parameters", list, default=[])
+        self.at = at
         at.left = {
             key: value for key, value in at.left.items() if value not in (None, [], {}, False)
         }
         at.finish(_INERT)
 
-    def of(self, module: str, rank: int) -> float:
-        """The factor for a module, or a parameter, by the name that peft has for it."""
-        own = (a for key, a in self.patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        return float(next(own, self.alpha) / (math.sqrt(rank) if self.root else rank))
+    def of(self, module: str, parameter: str, rank: int, stacked: bool) -> float:
+        """The factor for a parameter of a module, both by the name that peft has for it.
+
+        Patterns are for the names of modules, but for `target_parameters`, as all that is stacked.
+        """
+        own = f"{module}.{parameter}"
+        if stacked or any(own == each or own.endswith(f".{each}") for each in self.parameters):
+            module = own
+        named = _first(self.ranks, module, self.rank)
+        if named is not None and named != rank:
+            expected = f"{rank}, the rank of the tensors of {module[:200]}"
+            raise self.at.error(
+                "r" if named is self.rank else "rank_pattern", shown(named), expected
+            )
+        alpha = _first(self.patterns, module, self.alpha)
+        return float(alpha / (math.sqrt(rank) if self.root else rank))
+
+
+def _first(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that is for a module, as peft matches them."""
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, default)
 
 
 def _pairs(
@@ -155,7 +186,9 @@ def _pairs(
             _refuse(folder, key, entry.dtype, " or ".join(TORCH_DTYPES))
         if found := _PART.fullmatch(key):
             at = found["module"], found["kind"] or ""
-            sides.setdefault(at, {})[found["side"]] = entry
+            if found["side"] in sides.setdefault(at, {}):
+                _refuse(folder, key, f"a second lora_{found['side']} of one module", "one")
+            sides[at][found["side"]] = entry
         elif found := _BASE_COPY.fullmatch(key):
             name = _find(f"{_canonical(found['module'])}.weight", names)
             if name is None or not _equal(entry, entries[name]):
@@ -195,7 +228,7 @@ def _place(
         *stack, rows, columns = entries[name].shape
         experts = stack[0] if stack else 1
         rank, rest = divmod(down.shape[0], experts)
-        if down.shape[0] != up.shape[1] or rest or not 1 <= rank <= min(rows, columns):
+        if down.shape[0] != up.shape[1] or rest or not 1 <= rank <= max(rows, columns):
             continue
         straight = (outer, inner) == (rows, columns) and not kind
         turned = (outer, inner) == (columns, rows) and bool(kind or stack)

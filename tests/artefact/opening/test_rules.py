@@ -74,6 +74,15 @@ def test_names_outside_the_artefact_are_refused(artefact: Path, case: str) -> No
     refusal(lambda: open_artefact(artefact), names)
 
 
+def test_a_file_of_a_size_that_moec_never_writes_is_refused(artefact: Path) -> None:
+    """A sparse file takes no room on a disk, and would take gigabytes of memory."""
+    size = 1 << 40
+    with (artefact / "model.onnx").open("ab") as file:
+        file.truncate(size)
+    manifest("files", {"model.onnx": {"size": size, "sha256": ""}})(artefact)
+    refusal(lambda: open_artefact(artefact), "1,099,511,627,776 bytes")
+
+
 OPTIONS: dict[str, tuple[str, object]] = {
     "a file to write": ("entries.session.collect_node_memory_stats_to_file", "/tmp/moec-written"),
     "a profile": ("entries.session.enable_profiling", "1"),

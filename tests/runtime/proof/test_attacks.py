@@ -17,11 +17,12 @@ from moec.runtime.proof.source import (
     against_wide,
     read_source,
     schemes,
+    text_against_source,
     weights_against_source,
 )
 from moec.spec.scheme import SCHEMES
 from moec.weights.random import write_random_checkpoint
-from tests.damage import json_file, listed_again, sealed
+from tests.damage import json_file, listed_again, manifest, sealed, text
 from tests.proofs import assert_passed
 from tests.refusals import refusal
 from tests.small import SMALL
@@ -103,6 +104,41 @@ def test_a_checkpoint_inside_the_artefact_is_no_source(artefact: Path, checkpoin
     report = moec.validate(artefact, tokens=4, seed=1)
     assert any("were not compared with a checkpoint" in note for note in report.notes)
     assert not any(check.name.startswith("weights") for check in report.checks)
+
+
+SAYS: dict[str, Callable[[Path], None]] = {
+    "eos": manifest("spec.tokens.eos", [7]),
+    "pad": manifest("spec.tokens.pad", 7),
+    "sampling": manifest("spec.sampling", {"temperature": 5.0}),
+    "tokenizer.json": text("tokenizer.json", "{}"),
+    "special_tokens_map.json": text("special_tokens_map.json", '{"bos_token": "x"}'),
+    "chat_template.jinja": text("chat_template.jinja", "x"),
+    "preprocessor_config.json": text("preprocessor_config.json", "{}"),
+}
+
+
+@pytest.mark.parametrize("what", SAYS)
+def test_tokens_and_text_are_those_of_the_checkpoint(
+    what: str, checkpoint: Path, artefact: Path, tmp_path: Path
+) -> None:
+    """No number of a graph depends on them, but what people get does."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    for folder in (source, artefact):
+        (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    spec = moec.load_spec(source)
+    (check,) = text_against_source(open_artefact(artefact), spec, source)
+    assert check.passed and "1 files" in check.detail
+    SAYS[what](artefact)
+    (check,) = text_against_source(open_artefact(artefact), spec, source)
+    assert not check.passed and check.name == f"text: {what}"
+
+
+def test_a_proof_compares_tokens_with_the_checkpoint(artefact: Path) -> None:
+    manifest("spec.tokens.eos", [7])(artefact)
+    sealed(artefact)
+    report = moec.validate(artefact, tokens=4, seed=1)
+    assert [check.name for check in report.checks if not check.passed] == ["text: eos"]
 
 
 def _floor(rows: torch.Tensor) -> torch.Tensor:

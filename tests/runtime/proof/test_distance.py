@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moec.runtime.proof.each_op.distance import MULTIPLE, distance
+from moec.runtime.proof.each_op.distance import MULTIPLE, distance, sums
 
 TOKENS, TERMS = 64, 4096
 
@@ -40,3 +40,22 @@ def test_errors_of_small_tokens_are_found() -> None:
     value = near.double()
     value[0] += 1e-5 * right[1:].abs().max()
     assert distance("x", value, right, near).ratio > 1
+
+
+@pytest.mark.parametrize("outputs, tokens", [(1, 1), (1, 2), (2, 2), (3, 1)])
+def test_few_outputs_of_few_tokens_raise_no_alarm(outputs: int, tokens: int) -> None:
+    """An engine may add one term after another, and the reference in blocks."""
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, 256) / 16
+    found = 0.0
+    for _ in range(1000):
+        x = torch.randn(tokens, 256)
+        value = torch.zeros(tokens, outputs)
+        for term in (x[:, None] * weight).unbind(-1):
+            value += term
+        right = x.double() @ weight.double().t()
+        near = torch.nn.functional.linear(x, weight)
+        found = max(found, distance("x", value, right, near, sums(x, weight)).ratio)
+    assert found <= 0.5
+    wrong = value + 1e-5 * x.norm() / 16
+    assert distance("x", wrong, right, near, sums(x, weight)).ratio > 1

@@ -96,9 +96,10 @@ def test_other_forms_are_named(tmp_path: Path, kind: str) -> None:
         "meta-llama/Llama-4-Scout-17B-16E-Instruct",
         "https://huggingface.co/meta-llama/Llama-4-Scout-17B-16E-Instruct/tree/main",
         "hf://meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        Path("https://huggingface.co/meta-llama/Llama-4-Scout-17B-16E-Instruct"),
     ],
 )
-def test_names_of_the_hub_get_the_command_that_downloads(given: str) -> None:
+def test_names_of_the_hub_get_the_command_that_downloads(given: str | Path) -> None:
     error = refusal(lambda: moec.export(given), "Hugging Face Hub")
     assert error.next_step.startswith("hf download meta-llama/Llama-4-Scout-17B-16E-Instruct ")
 

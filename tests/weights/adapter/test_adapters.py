@@ -48,6 +48,16 @@ EXPERTS: dict[str, Any] = {
 }
 
 
+PARAMETERS: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 8,
+    "target_modules": ["router", "k_proj"],
+    "target_parameters": ["self_attn.q_proj.weight"],
+    "alpha_pattern": {"q_proj": 3, "v_proj.weight": 9, "1.self_attn.q_proj.weight": 5},
+    "rank_pattern": {"router": 24, "q_proj.weight": 3},
+}
+
+
 @pytest.fixture(scope="module")
 def float32(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` in float32, so that what is compared is the merge and not its rounding."""
@@ -81,6 +91,7 @@ def adapters(float32: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     return [
         _train(float32, folder / "linear", LINEAR, 0),
         _train(float32, folder / "experts", EXPERTS, 1),
+        _train(float32, folder / "parameters", PARAMETERS, 2),
     ]
 
 
@@ -186,6 +197,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a class of characters": (_config(alpha_pattern={r"layers\.\d\.q_proj": 2}), "alpha_pattern"),
     "a large number": (_config(alpha_pattern={"q_proj": 10**400}), "alpha_pattern"),
     "an infinite number": (_config(lora_alpha=1e999), "lora_alpha"),
+    "a rank that tensors do not have": (_config(r=8), "adapter_config.json: r"),
+    "a rank of some modules": (_config(rank_pattern={"o_proj": 3}), "rank_pattern"),
+    "a side twice": (
+        _tensors(lambda held: held.update(
+            {(k := _first(held, "A")).replace(".weight", ".default.weight"): held[k].clone()}
+        )),
+        "second lora_A",
+    ),
     "a norm": (
         _tensors(lambda held: held.update(
             {key.replace("self_attn.q_proj", "input_layernorm"): held.pop(key)
@@ -210,7 +229,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "pickled weights": (
         lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
-        WEIGHTS,
+        "adapter_model.bin, which can run code",
     ),
     "one side": (_tensors(lambda held: held.pop(_first(held, "A"))), "lora_B alone"),
     "another rank": (
@@ -251,6 +270,11 @@ def test_what_cannot_be_merged_is_named(
     shutil.copytree(adapters[0], folder)
     damage(folder)
     refusal(lambda: read_model(float32, adapters=[folder]), names)
+
+
+def test_one_adapter_needs_no_list(float32: Path, adapters: Sequence[Path]) -> None:
+    _, checkpoint, _ = read_model(float32, adapters=str(adapters[0]))
+    assert checkpoint.adapters == (adapters[0],)
 
 
 def test_adapters_need_wide_weights_of_their_own(

@@ -25,11 +25,14 @@ from moec.runtime.proof.each_op.distance import (
     distance,
     same_codes,
     same_values,
+    sums,
 )
 from moec.spec import names
 
 #: ops whose rounding to FP8 may go to either neighbour, which changes what follows
 _ROUND_TO_FP8 = (ops.quantize.target, ops.fp8_moe.target)
+#: outputs of a linear layer that are so few that each may be a sum whose terms cancel
+FEW = 16
 #: the functions for which engines have polynomials
 _FUNCTIONS: dict[Any, Function] = {
     ops.swiglu.target: Function(4.0),
@@ -132,8 +135,11 @@ def _compared(
     mask = own.get(node.meta["type"].shape[0])
     if mask is not None and mask.dim() == 2 and value.dim() == 4:  # [B, 1, S, K]
         mask = mask[:, None].expand(value.shape[:3])
+    function = _function_of(node, exact)
     if mask is not None and mask.shape == value.shape[: mask.dim()]:
         value, right, near = value[mask], right[mask], near[mask]
+        if isinstance(function.size, Tensor):
+            function = Function(function.roundings, function.size[mask])
     if node.meta.get("role") and node.meta["role"].role == Role.CHOICE:
         route: Any = node.args[0]
         order = exact[Route(*route.args).ranks]
@@ -145,14 +151,23 @@ def _compared(
         return same_codes(name, value.to(FP8), right)
     if not near.is_floating_point():
         return same_values(name, value, right)
+    coarsest = _coarsest(node, near.dtype)
+    return distance(name, value, right, near, function, flips, coarsest)
+
+
+def _function_of(node: fx.Node, exact: Mapping[fx.Node, Any]) -> Function:
     source: Any = node.args[0] if node.target is getitem else node
-    function = _FUNCTIONS.get(source.target, Function())
-    return distance(name, value, right, near, function, flips, _coarsest(source, near.dtype))
+    if source.target == ops.linear.target:
+        x, weight = exact[source.args[0]], exact[source.args[1]]
+        if len(weight) < FEW:
+            return sums(x, weight)
+    return _FUNCTIONS.get(source.target, Function())
 
 
 def _coarsest(node: fx.Node, own: torch.dtype) -> torch.dtype:
     """The type with the largest roundings among a node's result and what it takes."""
-    taken = [each.meta.get("type") for each in node.all_input_nodes if each.op != "get_attr"]
+    source: Any = node.args[0] if node.target is getitem else node
+    taken = [each.meta.get("type") for each in source.all_input_nodes if each.op != "get_attr"]
     found = [each.dtype for each in taken if isinstance(each, TensorType)]
     wide = [each for each in (own, *found) if each.is_floating_point and each != FP8]
     return max(wide, key=lambda each: torch.finfo(each).eps)

@@ -25,11 +25,12 @@ class Function:
 
     Attributes:
         roundings: the least noise, in roundings of the largest element.
-        size: the least size of that element: near zero, polynomials have an absolute error.
+        size: the least size of that element, of each token if it is a tensor [tokens]: near zero,
+            polynomials have an absolute error.
     """
 
     roundings: float = 1.0
-    size: float = 1e-30
+    size: float | Tensor = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,15 @@ class Distance:
         if self.error == 0:
             return 0.0
         return self.error / self.limit if self.limit else math.inf
+
+
+def sums(x: Tensor, weight: Tensor) -> Function:
+    """A product of x [tokens, K] and weight [N, K]: the least size is what its terms make.
+
+    With few outputs the largest may be one whose terms cancel, and the few errors of a call may all
+    be small by luck. A sum of K unrelated terms has this size, and an error that goes with it.
+    """
+    return Function(3.0, x.double().norm(dim=1) * weight.double().square().mean().sqrt())
 
 
 def worst(distances: Iterable[Distance]) -> dict[str, Distance]:
@@ -95,7 +105,8 @@ def distance(
         where = "" if right.isfinite().all() else " in the reference too: look at the weights"
         return Distance(name, math.nan, 0.0, f"not finite{where}")
     norm = partial(torch.linalg.vector_norm, ord=2 if flips else torch.inf, dim=1)
-    size = norm(right).clamp(min=function.size)
+    size = norm(right)
+    size = size.maximum(torch.as_tensor(function.size, dtype=size.dtype))
     size = size.maximum(size.quantile(SMALL))
     error, noise = norm(value - right), norm(noisy - right)
     usual = (noise / size).square().mean().sqrt()

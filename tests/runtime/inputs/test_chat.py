@@ -222,7 +222,9 @@ def test_what_is_no_list_of_tools_is_refused(tools: Any, tiny: Path, tmp_path: P
     refusal(lambda: read_messages(file), "messages.json: tools")
 
 
-@pytest.mark.parametrize("value", [b"x", {1}, object(), {(1, 2): 3}, 1j], ids=repr)
+@pytest.mark.parametrize(
+    "value", [b"x", {1}, object(), {(1, 2): 3}, 1j], ids=lambda each: type(each).__name__
+)
 def test_values_that_json_does_not_hold_are_refused(value: Any, tiny: Path, tmp_path: Path) -> None:
     folder = _checkpoint(tiny, tmp_path / "checkpoint", TAIL)
     message = {"role": "user", "content": [{"type": "text", "text": value}]}

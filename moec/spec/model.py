@@ -273,6 +273,13 @@ class TextSpec(Frozen):
         return self.heads * (self.latent.value if self.latent else self.head_dim)
 
     @property
+    def pair_flops(self) -> int:
+        """FLOPs of attention for one query and one key that it sees, all heads together."""
+        if self.latent:  # products with latent vectors, as keys and as values
+            return 2 * self.heads * (2 * self.latent.kv_rank + self.latent.rope)
+        return 4 * self.q_width
+
+    @property
     def q_width(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_dim

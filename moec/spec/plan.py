@@ -13,7 +13,7 @@ from moec.spec import names
 from moec.spec.data import BYTES
 from moec.spec.errors import MoecError
 from moec.spec.files import load_scheme, load_spec
-from moec.spec.model import ModelSpec
+from moec.spec.model import LayerSpec, ModelSpec
 from moec.spec.parameters import text_parameters, vision_parameters
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized, scale_shape
@@ -154,11 +154,11 @@ def plan(
     decode_read = sum(sizes[n] * width[n] * share[n] for n in stepped) + per_key * sum(kept)
     active = sum(sizes[n] * (k / count if names.is_routed(n) else 1) for n in stepped)
     head = text.vocab * text.dim
-    decode_attention = 4 * text.q_width * sum(kept)
+    decode_attention = text.pair_flops * sum(kept)
     decode_flops = batch * (2 * active + decode_attention)
 
     linear = 2 * (active - head) * context
-    attention = sum(4 * text.q_width * _pairs(context, la.chunk) for la in text.all_layers)
+    attention = sum(text.pair_flops * _pairs(context, la) for la in text.all_layers)
     chosen = count * (1 - (1 - k / count) ** context)
     prefill_read = sum(
         sizes[n] * width[n] * (chosen / count if names.is_routed(n) else 1)
@@ -244,15 +244,18 @@ def _own_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:
     return found
 
 
-def _pairs(context: int, chunk: int | None) -> float:
-    """The number of query-key pairs that a causal mask over `context` tokens lets through.
+def _pairs(context: int, layer: LayerSpec) -> float:
+    """The number of query-key pairs that a layer's mask over `context` tokens lets through.
 
-    With `chunk`, tokens attend within their chunk only. Each chunk counts as half a square.
+    Tokens of a chunked layer attend within their chunk only: each chunk counts as half a square. A
+    sliding window is that of the last token, less what the first tokens lack.
     """
-    if chunk is None or chunk >= context:
+    if layer.kept is None or layer.kept >= context:
         return context**2 / 2
-    whole, rest = divmod(context, chunk)
-    return (whole * chunk**2 + rest**2) / 2
+    if layer.window:
+        return layer.window * context - layer.window**2 / 2
+    whole, rest = divmod(context, layer.kept)
+    return (whole * layer.kept**2 + rest**2) / 2
 
 
 def _error(what: str, found: object, expected: str) -> MoecError:

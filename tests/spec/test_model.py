@@ -65,6 +65,23 @@ def test_irope_and_dense_interleaving_are_independent() -> None:
     assert [layer.moe for layer in maverick.all_layers] == [False, True] * 24
 
 
+@pytest.mark.parametrize(
+    "name, total, active",
+    [
+        ("olmoe-1b-7b", 6_919_161_856, 1_282_017_280),
+        ("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704),
+        ("mixtral-8x7b", 46_702_792_704, 12_879_925_248),
+        ("deepseek-moe-16b", 16_375_728_128, 2_828_650_496),
+        ("deepseek-moe-145b", 144_482_226_176, 22_056_783_872),
+        ("deepseek-v3", 671_026_419_200, 37_552_297_472),
+        ("aria", 24_869_091_840, 4_115_151_360),
+    ],
+)
+def test_counts_of_the_other_presets(name: str, total: int, active: int) -> None:
+    found = counts(PRESETS[name])
+    assert (found["total"], found["active_text"]) == (total, active)
+
+
 def test_layer_reads_every_pattern() -> None:
     layer = PRESETS["scout"].text.layer(7)
     assert (layer.rope, layer.chunk, layer.qk_norm, layer.temperature) == (False, None, None, True)

@@ -84,3 +84,9 @@ def test_tiles_take_memory_and_context() -> None:
     assert contexts[0] < most(tiles=1) < most(tiles=0) < contexts[-1]
     with pytest.raises(MoecError, match="144 tokens"):
         plan(spec, context=143, tiles=1)
+
+
+def test_the_cache_of_latent_attention_is_one_vector_a_token() -> None:
+    found = plan("deepseek-v3", "bf16", context=131_072)
+    assert found.cache_bytes == 61 * 131_072 * (512 + 64) * 2  # 9.21 GB
+    assert found.cache_bytes == pytest.approx(9.21e9, rel=1e-3)

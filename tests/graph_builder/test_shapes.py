@@ -155,6 +155,8 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             make_static(keep_buffers(build_decoder(spec)), {}),
             build_decoder(unquantised(spec, "fp32").model_copy(update={"separate_experts": True})),
             *graphs_of(spec.model_copy(update={"scheme": INT4}), "fp32", "standard").values(),
+            build_decoder(reduced(PRESETS["deepseek-v3"], 4)),
+            build_decoder(CLIPPED),
             *([build_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
         )
         for node in graph.graph.nodes
@@ -174,6 +176,8 @@ def test_value_names_are_unique_and_meaningful() -> None:
         assert expected[part] <= set(names)
 
 
+OLMOE = reduced(PRESETS["olmoe-1b-7b"], 4)
+CLIPPED = OLMOE.model_copy(update={"text": OLMOE.text.model_copy(update={"clip_qkv": 1.0})})
 F32, I64, I32, FP8 = torch.float32, torch.int64, torch.int32, ops.FP8
 
 

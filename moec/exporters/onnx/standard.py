@@ -261,7 +261,7 @@ STANDARD = (
     Rule(ops.fp8_moe, in_function(lower_fp8_moe), _is_separate),
     Rule(ops.fp8_moe, lower_fp8_moe),
     Rule(ops.int4_linear, lower_int4_linear),
-    Rule(ops.int4_moe, in_function(lower_int4_moe)),
+    Rule(ops.int4_moe, lower_int4_moe),
     Rule(ops.to_float32, _to_float32),
     Rule(ops.patches, lower_patches),
     Rule(ops.tile_tokens, lower_tile_tokens),

@@ -1,8 +1,10 @@
 """Read a checkpoint's bytes as torch tensors, by mapping the file or by reading it directly."""
 
 import math
+import mmap
 import os
-from typing import get_args
+from typing import NoReturn, get_args
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ TORCH_DTYPES = {name: _TORCH[name] for name in get_args(DType)}
 STORED = {**TORCH_DTYPES, "fp8": _TORCH["fp8"], "uint8": _TORCH["uint8"]}
 _NAMES = {theirs: name for name, theirs in _TORCH.items()}
 
+#: of Linux; Python 3.11 has no name for it
+MAP_NORESERVE = 0x4000
 #: bytes that the operating system is asked to read ahead
 AHEAD = 1 << 26
 
@@ -56,11 +60,49 @@ def _map(entry: TensorEntry) -> torch.Tensor:
         return torch.cat([view(part).to(dtype) for part in entry.parts]).t()
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=dtype)
-    # Mode "c" is copy-on-write: torch needs writable memory, and the file must not change.
-    raw = np.memmap(entry.file, np.uint8, "c", entry.offset, (entry.nbytes,))
+    whole = np.frombuffer(_mapped(entry), np.uint8)
+    raw = whole[entry.offset : entry.offset + entry.nbytes]
+    if len(raw) < entry.nbytes:
+        _refuse_short(entry)
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()
     return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
+
+
+#: files that a tensor in use lies in: a mapping keeps a file open, and tensors may be 45,000
+_FILES: WeakValueDictionary[tuple[object, ...], mmap.mmap] = WeakValueDictionary()
+
+
+def _mapped(entry: TensorEntry) -> mmap.mmap:
+    """The whole file of a tensor, mapped once for all of its tensors.
+
+    The mapping is copy-on-write: torch needs writable memory, and the file must not change. It
+    reserves no memory for that, because a file may be larger than memory.
+    """
+    with entry.file.open("rb") as file:
+        at = os.fstat(file.fileno())
+        key = (at.st_dev, at.st_ino, at.st_mtime_ns, at.st_size)
+        found = _FILES.get(key)
+        if found is None:
+            if not at.st_size:
+                _refuse_short(entry)
+            found = mmap.mmap(
+                file.fileno(),
+                at.st_size,
+                mmap.MAP_PRIVATE | MAP_NORESERVE,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+            _FILES[key] = found
+    return found
+
+
+def _refuse_short(entry: TensorEntry) -> NoReturn:
+    refuse(
+        entry.file,
+        f"ended before {entry.name}",
+        "a file that does not change while it is read",
+        "download the shard again, or build the artefact again",
+    )
 
 
 def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
@@ -88,12 +130,7 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
             at += count
         os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
     if at < len(data):
-        refuse(
-            entry.file,
-            f"ended before {entry.name}",
-            "a file that does not change while it is read",
-            "download the shard again, or build the artefact again",
-        )
+        _refuse_short(entry)
     if entry.changes:
         from moec.weights.adapter.low_rank import merge_rows
 

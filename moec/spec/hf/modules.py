@@ -6,7 +6,7 @@ from moec.spec.fields import Fields, shown
 from moec.spec.hf.listed import Kind, listed
 from moec.spec.hf.names import key_of, prefixed
 from moec.spec.model import ModelSpec
-from moec.spec.names import family, separate
+from moec.spec.names import family, is_router, separate
 from moec.spec.scheme import INT4, Layout, Scheme
 from moec.spec.tensors import eligible
 
@@ -44,14 +44,16 @@ def scheme_of(
     weight: str,
     inputs: str,
     targets: tuple[Fields, list[str]] | None = None,
+    routers: bool = True,
     **more: Any,
 ) -> Scheme:
     """A scheme with one scheme rule, for the weights whose modules are all quantised.
 
     `field` of `at` lists the modules `left_out`, as `kind` says. `targets` are the modules that a
-    format lists as quantised, and where; by default all are.
+    format lists as quantised, and where; by default all are. Without `routers` these are none of
+    the modules that the format quantises, listed or not.
     """
-    names = eligible(spec)
+    names = [name for name in eligible(spec) if routers or not is_router(name)]
     separate_experts = layout in ("compressed-tensors", "fp8", INT4)
     own = {name: modules(name, spec, separate_experts) for name in names}
     every = [module for each in own.values() for module in each]
@@ -66,7 +68,9 @@ def scheme_of(
         {
             "name": layout,
             "layout": layout,
-            "rules": [{"of": _patterns(chosen, names), "weight": weight, "inputs": inputs}],
+            "rules": [
+                {"of": _patterns(chosen, eligible(spec)), "weight": weight, "inputs": inputs}
+            ],
             **more,
         }
     )

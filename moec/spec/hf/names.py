@@ -47,7 +47,7 @@ def prefixed(key: str, prefix: str) -> str:
     return key if key.startswith(TOWER) else prefix + key
 
 
-@lru_cache(maxsize=1 << 16)  # a model of separate experts asks for tens of thousands, often
+@lru_cache(maxsize=1 << 18)  # a model of separate experts asks for 90,000, several times
 def key_of(name: str, layout: Layout = "moec", architecture: str = "llama4") -> str:
     """The checkpoint key of the tensor `name`, without prefix. `layout` matters for scales only."""
     if names.is_cache_scale(name):

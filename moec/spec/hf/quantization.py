@@ -14,7 +14,6 @@ from moec.spec.fields import Fields, read_own_json, shown
 from moec.spec.hf.compressed_tensors import read_compressed_tensors, write_group
 from moec.spec.hf.modules import INERT, NEXT, modules, scheme_of, strings
 from moec.spec.model import ModelSpec
-from moec.spec.names import is_router
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import eligible, quantized
 
@@ -155,19 +154,16 @@ def _fine_grained(at: Fields, spec: ModelSpec) -> Scheme:
         raise at.error("weight_block_size", shown(size), "two equal numbers, such as [128, 128]")
     kept = strings(at, "modules_to_not_convert", ["lm_head"])
     at.finish(INERT)
-    # Routers are no linear layers in transformers, and none is listed.
-    routers = [
-        module for name in eligible(spec) if is_router(name) for module in modules(name, spec, True)
-    ]
     return scheme_of(
         at,
         "modules_to_not_convert",
         "fp8",
         spec,
         "transformers",
-        [*kept, *routers],
+        kept,
         "block",
         "group",
+        routers=False,  # they are no linear layers in transformers, and no list names them
         block=size[0],
     )
 

@@ -68,6 +68,8 @@ def read_model(
 
 def _with_experts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     """`spec` with separate experts if the checkpoint has wide tensors of single experts."""
+    if spec.separate_experts:  # its architecture says so
+        return spec
     if not any(".experts.0." in key and key.endswith(".weight") for key in checkpoint.tensors):
         return spec
     separate = spec.model_copy(update={"separate_experts": True})

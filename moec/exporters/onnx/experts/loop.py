@@ -96,10 +96,7 @@ def over_rows(e: Emitter, node: fx.Node, routed: Routed[ir.Value], compute: Comp
     if on_input:
         each = e.op("Mul", [x, deep], wide, label="each")
     else:
-        shape = e.op("Shape", [x], TensorType((3,), _INT64), label="shape")
-        ones = e.constant([1, top_k, 1])
-        size = e.op("Mul", [shape, ones], TensorType((3,), _INT64), label="size")
-        each = e.op("Expand", [x, size], wide, label="each")
+        each = e.op("Expand", [x, e.constant([1, top_k, 1])], wide, label="each")
     scaled = e.op("Reshape", [each, e.constant([-1, dim])], out.like(rows, dim), label="scaled")
     done = compute(scaled, chosen, "rows")
     split = e.op("Reshape", [done, e.constant([-1, top_k, dim])], wide, label="split")

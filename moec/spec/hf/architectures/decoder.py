@@ -1,6 +1,6 @@
 """What text decoders have in common that name their tensors as Llama does: fields and keys."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moec.spec import names
@@ -17,6 +17,7 @@ from moec.spec.hf.architectures.common import (
 )
 from moec.spec.model import ModelSpec, TextSpec
 from moec.spec.parts.rope import Yarn
+from moec.spec.parts.routing import Routing
 
 SWIGLU = ("gate", "up", "down")
 LAYER = "model.layers.{i}"
@@ -67,9 +68,14 @@ def keys(
     return found
 
 
+def softmax_routing(normalise: bool) -> Routing:
+    """The largest scores of a softmax over all experts choose them, and multiply their outputs."""
+    return Routing(score="softmax", choice="scores", normalise=normalise, weighed="output")
+
+
 def read_decoder(
     top: Fields,
-    aside: set[str] = frozenset(),  # type: ignore[assignment]
+    aside: Iterable[str] = (),
     scaling: tuple[str, ...] = ("default",),
     notes: tuple[str, ...] = (),
     scores_scaled: bool = False,
@@ -85,7 +91,7 @@ def read_decoder(
     heads = top.size("num_attention_heads", limits.HEADS)
     raw = dict(top.left)
     kv_heads, head_dim = (
-        top.size(key, most) if key in top else top.left.pop(key, None) or default
+        top.size(key, most) if key in top else default
         for key, most, default in (
             ("num_key_value_heads", limits.HEADS, heads),
             ("head_dim", limits.HEAD_DIM, dim // heads),
@@ -116,7 +122,7 @@ def read_decoder(
     }
     text = TextSpec(**(found | fields))
     tokens = tokens_of(Fields(top.where, {}), raw, image=None)
-    top.finish(inert(top) | _TOKENS | _INERT | aside)
+    top.finish(inert(top) | _TOKENS | _INERT | set(aside))
     return Read(text, tokens, dtype, notes=notes)
 
 

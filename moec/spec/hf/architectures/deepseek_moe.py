@@ -5,7 +5,7 @@ from typing import Any
 from moec.spec.bounded import limits
 from moec.spec.fields import Fields
 from moec.spec.hf.architectures.common import Architecture, Read
-from moec.spec.hf.architectures.decoder import keys, read_decoder, write_decoder
+from moec.spec.hf.architectures.decoder import keys, read_decoder, softmax_routing, write_decoder
 from moec.spec.model import ModelSpec
 from moec.spec.parts.routing import Experts, Routing
 
@@ -39,12 +39,7 @@ def ffn_of(top: Fields) -> str:
 
 def _read(top: Fields, kind: str) -> Read:
     top.require("scoring_func", "softmax", default="softmax")
-    routing = Routing(
-        score="softmax",
-        choice="scores",
-        normalise=top.take("norm_topk_prob", bool),
-        weighed="output",
-    )
+    routing = softmax_routing(top.take("norm_topk_prob", bool))
     return read_decoder(
         top,
         {"aux_loss_alpha", "seq_aux"},

@@ -5,9 +5,9 @@ from typing import Any
 from moec.spec.bounded import limits
 from moec.spec.fields import Fields
 from moec.spec.hf.architectures.common import Architecture, Read
-from moec.spec.hf.architectures.decoder import keys, read_decoder, write_decoder
+from moec.spec.hf.architectures.decoder import keys, read_decoder, softmax_routing, write_decoder
 from moec.spec.model import ModelSpec
-from moec.spec.parts.routing import Experts, Routing
+from moec.spec.parts.routing import Experts
 
 _KEYS = keys("block_sparse_moe", expert={"gate": "w1", "up": "w3", "down": "w2"})
 
@@ -17,7 +17,7 @@ def _read(top: Fields, kind: str) -> Read:
         count=top.size("num_local_experts", limits.EXPERTS),
         top_k=top.size("num_experts_per_tok", limits.EXPERTS),
         hidden=top.size("intermediate_size", limits.WIDTH),
-        routing=Routing(score="softmax", choice="scores", normalise=True, weighed="output"),
+        routing=softmax_routing(normalise=True),
     )
     window = top.take("sliding_window", int, default=None)
     attention = "S" if window else "G"

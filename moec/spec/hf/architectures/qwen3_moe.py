@@ -5,9 +5,9 @@ from typing import Any
 from moec.spec.bounded import limits
 from moec.spec.fields import Fields, shown
 from moec.spec.hf.architectures.common import Architecture, Read
-from moec.spec.hf.architectures.decoder import keys, read_decoder, write_decoder
+from moec.spec.hf.architectures.decoder import keys, read_decoder, softmax_routing, write_decoder
 from moec.spec.model import ModelSpec
-from moec.spec.parts.routing import Experts, Routing
+from moec.spec.parts.routing import Experts
 
 _KEYS = keys()
 
@@ -18,12 +18,7 @@ def _read(top: Fields, kind: str) -> Read:
         count=top.size(count, limits.EXPERTS),
         top_k=top.size("num_experts_per_tok", limits.EXPERTS),
         hidden=top.size("moe_intermediate_size", limits.WIDTH),
-        routing=Routing(
-            score="softmax",
-            choice="scores",
-            normalise=top.take("norm_topk_prob", bool),
-            weighed="output",
-        ),
+        routing=softmax_routing(top.take("norm_topk_prob", bool)),
     )
     sliding = top.take("use_sliding_window", bool, default=False)
     window = top.take("sliding_window", int, default=None) if sliding else None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
+from moec.spec.parts.routing import Experts, Routing
 
 #: the fewest inputs or outputs that one step of a product takes
 SMALLEST = 32
@@ -22,6 +23,35 @@ class Sizes:
     dim: int
     hidden: int
     experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedSizes:
+    """One MoE layer of any routing whose scores weigh the experts' outputs.
+
+    `shared` counts the shared experts of the width `hidden`. `block` is the side of the blocks of
+    weights that have a scale each; 0: each output of a weight has one.
+    """
+
+    dim: int
+    hidden: int
+    experts: int
+    top_k: int
+    shared: int
+    routing: Routing
+    block: int = 0
+
+    @property
+    def slots(self) -> int:
+        """The experts that a token goes through."""
+        return self.top_k + self.shared
+
+    @classmethod
+    def of(cls, dim: int, experts: Experts, block: int = 0) -> "RoutedSizes":
+        """The sizes of a layer of a model that is `dim` wide."""
+        shared = (experts.shared_hidden or 0) // experts.hidden
+        each = experts.hidden, experts.count, experts.top_k
+        return cls(dim, *each, shared, experts.routing, block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,27 @@ import pytest
 import torch
 
 from moec.graph_builder import ops
-from moec.kernels.sizes import MOST_TOKENS, Sizes
+from moec.kernels.sizes import MOST_TOKENS, RoutedSizes, Sizes
 from moec.kernels.torch.moe import DecodeMoe
+from moec.spec.parts.routing import Routing
+
+#: every score and choice, with and without groups, blocks and shared experts
+ROUTED = {
+    "all": RoutedSizes(512, 384, 48, 8, 0, Routing(score="softmax", weighed="output")),
+    "chosen": RoutedSizes(512, 256, 8, 2, 2, Routing(score="softmax_of_chosen", weighed="output")),
+    "groups": RoutedSizes(
+        768, 256, 256, 8, 1,
+        Routing(choice="scores", bias=True, groups=8, kept_groups=4, normalise=True, factor=2.5,
+                weighed="output"),
+        128,
+    ),
+    "odd groups": RoutedSizes(
+        256, 128, 15, 4, 0,
+        Routing(score="softmax", choice="scores", bias=True, groups=3, kept_groups=2,
+                weighed="output"),
+        64,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("experts", [16, 3])
@@ -22,3 +41,22 @@ def test_every_number_of_tokens(experts: int) -> None:
         assert error(found, expected) <= 2e-2
         layer(torch.randn_like(x))
         assert torch.equal(layer(x), found)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_every_routing(name: str) -> None:
+    from benchmarks.moe_kernels import error, error_of_routed, random_weights
+    from moec.kernels.torch.routed import RoutedMoe
+
+    sizes = ROUTED[name]
+    weights = random_weights(sizes)
+    for tokens in range(1, MOST_TOKENS + 1):
+        x = torch.randn(tokens, sizes.dim, device="cuda").bfloat16()
+        layer = RoutedMoe(sizes, weights)
+        values = layer.run(layer.values(x))
+        logits = values["logits"].sum(0)
+        assert error(logits, x.float() @ weights["router"].float().t()) <= 1e-4
+        if tokens > 1:  # a single one may have a tie
+            assert error_of_routed(sizes, weights, values) <= 2e-2
+        layer(torch.randn_like(x))
+        assert torch.equal(layer(x), values["out"])

@@ -18,6 +18,7 @@ from moec.kernels.launches.descriptors import block_shapes
 from moec.kernels.launches.few_tokens import few_linear, few_moe
 from moec.kernels.launches.launch import SHARED, Launch
 from moec.kernels.launches.prefill import prefill_moe, tiles_for
+from moec.kernels.launches.routed import routed_moe
 from moec.kernels.launches.step import (
     Heads,
     attend,
@@ -29,11 +30,19 @@ from moec.kernels.launches.step import (
     swiglu,
     temperature,
 )
-from moec.kernels.sizes import MOST_TOKENS, Sizes
+from moec.kernels.sizes import MOST_TOKENS, RoutedSizes, Sizes
 from moec.spec.errors import MoecError
+from moec.spec.parts.routing import Routing
 
 SCOUT, HEADS, SLOTS = Sizes(5120, 8192, 16), Heads(40, 8, 128), 8192
 QKV = (HEADS.heads + 2 * HEADS.kv_heads) * HEADS.size
+#: Qwen3-30B-A3B's layer, and DeepSeek-V3's
+ROUTED = (
+    RoutedSizes(2048, 768, 128, 8, 0, Routing(score="softmax", choice="scores", normalise=True,
+                weighed="output")),
+    RoutedSizes(7168, 2048, 256, 8, 1, Routing(choice="scores", bias=True, groups=8, kept_groups=4,
+                normalise=True, factor=2.5, weighed="output"), 128),
+)  # fmt: skip
 #: a parameter's type -> how PTX declares it
 DECLARED = {
     "i1": ".u8", "i32": ".u32", "i64": ".u64", "map": ".align 64 .b8",
@@ -56,6 +65,8 @@ def launches(architecture: int, tokens: int) -> Iterator[Launch]:
         for width, inputs in ((QKV, dim), (dim, HEADS.heads * HEADS.size), (dim, 16384)):
             yield linear(width, inputs, tokens, overlap, SHARED[architecture])
             yield few_linear(width, inputs, tokens, architecture)
+        for layer in ROUTED:
+            yield from routed_moe(layer, tokens, overlap)[0]
         yield from attend(HEADS, tokens, SLOTS, True, 1e-5, False, overlap)[0]
         yield from attend(HEADS, tokens, SLOTS, False, None, True, overlap)[0]
     for add, narrow in ((False, True), (True, True), (True, False)):

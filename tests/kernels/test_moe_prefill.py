@@ -1,26 +1,16 @@
 """The MoE kernels for many tokens without a GPU: interpreted."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from moec.spec.errors import MoecError
+from tests.kernels.processes import interpreted
 
 pytest.importorskip("triton", reason="kernels need triton")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.full
 def test_the_kernels_are_the_eager_op() -> None:
-    """In a process of its own: the interpreter is chosen when triton is imported."""
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("interpret_prefill.py")],
-        cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = interpreted("interpret_prefill.py")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 3

@@ -184,6 +184,40 @@ class MoeLayer(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedLayer(Generic[T]):
+    """Operands of `routed_layer`: a whole layer, router included, whose last n experts are shared.
+
+    x              [T, D]: the tokens
+    router         [E, D]
+    bias           [E]: what is added to the scores for the choice; None: nothing
+    gate_up        E4M3 [E + n, 2F, D]: gate, then up
+    gate_up_scale  float32 [E + n, 2F], or with blocks of B [E + n, 2F / B, D / B]
+    down           E4M3 [E + n, D, F]
+    down_scale     float32 [E + n, D], or with blocks of B [E + n, D / B, F / B]
+    top_k          how many routed experts a token gets
+    block          B; 0: there are no blocks
+
+    The others are fields of `moec.spec.parts.routing.Routing`.
+    """
+
+    x: T
+    router: T
+    bias: T | None
+    gate_up: T
+    gate_up_scale: T
+    down: T
+    down_scale: T
+    top_k: int
+    score: str
+    choice: str
+    groups: int
+    kept_groups: int
+    normalise: bool
+    factor: float
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
 class BufferedAttention(Generic[T]):
     """Operands of `buffered_attention`: a call's tokens, and the buffers that they are added to.
 

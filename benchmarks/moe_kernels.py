@@ -1,4 +1,4 @@
-"""Time the FP8 MoE kernels for few tokens on a GPU, beside its memory bandwidth and torch.
+"""Time the FP8 MoE kernels on a GPU, beside its memory bandwidth and torch.
 
     python benchmarks/moe_kernels.py [--layer scout] [--tokens 1,8,64]
 
@@ -6,8 +6,9 @@ A layer has the sizes of a preset, such as scout, qwen3-30b-a3b or deepseek-v3, 
 deepseek-v3 has a scale for each block of 128 x 128 weights, as its published weights do. Times are
 medians of CUDA graph replays over eight layers and inputs in turn, or as many as fit the GPU.
 "rate" counts the bytes that the layer needs: those of the distinct chosen experts and of the shared
-ones. "share" compares it with the bandwidth of a large copy in the same run. "torch" is the same
-layer by torch's grouped product, `torch._scaled_grouped_mm`, with a scale for each output.
+ones. "share" compares it with the bandwidth of a large copy in the same run. "TFLOP/s" counts the
+products that the tokens need. "torch" is the same layer by torch's grouped product,
+`torch._scaled_grouped_mm`, with a scale for each output.
 """
 
 import argparse
@@ -220,7 +221,8 @@ def rows_of_scout(counts: list[int], rate: float) -> list[list[str]]:
             microseconds(lambda x, each=each, values=values: run(each, {**values, "x": x}), inputs)
             for each in layer.launches(tokens)
         ]
-        rows.append(row(tokens, took, needed, rate, parts, "", error(found, expected), repeats))
+        work, off = 4 * tokens * expert, error(found, expected)
+        rows.append(row(tokens, took, needed, work, rate, parts, "", off, repeats))
     return rows
 
 
@@ -256,18 +258,18 @@ def rows_of_routed(sizes: RoutedSizes, counts: list[int], rate: float) -> list[l
         ]
         theirs = [(grouped(sizes, each), x) for each, x in zip(weights, xs, strict=True)]
         torchs = microseconds(lambda pair: pair[0](pair[1]), theirs)
-        rows.append(
-            row(tokens, took, expert * distinct, rate, parts, f"{torchs:.1f} us", off, repeats)
-        )
+        work, theirs_took = 2 * tokens * sizes.slots * expert, f"{torchs:.1f} us"
+        needed = expert * distinct
+        rows.append(row(tokens, took, needed, work, rate, parts, theirs_took, off, repeats))
     return rows
 
 
 def row(
-    tokens: int, took: float, needed: float, rate: float, parts: list[float], torchs: str,
-    off: float, repeats: bool,
+    tokens: int, took: float, needed: float, work: float, rate: float, parts: list[float],
+    torchs: str, off: float, repeats: bool,
 ) -> list[str]:  # fmt: skip
     return [
-        str(tokens), f"{took:.1f} us", f"{needed / rate * 1e6:.1f} us",
+        str(tokens), f"{took:.1f} us", f"{needed / rate * 1e6:.1f} us", f"{work / took / 1e6:.0f}",
         f"{needed / took / 1e6:.2f} TB/s", f"{100 * needed / took * 1e6 / rate:.1f} %",
         ", ".join(f"{p:.1f}" for p in parts), torchs, f"{off:.1e}",
         "to the bit" if repeats else "NO",
@@ -294,7 +296,8 @@ def main() -> None:
         )
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for column in (
-        "tokens", "layer", "its bytes", "rate", "share", "its launches", "torch", "error", "repeats"
+        "tokens", "layer", "its bytes", "TFLOP/s", "rate", "share", "its launches", "torch",
+        "error", "repeats"
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for each in rows:

@@ -2,7 +2,12 @@
 
 import interpreter  # noqa: F401
 import torch
-from routed_cases import compare, small
+from routed_cases import ROUTINGS, compare, small
+
+from moec.kernels.launches.prefill import Product, Tiles
+from moec.kernels.sizes import RoutedSizes
+
+CUT = Product(columns=64, depth=64)
 
 
 def main() -> None:
@@ -10,6 +15,10 @@ def main() -> None:
     for name, sizes, counts in small():
         for tokens in counts:
             print(name.replace(" ", "_"), tokens, *compare(sizes, tokens, "cpu"))
+    tiles = Tiles(32, CUT, CUT, programs=3, hopper=False)
+    for name, shared, block in (("all", 0, 0), ("groups", 2, 128)):
+        sizes = RoutedSizes(128, 128, 6, 3, shared, ROUTINGS[name], block)
+        print(f"many:{name}", 67, *compare(sizes, 67, "cpu", tiles))
 
 
 if __name__ == "__main__":

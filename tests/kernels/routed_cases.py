@@ -11,6 +11,7 @@ from benchmarks.moe_kernels import (
     random_weights,
     without_ties,
 )
+from moec.kernels.launches.prefill import Tiles
 from moec.kernels.sizes import RoutedSizes
 from moec.kernels.torch.routed import RoutedMoe
 from moec.spec.parts.routing import Routing
@@ -30,10 +31,12 @@ ROUTINGS = {
 }  # fmt: skip
 
 
-def compare(sizes: RoutedSizes, tokens: int, device: str) -> tuple[float, float]:
+def compare(
+    sizes: RoutedSizes, tokens: int, device: str, many: Tiles | None = None
+) -> tuple[float, float]:
     """The error of the logits, and of the layer from those logits on."""
     given = random_weights(sizes, device)
-    layer, ties = RoutedMoe(sizes, given), True
+    layer, ties = RoutedMoe(sizes, given, many=many), True
     while ties:
         x = torch.randn(tokens, sizes.dim, device=device).bfloat16()
         values = layer.run(layer.values(x))
@@ -50,7 +53,7 @@ def small() -> Iterator[tuple[str, RoutedSizes, tuple[int, ...]]]:
         ("normalised", 5, 2, 1, 0, (3,)),
         ("chosen", 4, 2, 2, 0, (1,)),
         ("groups", 8, 3, 1, 128, (1, 18)),
-        ("biased softmax", 6, 4, 0, 64, (3,)),
+        ("biased softmax", 6, 4, 0, 128, (3,)),
     ):
         dim = 256 if block else 128
         yield name, RoutedSizes(dim, 128, experts, top_k, shared, ROUTINGS[name], block), counts

@@ -19,6 +19,7 @@ from moec.kernels.launches.few_tokens import few_linear, few_moe
 from moec.kernels.launches.launch import SHARED, Launch
 from moec.kernels.launches.prefill import prefill_moe, tiles_for
 from moec.kernels.launches.routed import routed_moe
+from moec.kernels.launches.routed_prefill import routed_prefill_moe
 from moec.kernels.launches.step import (
     Heads,
     attend,
@@ -55,6 +56,8 @@ def launches(architecture: int, tokens: int) -> Iterator[Launch]:
     overlap, dim = architecture >= 90, SCOUT.dim
     if tokens > MOST_TOKENS:
         yield from prefill_moe(SCOUT, tokens, tiles_for(architecture, 132))
+        for layer in ROUTED:
+            yield from routed_prefill_moe(layer, tokens, tiles_for(architecture, 132))[0]
         yield rope_append(HEADS, tokens, True, 1e-5, False, overlap)
         yield rope_append(HEADS, tokens, False, None, True, overlap)
     else:

@@ -12,7 +12,7 @@ from moec.kernels.hopper import linear as linear_hopper
 from moec.kernels.hopper import moe_decode as moe_decode_hopper
 from moec.kernels.hopper import moe_prefill as moe_prefill_hopper
 from moec.kernels.launches.launch import TYPES, Launch
-from moec.kernels.triton import moe_prefill
+from moec.kernels.triton import blocks_prefill, moe_prefill
 
 #: kernel -> its arguments that are descriptors -> their tile: constants of the launch, or numbers
 DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
@@ -22,6 +22,16 @@ DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
         "act": ("TILE", "COLUMNS"),
     },
     moe_prefill.down: {
+        "act_codes": ("TILE", "DEPTH"),
+        "down": ("COLUMNS", "DEPTH"),
+        "products": ("TILE", "COLUMNS"),
+    },
+    blocks_prefill.gate_up: {
+        "rows": ("TILE", "DEPTH"),
+        "gate_up": ("COLUMNS", "DEPTH"),
+        "act": ("TILE", "COLUMNS"),
+    },
+    blocks_prefill.down: {
         "act_codes": ("TILE", "DEPTH"),
         "down": ("COLUMNS", "DEPTH"),
         "products": ("TILE", "COLUMNS"),

@@ -16,12 +16,13 @@ TYPES = {
     **dict.fromkeys(("logits", "scale", "gate_up_scale", "down_scale", "weight_scale"), "*fp32"),
     **dict.fromkeys(("parts", "most", "sums", "cos", "sin", "temperature"), "*fp32"),
     "rates": "*fp32",
-    **dict.fromkeys(("largest", "last", "chosen", "place", "plan", "present"), "*i32"),
+    **dict.fromkeys(("largest", "last", "chosen", "place", "plan", "present", "counts"), "*i32"),
     **dict.fromkeys(("score", "row_scale", "act_scale", "bias"), "*fp32"),
     "rows": "*fp8e4nv",
     "products": "*bf16",
     "positions": "*i64",
-    **dict.fromkeys(("tokens", "steps", "slots"), "i32"),
+    **dict.fromkeys(("earlier", "totals"), "*i32"),
+    **dict.fromkeys(("tokens", "steps", "slots", "blocks"), "i32"),
 }
 #: name of a buffer that launches write -> its shape and element type
 Buffers = dict[str, tuple[tuple[int, ...], str]]

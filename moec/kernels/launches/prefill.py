@@ -5,7 +5,7 @@ from typing import Any
 
 from moec.kernels.hopper import moe_prefill as moe_prefill_hopper
 from moec.kernels.launches.launch import TYPES, Buffers, Launch, fit, power_of_2
-from moec.kernels.sizes import PLAIN, Sizes
+from moec.kernels.sizes import PLAIN, RoutedSizes, Sizes
 from moec.kernels.triton import moe_prefill
 from moec.spec.errors import refuse
 
@@ -134,13 +134,12 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
             routed | {"SCAN": 512, "TILE": tiles.rows, "TILES_2": power_of_2(many)},
             warps=8,
         ),
-        _product(
+        product(
             "gate_up",
             ("rows", "row_scale", "plan", "gate_up", "gate_up_scale", "act"),
             sizes,
             tiles,
             first,
-            sizes.dim,
         ),
         Launch(
             moe_prefill.encode,
@@ -153,13 +152,12 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
             },
             warps=8,
         ),
-        _product(
+        product(
             "down",
             ("act_codes", "act_scale", "plan", "down", "down_scale", "products"),
             sizes,
             tiles,
             last,
-            sizes.hidden,
         ),
         Launch(
             moe_prefill.combine,
@@ -171,9 +169,11 @@ def prefill_moe(sizes: Sizes, tokens: int, tiles: Tiles | None = None) -> tuple[
     )
 
 
-def _product(
-    name: str, arguments: tuple[str, ...], sizes: Sizes, tiles: Tiles, cut: Product, inputs: int
+def product(
+    name: str, arguments: tuple[str, ...], sizes: Sizes | RoutedSizes, tiles: Tiles, cut: Product
 ) -> Launch:
+    """One product, "gate_up" or "down", of all tiles."""
+    inputs = {"gate_up": sizes.dim, "down": sizes.hidden}[name]
     constants: dict[str, Any] = {
         "DIM": sizes.dim,
         "HIDDEN": sizes.hidden,

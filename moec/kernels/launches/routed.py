@@ -11,6 +11,10 @@ from moec.spec.parts.routing import Routing
 
 #: the most experts among which a program chooses
 MOST_EXPERTS = 256
+#: the side of blocks that have a scale
+BLOCK = 128
+#: more tokens than `MOST_TOKENS` are few if experts serve at most so many each, up to a limit
+EACH, MOST_FEW = 8, 256
 #: the most tokens whose logits are computed one by one, without a tensor core
 ONE_BY_ONE = 8
 
@@ -75,33 +79,40 @@ def routed_moe(
         MoecError: sizes that the tiles do not divide, too many tokens or experts, or scores that
             weigh the experts' inputs.
     """
-    _check(sizes, tokens)
+    check_layer("routed_moe", sizes)
+    if not 1 <= tokens <= most_tokens(sizes):
+        refuse("routed_moe: tokens", tokens, f"1 to {most_tokens(sizes)}", PLAIN)
     products = (
         _one(sizes, tiles.one or _tiles(sizes), overlap)
         if tokens == 1
         else _few(sizes, tokens, tiles, overlap)
     )
+    split = _split(sizes, tokens)
     alone = tokens == 1 and not _is_chosen_apart(sizes)
-    choices = () if alone else (_choose(sizes, tokens, overlap),)
-    found = (_score(sizes, tokens, overlap), *choices, *products)
+    choices = () if alone else (choose(sizes, tokens, split, overlap),)
+    rows = 1 if tokens <= ONE_BY_ONE else 16
+    found = (score(sizes, tokens, rows, split, overlap), *choices, *products)
     used = {name for each in found for name in each.arguments}
     return found, {name: each for name, each in _scratch(sizes, tokens).items() if name in used}
 
 
-def _check(sizes: RoutedSizes, tokens: int) -> None:
+def most_tokens(sizes: RoutedSizes) -> int:
+    """The most tokens for which the kernels for few tokens are faster than those for many."""
+    return max(MOST_TOKENS, min(MOST_FEW, EACH * sizes.experts // sizes.top_k))
+
+
+def check_layer(where: str, sizes: RoutedSizes) -> None:
+    """Refuse a layer that no kernel of this family takes."""
     for name, size in (("dim", sizes.dim), ("hidden", sizes.hidden)):
         each = max(SMALLEST, sizes.block)
         if size % each or size < each:
-            refuse(f"routed_moe: {name}", size, f"a multiple of {each}", PLAIN)
-    block = sizes.block
-    if block and (block < SMALLEST or block & (block - 1)):
-        refuse("routed_moe: block", block, f"a power of 2, {SMALLEST} or more", PLAIN)
-    if not 1 <= tokens <= MOST_TOKENS:
-        refuse("routed_moe: tokens", tokens, f"1 to {MOST_TOKENS}", PLAIN)
+            refuse(f"{where}: {name}", size, f"a multiple of {each}", PLAIN)
+    if sizes.block not in (0, BLOCK):
+        refuse(f"{where}: block", sizes.block, f"{BLOCK}, or 0 for none", PLAIN)
     if sizes.experts > MOST_EXPERTS:
-        refuse("routed_moe: experts", sizes.experts, f"at most {MOST_EXPERTS}", PLAIN)
+        refuse(f"{where}: experts", sizes.experts, f"at most {MOST_EXPERTS}", PLAIN)
     if sizes.routing.weighed != "output":
-        refuse("routed_moe: weighed", sizes.routing.weighed, "output", PLAIN)
+        refuse(f"{where}: weighed", sizes.routing.weighed, "output", PLAIN)
 
 
 def _scratch(sizes: RoutedSizes, tokens: int) -> Buffers:
@@ -158,14 +169,15 @@ def _is_chosen_apart(sizes: RoutedSizes) -> bool:
     return _choice_by(sizes.routing) != "logits"
 
 
-def _choose(sizes: RoutedSizes, tokens: int, overlap: bool) -> Launch:
+def choose(sizes: RoutedSizes, tokens: int, split: int, overlap: bool) -> Launch:
+    """Choose from logits that are the sum of `split` parts."""
     return Launch(
         choice.choose,
         (tokens, 1, 1),
         ("logits", "bias", "chosen", "score", "present", "tokens"),
         {
             **_choice(sizes),
-            "SPLIT": _split(sizes, tokens),
+            "SPLIT": split,
             "SHARED": sizes.shared,
             "OVERLAP": overlap,
         },
@@ -214,13 +226,13 @@ def _maxima(sizes: RoutedSizes, tokens: int) -> int:
     return sizes.slots * each if tokens == 1 else 0
 
 
-def _score(sizes: RoutedSizes, tokens: int, overlap: bool) -> Launch:
-    one = tokens <= ONE_BY_ONE
-    rows, columns = (1, fit(sizes.experts, 4)) if one else (16, 16)
+def score(sizes: RoutedSizes, tokens: int, rows: int, split: int, overlap: bool) -> Launch:
+    """The router's logits in `split` parts, for `rows` tokens a program; the quantised input."""
+    columns = fit(sizes.experts, 4) if rows == 1 else min(64, max(16, rows))
     many = -(-sizes.experts // columns)
     return Launch(
         routed_decode.score,
-        (-(-tokens // rows), many + rows, _split(sizes, tokens)),
+        (-(-tokens // rows), many + rows, split),
         ("x", "router", "logits", "codes", "scale", "present", "largest", "tokens"),
         {
             "DIM": sizes.dim,
@@ -231,11 +243,11 @@ def _score(sizes: RoutedSizes, tokens: int, overlap: bool) -> Launch:
             "BLOCK": sizes.block,
             "ROWS": rows,
             "COLUMNS": columns,
-            "DEPTH": fit(sizes.dim // _split(sizes, tokens), 512),
-            "SPLIT": _split(sizes, tokens),
+            "DEPTH": fit(sizes.dim // split, 512 if rows <= 16 else 128),
+            "SPLIT": split,
             "OVERLAP": overlap,
         },
-        warps=8 if one else 4,
+        warps=8 if rows == 1 else 4,
         options=early(overlap),
     )
 
@@ -350,7 +362,7 @@ def _product(
     overlap: bool,
 ) -> Launch:
     outputs, inputs = outputs_inputs
-    rows = min(fit(outputs, cut.rows), sizes.block or outputs)
+    rows = fit(outputs, cut.rows)
     depth = sizes.block or fit(inputs, cut.depth)
     return Launch(
         kernel,

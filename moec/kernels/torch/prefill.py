@@ -20,7 +20,7 @@ class PrefillMoe:
         self, sizes: Sizes, weights: Mapping[str, Tensor], tiles: Tiles | None = None
     ) -> None:
         self.sizes, self.weights = sizes, weights
-        self.tiles = tiles or _tiles(weights["gate_up"].device)
+        self.tiles = tiles or tiles_of(weights["gate_up"].device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x bf16 [tokens, D] -> bf16 [tokens, D]."""
@@ -44,6 +44,9 @@ class PrefillMoe:
 
 
 @cache
-def _tiles(device: torch.device) -> Tiles:
+def tiles_of(device: torch.device) -> Tiles:
+    """The tiles for a device."""
+    if device.type != "cuda":
+        return tiles_for(0, 4)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     return tiles_for(architecture(device), programs)

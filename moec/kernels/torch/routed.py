@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.kernels.launches.launch import Launch
-from moec.kernels.launches.routed import TILES, Tiles, routed_moe
+from moec.kernels.launches import prefill
+from moec.kernels.launches.launch import Buffers, Launch
+from moec.kernels.launches.routed import TILES, Tiles, most_tokens, routed_moe
+from moec.kernels.launches.routed_prefill import BLOCK, routed_prefill_moe
 from moec.kernels.sizes import RoutedSizes
 from moec.kernels.torch.launch import buffers, overlaps, run
-
-#: what is launched for sizes, tokens and options, described once for all layers
-_launched = cache(routed_moe)
+from moec.kernels.torch.prefill import tiles_of
 
 
 class RoutedMoe:
-    """One layer. Every call has scratch of its own, and may be captured in a CUDA graph.
+    """One layer, for any number of tokens.
+
+    Every call has scratch of its own, and may be captured in a CUDA graph.
 
     `weights`: router bf16 [E, D]; gate_up E4M3 [E + n, 2F, D] and down [E + n, D, F], the n shared
     experts last. gate_up_scale [E + n, 2F] and down_scale [E + n, D] are float32; with blocks they
@@ -25,10 +27,15 @@ class RoutedMoe:
     """
 
     def __init__(
-        self, sizes: RoutedSizes, weights: Mapping[str, Tensor], tiles: Tiles = TILES
+        self,
+        sizes: RoutedSizes,
+        weights: Mapping[str, Tensor],
+        tiles: Tiles = TILES,
+        many: prefill.Tiles | None = None,
     ) -> None:
         self.device = weights["gate_up"].device
         self.sizes, self.tiles = sizes, tiles
+        self.many = many or tiles_of(self.device)
         self.weights = {"bias": torch.empty(1, device=self.device), **weights}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -38,15 +45,25 @@ class RoutedMoe:
 
     def launches(self, tokens: int) -> tuple[Launch, ...]:
         """The launches of a call, in order."""
-        return _launched(self.sizes, tokens, overlaps(self.device), self.tiles)[0]
+        return self._launched(tokens)[0]
 
     def values(self, x: Tensor) -> dict[str, Any]:
         """The arguments of all launches by name, with new scratch."""
-        written = _launched(self.sizes, len(x), overlaps(self.device), self.tiles)[1]
-        return {**buffers(written, self.device), **self.weights, "x": x, "tokens": len(x)}
+        made = buffers(self._launched(len(x))[1], self.device)
+        counted = {"tokens": len(x), "blocks": -(-len(x) // BLOCK)}
+        return {**made, **self.weights, "x": x, **counted}
+
+    def _launched(self, tokens: int) -> tuple[tuple[Launch, ...], Buffers]:
+        if tokens > most_tokens(self.sizes):
+            return _many(self.sizes, tokens, self.many)
+        return _few(self.sizes, tokens, overlaps(self.device), self.tiles)
 
     def run(self, values: dict[str, Any]) -> dict[str, Any]:
         """Run all launches on `values`, and return them; then "out" is bf16 [tokens, D]."""
         for launch in self.launches(values["tokens"]):
             run(launch, values)
         return values
+
+
+#: what is launched for sizes, tokens and options, described once for all layers
+_few, _many = cache(routed_moe), cache(routed_prefill_moe)

@@ -140,7 +140,7 @@ def arrange(
 
 
 @triton.jit
-def _tile(tile, tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def tile_at(tile, tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """Row and column of an output tile. GROUP tiles of a column follow each other, to share L2."""
     group = tile // (GROUP * COLUMNS)
     height = tl.minimum(tiles - group * GROUP, GROUP)
@@ -170,7 +170,7 @@ def gate_up(
     tiles = tl.load(plan)
     many = HIDDEN // COLUMNS
     for tile in range(tl.program_id(0), tiles * many, tl.num_programs(0)):
-        across, along = _tile(tile, tiles, many, GROUP)
+        across, along = tile_at(tile, tiles, many, GROUP)
         expert = tl.load(plan + 1 + 2 * across)
         first = expert * (2 * HIDDEN) + along * COLUMNS
         gate = tl.zeros((TILE, COLUMNS), tl.float32)
@@ -231,7 +231,7 @@ def down(
     tiles = tl.load(plan)
     many = DIM // (2 * COLUMNS)
     for tile in range(tl.program_id(0), tiles * many, tl.num_programs(0)):
-        across, along = _tile(tile, tiles, many, GROUP)
+        across, along = tile_at(tile, tiles, many, GROUP)
         expert = tl.load(plan + 1 + 2 * across)
         column = along * (2 * COLUMNS)
         first = expert * DIM + column

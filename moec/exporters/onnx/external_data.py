@@ -56,11 +56,14 @@ def set_external_data(model: ir.Model, entries: Mapping[str, TensorEntry], root:
 
 
 def write_model(model: ir.Model, path: Path) -> None:
-    """Write `model` to `path`: the same bytes as `ir.save` writes."""
+    """Write `model` to `path`: the same bytes as `ir.save` writes.
+
+    Remarks in a file that somebody else wrote, such as documentation of a weight, are left out.
+    """
     graph = model.graph
     known = list(graph.initializers.values())
-    inputs, weights = _split(graph.inputs, _is_plain)
-    others, bound = _split(known, lambda each: _is_plain(each) and _is_outside(each))
+    inputs, weights = _split(graph.inputs, lambda each: each.const_value is None)
+    others, bound = _split(known, _is_outside)
     rest = copy.copy(model)
     rest.graph = ir.GraphView(  # type: ignore[assignment]  # which serialize_model takes too
         inputs,
@@ -94,22 +97,15 @@ def _split(
     return values[:at], values[at:]
 
 
-def _is_plain(value: ir.Value) -> bool:
-    """Whether a name, a type and a shape are all that a graph says of `value`."""
-    own = value.is_graph_input() and value.is_initializer()
-    return not (own or value.metadata_props or value.meta or value.doc_string)
-
-
 def _is_outside(value: ir.Value) -> bool:
-    tensor = value.const_value
-    return isinstance(tensor, ir.ExternalTensor) and not tensor.metadata_props
+    return isinstance(value.const_value, ir.ExternalTensor) and not value.is_graph_input()
 
 
 def _infos(values: Iterable[ir.Value]) -> Iterator[onnx.ValueInfoProto]:
     """What a file says of the names, types and shapes of `values`."""
     alike: dict[object, onnx.ValueInfoProto] = {}
     for value in values:
-        key = value.dtype, str(value.shape)
+        key = value.dtype, value.shape is None, *(value.shape or ())
         if key not in alike:
             alike[key] = ir.serde.serialize_value(value)
         alike[key].name = value.name or ""
@@ -121,7 +117,7 @@ def _tensors(values: Iterable[ir.Value]) -> Iterator[onnx.TensorProto]:
     alike: dict[object, onnx.TensorProto] = {}
     for value in values:
         tensor = cast(ir.ExternalTensor, value.const_value)
-        key = tensor.dtype, str(tensor.shape)
+        key = tensor.dtype, *tensor.shape
         if key not in alike:
             alike[key] = ir.serde.serialize_tensor(tensor)
         alike[key].name = value.name or ""

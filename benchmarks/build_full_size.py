@@ -1,9 +1,9 @@
-"""Build Scout and Maverick at full size, and measure seconds, memory and bytes.
+"""Build Scout, Maverick and DeepSeek-V3 at full size, and measure seconds, memory and bytes.
 
-    python benchmarks/build_full_size.py [--no-peer] [--json FILE]
+    python benchmarks/build_full_size.py [--no-peer] [--models NAME ...] [--json FILE]
 
-The script builds each model in four ways. Each build runs in a new process, and the clock starts
-after its imports:
+The script builds Scout and Maverick in four ways, and DeepSeek-V3 in three. Each build runs in a
+new process, and the clock starts after its imports:
 
 - `by moec`: from a preset to a checked ONNX model, without weights;
 - `by moec, weights`: from a checkpoint of full size, with weights left in place. The checkpoint has
@@ -14,6 +14,10 @@ after its imports:
 - `W4A16` and `W4A16, ort` (Scout alone): 4-bit integers with zero points in groups of 128, from a
   sparse checkpoint in place for target onnx, and without weights for target ort. Their limits are
   10 s in total, and 1 GB;
+- `weightless`, `FP8 in place` and `FP8 by bind` (DeepSeek-V3 alone): from the preset; from a sparse
+  checkpoint in block FP8, with 45,000 tensors of experts and as many of scales; and the same
+  weights bound to an artefact that was built without. The limits are 5 s and 0.8 GB, and 15 s and
+  1.5 GB. Proofs are no part of it;
 - `by torch.onnx`: the peer, torch's own exporter, without weights; see benchmarks/torch_export.py.
 
 The exit code is 1 if a build by moec fails or misses a limit.
@@ -38,16 +42,31 @@ from rich.markup import escape
 from rich.table import Table
 from sparse_checkpoint import bytes_on_disk, write_sparse_checkpoint
 
+from moec import export, load_spec
+from moec.artefact.manifest import Manifest
+from moec.spec.hf.quantization import read_scheme
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 
 VARIANTS = ("scout", "maverick")
+#: the model of many experts, each with tensors of its own
+MANY = "deepseek-v3"
 INT4, INT4_ORT = "W4A16", "W4A16, ort"
+WEIGHTLESS, IN_PLACE, BIND = "weightless", "FP8 in place", "FP8 by bind"
 BARE, BOUND, ORT, PEER = "by moec", "by moec, weights", "ort, weights", "by torch.onnx"
 #: limits of a build by moec; MB and GB are decimal
 PLAIN = {"graph_s": 3.0, "onnx_s": 3.0, "peak_gb": 0.6, "written_mb": 20.0}
 SHORT = {"total_s": 10.0, "peak_gb": 1.0}
+FP8 = {"total_s": 15.0, "peak_gb": 1.5}
 LIMITS = {BARE: PLAIN, BOUND: PLAIN, ORT: {"peak_gb": 1.0}, INT4: SHORT, INT4_ORT: SHORT, PEER: {}}
+LIMITS |= {WEIGHTLESS: {"total_s": 5.0, "peak_gb": 0.8}, IN_PLACE: FP8, BIND: FP8}
+#: what DeepSeek publishes in config.json
+BLOCKS = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 #: limits of the total seconds for target ort, whose graph has a branch for each expert
 ORT_TOTAL_S = {"scout": 5.0, "maverick": 10.0}
 
@@ -81,14 +100,19 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--no-peer", action="store_true", help="leave torch.onnx out")
+    models = (*VARIANTS, MANY)
+    parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     options = parser.parse_args()
     console = Console()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="moec-benchmark-") as folder:
-        for variant in VARIANTS:
-            with console.status(f"building {variant}"):
-                rows += builds(variant, Path(folder), not options.no_peer, console)
+        for model in options.models:
+            with console.status(f"building {model}"):
+                if model == MANY:
+                    rows += builds_of_many(Path(folder))
+                else:
+                    rows += builds(model, Path(folder), not options.no_peer, console)
     console.print(table(rows))
     if not options.no_peer:
         console.print("\n".join(ratios(rows)), highlight=False)
@@ -129,6 +153,18 @@ def builds(variant: str, folder: Path, peer: bool, console: Console) -> Iterator
         yield measure(variant, PEER, torch_build, variant, folder / f"{variant}.onnx")
 
 
+def builds_of_many(folder: Path) -> Iterator[Row]:
+    """Build DeepSeek-V3 in each way, in folders below `folder`."""
+    yield measure(MANY, WEIGHTLESS, moec_build, MANY, folder / "many-bare")
+    spec, checkpoint = PRESETS[MANY], folder / "many-checkpoint"
+    scheme = read_scheme(BLOCKS, Path("config.json"), spec)
+    write_sparse_checkpoint(spec.model_copy(update={"scheme": scheme}), checkpoint, 5 * 10**9)
+    yield measure(MANY, IN_PLACE, moec_build, checkpoint, folder / "many-bound")
+    unbound = folder / "many-unbound"
+    export(load_spec(checkpoint), target="onnx", out=unbound)
+    yield measure(MANY, BIND, bind_to, f"{unbound}:{checkpoint}", folder / "many-bind")
+
+
 def measure(
     model: str, build: str, function: Callable[[str, str], Figures], source: object, out: Path
 ) -> Row:
@@ -144,6 +180,14 @@ def ort_build(source: str, out: str) -> Figures:
     return moec_build(source, out, "ort")
 
 
+def bind_to(source: str, out: str) -> Figures:
+    """Bind "ARTEFACT:CHECKPOINT". It runs in its own process."""
+    from moec import bind
+
+    artefact, _, checkpoint = source.partition(":")
+    return measured(lambda: bind(artefact, checkpoint, out).manifest)
+
+
 def unbound_build(source: str, out: str) -> Figures:
     """Build for target ort from the config in `source` alone."""
     from moec import load_spec
@@ -155,12 +199,20 @@ def moec_build(source: str | ModelSpec, out: str, target: str = "onnx") -> Figur
     """Build a preset, a checkpoint folder or a spec. It runs in its own process."""
     from moec import export
 
+    return measured(lambda: export(source, target=target, out=out).manifest)
+
+
+def measured(build: Callable[[], Manifest]) -> Figures:
+    """The figures of a build; the clock starts after its imports."""
+    from moec.exporters.builder import builder_of
+
+    builder_of("onnx")  # imports it
     before, start = traffic(), time.perf_counter()
-    built = export(source, target=target, out=out).manifest
+    built = build()
     total, after = time.perf_counter() - start, traffic()
     seconds = built.build.seconds
     return {
-        "graph_s": seconds["graph"],
+        "graph_s": seconds.get("graph", 0.0),
         "onnx_s": sum(seconds[stage] for stage in seconds.keys() - {"read", "graph"}),
         "total_s": total,
         "read_mb": (after["rchar"] - before["rchar"]) / 1e6,
@@ -208,7 +260,7 @@ def table(rows: list[Row]) -> Table:
 def ratios(rows: list[Row]) -> Iterator[str]:
     """For each model, the peer's time and memory divided by those of `by moec`."""
     by_name = {(row.model, row.build): row for row in rows}
-    for model in VARIANTS:
+    for model in {row.model for row in rows} & {*VARIANTS}:
         ours, peer = by_name[model, BARE], by_name[model, PEER]
         if ours.total_s and ours.peak_gb and peer.total_s and peer.peak_gb:
             slower, larger = peer.total_s / ours.total_s, peer.peak_gb / ours.peak_gb

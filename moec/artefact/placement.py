@@ -123,10 +123,8 @@ def place(
                 sha256[shard.path] = _copy(shard.path, target, progress, own)
                 copied += shard.size
         _companions(checkpoint, folder)
-    at_root = {
-        name: replace(entry, file=root / names[entry.file], changes=())
-        for name, entry in entries.items()
-    }
+    files = {file: root / name for file, name in names.items()}
+    at_root = {name: entry.copied(files[entry.file]) for name, entry in entries.items()}
     refs = {
         name: TensorRef(file=names[entry.file], offset=entry.offset, length=entry.nbytes)
         for name, entry in entries.items()

@@ -11,6 +11,8 @@ from moec.graph_builder.module import module_of
 from moec.graph_builder.ops import Op
 from moec.graph_builder.roles import Place
 from moec.graph_builder.types import TensorType
+from moec.graph_builder.weights import add_list, add_weight
+from moec.spec import names
 from moec.weights.view import TORCH_DTYPES
 
 
@@ -51,16 +53,17 @@ class Builder:
     def parameter(self, name: str) -> fx.Node:
         """The node of parameter `name`. A second call returns the same node."""
         if name not in self._known:
-            shape, dtype = self._shapes[name], TORCH_DTYPES[self._stored(name)]
-            owner, _, leaf = name.rpartition(".")
-            weight = nn.Parameter(
-                torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
-            )
-            submodule(self._root, owner).register_parameter(leaf, weight)
-            # `get_attr` would look for the parameter first, which costs seconds for 45,000 of them
-            node = self._graph.create_node("get_attr", name)
-            self._known[name] = tag(node, name, TensorType(shape, dtype))
+            self._known[name] = add_weight(self._root, self._graph, name, self._kind(name))
         return self._known[name]
+
+    def experts(self, parameter: str, count: int) -> fx.Node:
+        """The list of the tensors in which `count` experts have their shares of `parameter`."""
+        parts = [part for e in range(count) for part in names.separate(parameter, e)]
+        kinds = {part: self._kind(part) for part in parts}
+        return add_list(self._root, self._graph, names.list_of(parameter), kinds)
+
+    def _kind(self, name: str) -> TensorType:
+        return TensorType(self._shapes[name], TORCH_DTYPES[self._stored(name)])
 
     def emit(self, op: Op, *args: Any, name: str, place: Place | None = None) -> fx.Node:
         """Add a node that calls `op`. The shape rule of `op` checks the operands first.
@@ -132,15 +135,3 @@ def tag(node: fx.Node, name: str, kind: Any) -> fx.Node:
 def _placed(node: fx.Node, place: Place) -> fx.Node:
     node.meta["role"] = place
     return node
-
-
-def submodule(root: nn.Module, path: str) -> nn.Module:
-    """The module at `path` below `root`. Modules that are missing are made."""
-    module = root
-    for part in filter(None, path.split(".")):
-        found = module._modules.get(part)
-        if found is None:
-            found = nn.Module()
-            module.add_module(part, found)
-        module = found
-    return module

@@ -279,17 +279,10 @@ def _moe(b: Builder, each: Experts, i: int, x: fx.Node) -> fx.Node:
         name=names.moe(i, "route"),
         places=(Place(Role.SCORES, i), Place(Role.CHOICE, i)),
     )
-    weights: list[fx.Node] | list[list[fx.Node]]
     if all(map(b.knows, names.routed(i))):
         op, weights = ops.moe, [b.parameter(name) for name in names.routed(i)]
     else:
-        op, weights = (
-            ops.separate_moe,
-            [
-                [b.parameter(part) for e in range(each.count) for part in names.separate(name, e)]
-                for name in names.routed(i)
-            ],
-        )
+        op, weights = ops.separate_moe, [b.experts(name, each.count) for name in names.routed(i)]
     routed = (x, scores, experts, how.weighed, *weights)
     name, place = names.moe(i, "routed"), Place(Role.EXPERTS, i)
     if each.shared_hidden is None:

@@ -12,6 +12,7 @@ Artefacts, manifests and checkpoints of scales hold these names: changing one br
 """
 
 import re
+from collections.abc import Iterable, Iterator
 
 Index = int | str
 
@@ -150,13 +151,37 @@ def scaled(scale: str) -> str:
     return scale.removesuffix("_scale").removesuffix("_input")
 
 
-def separate(parameter: str, expert: int) -> tuple[str, ...]:
+def separate(parameter: str, expert: Index) -> tuple[str, ...]:
     """Where each expert has tensors of its own: the names of one expert's share of `parameter`.
 
     Each is a matrix [out, in]; "gate_up" is two of them.
     """
     stem, _, parts = parameter.rpartition(".")
     return tuple(_join(stem, "experts", expert, part, "weight") for part in parts.split("_"))
+
+
+#: stands for an expert's number in a pattern: a name or a key that is the same for all experts
+EACH = "{e}"
+
+
+def of_each(patterns: Iterable[str], count: int | None) -> Iterator[str]:
+    """The names that `patterns` stand for: all of expert 0, all of expert 1, ... of `count`.
+
+    They are the names themselves if `count` is None.
+    """
+    if count is None:
+        yield from patterns
+        return
+    halves = [pattern.partition(EACH)[::2] for pattern in patterns]
+    for expert in range(count):
+        for start, end in halves:
+            yield f"{start}{expert}{end}"
+
+
+def list_of(parameter: str) -> str:
+    """Where each expert has tensors of its own: the name of the list of those of `parameter`."""
+    stem, _, part = parameter.rpartition(".")
+    return _join(stem, "experts", part)
 
 
 def holds_routed(tensor: str) -> bool:
@@ -178,10 +203,13 @@ def split_expert(name: str) -> tuple[str, int | None]:
 
 
 def template(name: str) -> tuple[str, dict[str, str]]:
-    """A name with "{i}" for the layer and "{e}" for the expert, and what these stand for."""
-    numbers = dict(zip("ie", re.findall(r"(?:layers|experts)\.(\d+)", name), strict=False))
+    """A name with "{i}" for the layer and "{e}" for the expert, and what these stand for.
+
+    The expert of a pattern is "{e}" itself.
+    """
+    numbers = dict(zip("ie", re.findall(r"(?:layers|experts)\.(\d+|{e})", name), strict=False))
     text = re.sub(r"^(.*?layers)\.(\d+)", r"\1.{i}", name)
-    return re.sub(r"experts\.(\d+)", "experts.{e}", text), numbers
+    return re.sub(r"experts\.(\d+)", f"experts.{EACH}", text), numbers
 
 
 def family(name: str) -> str:

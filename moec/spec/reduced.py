@@ -2,15 +2,22 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from moec.spec.model import ALPHABETS, ModelSpec
+from moec.spec.model import ALPHABETS, ModelSpec, TextSpec
 from moec.spec.parts.attention import Latent
 from moec.spec.parts.routing import Experts
 from moec.spec.scheme import Rule, Scheme
 from moec.spec.tensors import eligible
 
 CHUNK = 8
+#: the most routed experts of all layers that are all kept: a proof of more would take minutes
+MOST_EXPERTS = 4096
+#: the fewest experts that a layer keeps: exporters write more than 32 in another way than 32
+MANY = 33
+#: the fewest layers that a model keeps
+LAYERS = 4
 
 
 def reduced(
@@ -26,8 +33,16 @@ def reduced(
     The attention chunk becomes 8 tokens, and every other length in tokens shrinks with it. A proof
     of a few dozen tokens then crosses several chunk borders and temperature steps. An image tile
     becomes 4 tokens.
+
+    If the layers of `spec` have over `MOST_EXPERTS` routed experts together, a layer keeps as few
+    as leave something to choose, in all groups, and without `layers` the depth becomes the least
+    that has two layers of each kind.
     """
     text = spec.text
+    routed = sum(layer.experts.count for layer in text.all_layers if layer.experts)
+    if text.experts and routed > MOST_EXPERTS:
+        text = text.model_copy(update={"experts": _fewer(text.experts)})
+        layers = layers or _depth(text)
     scaling = text.rope_scaling
     patterns = {name: getattr(text, name)[: layers or text.layers] for name in ALPHABETS}
     small = text.model_copy(
@@ -88,6 +103,20 @@ def _experts(experts: Experts, block: int) -> Experts:
     """Narrow experts; several shared ones stay wider than one routed expert."""
     shared = experts.shared_hidden and block * min(2, -(-experts.shared_hidden // experts.hidden))
     return experts.model_copy(update={"hidden": block, "shared_hidden": shared})
+
+
+def _depth(text: TextSpec) -> int:
+    """The least depth, `LAYERS` or more, that has two layers of each kind, or all of a kind."""
+    kinds = [replace(layer, index=0) for layer in text.all_layers]
+    second = {at for at, kind in enumerate(kinds) if kinds[:at].count(kind) <= 1}
+    return min(text.layers, max(LAYERS, 1 + max(second)))
+
+
+def _fewer(experts: Experts) -> Experts:
+    """As few experts as leave something to choose in each kept group, and at least `MANY`."""
+    how = experts.routing
+    least = max(2, -(-MANY // how.groups), experts.top_k // how.kept_groups + 1)
+    return experts.model_copy(update={"count": min(experts.count, how.groups * least)})
 
 
 def _latent(latent: Latent, block: int, head_dim: int) -> Latent:

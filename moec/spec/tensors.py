@@ -16,13 +16,15 @@ routed experts then have tensors of their own.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import chain, cycle
+from typing import NamedTuple, get_args
 
 from moec.spec import names
+from moec.spec.data import DType
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import Shape, parameters
-from moec.spec.scheme import STATIC, Rule, Scheme
+from moec.spec.scheme import STATIC, Rule
 
 
 class Kind(NamedTuple):
@@ -32,30 +34,61 @@ class Kind(NamedTuple):
     dtype: str
 
 
+class Group(NamedTuple):
+    """The stored tensors of one parameter, by name.
+
+    With `experts`, the names are patterns for each of that many experts: see `names.of_each`.
+    """
+
+    kinds: dict[str, Kind]
+    experts: int | None = None
+
+
 def tensors(spec: ModelSpec) -> dict[str, Kind]:
     """Every stored tensor of `spec`, by name. Without a scheme these are the parameters.
 
     Raises:
         MoecError: the scheme does not fit the model; see `quantized`.
     """
-    rules = quantized(spec)
     found: dict[str, Kind] = {}
+    for group in groups(spec):
+        kinds = cycle(group.kinds.values())
+        found.update(zip(names.of_each(group.kinds, group.experts), kinds, strict=False))
+    if spec.separate_experts and spec.dtypes:  # experts may differ
+        wide = (name for name, kind in found.items() if kind.dtype in get_args(DType))
+        apart = [name for name in wide if names.holds_routed(name)]
+        found |= {name: Kind(found[name].shape, spec.stored(name)) for name in apart}
+    return found
+
+
+def groups(spec: ModelSpec) -> Iterator[Group]:
+    """The stored tensors of `spec`, those of one parameter at a time.
+
+    The types of wide experts that have tensors of their own are those that most of them have.
+
+    Raises:
+        MoecError: as `tensors`.
+    """
+    rules = quantized(spec)
     for name, shape in parameters(spec).items():
-        if name in rules:
-            found.update(_stored(spec, name, shape, rules[name]))
-        elif spec.separate_experts and names.is_routed(name):
+        rule = rules.get(name)
+        separate = len(shape) == 3 and (
+            spec.scheme and spec.scheme.separate_experts if rule else spec.separate_experts
+        )
+        if separate:
             count, inner, outer = shape
-            each = [names.separate(name, expert) for expert in range(count)]
-            matrix = (outer // len(each[0]), inner)
-            found |= {part: Kind(matrix, spec.stored(part)) for parts in each for part in parts}
+            parts = names.separate(name, names.EACH)
+            matrix = (outer // len(parts), inner)
+            rows = (_matrix(each, matrix, rule, spec) for each in parts)
+            yield Group(dict(chain.from_iterable(rows)), count)
+        elif rule is None or (spec.scheme and spec.scheme.int4):
+            yield Group(dict(_matrix(name, shape, rule, spec)))
         else:
-            found[name] = Kind(shape, spec.stored(name))
+            yield Group(dict(_stored(name, shape, rule, spec)))
     if spec.scheme and spec.scheme.cache:
         for layer in spec.text.all_layers:
-            for part in "kv":
-                name = names.scale_of(names.attention(layer.index, part))
-                found[name] = Kind((), spec.scheme.scales)
-    return found
+            scales = (names.scale_of(names.attention(layer.index, part)) for part in "kv")
+            yield Group(dict.fromkeys(scales, Kind((), spec.scheme.scales)))
 
 
 def quantized(spec: ModelSpec) -> dict[str, Rule]:
@@ -125,19 +158,10 @@ def eligible(spec: ModelSpec) -> list[str]:
     return [n for n, shape in parameters(spec).items() if len(shape) > 1 and n not in others]
 
 
-def _stored(spec: ModelSpec, name: str, shape: Shape, rule: Rule) -> Iterator[tuple[str, Kind]]:
+def _stored(name: str, shape: Shape, rule: Rule, spec: ModelSpec) -> Iterator[tuple[str, Kind]]:
+    """The tensors of a weight whose experts, if it has any, are in one tensor."""
     scheme = spec.scheme
     assert scheme is not None
-    if len(shape) == 3 and scheme.separate_experts:
-        count, inner, outer = shape
-        for expert in range(count):
-            parts = names.separate(name, expert)
-            for part in parts:
-                yield from _matrix(part, (outer // len(parts), inner), rule, scheme)
-        return
-    if scheme.int4:
-        yield from _matrix(name, shape, rule, scheme)
-        return
     yield name, Kind(shape, "fp8")
     yield names.scale_of(name), Kind(scale_shape(shape, rule.weight, scheme.block), scheme.scales)
     if rule.inputs in STATIC:
@@ -145,8 +169,14 @@ def _stored(spec: ModelSpec, name: str, shape: Shape, rule: Rule) -> Iterator[tu
         yield names.input_scale_of(name), Kind(each, scheme.scales)
 
 
-def _matrix(name: str, shape: Shape, rule: Rule, scheme: Scheme) -> Iterator[tuple[str, Kind]]:
-    """The tensors of a quantised weight [out, in]."""
+def _matrix(
+    name: str, shape: Shape, rule: Rule | None, spec: ModelSpec
+) -> Iterator[tuple[str, Kind]]:
+    """The tensors of a weight [out, in], which is wide if it has no scheme rule."""
+    scheme = spec.scheme
+    if rule is None or scheme is None:
+        yield name, Kind(shape, spec.stored(name))
+        return
     scales = scale_shape(shape, rule.weight, scheme.block)
     rows, columns = shape
     yield name, Kind((rows, columns // 2), "uint8") if scheme.int4 else Kind(shape, "fp8")

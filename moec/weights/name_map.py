@@ -53,7 +53,8 @@ def read_model(
     """
     spec, checkpoint = spelled(load_spec(folder), read_checkpoint(folder, named))
     spec = _with_experts(spec, checkpoint)
-    spec = _with_scales(_with_dtypes(spec, checkpoint), checkpoint)
+    theirs = keys(spec)
+    spec = _with_scales(_with_dtypes(spec, checkpoint, theirs), checkpoint, theirs)
     checkpoint = in_bytes(spec, checkpoint)
     entries = match(spec, checkpoint)
     if adapters:
@@ -73,7 +74,7 @@ def _with_experts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     if not any(".experts.0." in key and key.endswith(".weight") for key in checkpoint.tensors):
         return spec
     separate = spec.model_copy(update={"separate_experts": True})
-    fused, apart = ({row.key for row in checkpoint_tensors(each)} for each in (spec, separate))
+    fused, apart = (set(keys(each).values()) for each in (spec, separate))
     return separate if (apart - fused) & checkpoint.tensors.keys() else spec
 
 
@@ -114,16 +115,14 @@ def as_packed(
     return spec, found
 
 
-def _with_dtypes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+def _with_dtypes(spec: ModelSpec, checkpoint: Checkpoint, theirs: Mapping[str, str]) -> ModelSpec:
     """`spec` with the types of the wide weights: config.json may name another, or none.
 
     The type that most of them have is the model's. The others are named, all layers in one where
     they agree.
     """
-    kept = (each for each in checkpoint_tensors(spec) if each.dtype in get_args(DType))
-    stored = {
-        each.name: checkpoint.tensors.get(each.key) for each in kept if not is_scale(each.name)
-    }
+    wide = (name for name, kind in tensors(spec).items() if kind.dtype in get_args(DType))
+    stored = {name: checkpoint.tensors.get(theirs[name]) for name in wide if not is_scale(name)}
     return _typed(spec, {name: each.dtype for name, each in stored.items() if each})
 
 
@@ -143,12 +142,11 @@ def _typed(spec: ModelSpec, dtypes: dict[str, str]) -> ModelSpec:
     return spec.model_copy(update={"dtype": most, "dtypes": odd})
 
 
-def _with_scales(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+def _with_scales(spec: ModelSpec, checkpoint: Checkpoint, theirs: Mapping[str, str]) -> ModelSpec:
     """`spec` with the type of the checkpoint's scales, which no config contains."""
     if spec.scheme is None:
         return spec
-    scales = (each for each in checkpoint_tensors(spec) if is_scale(each.name))
-    found = (checkpoint.tensors.get(each.key) for each in scales)
+    found = (checkpoint.tensors.get(key) for name, key in theirs.items() if is_scale(name))
     wide = get_args(DType)
     dtype = next((each.dtype for each in found if each and each.dtype in wide), "fp32")
     return spec.model_copy(update={"scheme": spec.scheme.model_copy(update={"scales": dtype})})
@@ -214,7 +212,8 @@ def _checked_scale(row: CheckpointTensor, entry: TensorEntry, few: bool) -> Tens
     """
     if [n for n in entry.shape if n != 1] != [n for n in row.shape if n != 1]:
         return entry
-    entry = replace(entry, shape=row.shape)
+    if entry.shape != row.shape:
+        entry = replace(entry, shape=row.shape)
     if few and entry.dtype == row.dtype:
         from moec.weights.view import view  # torch, which a wide checkpoint is read without
 

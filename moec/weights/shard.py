@@ -55,6 +55,11 @@ class TensorEntry:
         more = {file for each in (*self.parts, *changes) for file in each.files}
         return more if self.parts else more | {self.file}
 
+    def copied(self, file: Path) -> "TensorEntry":
+        """The same tensor in a copy of its file, which has what adapters add to it."""
+        place = file, self.offset, self.nbytes
+        return TensorEntry(self.name, self.dtype, self.shape, *place, parts=self.parts)
+
     def __getitem__(self, index: int) -> "TensorEntry":
         """The entry of the slice at `index` of the first axis, such as one expert.
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.parts import build_graph
+from moec.graph_builder.weights import weights_of
 from moec.runtime.cache import new_cache
 from moec.spec.model import ModelSpec
 from moec.spec.names import scale_of, separate
@@ -68,7 +69,7 @@ def _inputs_by_weight(graph: fx.GraphModule) -> dict[str, Any]:
 
 
 def _uses_each_tensor_once(graph: fx.GraphModule, spec: ModelSpec) -> None:
-    used = Counter(node.target for node in graph.graph.nodes if node.op == "get_attr")
+    used = Counter(name for node in graph.graph.nodes for name in weights_of(node))
     kinds = tensors(spec)
     assert used == dict.fromkeys(kinds, 1)
     assert {name: tuple(p.shape) for name, p in graph.named_parameters()} == {

@@ -18,6 +18,7 @@ from torch import fx
 
 from moec.graph_builder.ops import Op
 from moec.graph_builder.types import TensorType
+from moec.graph_builder.weights import is_list, weights_of
 from moec.spec.data import dtypes
 from moec.spec.errors import MoecError
 from moec.spec.names import expert_of
@@ -200,6 +201,15 @@ def value(name: str, of: TensorType) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(DTYPES[of.dtype]), shape=ir.Shape(list(of.shape)))
 
 
+def weight_values(kinds: Mapping[str, TensorType]) -> dict[str, ir.Value]:
+    """ONNX values for weights by name. Those of one type share it: a list has hundreds of these."""
+    alike = {kind: value("", kind) for kind in set(kinds.values())}
+    return {
+        name: ir.Value(name=name, type=alike[kind].type, shape=alike[kind].shape)
+        for name, kind in kinds.items()
+    }
+
+
 def type_of(x: ir.Value) -> TensorType:
     """The type and shape of an ONNX value that this module made."""
     assert x.shape is not None and x.dtype is not None
@@ -241,13 +251,16 @@ def lower(
     defaults: list[ir.Value] = []
     outputs: Sequence[ir.Value] = ()
     for node in graph.graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
+        if node.op == "get_attr":
+            given = weight_values(weights_of(node))
+            weights.values |= given
+            stored.update(given)
+            values[node] = list(given.values())
+            if not is_list(node):
+                (values[node],) = values[node]
+        elif node.op == "placeholder":
             values[node] = value(node.meta["name"], node.meta["type"])
-            if node.op == "placeholder":
-                inputs.append(values[node])
-            else:
-                weights.values[node.meta["name"]] = values[node]
-                stored.add(node.meta["name"])
+            inputs.append(values[node])
             if (default := node.meta.get("default")) is not None:
                 values[node].const_value = ir.tensor(default, name=node.meta["name"])
                 defaults.append(values[node])

@@ -45,6 +45,7 @@ from moec.exporters.onnx.vision import (
 from moec.graph_builder import ops
 from moec.graph_builder.ops.operands import Fp8Moe
 from moec.graph_builder.types import TensorType
+from moec.graph_builder.weights import is_list
 
 OPSET = 24
 _Compute = Callable[[ir.Value, TensorType, str], ir.Value]
@@ -219,7 +220,7 @@ def _to_float32(e: Emitter, node: fx.Node, x: ir.Value) -> ir.Value:
 def _is_separate(node: fx.Node) -> bool:
     """Whether FP8 experts have tensors of their own."""
     operands: Fp8Moe[fx.Node] = Fp8Moe(*cast(Any, node.args))
-    return len(operands.gate_up) > 1
+    return is_list(operands.gate_up)
 
 
 STANDARD = (

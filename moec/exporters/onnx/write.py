@@ -11,7 +11,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import fx
 
 from moec.artefact.manifest import Port
-from moec.exporters.onnx.external_data import set_external_data
+from moec.exporters.onnx.external_data import set_external_data, write_model
 from moec.exporters.onnx.genai import PART
 from moec.exporters.onnx.lowering import Lowered, Rule, lower
 from moec.exporters.onnx.ort import ORT, ORT_GIVEN, ORT_INT4, ORT_INT8, ORT_PACKED
@@ -101,7 +101,7 @@ def save_checked(model: ir.Model, path: Path) -> None:
     the first.
     """
     path.parent.mkdir(exist_ok=True)
-    ir.save(model, path)
+    write_model(model, path)
     plain = set(model.opset_imports) == {""}
     few = next(islice(model.graph.all_nodes(), MOST_INFERRED, None), None) is None
     onnx.checker.check_model(str(path), full_check=plain and few)
@@ -114,7 +114,7 @@ def save_bound(model: ir.Model, path: Path, entries: Mapping[str, TensorEntry], 
     """
     set_external_data(model, entries, root)
     path.parent.mkdir(exist_ok=True)
-    ir.save(model, path)
+    write_model(model, path)
 
 
 def ports(values: Sequence[ir.Value]) -> tuple[Port, ...]:

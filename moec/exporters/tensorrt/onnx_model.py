@@ -9,7 +9,7 @@ from torch import fx
 
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import Ports
-from moec.exporters.onnx.external_data import set_external_data
+from moec.exporters.onnx.external_data import set_external_data, write_model
 from moec.exporters.onnx.write import lower_model, ports
 from moec.exporters.precision import fp8_packings
 from moec.exporters.tensorrt.support import wants_plugin
@@ -83,7 +83,7 @@ def save_bound(
         == entry.shape  # else `entry` is one of several joined tensors
     }
     set_external_data(model, inside, root)
-    ir.save(model, path)
+    write_model(model, path)
 
 
 def ports_of(model: ir.Model) -> Ports:

@@ -5,16 +5,16 @@
 
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call, call_each, stand_in, submodule, tag
+from moec.graph_builder.builder import call, call_each, stand_in
 from moec.graph_builder.ops.operands import Attend, BufferedAttention, arguments
 from moec.graph_builder.passes.buffers import without_unused
 from moec.graph_builder.passes.torch_support import check_fusible
 from moec.graph_builder.roles import Role, find_input, finder
 from moec.graph_builder.types import TensorType
+from moec.graph_builder.weights import add_weight, drop_unused
 from moec.spec import names
 from moec.spec.model import LayerSpec, ModelSpec
 from moec.weights.joined import joined_tensors
@@ -48,7 +48,7 @@ def fuse(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
     }
     output.args, output.meta["outputs"] = (tuple(kept.values()),), tuple(kept)
     without_unused(graph)
-    graph.delete_all_unused_submodules()
+    drop_unused(graph)
     return graph
 
 
@@ -65,7 +65,7 @@ def fuse_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
         if layer.moe:
             rewrite.moe(layer.index)
     without_unused(graph)
-    graph.delete_all_unused_submodules()
+    drop_unused(graph)
     return graph
 
 
@@ -143,7 +143,4 @@ class _Rewrite:
     def parameter(self, name: str) -> fx.Node:
         """A node for the joined tensor `name`."""
         shape, dtype = self.kinds[name].shape, STORED[self.kinds[name].dtype]
-        owner, _, leaf = name.rpartition(".")
-        weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-        submodule(self.root, owner).register_parameter(leaf, weight)
-        return tag(self.graph.get_attr(name), name, TensorType(shape, dtype))
+        return add_weight(self.root, self.graph, name, TensorType(shape, dtype))

@@ -1,15 +1,16 @@
 """Quantise a graph as the scheme of a spec says: the weights, and the inputs of products."""
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call, stand_in, submodule, tag
+from moec.graph_builder.builder import call, stand_in
 from moec.graph_builder.ops.operands import Moe
 from moec.graph_builder.roles import cached
 from moec.graph_builder.types import TensorType
+from moec.graph_builder.weights import add_list, add_weight, drop_unused
 from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import STATIC, Rule, Scheme
@@ -39,8 +40,7 @@ def quantize(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
             with graph.graph.inserting_before(node):
                 rewrite(node)
     graph.graph.eliminate_dead_code()
-    if not spec.scheme.int4:  # `forget` has removed the wide weights one by one
-        graph.delete_all_unused_submodules()
+    drop_unused(graph)
     graph.recompile()
     return graph
 
@@ -53,7 +53,7 @@ class _Rewrite:
     ) -> None:
         self.root, self.graph = graph, graph.graph
         self.scheme, self.rules, self.kinds = scheme, rules, tensors(spec)
-        self.experts = spec.text.expert_count
+        self.count = spec.text.expert_count
         self.inputs: dict[tuple[fx.Node, str], fx.Node] = {}  # rounded once for q, k and v
         self.wide: dict[str, fx.Node] = {}  # dequantised weights of several products
 
@@ -61,31 +61,28 @@ class _Rewrite:
         """Rewrite `node` if the scheme says so."""
         raise NotImplementedError
 
-    def parts(self, stacked: str) -> tuple[str, ...]:
-        """The stored tensors that hold the experts of a stacked weight."""
-        if not self.scheme.separate_experts:
-            return (stacked,)
-        return tuple(part for e in range(self.experts) for part in names.separate(stacked, e))
-
     def parameter(self, name: str) -> fx.Node:
         """Add a node for the stored tensor `name`."""
+        return add_weight(self.root, self.graph, name, self.kind(name))
+
+    def experts(self, stacked: str, tensor: Callable[[str], str] = str) -> fx.Node:
+        """Add a node for the stored tensors that hold the experts of a stacked weight.
+
+        `tensor` names what is wanted of each, such as the scales of its values.
+        """
+        parts = (part for e in range(self.count) for part in names.separate(stacked, e))
+        kinds = {name: self.kind(name) for name in map(tensor, parts)}
+        return add_list(self.root, self.graph, tensor(names.list_of(stacked)), kinds)
+
+    def kind(self, name: str) -> TensorType:
+        """The type of the stored tensor `name`."""
         shape, dtype = self.kinds[name]
-        owner, _, leaf = name.rpartition(".")
-        meta = torch.empty(shape, dtype=STORED[dtype], device="meta")
-        module = submodule(self.root, owner)
-        module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
-        node = self.graph.create_node("get_attr", name)  # `get_attr` would look the name up again
-        return tag(node, name, TensorType(shape, meta.dtype))
+        return TensorType(shape, STORED[dtype])
 
     def forget(self, *wide: fx.Node) -> None:
         for node in wide:
-            if node.users:  # another node still uses it unquantised
-                continue
-            name = str(node.target)
-            self.graph.erase_node(node)
-            if name not in self.kinds:
-                owner, _, leaf = name.rpartition(".")
-                delattr(self.root.get_submodule(owner), leaf)
+            if not node.users:  # else another node still uses it unquantised
+                self.graph.erase_node(node)
 
 
 class _Fp8(_Rewrite):
@@ -151,11 +148,11 @@ class _Fp8(_Rewrite):
             return
         weights: list[object] = []
         for fused in experts:
-            parts = self.parts(fused)
-            weights += [
-                [self.parameter(each) for each in parts],
-                [self.parameter(names.scale_of(each)) for each in parts],
-            ]
+            for tensor in (str, names.scale_of):
+                one = not self.scheme.separate_experts
+                weights.append(
+                    [self.parameter(tensor(fused))] if one else self.experts(fused, tensor)
+                )
         inputs = [
             self.parameter(names.input_scale_of(fused)) if rule.inputs in STATIC else None
             for fused in experts
@@ -203,15 +200,17 @@ class _Int4(_Rewrite):
             self.linear(node, *args)
         elif node.target == ops.moe.target:
             old = Moe(*args)
-            self.moe(node, args[:4], {old.gate_up.meta["name"]: [], old.down.meta["name"]: []})
+            self.moe(node, args[:4], dict.fromkeys(self.routed(node)))
             self.forget(old.gate_up, old.down)
         elif node.target == ops.separate_moe.target:
             self.moe(node, args[:4], dict(zip(self.routed(node), args[4:], strict=True)))
-            self.forget(*args[4], *args[5])
+            self.forget(*args[4:])
 
     def linear(self, node: fx.Node, x: fx.Node, old: fx.Node, bias: fx.Node | None) -> None:
-        (codes,), (scale,), zeros = self.stored((str(old.meta["name"]),))
-        tensors = codes, scale, zeros[0] if zeros else None
+        name = str(old.meta["name"])
+        tensors = [self.parameter(name), self.parameter(names.scale_of(name)), None]
+        if self.scheme.zero_points:
+            tensors[2] = self.parameter(names.zero_point_of(name))
         new = call(
             self.graph, ops.int4_linear, x, *tensors, bias, self.scheme.scales, name=_label(node)
         )
@@ -219,27 +218,25 @@ class _Int4(_Rewrite):
         self.graph.erase_node(node)
         self.forget(old)
 
-    def moe(self, node: fx.Node, routed: list[Any], weights: dict[str, list[fx.Node]]) -> None:
+    def moe(self, node: fx.Node, routed: list[Any], weights: dict[str, fx.Node | None]) -> None:
         """`weights` are the wide ones of each parameter of `node`, where experts are separate."""
         if not self.rules.keys() & weights.keys():
             return
-        tensors: list[list[fx.Node]] = []
+        tensors: list[fx.Node | list[fx.Node]] = []
         for name, wide in weights.items():
-            tensors += self.stored(self.parts(name)) if name in self.rules else ([*wide], [], [])
+            tensors += self.stored(name) if name in self.rules else (wide or [], [], [])
         new = call(
             self.graph, ops.int4_moe, *routed, *tensors, self.scheme.scales, name=_label(node)
         )
         stand_in(new, node)
         self.graph.erase_node(node)
 
-    def stored(self, parts: tuple[str, ...]) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
-        """The codes, scales and zero points of weights."""
-        zeros = parts if self.scheme.zero_points else ()
-        return (
-            [self.parameter(each) for each in parts],
-            [self.parameter(names.scale_of(each)) for each in parts],
-            [self.parameter(names.zero_point_of(each)) for each in zeros],
-        )
+    def stored(self, stacked: str) -> list[fx.Node | list[fx.Node]]:
+        """The codes, scales and zero points of the experts of a stacked weight."""
+        codes, scales = self.experts(stacked), self.experts(stacked, names.scale_of)
+        if not self.scheme.zero_points:
+            return [codes, scales, []]
+        return [codes, scales, self.experts(stacked, names.zero_point_of)]
 
     def routed(self, node: fx.Node) -> tuple[str, str]:
         layer = names.layer_of(_label(node))

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from moec.artefact.artefact import Entry
 from moec.graph_builder.parts import build_graph
 from moec.graph_builder.passes.follow import follow
 from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.tap import tap
+from moec.graph_builder.weights import set_weight
 from moec.runtime.engines.engine import Run
 from moec.spec.model import ModelSpec
 from moec.weights.packing import Packed
@@ -60,8 +61,5 @@ def eager_engine(
 def fill(graph: fx.GraphModule, entries: Mapping[str, Entry]) -> None:
     """Replace the meta weights of `graph` by views of their bytes; unpack packed weights."""
     for name in dict(graph.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
         entry = entries[name]
-        found = entry.read() if isinstance(entry, Packed) else view(entry)
-        weight = nn.Parameter(found, requires_grad=False)
-        setattr(graph.get_submodule(owner), leaf, weight)
+        set_weight(graph, name, entry.read() if isinstance(entry, Packed) else view(entry))

@@ -51,7 +51,8 @@ def listed(modules: list[str], patterns: list[str], kind: Kind, at: Fields, fiel
             raise at.error(field, f"{expression!r}: {error}", "valid regular expressions") from None
     left = [module for module in dict.fromkeys(modules) if module not in found]
     ends = tuple(patterns) if kind == "transformers" else ()
-    found.update(matching(left, simple, ends))
+    one = "|".join(f"(?:{each})" for each in simple)  # a call for each name, and not for each pair
+    found.update(matching(left, [one] if simple else [], ends))
     if other:
         indices, _ = shared().ask(
             f"{__name__}:match_all",
@@ -100,7 +101,8 @@ def matching(modules: list[str], expressions: list[str], ends: tuple[str, ...] =
         module
         for module in modules
         if any(
-            name.endswith(ends) or any(test(name) for test in tests) for name in _spellings(module)
+            name.endswith(ends) or any(test(name) for test in tests)
+            for name in set(_spellings(module))
         )
     ]
 

@@ -6,7 +6,7 @@ from moec.spec.fields import Fields, shown
 from moec.spec.hf.listed import Kind, listed
 from moec.spec.hf.names import key_of, prefixed
 from moec.spec.model import ModelSpec
-from moec.spec.names import family, is_router, separate
+from moec.spec.names import EACH, family, is_router, of_each, separate
 from moec.spec.scheme import INT4, Layout, Scheme
 from moec.spec.tensors import eligible
 
@@ -78,14 +78,12 @@ def scheme_of(
 
 def modules(name: str, spec: ModelSpec, separate_experts: bool) -> list[str]:
     """The checkpoint's modules that hold a parameter: one, or one for each separate expert."""
-    parts = [name]
-    if separate_experts and not name.endswith(".weight"):
-        parts = [part for e in range(spec.text.expert_count) for part in separate(name, e)]
+    apart = separate_experts and not name.endswith(".weight")
+    parts = separate(name, EACH) if apart else (name,)
     prefix = "language_model." if spec.vision else ""
-    return [
-        prefixed(key_of(part, architecture=spec.architecture), prefix).rpartition(".")[0]
-        for part in parts
-    ]
+    theirs = (prefixed(key_of(part, architecture=spec.architecture), prefix) for part in parts)
+    own = (key.rpartition(".")[0] for key in theirs)
+    return list(of_each(own, spec.text.expert_count if apart else None))
 
 
 def _patterns(chosen: list[str], names: list[str]) -> list[str]:

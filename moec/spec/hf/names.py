@@ -5,13 +5,11 @@ has the key of the plain weight, one of 4-bit integers its own. The keys of scal
 scheme's layout.
 """
 
-from functools import lru_cache
-
 from moec.spec import names
 from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import INT4, Layout
-from moec.spec.tensors import tensors
+from moec.spec.tensors import groups
 
 #: what the keys of the decoder start with in a checkpoint with a vision tower
 DECODER = "language_model."
@@ -33,13 +31,16 @@ def keys(spec: ModelSpec) -> dict[str, str]:
     """
     prefix = DECODER if spec.vision else ""
     layout = spec.scheme.layout if spec.scheme else "moec"
-    found = tensors(spec)
-    packed = {name for name in found if layout == INT4 and names.scale_of(name) in found}
-    return {
-        name: prefixed(key_of(name, layout, spec.architecture), prefix)
-        + ("_packed" if name in packed else "")
-        for name in found
-    }
+    found: dict[str, str] = {}
+    for own, experts in groups(spec):
+        theirs = [
+            prefixed(key_of(name, layout, spec.architecture), prefix)
+            + ("_packed" if layout == INT4 and names.scale_of(name) in own else "")
+            for name in own
+        ]
+        each = names.of_each(own, experts), names.of_each(theirs, experts)
+        found.update(zip(*each, strict=True))
+    return found
 
 
 def prefixed(key: str, prefix: str) -> str:
@@ -47,9 +48,11 @@ def prefixed(key: str, prefix: str) -> str:
     return key if key.startswith(TOWER) else prefix + key
 
 
-@lru_cache(maxsize=1 << 18)  # a model of separate experts asks for 90,000, several times
 def key_of(name: str, layout: Layout = "moec", architecture: str = "llama4") -> str:
-    """The checkpoint key of the tensor `name`, without prefix. `layout` matters for scales only."""
+    """The checkpoint key of the tensor `name`, without prefix. `layout` matters for scales only.
+
+    The key of a pattern for each expert is one too: see `moec.spec.names.of_each`.
+    """
     if names.is_cache_scale(name):
         template, numbers = names.template(name)
         key = _CACHE_SCALES.get(layout, _CACHE_SCALES["modelopt"])

@@ -22,9 +22,7 @@ def in_function(write: Write) -> Write:
     def lower(e: Emitter, node: fx.Node, operands: Any) -> ir.Value:
         given = {field.name: getattr(operands, field.name) for field in fields(operands)}
         inputs = dict(_tensors(given))
-        kinds = tuple((name, type_of(each)) for name, each in inputs.items())
-        rest = tuple((name, each) for name, each in given.items() if isinstance(each, _PLAIN))
-        key = (str(node.target), kinds, rest)
+        key = (str(node.target), *fx.map_arg(node.args, lambda arg: arg.meta["type"]))
         if key not in e.functions:
             name = f"{node.target.__name__.partition('.')[0]}_{len(e.functions)}"  # type: ignore[union-attr]
             inner = Emitter(name, [], {}, e.weights, e.opset)
@@ -35,9 +33,6 @@ def in_function(write: Write) -> Write:
         return e.op(f"{FUNCTIONS}::{name}", list(inputs.values()), node.meta["type"])
 
     return lower
-
-
-_PLAIN = str | int | float | bool | None
 
 
 def _tensors(given: dict[str, Any]) -> list[tuple[str, ir.Value]]:

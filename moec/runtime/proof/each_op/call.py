@@ -19,6 +19,7 @@ from moec.graph_builder.ops.operands import Route
 from moec.graph_builder.ops.registry import OPS
 from moec.graph_builder.roles import Role
 from moec.graph_builder.types import TensorType
+from moec.graph_builder.weights import value_of
 from moec.runtime.proof.each_op.distance import (
     Distance,
     Function,
@@ -64,7 +65,6 @@ def each_op(
     flips: set[fx.Node] = set()
     own: dict[str, Tensor] = {}
     open_names = set(found)
-    weights = dict(graph.named_parameters())
     for node in graph.graph.nodes:
         name = node.meta.get("name")
         if node.op == "placeholder":
@@ -74,7 +74,7 @@ def each_op(
                 own = {"batch": mine, "batch*sequence": mine.flatten()}
             exact[node] = rounded[node] = value
         elif node.op == "get_attr":
-            exact[node] = rounded[node] = weights[str(node.target)]
+            exact[node] = rounded[node] = value_of(graph, node)
         elif node.op == "call_function":
             run = _function(node)
             exact[node] = run(*fx.map_arg(node.args, lambda arg: _double(exact[arg])))
@@ -108,6 +108,8 @@ def _function(node: fx.Node) -> Callable[..., Any]:
 
 
 def _double(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(map(_double, value))
     wide = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != FP8
     return value.double() if wide else value
 

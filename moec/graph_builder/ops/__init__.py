@@ -27,6 +27,7 @@ from moec.graph_builder.ops.fused.layers import (
     skip_norm_fp8,
     swiglu_fp8,
 )
+from moec.graph_builder.ops.fused.routed import routed_layer
 from moec.graph_builder.ops.heads import head_linear, join_parts, take_part
 from moec.graph_builder.ops.int4 import int4_linear, int4_moe
 from moec.graph_builder.ops.linear import (
@@ -93,6 +94,7 @@ __all__ = [
     "rope_append",
     "rope_table",
     "route",
+    "routed_layer",
     "scale_queries",
     "select",
     "separate_moe",

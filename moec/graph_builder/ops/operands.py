@@ -184,6 +184,39 @@ class MoeLayer(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedLayer(Generic[T]):
+    """Operands of `routed_layer`: a whole MoE layer, router included, with any routing.
+
+    x              [T, D]: the tokens
+    router         [E, D]
+    bias           [E]: what is added to scores for the choice; None: nothing
+    gate_up        [E, 2F, D]: gate, then up; with E + 1 the last expert is the shared one
+    gate_up_scale  float32 [E, 2F], or E + 1, of E4M3 weights; None: weights have the type of x
+    down           [E, D, F], or E + 1
+    down_scale     float32 [E, D], or E + 1; None as above
+    top_k          how many experts a token gets
+
+    The others are fields of `moec.spec.parts.routing.Routing`.
+    """
+
+    x: T
+    router: T
+    bias: T | None
+    gate_up: T
+    gate_up_scale: T | None
+    down: T
+    down_scale: T | None
+    top_k: int
+    score: str
+    choice: str
+    groups: int
+    kept_groups: int
+    normalise: bool
+    factor: float
+    weighed: str
+
+
+@dataclass(frozen=True, slots=True)
 class BufferedAttention(Generic[T]):
     """Operands of `buffered_attention`: a call's tokens, and the buffers that they are added to.
 

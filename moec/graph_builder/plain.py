@@ -17,7 +17,7 @@ from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.tap import tap
 from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
-from moec.weights.joined import plain_spec, plain_tensors
+from moec.weights.joined import plain_spec
 
 _BUILDERS = {"model": build_decoder, "vision": build_vision}
 
@@ -40,6 +40,6 @@ def build_plain(
     known = {node.meta.get("name") for node in graph.graph.nodes}
     tap(graph, [name for name in taps if name in known])
     if part == "model":
-        join_experts(graph, stored, plain_tensors(spec, precision))
+        join_experts(graph, stored)
     fuse_products(quantize(graph, stored))
     return tap(graph, [name for name in taps if name not in known])

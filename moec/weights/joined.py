@@ -105,12 +105,19 @@ def plain_tensors(spec: ModelSpec, dtype: str = "bf16", part: str = "model") -> 
     }
     if part == "vision":
         return found
+    joined = joined_experts(spec)
+    stored = {source for each in joined.values() for source in each.sources}
+    return {name: each for name, each in found.items() if name not in stored} | joined
+
+
+def joined_experts(spec: ModelSpec) -> dict[str, Joined]:
+    """The tensors of `plain_tensors` that are joined; `spec` is a `plain_spec`."""
+    kinds, found = tensors(spec), dict[str, Joined]()
     for name, shape, sources in _plainly_joined(spec):
-        kinds = [(found.pop(each), found.pop(names.scale_of(each), None)) for each in sources]
-        found[name] = Joined(shape, kinds[0][0].dtype, sources)
-        if kinds[0][1]:
-            scales = tuple(map(names.scale_of, sources))
-            found[names.scale_of(name)] = Joined(shape[:-1], kinds[0][1].dtype, scales)
+        found[name] = Joined(shape, kinds[sources[0]].dtype, sources)
+        scales = tuple(map(names.scale_of, sources))
+        if scales[0] in kinds:
+            found[names.scale_of(name)] = Joined(shape[:-1], kinds[scales[0]].dtype, scales)
     return found
 
 

@@ -13,22 +13,20 @@ from moec.graph_builder.roles import Role, finder
 from moec.graph_builder.types import TensorType
 from moec.spec import names
 from moec.spec.model import ModelSpec
-from moec.weights.joined import Joined
+from moec.weights.joined import Joined, joined_experts
 from moec.weights.view import STORED
 
 
-def join_experts(
-    graph: fx.GraphModule, spec: ModelSpec, kinds: dict[str, Joined]
-) -> fx.GraphModule:
+def join_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
     """Rewrite an unquantised decoder in place: router and experts of a layer become `routed_layer`.
 
-    `kinds` are the tensors of the program. Layers whose experts they do not join stay as they are.
+    `spec` is a `plain_spec`. Layers stay as they are whose experts `joined_experts` does not join.
     A shared expert that is not joined stays a SwiGLU beside the op, and its sum stays an `add`.
 
     Raises:
         MoecError: the graph lacks a node with a role that the pass looks for.
     """
-    find = finder(graph.graph, "join_experts")
+    find, kinds = finder(graph.graph, "join_experts"), joined_experts(spec)
     known = {node.meta["name"]: node for node in graph.graph.nodes if node.op == "get_attr"}
     for layer in spec.text.all_layers:
         gate_up, down = names.routed(layer.index)

@@ -193,9 +193,9 @@ def _plainly_joined(spec: ModelSpec) -> Iterator[tuple[str, Shape, tuple[str, ..
         router = names.moe(layer.index, "router", "weight")
         if not layer.experts or not joins or router in rules or not (exact or own == {None}):
             continue
-        count, hidden, more = layer.experts.count, layer.experts.hidden, [(), ()]
+        count, hidden = layer.experts.count, layer.experts.hidden
         parts = [shared(layer.index, part, "weight") for part in ("gate", "up", "down")]
-        if layer.experts.shared_hidden == hidden and kinds(*parts) == own:
-            count, more = count + 1, [tuple(parts[:2]), tuple(parts[2:])]
-        yield routed[0], (count, 2 * hidden, spec.text.dim), (routed[0], *more[0])
-        yield routed[1], (count, spec.text.dim, hidden), (routed[1], *more[1])
+        alike = layer.experts.shared_hidden == hidden and kinds(*parts) == own
+        parts, count = (parts, count + 1) if alike else ([], count)
+        yield routed[0], (count, 2 * hidden, spec.text.dim), (routed[0], *parts[:2])
+        yield routed[1], (count, spec.text.dim, hidden), (routed[1], *parts[2:])

@@ -38,15 +38,19 @@ def join_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
         if kinds[down].shape[0] == count and old.target == ops.add.target:
             _, old = old.args  # the shared expert is the other summand
         with graph.graph.inserting_before(old):
-            weights = [
+            gate_up_node, gate_up_scale, down_node, down_scale = (
                 _parameter(graph, name, kinds[name]) if name in kinds else None
                 for weight in (gate_up, down)
                 for name in (weight, names.scale_of(weight))
-            ]
-            operands = RoutedLayer(
-                *router[:2],
+            )
+            operands: RoutedLayer[Any] = RoutedLayer(
+                router[0],
+                router[1],
                 known[names.moe(layer.index, "router", "bias")] if how.bias else None,
-                *weights,
+                gate_up_node,
+                gate_up_scale,
+                down_node,
+                down_scale,
                 layer.experts.top_k,
                 how.score,
                 how.choice,

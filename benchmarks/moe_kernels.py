@@ -125,7 +125,7 @@ def operands(sizes: RoutedSizes, weights: dict[str, Tensor], x: Tensor) -> Route
     """The operands of `routed_layer`."""
     r, names = sizes.routing, ("gate_up", "gate_up_scale", "down", "down_scale")
     given = weights["router"], weights.get("bias"), *(weights[name] for name in names)
-    choice = r.score, r.choice, r.groups, r.kept_groups, r.normalise, r.factor
+    choice = r.score, r.choice, r.groups, r.kept_groups, r.normalise, r.factor, r.weighed
     return RoutedLayer(x, *given, sizes.top_k, *choice, sizes.block)
 
 

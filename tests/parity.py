@@ -14,14 +14,14 @@ from tests.oracle import relative
 RELATIVE = 1e-4
 
 
-def sessions(folder: Path) -> Iterator[Session]:
-    """Each engine and target on `folder`/weights."""
+def sessions(folder: Path, *more: str) -> Iterator[Session]:
+    """Each engine and target on `folder`/weights in float32; also the targets `more`."""
     yield moec.open_session(folder / "weights")
     fits = moec.load_spec(folder / "weights").text.head_dim % 8 == 0
     builds = [("onnx", None), *([("ort", None), ("ort", "pack")] if fits else [])]
-    for target, weights in builds:
+    for target, weights in [*builds, *((name, None) for name in more)]:
         out = folder / f"{target}-{weights}"
-        moec.export(folder / "weights", target=target, weights=weights, out=out)
+        moec.export(folder / "weights", target, "fp32", out, weights=weights)
         yield moec.open_session(out)
 
 

@@ -9,15 +9,22 @@
 Experts are stored as [expert, out, in]. The rows of all these tensors are therefore outputs, so
 that writing one tensor after another joins them. The scales of a joined weight are joined in the
 same way. Every other tensor is a stored tensor.
+
+`joined_tensors` are those of fused programs, all of them. Plain programs have `plain_tensors`: the
+experts alone are joined, in any type that all of their weights have.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moec.spec import names
 from moec.spec.model import ModelSpec, TextSpec
 from moec.spec.parameters import Shape, parameters, text_parameters, vision_parameters
+from moec.spec.tensors import quantized, tensors
 from moec.weights.packing import Packing
+
+#: the dialects of target `torch`: of fused FP8 ops, for models that these express, and of plain ops
+FUSED, PLAIN = "torch", "torch-plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,68 @@ def joined_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
     return found
 
 
+def plain_spec(spec: ModelSpec, dtype: str) -> ModelSpec:
+    """`spec` with the types in which a plain program that computes in `dtype` has its weights.
+
+    A checkpoint that is quantised already stays as it is. moec packs all others: their wide weights
+    have the type `dtype`, but for a router's bias, whose smallest differences decide.
+    """
+    if spec.scheme and spec.scheme.layout != "moec":
+        return spec
+    biases = (names.moe(layer.index, "router", "bias") for layer in spec.text.all_layers)
+    kept = {name: spec.stored(name) for name in biases if name in text_parameters(spec)}
+    return spec.model_copy(update={"dtype": dtype, "dtypes": kept, "separate_experts": False})
+
+
+def plain_tensors(spec: ModelSpec, dtype: str = "bf16", part: str = "model") -> dict[str, Joined]:
+    """What `joined_tensors` gives, for a plain program."""
+    spec, of_vision = plain_spec(spec, dtype), vision_parameters(spec).keys()
+    found = {
+        name: Joined(kind.shape, kind.dtype, (name,))
+        for name, kind in tensors(spec).items()
+        if (names.scaled(name) in of_vision or name in of_vision) == (part == "vision")
+    }
+    if part == "vision":
+        return found
+    joined = joined_experts(spec)
+    stored = {source for each in joined.values() for source in each.sources}
+    return {name: each for name, each in found.items() if name not in stored} | joined
+
+
+def joined_experts(spec: ModelSpec) -> dict[str, Joined]:
+    """The tensors of `plain_tensors` that are joined; `spec` is a `plain_spec`."""
+    kinds, found = tensors(spec), dict[str, Joined]()
+    for name, shape, sources in _plainly_joined(spec):
+        found[name] = Joined(shape, kinds[sources[0]].dtype, sources)
+        scales = tuple(map(names.scale_of, sources))
+        if scales[0] in kinds:
+            found[names.scale_of(name)] = Joined(shape[:-1], kinds[scales[0]].dtype, scales)
+    return found
+
+
+def plain_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
+    """What `joined_packings` gives, for a plain program whose weights moec packs."""
+    stored, rules = plain_spec(spec, dtype), quantized(spec)
+    turned = {source for _, _, sources in _plainly_joined(stored) for source in sources}
+    found = dict[str, Packing]()
+    for name, shape in parameters(spec).items():
+        how = {"arrange": "transpose" if name in turned and len(shape) == 3 else "rows"}
+        values: dict[str, object] = {"source": name, "dtype": stored.stored(name), **how}
+        if name in rules and spec.scheme:
+            fp8 = {"fp8": rules[name].weight, "block": spec.scheme.block}
+            values |= {"dtype": spec.scheme.scales, **fp8}
+        packing = Packing.model_validate(values)
+        found[packing.names(spec.stored(name))[0]] = packing
+    return found
+
+
+#: the tensors of a part of a program, by the dialect of target `torch`
+PROGRAM_TENSORS: dict[str, Callable[[ModelSpec, str, str], dict[str, Joined]]] = {
+    FUSED: joined_tensors,
+    PLAIN: plain_tensors,
+}
+
+
 def unquantised(spec: ModelSpec, dtype: str) -> ModelSpec:
     """`spec` without its scheme, with all weights of type `dtype`."""
     return spec.model_copy(update={"scheme": None, "dtype": dtype, "dtypes": {}})
@@ -101,3 +170,32 @@ def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
         elif text.dense_hidden:
             yield names.dense(i, "gate_up", "weight"), (2 * text.dense_hidden, dim), gate_up
             yield down, (dim, text.dense_hidden), (down,)
+
+
+def _plainly_joined(spec: ModelSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
+    """The joined experts of a plain program, as `_joined` gives them; `spec` is a `plain_spec`.
+
+    Experts are joined if moec packs them, all in one type: wide, or FP8 with a scale for each
+    output and rounded by token. The shared expert is joined if it is like the others.
+    """
+    rules, scheme = quantized(spec), spec.scheme
+    exact = scheme is None or (scheme.bound is None and scheme.scales == "fp32")
+
+    def kinds(*parameters: str) -> set[tuple[str, str] | None]:
+        found = (rules.get(name) for name in parameters)
+        return {(rule.weight, rule.inputs) if rule else None for rule in found}
+
+    for layer in spec.text.all_layers:
+        routed, shared = names.routed(layer.index), names.shared
+        own = kinds(*routed)
+        packed = not spec.separate_experts and (scheme is None or scheme.layout == "moec")
+        joins = packed and len(own) == 1 and own <= {None, ("channel", "token")}
+        router = names.moe(layer.index, "router", "weight")
+        if not layer.experts or not joins or router in rules or not (exact or own == {None}):
+            continue
+        count, hidden = layer.experts.count, layer.experts.hidden
+        parts = [shared(layer.index, part, "weight") for part in ("gate", "up", "down")]
+        alike = layer.experts.shared_hidden == hidden and kinds(*parts) == own
+        parts, count = (parts, count + 1) if alike else ([], count)
+        yield routed[0], (count, 2 * hidden, spec.text.dim), (routed[0], *parts[:2])
+        yield routed[1], (count, spec.text.dim, hidden), (routed[1], *parts[2:])

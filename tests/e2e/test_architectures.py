@@ -6,7 +6,6 @@ Checkpoints are in the layout that is published: transformers reads what moec wr
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,60 +17,29 @@ from torch import Tensor
 import moec
 from moec.spec.files import diff
 from moec.spec.model import ModelSpec
-from moec.spec.presets import PRESETS
-from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.deepseek_moe import deepseek_moe_logits
+from tests.families import CASES
 from tests.oracle import transformers_logits
 from tests.parity import check_pieces, check_prefill, sessions
 
 pytestmark = pytest.mark.full
 
-YARN = {"factor": 4.0, "original_positions": 16, "mscale": 0.7, "mscale_all_dim": 1.3}
-YARN = {**YARN, "scales_scores": True}
-
-
-def small(preset: str, routing: dict[str, Any] | None = None, **text: Any) -> ModelSpec:
-    """Three narrow layers of a preset with eight experts, some fields changed."""
-    spec = reduced(PRESETS[preset], 3)
-    experts = spec.text.experts
-    assert experts is not None
-    top = min(experts.top_k, 3)
-    how = experts.routing.model_dump()
-    if how["groups"] > 1:
-        how |= {"groups": 4, "kept_groups": 2}
-    fewer = experts.model_dump() | {"count": 8, "top_k": top, "routing": how | (routing or {})}
-    values = spec.model_dump()
-    values["text"] |= {"experts": fewer, "ffn": "DMM" if "D" in spec.text.ffn else "M", **text}
-    return ModelSpec.model_validate(values)
-
-
-CASES = {
-    "olmoe": small("olmoe-1b-7b", head_dim=16),
-    "olmoe clipped": small(
-        "olmoe-1b-7b", {"normalise": True}, clip_qkv=0.6, head_dim=16, kv_heads=1
-    ),
-    "qwen3": small("qwen3-30b-a3b"),
-    "qwen3 windows, dense layer": small(
-        "qwen3-30b-a3b", {"normalise": False}, attention="S", window=7, ffn="MDM"
-    ),
-    "mixtral": small("mixtral-8x7b"),
-    "mixtral window, tied": small("mixtral-8x7b", attention="S", window=5, tie_embeddings=True),
-    "deepseek-moe": small("deepseek-moe-16b"),
-    "deepseek-v3": small("deepseek-v3"),
-    "deepseek-v3 straight": small(
-        "deepseek-v3",
-        {"normalise": False, "factor": 1.5},
-        rope_pairs="halves",
-        rope_scaling=YARN,
-        latent={"q_rank": None, "kv_rank": 16, "nope": 8, "rope": 8, "value": 12},
-    ),
-    "aria": small("aria"),
-}
 ORACLES: dict[str, Callable[..., list[Tensor]]] = {"deepseek_moe": deepseek_moe_logits}
 
 
-def check(spec: ModelSpec, folder: Path, seed: int) -> None:
+#: the cases that target torch runs too, one of each family
+TORCH = (
+    "olmoe",
+    "qwen3 windows, dense layer",
+    "mixtral",
+    "deepseek-moe",
+    "deepseek-v3",
+    "aria",
+)
+
+
+def check(spec: ModelSpec, folder: Path, seed: int, torch_too: bool = False) -> None:
     """Every engine gives the oracle's logits: ragged rows, in one call and in pieces."""
     write_random_checkpoint(spec, folder / "weights", seed)
     _tie(folder / "weights", spec)
@@ -81,7 +49,7 @@ def check(spec: ModelSpec, folder: Path, seed: int) -> None:
     expected = ORACLES.get(spec.architecture, transformers_logits)(folder / "weights", rows)
     changed = diff(moec.load_spec(folder / "weights"), spec)
     assert [row for row in changed if row[0].startswith("text.")] == []
-    for session in sessions(folder):
+    for session in sessions(folder, *(["torch"] if torch_too else [])):
         check_prefill(session, rows, expected)
         check_pieces(session, rows, expected, [7, 8, 9, 10, 25])
 
@@ -102,7 +70,7 @@ def _tie(folder: Path, spec: ModelSpec) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_oracle(case: str, tmp_path: Path) -> None:
-    check(CASES[case], tmp_path, seed=5)
+    check(CASES[case], tmp_path, seed=5, torch_too=case in TORCH)
 
 
 # A failing example is small already, and to shrink it takes minutes.

@@ -20,6 +20,7 @@ from moec.graph_builder.passes.fuse import fuse
 from moec.graph_builder.passes.fuse_quantisation import join_encodes
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.static import make_static
+from moec.graph_builder.plain import build_plain
 from moec.graph_builder.types import TensorType
 from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
@@ -157,6 +158,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             *graphs_of(spec.model_copy(update={"scheme": INT4}), "fp32", "standard").values(),
             build_decoder(reduced(PRESETS["deepseek-v3"], 4)),
             build_decoder(CLIPPED),
+            build_plain(CLIPPED),
             *([build_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
         )
         for node in graph.graph.nodes

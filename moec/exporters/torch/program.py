@@ -29,10 +29,11 @@ from moec.graph_builder.parts import parts_of
 from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.tap import tap
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
+from moec.graph_builder.plain import build_plain
 from moec.graph_builder.types import TensorType
 from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
-from moec.weights.joined import unquantised
+from moec.weights.joined import FUSED, PLAIN, unquantised
 
 #: symbolic sizes that may be 0; all others are at least 1
 _MAY_BE_ZERO = ("image_tokens",)
@@ -56,21 +57,25 @@ def part_graph(
     part: str = "model",
     taps: Sequence[str] = (),
     given: Sequence[str] = (),
+    dialect: str = FUSED,
 ) -> fx.GraphModule:
-    """The graph of a part as target `torch` runs it.
+    """The graph of a part as target `torch` runs it in one of its dialects.
 
-    The decoder consists of fused FP8 ops, the vision tower of plain ops without quantisation.
-    `taps` names values that become further outputs. Inputs "NAME.given" replace the values `given`.
+    In the dialect `FUSED` the decoder consists of fused FP8 ops, and the vision tower of plain ops
+    without quantisation. In `PLAIN` both consist of plain ops, but for the MoE layers. `taps` names
+    values that become further outputs. Inputs "NAME.given" replace the values `given`.
     """
+    if dialect == PLAIN:
+        return build_plain(spec, precision, taps, given, part)
     if part == "model":
         return build_fused(spec, precision, taps, given)
     graph = build_vision(unquantised(spec, precision), precision)
     return tap(inject(graph, given), taps)
 
 
-def graphs_of(spec: ModelSpec, precision: str) -> dict[str, fx.GraphModule]:
+def graphs_of(spec: ModelSpec, precision: str, dialect: str = FUSED) -> dict[str, fx.GraphModule]:
     """Every graph of an artefact of target `torch`, by part."""
-    return {part: part_graph(spec, precision, part) for part in parts_of(spec)}
+    return {part: part_graph(spec, precision, part, dialect=dialect) for part in parts_of(spec)}
 
 
 def program_of(graph: fx.GraphModule) -> Program:
@@ -91,7 +96,9 @@ def load(artefact: Artefact, part: str) -> Program:
 
     The stored file is not read, because it may come from a stranger.
     """
-    return program_of(part_graph(artefact.manifest.spec, artefact.manifest.compute, part))
+    manifest = artefact.manifest
+    dialect = manifest.dialect
+    return program_of(part_graph(manifest.spec, manifest.compute, part, dialect=dialect))
 
 
 def same_program(artefact: Artefact, part: str) -> str | None:

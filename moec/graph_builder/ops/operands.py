@@ -189,11 +189,12 @@ class RoutedLayer(Generic[T]):
 
     x              [T, D]: the tokens
     router         [E, D]
-    bias           [E]: what is added to the scores for the choice; None: nothing
-    gate_up        E4M3 [E + n, 2F, D]: gate, then up
-    gate_up_scale  float32 [E + n, 2F], or with blocks of B [E + n, 2F / B, D / B]
-    down           E4M3 [E + n, D, F]
-    down_scale     float32 [E + n, D], or with blocks of B [E + n, D / B, F / B]
+    bias           [E]: what is added to scores for the choice; None: nothing
+    gate_up        [E + n, 2F, D]: gate, then up
+    gate_up_scale  float32 [E + n, 2F] of E4M3 weights, or with blocks of B [E + n, 2F / B, D / B];
+                   None: weights have the type of x
+    down           [E + n, D, F]
+    down_scale     float32 [E + n, D], or with blocks of B [E + n, D / B, F / B]; None as above
     top_k          how many routed experts a token gets
     block          B; 0: there are no blocks
 
@@ -204,9 +205,9 @@ class RoutedLayer(Generic[T]):
     router: T
     bias: T | None
     gate_up: T
-    gate_up_scale: T
+    gate_up_scale: T | None
     down: T
-    down_scale: T
+    down_scale: T | None
     top_k: int
     score: str
     choice: str
@@ -214,6 +215,7 @@ class RoutedLayer(Generic[T]):
     kept_groups: int
     normalise: bool
     factor: float
+    weighed: str
     block: int
 
 

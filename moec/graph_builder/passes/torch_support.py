@@ -1,4 +1,8 @@
-"""Which models the fused FP8 ops can express, and the refusals of all others."""
+"""Which models the fused FP8 ops can express, and the refusals of all others.
+
+Target `torch` has plain programs (`moec.graph_builder.plain`) for models that `is_fusible` says no
+of. A model of which it says yes has no plain program in FP8, which would only be slower.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,6 +26,11 @@ class _Odd(NamedTuple):
     fix: str = _OTHER_TARGET
 
 
+def is_fusible(text: TextSpec) -> bool:
+    """Whether the fused ops can express a decoder, if its weights have the right scheme."""
+    return not any(_odd_fields(text))
+
+
 def check_fusible(spec: ModelSpec) -> None:
     """Refuse a model or a scheme that the fused ops cannot express.
 
@@ -37,16 +46,19 @@ def check_fusible(spec: ModelSpec) -> None:
 
 
 def _odd(spec: ModelSpec) -> Iterator[_Odd]:
-    text, experts = spec.text, spec.text.experts
-    yield from (_Odd(*each) for each in unlike(text))
-    if text.attention_bias:
-        yield _Odd("text.attention_bias", True, "false: fused products have no bias")
-    if experts:
-        yield from _odd_experts(experts)
+    yield from _odd_fields(spec.text)
     if spec.scheme is None:
         yield _Odd("scheme", "none", "FP8 weights", "add --precision fp8")
     else:
         yield from _odd_scheme(spec, spec.scheme)
+
+
+def _odd_fields(text: TextSpec) -> Iterator[_Odd]:
+    yield from (_Odd(*each) for each in unlike(text))
+    if text.attention_bias:
+        yield _Odd("text.attention_bias", True, "false: fused products have no bias")
+    if text.experts:
+        yield from _odd_experts(text.experts)
 
 
 def _odd_experts(experts: Experts) -> Iterator[_Odd]:

@@ -10,14 +10,14 @@ from torch import Tensor
 from moec.spec.errors import refuse
 
 
-def check_device(device: str, what: str) -> None:
+def check_device(device: str, what: str, fp8: bool = True) -> None:
     """Refuse a device that does not exist here, or for which a package is missing.
 
-    `what` names what needs the device, for the message.
+    `what` names what needs the device, for the message. Without `fp8` no kernel of moec runs.
 
     Raises:
-        MoecError: `device` is neither "cpu" nor "cuda"; or it is "cuda" and there is no GPU with
-            FP8, or no Triton (exit code 3).
+        MoecError: `device` is neither "cpu" nor "cuda"; or it is "cuda" and there is no GPU, or for
+            `fp8` none with FP8 or no Triton (exit code 3).
     """
     if device == "cpu":
         return
@@ -26,6 +26,8 @@ def check_device(device: str, what: str) -> None:
     found = None
     if not torch.cuda.is_available():
         found = f"torch {torch.__version__}, which finds no GPU"
+    elif not fp8:
+        return
     elif find_spec("triton") is None:
         found = "no package triton"
     elif torch.cuda.get_device_capability() < (8, 9):
@@ -34,8 +36,8 @@ def check_device(device: str, what: str) -> None:
         refuse(
             f"device cuda: {what}",
             found,
-            "a GPU with FP8, torch with CUDA and triton",
-            "use device cpu, or pip install triton and a torch with CUDA",
+            "a GPU with FP8, torch with CUDA and triton" if fp8 else "a GPU, and torch with CUDA",
+            f"use device cpu, or pip install {'triton and ' if fp8 else ''}a torch with CUDA",
             exit_code=3,
         )
 

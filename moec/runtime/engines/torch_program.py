@@ -4,6 +4,8 @@ It builds each program from the artefact's spec, and never loads the file of a p
 
 On CUDA the fused FP8 ops run moec's kernels. On the CPU they run their eager code in plain torch,
 which gives the right numbers and is slow. Triton is imported only when a session on CUDA opens.
+Plain programs run torch's own operators on both devices, and moec's kernels for FP8 products on
+CUDA. Their calls return new caches, so that decode steps are no CUDA graphs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from moec.artefact.artefact import Artefact, file_of
+from moec.exporters.builder import builder_for
 from moec.exporters.torch.program import part_graph
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.types import TensorType
@@ -23,6 +26,7 @@ from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
+from moec.weights.joined import FUSED
 
 #: the inputs that differ from one decode step to the next
 MOVING = (
@@ -53,16 +57,18 @@ def torch_engine(
         set_values: inner values for which a call gets inputs "NAME.given".
 
     Raises:
-        MoecError: the artefact has no weights, or the part's file is damaged. With exit code 3:
-            the device or Triton is missing, the kernels do not support the model's sizes, or
-            memory is short, now or in a call.
+        MoecError: the artefact has no weights, the part's file is damaged, or another version of
+            moec built it. With exit code 3: the device or Triton is missing, the kernels do not
+            support the model's sizes, or memory is short, now or in a call.
     """
-    check_device(device, str(artefact.path))
-    if device == "cuda":
+    _check(artefact, device)
+    fused, narrow = _is_fused(artefact), artefact.manifest.spec.fp8 is not None
+    if device == "cuda" and narrow:
         from moec.kernels.sizes import check_sizes
         from moec.kernels.torch.ops import register
 
-        check_sizes(artefact.manifest.spec)
+        if fused:
+            check_sizes(artefact.manifest.spec)
         register()
     with memory_for(f"weights of {artefact.path}"):
         given = load(artefact, device, part) if weights is None else weights
@@ -91,7 +97,8 @@ def torch_engine(
             own[i] = value if names.is_total(name) else value.to(device)
         return tuple(graph(*own))
 
-    steps = Replays(call, MOVING) if device == "cuda" and part == "model" and not taps else None
+    replays = device == "cuda" and fused and part == "model" and not taps
+    steps = Replays(call, MOVING) if replays else None
 
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -114,9 +121,26 @@ def _program(
     The program is built from the spec, as it was when the artefact was built. The part's file is
     not loaded: torch would unpickle members of it, which runs any code that they hold.
     """
-    graph = part_graph(artefact.manifest.spec, artefact.manifest.compute, part, taps, given)
+    graph = _graph(artefact, part, taps, given)
     outputs = list(graph.graph.nodes)[-1].meta["outputs"]
     return lift_weights(graph), outputs
+
+
+def _graph(
+    artefact: Artefact, part: str, taps: Sequence[str] = (), given: Sequence[str] = ()
+) -> fx.GraphModule:
+    manifest = artefact.manifest
+    return part_graph(manifest.spec, manifest.compute, part, taps, given, manifest.dialect)
+
+
+def _is_fused(artefact: Artefact) -> bool:
+    """Whether the programs are of fused ops, and not plain.
+
+    Raises:
+        MoecError: another version of moec built the artefact.
+    """
+    builder_for(artefact)
+    return artefact.manifest.dialect == FUSED
 
 
 def _check_file(artefact: Artefact, part: str) -> None:
@@ -161,15 +185,15 @@ def torch_with(weights: Mapping[str, Tensor] | None) -> Engine:
 
 def _shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
     """Those of the names `wanted` that no fused op hides."""
-    spec = artefact.manifest.spec
-    graph = part_graph(spec, artefact.manifest.compute, part)
+    fused = _is_fused(artefact)
     known = {
         node.meta["name"]
-        for node in graph.graph.nodes
-        if node.op == "call_function" and _is_the_decoders(node)
+        for node in _graph(artefact, part).graph.nodes
+        if node.op == "call_function" and (not fused or _is_the_decoders(node))
     }
-    for layer in (layer.index for layer in spec.text.all_layers if layer.moe):
-        known |= {names.router(layer), names.chosen(layer)}  # see `build_fused`
+    for layer in artefact.manifest.spec.text.all_layers:
+        if layer.moe:  # see `build_fused` and `build_plain`
+            known |= {names.router(layer.index), layer.ranked_by, names.chosen(layer.index)}
     return [name for name in wanted if name in known]
 
 
@@ -186,10 +210,12 @@ def _is_the_decoders(node: fx.Node) -> bool:
 
 
 def _check(artefact: Artefact, device: str) -> None:
-    check_device(device, str(artefact.path))
+    check_device(device, str(artefact.path), fp8=artefact.manifest.spec.fp8 is not None)
 
 
 def _limits(artefact: Artefact, device: str) -> Limits:
+    if not _is_fused(artefact):
+        return Limits()
     return Limits("buffers", GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.spec.errors import refuse
-from moec.weights.joined import joined_tensors
+from moec.weights.joined import PROGRAM_TENSORS
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED, read_into
 
@@ -35,7 +35,8 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
     }
     reader = Reader(device)
     found: dict[str, Tensor] = {}
-    for name, joined in joined_tensors(spec, manifest.compute, part).items():
+    kinds = PROGRAM_TENSORS[manifest.dialect](spec, manifest.compute, part)
+    for name, joined in kinds.items():
         found[name] = torch.empty(joined.shape, dtype=STORED[joined.dtype], device=device)
         place, at = found[name].view(-1).view(torch.uint8), 0
         for source in joined.sources:

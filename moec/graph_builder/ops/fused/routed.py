@@ -1,82 +1,130 @@
-"""A whole MoE layer of any routing on FP8 codes, as one op; scores weigh the experts' outputs."""
+"""A whole MoE layer with any routing, in plain torch: what target `torch` runs where it has no
+kernel for the layer.
+
+A kernel takes the place of this function on CUDA if `moec.kernels.torch.ops.register` implements
+`routed_layer`: the operands say all that a kernel needs to know of the routing.
+"""
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moec.graph_builder.ops.fp8 import FP8, quantize, spread, token_scale
-from moec.graph_builder.ops.linear import swiglu
+from moec.graph_builder.ops.fused.layers import encode, fp8_linear
+from moec.graph_builder.ops.linear import linear, swiglu
 from moec.graph_builder.ops.moe import ranks, route
-from moec.graph_builder.ops.operands import Ranks, Route, RoutedLayer, arguments
+from moec.graph_builder.ops.operands import RoutedLayer
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import TensorType
-from moec.spec.parts.routing import CHOICES
+from moec.spec.parts.routing import CHOICES, WEIGHED
+from moec.weights.view import name_of
+
+#: bytes of which torch's grouped product wants the length of a row to be a multiple
+_ALIGNED = 16
 
 
-def _rule(layer: RoutedLayer[TensorType]) -> TensorType:
-    name, x, down, block = "routed_layer", layer.x, layer.down, layer.block
+def _rule(of: RoutedLayer[TensorType]) -> TensorType:
+    name, x, down = "routed_layer", of.x, of.down
     need(len(x.shape) == 2, name, "x", x.shape, "[T, D]")
-    need(len(down.shape) == 3 and down.dtype == FP8, name, "down", down, "E4M3 [E + n, D, F]")
-    (count, _, hidden), dim, experts = down.shape, x.shape[1], layer.router.shape[0]
-    need(layer.router.shape == (experts, dim), name, "router", layer.router.shape, (experts, dim))
-    need(experts <= count, name, "down", down.shape, f"at least {experts} experts")
-    need(layer.choice in CHOICES, name, "choice", layer.choice, " or ".join(CHOICES))
+    need(of.choice in CHOICES, name, "choice", of.choice, " or ".join(CHOICES))
+    need(of.weighed in WEIGHED, name, "weighed", of.weighed, " or ".join(WEIGHED))
+    logits = linear.rule(x, of.router, None)
+    how = (of.score, of.groups, of.kept_groups)
+    order = logits if of.choice == "logits" else ranks.rule(logits, of.bias, *how)
+    route.rule(logits, order, of.top_k, of.score, of.normalise, of.factor)
+    need(len(down.shape) == 3, name, "down", down.shape, "[E + n, D, F]")
+    (count, dim, hidden), experts = down.shape, of.router.shape[0]
+    need(count >= experts, name, "down", down.shape, f"{experts} experts or more")
+    need(dim == x.shape[1], name, "down", down.shape, f"[E + n, {x.shape[1]}, F]")
+    block = of.block
     fits = not block or (dim % block == 0 and hidden % block == 0)
     need(fits, name, "block", block, f"a divisor of {dim} and {hidden}")
-    for label, weight, scale, out, inner in (
-        ("gate_up", layer.gate_up, layer.gate_up_scale, 2 * hidden, dim),
-        ("down", down, layer.down_scale, dim, hidden),
+    narrow = of.gate_up_scale is not None
+    weights = FP8 if narrow else x.dtype
+    need(down.dtype == weights, name, "down", down, weights)
+    expected = TensorType((count, 2 * hidden, dim), weights)
+    need(of.gate_up == expected, name, "gate_up", of.gate_up, expected)
+    for label, found, rows, inner in (
+        ("gate_up_scale", of.gate_up_scale, 2 * hidden, dim),
+        ("down_scale", of.down_scale, dim, hidden),
     ):
-        expected = TensorType((count, out, inner), FP8)
-        need(weight == expected, name, label, weight, expected)
-        shape = (count, out // block, inner // block) if block else (count, out)
-        expected = TensorType(shape, torch.float32)
-        need(scale == expected, name, f"{label}_scale", scale, expected)
+        shape = (count, rows // block, inner // block) if block else (count, rows)
+        scales = TensorType(shape, torch.float32) if narrow else None
+        need(found == scales, name, label, found, scales)
     return x
 
 
 @op(
-    "routed_layer(Tensor x, Tensor router, Tensor? bias, Tensor gate_up, Tensor gate_up_scale, "
-    "Tensor down, Tensor down_scale, int top_k, str score, str choice, int groups, "
-    "int kept_groups, bool normalise, float factor, int block) -> Tensor",
+    "routed_layer(Tensor x, Tensor router, Tensor? bias, Tensor gate_up, Tensor? gate_up_scale, "
+    "Tensor down, Tensor? down_scale, int top_k, str score, str choice, int groups, "
+    "int kept_groups, bool normalise, float factor, str weighed, int block) -> Tensor",
     _rule,
     RoutedLayer,
 )
-def routed_layer(layer: RoutedLayer[Tensor]) -> Tensor:
-    """A whole MoE layer, [T, D]: the weighed sum of a token's experts, and of the shared ones.
+def routed_layer(of: RoutedLayer[Tensor]) -> Tensor:
+    """The weighed sum of each token's chosen experts, plus the shared experts if there are any.
 
-    Router logits and weights are rounded to x's dtype, and so is what SwiGLU makes. The inputs of
-    both products are quantised by token, or with blocks by token and block. The sum is rounded
-    once, at the end.
+    The router is that of `linear`, `ranks` and `route`. Inputs of FP8 products are rounded by
+    token, or with blocks by token and block, and so is what SwiGLU makes. Only chosen experts are read. The rows of wide experts go
+    through torch's grouped product, which asks the GPU for nothing; FP8 ones ask once for a layer.
     """
-    x = layer.x
-    logits = functional.linear(x.float(), layer.router.float()).to(x.dtype)
-    return of_logits(layer, logits)
+    return of_logits(of, linear.eager(of.x, of.router, None))
 
 
-def of_logits(layer: RoutedLayer[Tensor], logits: Tensor) -> Tensor:
+def of_logits(of: RoutedLayer[Tensor], logits: Tensor) -> Tensor:
     """`routed_layer` from the router's logits [T, E] on."""
-    x, experts = layer.x, len(layer.router)
-    by = logits
-    if layer.choice == "scores":
-        groups = layer.groups, layer.kept_groups
-        by = ranks.eager(*arguments(Ranks(logits, layer.bias, layer.score, *groups)))
-    routed = Route(logits, by, layer.top_k, layer.score, layer.normalise, layer.factor)
-    scores, chosen = route.eager(*arguments(routed))
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in [*chosen.unique().tolist(), *range(experts, len(layer.down))]:
-        shared = expert >= experts
-        rows = slice(None) if shared else (chosen == expert).any(1)
-        gain = 1.0 if shared else (scores.float() * (chosen == expert)).sum(1, keepdim=True)[rows]
-        wide = _product(x[rows], layer.gate_up[expert], layer.gate_up_scale[expert], layer.block)
-        act = swiglu.eager(*wide.chunk(2, -1)).to(x.dtype)
-        out[rows] += gain * _product(act, layer.down[expert], layer.down_scale[expert], layer.block)
-    return out.to(x.dtype)
+    how = (of.score, of.groups, of.kept_groups)
+    order = logits if of.choice == "logits" else ranks.eager(logits, of.bias, *how)
+    scores, experts = route.eager(logits, order, of.top_k, of.score, of.normalise, of.factor)
+    count = len(of.router)
+    flat = experts.flatten()
+    by_expert = flat.argsort(stable=True)  # pairs of token and expert
+    each = torch.arange(count, device=flat.device)
+    ends = torch.searchsorted(flat[by_expert], each, right=True)
+    rows, weights = of.x[by_expert // of.top_k], scores.flatten()[by_expert, None]
+    if of.weighed == "input":
+        rows = rows * weights
+    rows = _experts(of, rows, ends)
+    if of.weighed == "output":
+        rows = rows * weights
+    out = torch.empty_like(rows).index_copy_(0, by_expert, rows)
+    mixed = out.unflatten(0, (-1, of.top_k)).sum(1)
+    for shared in range(count, len(of.down)):
+        mixed = mixed + _expert(of, shared, of.x)
+    return mixed
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor, block: int) -> Tensor:
-    """x [T, K], quantised, by weight E4M3 [N, K]: float32 [T, N]."""
+def _experts(of: RoutedLayer[Tensor], rows: Tensor, ends: Tensor) -> Tensor:
+    """rows [N, D], sorted by expert -> [N, D]; `ends` [E] says where the rows of each end."""
+    widths = of.down.shape[1:]
+    if of.down_scale is None and not any(n * rows.itemsize % _ALIGNED for n in widths):
+        product = partial(functional.grouped_mm, offs=ends.int())
+        gate, up = product(rows, of.gate_up[: len(ends)].mT).chunk(2, -1)
+        return product(swiglu.eager(gate, up), of.down[: len(ends)].mT)
+    stops = ends.tolist()
+    spans = enumerate(zip([0, *stops], stops, strict=False))
+    return torch.cat([_expert(of, i, rows[a:b]) for i, (a, b) in spans if a < b])
+
+
+def _expert(of: RoutedLayer[Tensor], index: int, rows: Tensor) -> Tensor:
+    """What one expert makes of rows [N, D]: [N, D]."""
+
+    def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        if scale is None:
+            return functional.linear(x, weight[index])
+        if of.block:
+            return _product_of_blocks(x, weight[index], scale[index], of.block)
+        return fp8_linear.eager(*encode.eager(x), weight[index], scale[index], name_of(x.dtype))
+
+    gate, up = product(rows, of.gate_up, of.gate_up_scale).chunk(2, -1)
+    return product(swiglu.eager(gate, up), of.down, of.down_scale)
+
+
+def _product_of_blocks(x: Tensor, weight: Tensor, scale: Tensor, block: int) -> Tensor:
+    """x [N, K], rounded by token and block, by weight E4M3 [M, K]: [N, M] in x's type."""
     by_token = token_scale.eager(x, block, None)
     codes = quantize.eager(x, by_token, 0, block)
     wide = codes.float() * spread(by_token, codes.shape, 0, block)
-    return wide @ (weight.float() * spread(scale, weight.shape, 0, block)).t()
+    return (wide @ (weight.float() * spread(scale, weight.shape, 0, block)).t()).to(x.dtype)

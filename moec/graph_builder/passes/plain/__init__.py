@@ -1,0 +1,1 @@
+"""Passes of the plain programs of target `torch`."""

@@ -1,0 +1,77 @@
+"""Make each MoE layer one op on joined weights, which a kernel may run."""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moec.graph_builder import ops
+from moec.graph_builder.builder import call, stand_in, submodule, tag
+from moec.graph_builder.ops.operands import RoutedLayer, arguments
+from moec.graph_builder.passes.buffers import without_unused
+from moec.graph_builder.roles import Role, finder
+from moec.graph_builder.types import TensorType
+from moec.spec import names
+from moec.spec.model import ModelSpec
+from moec.weights.joined import Joined, joined_experts
+from moec.weights.view import STORED
+
+
+def join_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
+    """Rewrite an unquantised decoder in place: router and experts of a layer become `routed_layer`.
+
+    `spec` is a `plain_spec`. Layers stay as they are whose experts `joined_experts` does not join.
+    A shared expert that is not joined stays a SwiGLU beside the op, and its sum stays an `add`.
+
+    Raises:
+        MoecError: the graph lacks a node with a role that the pass looks for.
+    """
+    find, kinds = finder(graph.graph, "join_experts"), joined_experts(spec)
+    known = {node.meta["name"]: node for node in graph.graph.nodes if node.op == "get_attr"}
+    for layer in spec.text.all_layers:
+        gate_up, down = names.routed(layer.index)
+        if layer.experts is None or gate_up not in kinds:
+            continue
+        router: Any = find(Role.ROUTER, layer.index).args
+        old: Any = find(Role.EXPERTS, layer.index)
+        count, how = layer.experts.count, layer.experts.routing
+        if kinds[down].shape[0] == count and old.target == ops.add.target:
+            _, old = old.args  # the shared expert is the other summand
+        with graph.graph.inserting_before(old):
+            gate_up_node, gate_up_scale, down_node, down_scale = (
+                _parameter(graph, name, kinds[name]) if name in kinds else None
+                for weight in (gate_up, down)
+                for name in (weight, names.scale_of(weight))
+            )
+            operands: RoutedLayer[Any] = RoutedLayer(
+                router[0],
+                router[1],
+                known[names.moe(layer.index, "router", "bias")] if how.bias else None,
+                gate_up_node,
+                gate_up_scale,
+                down_node,
+                down_scale,
+                layer.experts.top_k,
+                how.score,
+                how.choice,
+                how.groups,
+                how.kept_groups,
+                how.normalise,
+                how.factor,
+                how.weighed,
+                0,
+            )
+            name = old.meta["name"]
+            stand_in(call(graph.graph, ops.routed_layer, *arguments(operands), name=name), old)
+    without_unused(graph)
+    graph.delete_all_unused_submodules()
+    return graph
+
+
+def _parameter(graph: fx.GraphModule, name: str, kind: Joined) -> fx.Node:
+    """A node for the joined tensor `name`."""
+    owner, _, leaf = name.rpartition(".")
+    meta = torch.empty(kind.shape, dtype=STORED[kind.dtype], device="meta")
+    module = submodule(graph, owner)
+    module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
+    return tag(graph.graph.get_attr(name), name, TensorType(kind.shape, meta.dtype))

@@ -1,0 +1,45 @@
+"""The plain graphs of target torch: the ops of the reference, with whole MoE layers as one op.
+
+They are for models and precisions that the fused ops of `moec.graph_builder.fused` do not express.
+Inputs and outputs of the decoder are those of `moec.graph_builder.decoder`: each call gets caches
+and returns new ones. The weights are those of `moec.weights.joined.plain_tensors`.
+"""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.passes.inject import inject
+from moec.graph_builder.passes.plain.experts import join_experts
+from moec.graph_builder.passes.plain.products import fuse_products
+from moec.graph_builder.passes.quantize import quantize
+from moec.graph_builder.passes.tap import tap
+from moec.graph_builder.vision import build_vision
+from moec.spec.model import ModelSpec
+from moec.weights.joined import plain_spec
+
+_BUILDERS = {"model": build_decoder, "vision": build_vision}
+
+
+def build_plain(
+    spec: ModelSpec,
+    precision: str = "bf16",
+    taps: Sequence[str] = (),
+    given: Sequence[str] = (),
+    part: str = "model",
+) -> fx.GraphModule:
+    """Build a part of `spec`, "model" or "vision", which computes in `precision`.
+
+    `taps` names inner values that become outputs. `routed_layer` hides its router's logits and
+    choice; if they are tapped, the graph computes them again beside the op, with the same ops.
+    Inputs "NAME.given" replace the values `given`.
+    """
+    stored = plain_spec(spec, precision)
+    graph = inject(_BUILDERS[part](stored, precision), given)
+    known = {node.meta.get("name") for node in graph.graph.nodes}
+    tap(graph, [name for name in taps if name in known])
+    if part == "model":
+        join_experts(graph, stored)
+    fuse_products(quantize(graph, stored))
+    return tap(graph, [name for name in taps if name not in known])

@@ -67,8 +67,9 @@ def routed_layer(of: RoutedLayer[Tensor]) -> Tensor:
     """The weighed sum of each token's chosen experts, plus the shared experts if there are any.
 
     The router is that of `linear`, `ranks` and `route`. Inputs of FP8 products are rounded by
-    token, or with blocks by token and block, and so is what SwiGLU makes. Only chosen experts are read. The rows of wide experts go
-    through torch's grouped product, which asks the GPU for nothing; FP8 ones ask once for a layer.
+    token, or with blocks by token and block, and so is what SwiGLU makes. Only chosen experts are
+    read. The rows of wide experts go through torch's grouped product, which asks the GPU for
+    nothing; FP8 ones ask once for a layer.
     """
     return of_logits(of, linear.eager(of.x, of.router, None))
 

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call, stand_in, submodule, tag
+from moec.graph_builder.builder import call, stand_in
 from moec.graph_builder.ops.operands import RoutedLayer, arguments
 from moec.graph_builder.passes.buffers import without_unused
 from moec.graph_builder.roles import Role, finder
 from moec.graph_builder.types import TensorType
+from moec.graph_builder.weights import add_weight, drop_unused
 from moec.spec import names
 from moec.spec.model import ModelSpec
 from moec.weights.joined import Joined, joined_experts
@@ -64,14 +64,10 @@ def join_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
             name = old.meta["name"]
             stand_in(call(graph.graph, ops.routed_layer, *arguments(operands), name=name), old)
     without_unused(graph)
-    graph.delete_all_unused_submodules()
+    drop_unused(graph)
     return graph
 
 
 def _parameter(graph: fx.GraphModule, name: str, kind: Joined) -> fx.Node:
     """A node for the joined tensor `name`."""
-    owner, _, leaf = name.rpartition(".")
-    meta = torch.empty(kind.shape, dtype=STORED[kind.dtype], device="meta")
-    module = submodule(graph, owner)
-    module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
-    return tag(graph.graph.get_attr(name), name, TensorType(kind.shape, meta.dtype))
+    return add_weight(graph, graph.graph, name, TensorType(kind.shape, STORED[kind.dtype]))

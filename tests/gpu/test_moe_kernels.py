@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moec.graph_builder import ops
+from moec.graph_builder.ops.operands import arguments
 from moec.kernels.sizes import MOST_TOKENS, RoutedSizes, Sizes
 from moec.kernels.torch.moe import DecodeMoe
 from moec.spec.parts.routing import Routing
@@ -60,3 +61,17 @@ def test_every_routing(name: str) -> None:
             assert error_of_routed(sizes, weights, values) <= 2e-2
         layer(torch.randn_like(x))
         assert torch.equal(layer(x), values["out"])
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_the_op_on_a_gpu_runs_the_kernels(name: str) -> None:
+    from benchmarks.moe_kernels import operands, random_weights
+    from moec.kernels.torch.ops import register
+    from moec.kernels.torch.routed import RoutedMoe
+
+    register()
+    sizes = ROUTED[name]
+    weights = random_weights(sizes)
+    x = torch.randn(7, sizes.dim, device="cuda").bfloat16()
+    found = ops.routed_layer.target(*arguments(operands(sizes, weights, x)))
+    assert torch.equal(found, RoutedMoe(sizes, weights)(x))

@@ -92,7 +92,7 @@ def _layer(spec: ModelSpec, tokens: int) -> tuple[list[Tensor | None], tuple[obj
     x, router = torch.randn(tokens, dim), 2 * draw(count, dim)
     weights = draw(count, 2 * hidden, dim), None, draw(count, dim, hidden), None
     says = experts.top_k, how.score, how.choice, how.groups, how.kept_groups
-    return [x, router, bias, *weights], (*says, how.normalise, how.factor, how.weighed)
+    return [x, router, bias, *weights], (*says, how.normalise, how.factor, how.weighed, 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])

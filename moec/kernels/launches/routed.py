@@ -101,18 +101,27 @@ def most_tokens(sizes: RoutedSizes) -> int:
     return max(MOST_TOKENS, min(MOST_FEW, EACH * sizes.experts // sizes.top_k))
 
 
-def check_layer(where: str, sizes: RoutedSizes) -> None:
-    """Refuse a layer that no kernel of this family takes."""
+def unfit(sizes: RoutedSizes) -> tuple[str, object, str] | None:
+    """What of a layer no kernel of this family takes: its name, its value, and what is taken."""
     for name, size in (("dim", sizes.dim), ("hidden", sizes.hidden)):
         each = max(SMALLEST, sizes.block)
         if size % each or size < each:
-            refuse(f"{where}: {name}", size, f"a multiple of {each}", PLAIN)
+            return name, size, f"a multiple of {each}"
     if sizes.block not in (0, BLOCK):
-        refuse(f"{where}: block", sizes.block, f"{BLOCK}, or 0 for none", PLAIN)
+        return "block", sizes.block, f"{BLOCK}, or 0 for none"
     if sizes.experts > MOST_EXPERTS:
-        refuse(f"{where}: experts", sizes.experts, f"at most {MOST_EXPERTS}", PLAIN)
+        return "experts", sizes.experts, f"at most {MOST_EXPERTS}"
     if sizes.routing.weighed != "output":
-        refuse(f"{where}: weighed", sizes.routing.weighed, "output", PLAIN)
+        return "weighed", sizes.routing.weighed, "output"
+    return None
+
+
+def check_layer(where: str, sizes: RoutedSizes) -> None:
+    """Refuse a layer that is `unfit`."""
+    found = unfit(sizes)
+    if found:
+        name, value, expected = found
+        refuse(f"{where}: {name}", value, expected, PLAIN)
 
 
 def _scratch(sizes: RoutedSizes, tokens: int) -> Buffers:

@@ -54,6 +54,11 @@ def _scratch(sizes: RoutedSizes, tokens: int, tiles: Tiles) -> Buffers:
     return {name: (shape, TYPES[name][1:]) for name, shape in shapes.items()}
 
 
+def fits(sizes: RoutedSizes) -> bool:
+    """Whether the tiles divide a layer of these sizes, on every GPU."""
+    return sizes.dim % 256 == 0 and sizes.hidden % 128 == 0
+
+
 def routed_prefill_moe(
     sizes: RoutedSizes, tokens: int, tiles: Tiles = TILES
 ) -> tuple[tuple[Launch, ...], Buffers]:

@@ -13,17 +13,21 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from moec.graph_builder import ops
-from moec.graph_builder.ops.operands import FusedAttention, MoeLayer
+from moec.graph_builder.ops.operands import FusedAttention, MoeLayer, RoutedLayer
 from moec.graph_builder.ops.registry import implement
 from moec.graph_builder.ops.rope import inverse_frequencies
 from moec.kernels.launches import step
 from moec.kernels.launches.few_tokens import few_linear
 from moec.kernels.launches.launch import Launch
 from moec.kernels.launches.prefill import fits
-from moec.kernels.sizes import MOST_TOKENS, Heads, Sizes, is_head
+from moec.kernels.launches.routed import most_tokens, unfit
+from moec.kernels.launches.routed_prefill import fits as fits_routed
+from moec.kernels.sizes import MOST_TOKENS, Heads, RoutedSizes, Sizes, is_head
 from moec.kernels.torch.launch import architecture, buffers, overlaps, run
 from moec.kernels.torch.moe import DecodeMoe
 from moec.kernels.torch.prefill import PrefillMoe
+from moec.kernels.torch.routed import RoutedMoe
+from moec.spec.parts.routing import Routing
 
 FP8 = torch.float8_e4m3fn
 
@@ -39,6 +43,7 @@ def register() -> None:
         swiglu_fp8,
         fp8_linear,
         moe_layer,
+        routed_layer,
         norm_moe,
         norm_moe_norm_fp8,
         attention_fp8,
@@ -133,6 +138,25 @@ def moe_layer(*operands: Tensor) -> Tensor:
         return PrefillMoe(sizes, weights)(layer.x)
     moe = DecodeMoe(sizes, weights)
     rows = [moe(some) for some in torch.split(layer.x, MOST_TOKENS)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def routed_layer(*operands: Any) -> Tensor:
+    """FP8 layers that the kernels take; plain torch computes the others."""
+    of = RoutedLayer[Any](*operands)
+    how = {name: getattr(of, name) for name in Routing.model_fields}
+    routing = Routing.model_validate(how | {"bias": of.bias is not None})
+    count, dim, hidden = of.down.shape
+    experts = len(of.router)
+    sizes = RoutedSizes(dim, hidden, experts, of.top_k, count - experts, routing, of.block)
+    if of.gate_up_scale is None or of.x.dtype != torch.bfloat16 or unfit(sizes):
+        return ops.routed_layer.eager(*operands)  # type: ignore[no-any-return]
+    names = ("router", "gate_up", "gate_up_scale", "down", "down_scale")
+    weights = {name: getattr(of, name) for name in names}
+    layer = RoutedMoe(sizes, weights | ({} if of.bias is None else {"bias": of.bias}))
+    if fits_routed(sizes):
+        return layer(of.x)
+    rows = [layer(some) for some in torch.split(of.x, most_tokens(sizes))]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 

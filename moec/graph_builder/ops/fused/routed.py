@@ -12,14 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.graph_builder.ops.fp8 import FP8, quantize, spread, token_scale
-from moec.graph_builder.ops.fused.layers import encode, fp8_linear
 from moec.graph_builder.ops.linear import linear, swiglu
 from moec.graph_builder.ops.moe import ranks, route
 from moec.graph_builder.ops.operands import RoutedLayer
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.types import TensorType
 from moec.spec.parts.routing import CHOICES, WEIGHED
-from moec.weights.view import name_of
 
 #: bytes of which torch's grouped product wants the length of a row to be a multiple
 _ALIGNED = 16
@@ -66,10 +64,10 @@ def _rule(of: RoutedLayer[TensorType]) -> TensorType:
 def routed_layer(of: RoutedLayer[Tensor]) -> Tensor:
     """The weighed sum of each token's chosen experts, plus the shared experts if there are any.
 
-    The router is that of `linear`, `ranks` and `route`. Inputs of FP8 products are rounded by
-    token, or with blocks by token and block, and so is what SwiGLU makes. Only chosen experts are
-    read. The rows of wide experts go through torch's grouped product, which asks the GPU for
-    nothing; FP8 ones ask once for a layer.
+    The router is that of `linear`, `ranks` and `route`. Only chosen experts are read. Inputs of FP8
+    products are rounded by token, or with blocks by token and block. What SwiGLU makes is rounded
+    to x's type; all else of FP8 experts is float32, up to the sum. The rows of wide experts go
+    through torch's grouped product, which asks the GPU for nothing; FP8 ones ask once for a layer.
     """
     return of_logits(of, linear.eager(of.x, of.router, None))
 
@@ -94,7 +92,7 @@ def of_logits(of: RoutedLayer[Tensor], logits: Tensor) -> Tensor:
     mixed = out.unflatten(0, (-1, of.top_k)).sum(1)
     for shared in range(count, len(of.down)):
         mixed = mixed + _expert(of, shared, of.x)
-    return mixed
+    return mixed.to(of.x.dtype)
 
 
 def _experts(of: RoutedLayer[Tensor], rows: Tensor, ends: Tensor) -> Tensor:
@@ -110,22 +108,16 @@ def _experts(of: RoutedLayer[Tensor], rows: Tensor, ends: Tensor) -> Tensor:
 
 
 def _expert(of: RoutedLayer[Tensor], index: int, rows: Tensor) -> Tensor:
-    """What one expert makes of rows [N, D]: [N, D]."""
+    """What one expert makes of rows [N, D]: [N, D], in float32 if its weights are FP8."""
 
     def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         if scale is None:
             return functional.linear(x, weight[index])
-        if of.block:
-            return _product_of_blocks(x, weight[index], scale[index], of.block)
-        return fp8_linear.eager(*encode.eager(x), weight[index], scale[index], name_of(x.dtype))
+        by_token = token_scale.eager(x, of.block, None)
+        wide = quantize.eager(x, by_token, 0, of.block).float()
+        wide = wide * spread(by_token, wide.shape, 0, of.block)
+        by_output = spread(scale[index], weight[index].shape, 0, of.block)
+        return wide @ (weight[index].float() * by_output).t()
 
     gate, up = product(rows, of.gate_up, of.gate_up_scale).chunk(2, -1)
-    return product(swiglu.eager(gate, up), of.down, of.down_scale)
-
-
-def _product_of_blocks(x: Tensor, weight: Tensor, scale: Tensor, block: int) -> Tensor:
-    """x [N, K], rounded by token and block, by weight E4M3 [M, K]: [N, M] in x's type."""
-    by_token = token_scale.eager(x, block, None)
-    codes = quantize.eager(x, by_token, 0, block)
-    wide = codes.float() * spread(by_token, codes.shape, 0, block)
-    return (wide @ (weight.float() * spread(scale, weight.shape, 0, block)).t()).to(x.dtype)
+    return product(swiglu.eager(gate, up).to(rows.dtype), of.down, of.down_scale)

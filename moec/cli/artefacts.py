@@ -92,7 +92,7 @@ def build(
     """Build an artefact from one of --variant, --spec and --checkpoint, and prove its numbers.
 
     Without a checkpoint the artefact has no weights; `moec bind` adds them later.
-    Such an artefact is proven on a reduced-size model with the same layers,
+    Such an artefact is proven on a reduced-size model with the same kinds of layers,
     and so is one with over 4 GB of weights.
     """
     given = [source for source in (variant, spec, checkpoint) if source is not None]

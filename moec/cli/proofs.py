@@ -24,8 +24,8 @@ def validate(
         bool,
         typer.Option(
             "--reduced",
-            help="Prove a reduced-size model with the same layers and random weights, and do not "
-            "run the artefact's own weights.",
+            help="Prove a reduced-size model with the same kinds of layers and random weights, and "
+            "do not run the artefact's own weights.",
         ),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report as a web page.")] = None,

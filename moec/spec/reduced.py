@@ -1,4 +1,4 @@
-"""The reduced-size model: the same layers, patterns and switches, small enough for any machine."""
+"""The reduced-size model: layers, patterns and switches as they are, but small for any machine."""
 
 import re
 from collections.abc import Iterable

@@ -59,14 +59,15 @@ def export(
         source: a checkpoint folder; or a preset, a spec file or a spec. Those three have no
             weights, so that the artefact is unbound.
         target: "onnx" (plain ONNX), "ort" (ONNX Runtime's own operators), "torch" (a torch.export
-            program of fused FP8 ops), "tensorrt" or "tensorrt-rtx" (TensorRT engines).
+            program, of fused FP8 ops where the model has them), "tensorrt" or "tensorrt-rtx"
+            (TensorRT engines).
         precision: "fp32", "fp16" and "bf16" are the dtype that the graph computes in; weights keep
             the dtype in which they are stored, unless they are packed. "int8" and "int4" (target
             "ort") are dtypes of packed weights; the graph computes in fp32. "int4" is the precision
             of checkpoints of 4-bit integers too (targets "onnx" and "ort"). "fp8" rounds weights
             and inputs to E4M3; the graph computes in fp32, or in bf16 for the targets of GPUs. The
-            default is "fp8" or "int4" if the source's weights are, and "fp8" for target "torch",
-            which has no other precision; else "bf16" for TensorRT and "fp32" for the other targets.
+            default is "fp8" or "int4" if the source's weights are, and "fp8" for target "torch";
+            else "bf16" for TensorRT and "fp32" for the other targets.
         out: the artefact's folder; default build/NAME-TARGET-PRECISION.
         weights: "in-place" (the artefact refers to the checkpoint's files), "link" (hard links
             beside the model), "copy", or "pack" (moec writes the weights anew: in the layout that
@@ -75,8 +76,8 @@ def export(
             layout the graph expects.
         progress: called with (stage, done, total).
         scheme: how wide weights become FP8: "meta" (default), "dynamic" (default for target
-            "torch", which has no other), "mixed" (default for "tensorrt"), "static" (default for
-            "tensorrt-rtx"), "modelopt", "deepseek", or a file. An FP8 checkpoint has its own
+            "torch"; fused ops have no other), "mixed" (default for "tensorrt"), "static" (default
+            for "tensorrt-rtx"), "modelopt", "deepseek", or a file. An FP8 checkpoint has its own
             scheme.
         scales: the result of `calibrate`, or a file of it, for schemes with static scales; default
             the checkpoint's own file scales.json.

@@ -55,8 +55,8 @@ def spelled(config: dict[str, Any]) -> bytes:
 def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> dict[str, Any]:
     """The contents of `genai_config.json`.
 
-    The type is "decoder" with shared buffers, because genai has no type for Llama 4. `entries` are
-    session options of ONNX Runtime.
+    The type is "decoder" with shared buffers, because genai's own types name other models.
+    `entries` are session options of ONNX Runtime.
     """
     text, tokens, sampling = spec.text, spec.tokens, spec.sampling
     pad = tokens.padding

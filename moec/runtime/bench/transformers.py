@@ -26,7 +26,7 @@ class _Cache:
 
 @dataclass(frozen=True, slots=True)
 class Transformers:
-    """A Llama 4 of transformers.
+    """A model of transformers.
 
     `step` is its forward function for one token of each sequence, compiled or not.
     """
@@ -70,7 +70,7 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
     """
     declare_torchvision_ops()
     try:
-        from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     except ImportError as error:
         refuse(
             "transformers",
@@ -79,7 +79,8 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
             "pip install transformers",
             exit_code=3,
         )
-    kind = Llama4ForConditionalGeneration if load_spec(checkpoint).vision else Llama4ForCausalLM
+    images = load_spec(checkpoint).vision is not None
+    kind: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     model: Any = kind.from_pretrained(
         checkpoint,
         dtype=TORCH_DTYPES[dtype],

@@ -153,8 +153,8 @@ def error_of_routed(
     """The error of a layer of any routing, from its own logits on."""
     logits = values["logits"].sum(0).bfloat16()
     layer = operands(sizes, weights, values["x"])
-    rows = without_ties(layer, logits)
-    expected = of_logits(layer, logits)
+    rows, expected = without_ties(layer, logits), of_logits(layer, logits)
+    rows |= not rows.any()
     return error(values["out"][rows], expected[rows])
 
 

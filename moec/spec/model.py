@@ -26,6 +26,7 @@ from moec.spec.parts.routing import Experts
 from moec.spec.parts.sizes import (
     Base,
     Depth,
+    Epsilon,
     Factor,
     HeadDim,
     Heads,
@@ -116,7 +117,7 @@ class TextSpec(Frozen):
     head_dim: HeadDim
     vocab: int = Field(gt=0, le=limits.VOCAB)
     max_positions: Positions
-    norm_eps: float = Field(ge=1e-30, le=1)
+    norm_eps: Epsilon
     attention_bias: bool = False
     tie_embeddings: bool = False
     rope_pairs: Literal["adjacent", "halves"] = Field(

@@ -244,6 +244,7 @@ def text_against_source(artefact: Artefact, source: ModelSpec, folder: Path) -> 
             spec.tokens.pad,
         )
         values["sampling"] = spec.sampling.model_dump() if spec.sampling else None
+        values["repetition_penalty"] = spec.repetition_penalty
     odd = {
         name: f"{shown(value)}, expected {shown(wanted[name])}"
         for name, value in found.items()

@@ -43,6 +43,7 @@ CASES = {
         {"normalise": False, "factor": 1.5},
         rope_pairs="halves",
         rope_scaling=YARN,
+        norm_eps=0.01,  # but 1e-6 for the norms of latent vectors
         latent={"q_rank": None, "kv_rank": 16, "nope": 8, "rope": 8, "value": 12},
     ),
     "aria": small("aria"),

@@ -56,6 +56,13 @@ def generate(
         typer.Option(help="Sample from the likeliest tokens that reach this probability only."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The seed of the sampling.")] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="The factor by which tokens of the prompt and the text so far become less likely; "
+            "1 changes nothing. Default: as the checkpoint's generation_config.json says."
+        ),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -102,6 +109,7 @@ def generate(
     from moec.runtime.inputs.chat import read_messages
     from moec.runtime.inputs.prompt import compose
     from moec.runtime.inputs.text import open_text
+    from moec.spec.hf.generation import unapplied
 
     stream: Any = None
     row, pixels = [], None
@@ -139,7 +147,10 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "seed": seed,
+        "repetition_penalty": repetition_penalty,
     }
+    for note in unapplied(session.spec.notes):
+        error_line(f"note: {note}")
     if talks:
         converse(session.conversation(system=system), image or (), **settings)
         return

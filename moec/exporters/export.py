@@ -28,6 +28,7 @@ from moec.spec.calibration import Calibration
 from moec.spec.errors import MoecError, refuse
 from moec.spec.files import load_spec, other_model
 from moec.spec.hf.forms import checkpoint_folder
+from moec.spec.hf.generation import generates_as
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.weights.checkpoint import Checkpoint
@@ -258,8 +259,7 @@ def bind(
                 f"moec build --checkpoint {checkpoint}",
             )
         constants = scales_for(built.manifest.spec, mode, scales, read.folder)
-        own = {"tokens": spec.tokens, "sampling": spec.sampling}  # the checkpoint's
-        bound_spec = built.manifest.spec.model_copy(update=own)
+        bound_spec = generates_as(built.manifest.spec, spec)
         options = built.manifest.options
         stays = bool(built.manifest.engines) and options is not None and options.bindings == "all"
         compiler = builder.compiler

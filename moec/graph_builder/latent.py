@@ -38,7 +38,7 @@ def latent_attention(
 
     def norm(x: fx.Node, part: str) -> fx.Node:
         weight = b.parameter(names.attention(i, part, "norm", "weight"))
-        return b.emit(ops.rms_norm, x, weight, text.norm_eps, name=f"{at}.{part}.norm")
+        return b.emit(ops.rms_norm, x, weight, latent.norm_eps, name=f"{at}.{part}.norm")
 
     def part(x: fx.Node, count: int, start: int, stop: int, name: str) -> fx.Node:
         return b.emit(ops.take_part, x, count, start, stop, name=f"{at}.{name}")

@@ -133,6 +133,7 @@ class Conversation:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
         stop: Sequence[int] | None = None,
         stream: Callable[[str], None] | None = None,
     ) -> Reply:
@@ -145,10 +146,11 @@ class Conversation:
             text: what the user says, or messages, such as the results of tools.
             images: images of this turn, as in `moec.encode`.
             max_new_tokens: the most tokens of the reply.
-            temperature: this and the next four are as in `Session.generate`.
+            temperature: this and the next five are as in `Session.generate`.
             top_k: see there.
             top_p: see there.
             seed: see there.
+            repetition_penalty: see there.
             stop: see there.
             stream: called with each piece of the reply's text as it comes.
 
@@ -157,7 +159,8 @@ class Conversation:
                 have more tokens than the model is made for. Nothing has been computed then.
         """
         session, spec, state = self._session, self._session.spec, self._state
-        choose = chooser(spec.sampling, max_new_tokens, temperature, top_k, top_p, seed)
+        asked = (temperature, top_k, top_p, seed, repetition_penalty)
+        choose_after = chooser(spec, max_new_tokens, *asked)
         ending = ends(stop, spec.tokens.eos)
         words = self._words = _alive(self._words, self._source)
         images = listed(images)
@@ -180,7 +183,7 @@ class Conversation:
         logits = session.extend(new, torch.tensor([new.shape[1]]), cache, seen)
         tokens, pieces, decoder = list[int](), list[str](), words.stream()
         next(decoder)
-        for (token,) in steps(session, logits, cache, max_new_tokens, choose, ending):
+        for (token,) in steps(session, logits, cache, max_new_tokens, choose_after([row]), ending):
             assert token is not None  # there is one sequence, and its end is the last step
             tokens.append(token)
             pieces.append(decoder.send(token))

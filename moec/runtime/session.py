@@ -273,6 +273,7 @@ class Session:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
         stop: Sequence[int] | None = None,
         stream: Callable[[list[int | None]], None] | None = None,
     ) -> Tensor: ...
@@ -289,6 +290,7 @@ class Session:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
         stop: Sequence[int] | None = None,
         stream: Callable[[list[int | None]], None] | None = None,
     ) -> NDArray[np.int64]: ...
@@ -304,6 +306,7 @@ class Session:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
         stop: Sequence[int] | None = None,
         stream: Callable[[list[int | None]], None] | None = None,
     ) -> Tensor | NDArray[np.int64]:
@@ -321,13 +324,16 @@ class Session:
             top_k: sample from the k likeliest tokens only.
             top_p: sample from the likeliest tokens that reach this probability only.
             seed: the seed of the sampling.
+            repetition_penalty: tokens that a sequence has already become less likely by this
+                factor; 1 changes nothing. Default: what generation_config.json asks for.
             stop: tokens that end a sequence; default the model's own.
             stream: called after each step with its tokens, None for sequences that have ended.
 
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
-        choose = chooser(self.spec.sampling, max_new_tokens, temperature, top_k, top_p, seed)
+        asked = (temperature, top_k, top_p, seed, repetition_penalty)
+        choose_after = chooser(self.spec, max_new_tokens, *asked)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
         if max_new_tokens < 1:
@@ -337,7 +343,7 @@ class Session:
         capacity = int(counts.max()) + max_new_tokens - 1  # the last new token is not run
         cache = self.new_cache(len(ids), capacity, int(counts.max()))
         logits = self.extend(ids, counts, cache, features)
-        for new in steps(self, logits, cache, max_new_tokens, choose, ending):
+        for new in steps(self, logits, cache, max_new_tokens, choose_after(rows), ending):
             for row, token in zip(rows, new, strict=True):
                 row += [] if token is None else [token]
             if stream:

@@ -117,7 +117,7 @@ def diff(left: ModelSpec, right: ModelSpec) -> list[tuple[str, Any, Any]]:
 
 
 #: fields that do not change what a model computes
-_APART = ("provenance", "sampling", "tokens.bos", "tokens.eos", "tokens.pad")
+_APART = ("provenance", "sampling", "repetition_penalty", "tokens.bos", "tokens.eos", "tokens.pad")
 
 
 def other_model(found: ModelSpec, wanted: ModelSpec, *apart: str) -> list[tuple[str, Any, Any]]:

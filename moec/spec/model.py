@@ -26,6 +26,7 @@ from moec.spec.parts.routing import Experts
 from moec.spec.parts.sizes import (
     Base,
     Depth,
+    Epsilon,
     Factor,
     HeadDim,
     Heads,
@@ -116,7 +117,7 @@ class TextSpec(Frozen):
     head_dim: HeadDim
     vocab: int = Field(gt=0, le=limits.VOCAB)
     max_positions: Positions
-    norm_eps: float = Field(ge=1e-30, le=1)
+    norm_eps: Epsilon
     attention_bias: bool = False
     tie_embeddings: bool = False
     rope_pairs: Literal["adjacent", "halves"] = Field(
@@ -312,6 +313,7 @@ class Sampling(Frozen):
     temperature: float = Field(default=1.0, gt=0, le=1e6)
     top_k: int | None = Field(default=None, ge=1, le=limits.VOCAB)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
 
 
 class ModelSpec(Frozen):
@@ -324,7 +326,8 @@ class ModelSpec(Frozen):
     With `separate_experts` each routed expert has tensors of its own on disk, [out, in], where the
     scheme leaves it alone. `architecture` names the row of `moec.spec.hf.architectures` whose
     config.json and tensor names a checkpoint of this model has. `sampling` is what generation does
-    by default; None: it takes the likeliest token.
+    by default; None: it takes the likeliest token. Before either, `repetition_penalty` makes tokens
+    less likely that a sequence has already.
     """
 
     name: Name
@@ -339,6 +342,7 @@ class ModelSpec(Frozen):
     vision: VisionSpec | None = None
     tokens: Tokens = Tokens()
     sampling: Sampling | None = None
+    repetition_penalty: Factor = 1.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -127,6 +127,7 @@ def _latent(latent: Latent, block: int, head_dim: int) -> Latent:
         nope=head_dim,
         rope=head_dim,
         value=head_dim if latent.value == latent.nope else head_dim // 2,
+        norm_eps=latent.norm_eps,
     )
 
 

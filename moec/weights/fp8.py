@@ -68,7 +68,8 @@ def quantise(rows: Tensor, scale: Tensor, along: str, block: int, out: Tensor) -
     """
     at = 0
     for step in _steps(rows, along, block):
-        wide = step.float()
+        # A copy, because float() of float32 rows would be the rows themselves: the caller's.
+        wide = step.to(torch.float32, copy=True)
         count = len(step)
         if along == "row":
             wide /= scale[at : at + count, None]

@@ -3,7 +3,7 @@
 import math
 import mmap
 import os
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -22,8 +22,6 @@ TORCH_DTYPES = {name: _TORCH[name] for name in get_args(DType)}
 STORED = {**TORCH_DTYPES, "fp8": _TORCH["fp8"], "uint8": _TORCH["uint8"]}
 _NAMES = {theirs: name for name, theirs in _TORCH.items()}
 
-#: of Linux; Python 3.11 has no name for it
-MAP_NORESERVE = 0x4000
 #: bytes that the operating system is asked to read ahead
 AHEAD = 1 << 26
 
@@ -37,7 +35,8 @@ def view(entry: TensorEntry) -> torch.Tensor:
     """Map the tensor at `entry`, in its own type and shape.
 
     The bytes are read when they are used. They are copied only if their offset is not aligned, or
-    if adapters change the tensor, or it has parts.
+    if adapters change the tensor, or it has parts. All users of a file share them, so nobody may
+    write to the tensor: a write ends the process.
     """
     stored = _map(entry)
     if not entry.changes:
@@ -60,13 +59,26 @@ def _map(entry: TensorEntry) -> torch.Tensor:
         return torch.cat([view(part).to(dtype) for part in entry.parts]).t()
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=dtype)
-    whole = np.frombuffer(_mapped(entry), np.uint8)
+    whole = np.asarray(_Shared(np.frombuffer(_mapped(entry), np.uint8)))
     raw = whole[entry.offset : entry.offset + entry.nbytes]
     if len(raw) < entry.nbytes:
         _refuse_short(entry)
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()
     return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
+
+
+class _Shared:
+    """Bytes that cannot be written, as an array that says it can be, which torch warns without."""
+
+    def __init__(self, held: "np.ndarray[Any, Any]") -> None:
+        self.held = held  # keeps the mapping alive, as the array keeps this object
+        self.__array_interface__ = {
+            "shape": held.shape,
+            "typestr": held.dtype.str,
+            "data": (held.ctypes.data, False),
+            "version": 3,
+        }
 
 
 #: files that a tensor in use lies in: a mapping keeps a file open, and tensors may be 45,000
@@ -76,8 +88,8 @@ _FILES: WeakValueDictionary[tuple[object, ...], mmap.mmap] = WeakValueDictionary
 def _mapped(entry: TensorEntry) -> mmap.mmap:
     """The whole file of a tensor, mapped once for all of its tensors.
 
-    The mapping is copy-on-write: torch needs writable memory, and the file must not change. It
-    reserves no memory for that, because a file may be larger than memory.
+    The mapping cannot be written. A tensor that one user changed would be wrong for all others in
+    the process, and for the proof that compares them: a crash is better.
     """
     with entry.file.open("rb") as file:
         at = os.fstat(file.fileno())
@@ -86,12 +98,7 @@ def _mapped(entry: TensorEntry) -> mmap.mmap:
         if found is None:
             if not at.st_size:
                 _refuse_short(entry)
-            found = mmap.mmap(
-                file.fileno(),
-                at.st_size,
-                mmap.MAP_PRIVATE | MAP_NORESERVE,
-                mmap.PROT_READ | mmap.PROT_WRITE,
-            )
+            found = mmap.mmap(file.fileno(), at.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ)
             _FILES[key] = found
     return found
 

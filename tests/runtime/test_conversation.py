@@ -77,7 +77,8 @@ def start(
         folder = with_template(tiny, tmp_path / "checkpoint", template, weights=False)
         script = Script()
         monkeypatch.setattr(
-            "moec.runtime.conversation.chooser", lambda *how: chooser(*how) and script.choose
+            "moec.runtime.conversation.chooser",
+            lambda *how: chooser(*how) and (lambda _: script.choose),
         )
         session = replace(
             base,

@@ -59,7 +59,7 @@ def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> di
     `entries` are session options of ONNX Runtime.
     """
     text, tokens, sampling = spec.text, spec.tokens, spec.sampling
-    pad = tokens.padding
+    pad, penalty = tokens.padding, spec.repetition_penalty
     return {
         "model": {
             "type": "decoder",
@@ -95,7 +95,9 @@ def genai_config(spec: ModelSpec, precision: str, entries: dict[str, str]) -> di
         },
         "search": {
             "do_sample": sampling is not None,
-            **(sampling.model_dump(exclude_none=True) if sampling else {}),
+            # genai has no min_p, and refuses fields that it does not know
+            **(sampling.model_dump(exclude_none=True, exclude={"min_p"}) if sampling else {}),
+            **({} if spec.repetition_penalty == 1 else {"repetition_penalty": penalty}),
             "max_length": min(text.max_positions, CONTEXT),
             "past_present_share_buffer": True,
         },

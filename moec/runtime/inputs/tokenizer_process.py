@@ -39,9 +39,15 @@ def _refusing(where: str) -> Iterator[None]:
 
 
 def load(data: bytes, where: str) -> tuple[Any, bytes]:
-    """Load the tokenizer whose file has the bytes `data`."""
+    """Load the tokenizer whose file has the bytes `data`.
+
+    The file may say how texts were cut and padded for training. That is no part of a prompt.
+    """
     with _refusing(where):
-        _HELD.tokenizer = Tokenizer.from_buffer(data)
+        held = Tokenizer.from_buffer(data)
+        held.no_truncation()
+        held.no_padding()
+        _HELD.tokenizer = held
     return None, b""
 
 

@@ -8,6 +8,7 @@ In names, `tested` is the artefact under test, `found` its values, and `expected
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +153,8 @@ def generation(tested: ArtefactUnderTest, ids: Tensor, tolerance: Tolerance) -> 
     wanted = 32 if session.spec.fp8 else 8  # FP8 may change two tokens, too many of 8
     context = session.limits.context
     room = wanted if context is None else context - prompt.shape[1] + 1
-    tokens = session.generate(prompt, max_new_tokens=min(wanted, room), temperature=0.0, stop=())
+    plain: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "stop": ()}
+    tokens = session.generate(prompt, max_new_tokens=min(wanted, room), **plain)
     fed = tokens[:, :-1]
     lengths = torch.tensor([fed.shape[1]])
     followed = {name: torch.cat(each) for name, each in seen.items()}

@@ -158,7 +158,12 @@ def _draw(session: Session, seed: int) -> Tensor:
     start = session.spec.tokens.bos
     first = torch.full((ROWS, 1), 0 if start is None else start)
     rows: Tensor = session.generate(
-        first, max_new_tokens=TOKENS - 1, temperature=1.0, seed=seed, stop=()
+        first,
+        max_new_tokens=TOKENS - 1,
+        temperature=1.0,
+        repetition_penalty=1.0,
+        seed=seed,
+        stop=(),
     )
     return rows
 

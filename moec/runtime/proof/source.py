@@ -230,8 +230,10 @@ def schemes(artefact: Artefact, source: ModelSpec) -> Iterator[Check]:
 def text_against_source(artefact: Artefact, source: ModelSpec, folder: Path) -> Iterator[Check]:
     """Compare what decides which tokens go in and when a sequence ends with the checkpoint's.
 
-    These are end tokens and sampling, which the manifest has, and the copies of the tokenizer's
-    files that lie in the artefact. No number of a graph depends on them.
+    These are end tokens and sampling, which the manifest has, and the files of the tokenizer and of
+    images that sessions of the artefact read. No number of a graph depends on them. A file that
+    only the checkpoint has counts too: without its template, another one would be filled. Only an
+    artefact whose weights lie elsewhere may have none of the files.
     """
     mine, wanted = artefact.manifest.spec, dict[str, object]()
     found = dict[str, object]()
@@ -242,18 +244,21 @@ def text_against_source(artefact: Artefact, source: ModelSpec, folder: Path) -> 
             spec.tokens.pad,
         )
         values["sampling"] = spec.sampling.model_dump() if spec.sampling else None
+        values["repetition_penalty"] = spec.repetition_penalty
     odd = {
         name: f"{shown(value)}, expected {shown(wanted[name])}"
         for name, value in found.items()
         if value != wanted[name]
     }
-    copies = 0
-    for name in INPUT_FILES:
-        own = find_own(artefact.path, name)
+    read = {name: artefact.companion(name) for name in INPUT_FILES}
+    copies = sum(own is not None for own in read.values())
+    needed = copies or artefact.manifest.weights.mode != "in-place"
+    for name, own in read.items():
         theirs = find_own(folder, name)
-        copies += own is not None
         if own and theirs is None:
             odd[name] = f"{folder} has no such file"
+        elif theirs and own is None and needed:
+            odd[name] = f"the artefact has no such file, but {folder} has"
         elif own and theirs and not filecmp.cmp(own, theirs, shallow=False):
             odd[name] = f"other bytes than in {folder}"
     for name, what in odd.items():

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from moec.spec.data import Frozen
-from moec.spec.parts.sizes import HeadDim, Width
+from moec.spec.parts.sizes import Epsilon, HeadDim, Width
 
 
 class Latent(Frozen):
@@ -12,7 +12,8 @@ class Latent(Frozen):
     A token is projected to a latent vector of width `kv_rank`, from which each head makes its key,
     of width `nope`, and its value. A further part of the key, of width `rope`, is rotated and
     serves all heads. Queries come from a latent vector of width `q_rank`, or straight from the
-    token. The cache holds the latent vector and the rotated part.
+    token. The cache holds the latent vector and the rotated part. `norm_eps` is the epsilon of the
+    norms of both latent vectors.
     """
 
     q_rank: Width | None
@@ -20,6 +21,7 @@ class Latent(Frozen):
     nope: HeadDim
     rope: HeadDim
     value: HeadDim
+    norm_eps: Epsilon = 1e-6
 
 
 class CacheSpec(NamedTuple):

@@ -12,6 +12,8 @@ Depth = Annotated[int, Field(gt=0, le=limits.LAYERS)]
 Heads = Annotated[int, Field(gt=0, le=limits.HEADS)]
 HeadDim = Annotated[int, Field(gt=0, le=limits.HEAD_DIM)]
 ExpertCount = Annotated[int, Field(gt=0, le=limits.EXPERTS)]
+#: what a norm adds to the mean square
+Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
 #: a base of RoPE
 Base = Annotated[float, Field(gt=0, le=1e15)]
 #: a factor of RoPE scaling, of router scores or of the attention temperature

@@ -16,6 +16,7 @@ from transformers.models.llama4.image_processing_llama4 import Llama4ImageProces
 
 import moec
 from moec.runtime.inputs.image_places import COLUMN, END, IMAGE, PATCH, ROW, START, layout
+from moec.runtime.inputs.tokenizer import load_tokenizer
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
@@ -220,3 +221,19 @@ def test_the_published_layout() -> None:
     rows = f"{tile}{COLUMN}{tile}{ROW}" * 2
     assert layout((2, 2), 1) == f"{START}{rows}{IMAGE}{tile}{END}"
     assert layout((1, 1), 1, tiled=False) == f"{START}{tile}{END}"
+
+
+def test_how_texts_were_cut_and_padded_for_training_is_not_obeyed(tmp_path: Path) -> None:
+    """transformers resets both at every call."""
+    tokenizer = _tokenizer(SPECIAL)
+    text = "what is this and that ?"
+    expected = tokenizer.encode(text).ids
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(direction="left", pad_id=2, pad_token=SPECIAL[2], length=20)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path / "tokenizer.json")
+    filled = [(True, SPECIAL[0]), (False, text)]
+    assert found.encode(text) == found.encode_parts(filled) == expected
+    assert found.encode_filled(text) == expected[1:]
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert theirs(text).input_ids == expected

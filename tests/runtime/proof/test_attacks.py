@@ -13,6 +13,7 @@ import torch
 
 import moec
 from moec.artefact.artefact import open_artefact, write_manifest
+from moec.artefact.placement import INPUT_FILES
 from moec.runtime.proof.source import (
     against_wide,
     read_source,
@@ -132,6 +133,24 @@ def test_tokens_and_text_are_those_of_the_checkpoint(
     SAYS[what](artefact)
     (check,) = text_against_source(open_artefact(artefact), spec, source)
     assert not check.passed and check.name == f"text: {what}"
+
+
+@pytest.mark.parametrize("name", INPUT_FILES)
+def test_a_file_of_text_that_is_missing_is_found(
+    name: str, checkpoint: Path, artefact: Path, tmp_path: Path
+) -> None:
+    """Without it, sessions would take other tokens, or fill another template."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    file = source / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    put = {"checkpoint": "/nowhere"}
+    json_file("manifest.json", lambda held: held.update(put))(artefact)
+    sealed(artefact)
+    spec = moec.load_spec(source)
+    (check,) = text_against_source(open_artefact(artefact), spec, source)
+    assert not check.passed and check.name == f"text: {name}" and "no such file" in check.detail
 
 
 def test_a_proof_compares_tokens_with_the_checkpoint(artefact: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from transformers import Llama4Config, Llama4TextConfig
+from transformers import AutoConfig, Llama4Config, Llama4TextConfig
 
 from moec.spec.errors import MoecError
 from moec.spec.files import diff, load_spec
@@ -14,6 +14,7 @@ from moec.spec.hf.config import read_config, write_config
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from tests.conftest import TINY
+from tests.refusals import refusal
 from tests.strategies import specs
 
 
@@ -158,3 +159,57 @@ def test_the_default_pattern_follows_the_interval(
     config = _released()
     config["text_config"]["no_rope_layer_interval"] = interval
     assert _read(tmp_path, config).text.rope == pattern
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_LLAMA3 = {**_YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "scaling"),
+    [
+        ("deepseek-v3", _YARN),
+        ("deepseek-v3", {**_YARN, "rope_theta": 77.0}),
+        ("tiny-scout", _LLAMA3),
+        ("qwen3-30b-a3b", {}),
+        ("aria", None),
+        ("mixtral-8x7b", {"type": "default"}),
+    ],
+)
+@pytest.mark.parametrize("inner", [{"rope_theta": 55.0}, {}])
+def test_rope_scaling_beside_rope_parameters_counts_as_in_transformers(
+    preset: str, scaling: dict[str, Any] | None, inner: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = PRESETS[preset].model_copy(update={"vision": None})
+    config = write_config(spec)
+    text = config.get("text_config", config)
+    both = {"rope_type": "default", **inner}
+    text |= {"rope_theta": 99.0, "rope_scaling": scaling, "rope_parameters": both}
+    ours = _read(tmp_path, config).text
+    theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert ours.rope_theta == theirs["rope_theta"]
+    assert getattr(ours.rope_scaling, "factor", None) == theirs.get("factor")
+
+
+@pytest.mark.parametrize(
+    ("preset", "scaling", "named"),
+    [
+        ("qwen3-30b-a3b", _YARN, "rope_scaling: rope_type"),
+        ("olmoe-1b-7b", {"type": "linear", "factor": 2.0}, "rope_scaling: rope_type"),
+        ("deepseek-v3", {**_YARN, "sparkle": 1}, "rope_scaling: sparkle"),
+        ("deepseek-v3", [1], "rope_scaling"),
+    ],
+)
+def test_rope_scaling_beside_rope_parameters_is_refused_as_it_is_alone(
+    preset: str, scaling: Any, named: str, tmp_path: Path
+) -> None:
+    config = write_config(PRESETS[preset]) | {"rope_scaling": scaling}
+    for parameters in (None, {"rope_type": "default", "rope_theta": 1e4}):
+        refusal(lambda: _read(tmp_path, config | {"rope_parameters": parameters}), named)  # noqa: B023
+
+
+def test_rope_scaling_without_a_base_is_refused_beside_rope_parameters(tmp_path: Path) -> None:
+    config = write_config(PRESETS["deepseek-v3"])
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    refusal(lambda: _read(tmp_path, config), "rope_theta")

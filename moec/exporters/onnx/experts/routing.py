@@ -25,13 +25,15 @@ def lower_route(e: Emitter, node: fx.Node, route: Route[ir.Value]) -> Values:
     top, chosen = e.ops("TopK", [order, count], (best, experts), "top", axis=-1)
     if route.score == "softmax":
         logits = e.cast(route.logits, _FLOAT, "logits")
-        every = _scores(e, route.score, logits, TensorType(type_of(logits).shape, _FLOAT))
+        every = _softmax(e, logits, TensorType(type_of(logits).shape, _FLOAT))
         found = e.op("GatherElements", [every, chosen], kind, label="gain", axis=1)
     else:
         if route.ranks is not route.logits:
             mine = TensorType(weights.shape, type_of(route.logits).dtype)
             top = e.op("GatherElements", [route.logits, chosen], mine, label="own", axis=1)
-        found = _scores(e, route.score, e.cast(top, _FLOAT, "wide"), kind)
+        sigmoid = _exact_sigmoid if route.normalise else _sigmoid
+        scores_of = sigmoid if route.score == "sigmoid" else _softmax
+        found = scores_of(e, e.cast(top, _FLOAT, "wide"), kind)
     if route.normalise:
         column = TensorType((kind.shape[0], 1), _FLOAT)
         total = e.op("ReduceSum", [found, e.constant([1])], column, label="total", keepdims=1)
@@ -42,16 +44,30 @@ def lower_route(e: Emitter, node: fx.Node, route: Route[ir.Value]) -> Values:
     return e.cast(found, weights.dtype, "scores"), chosen
 
 
-def _scores(e: Emitter, score: str, logits: ir.Value, kind: TensorType) -> ir.Value:
-    if score == "sigmoid":
-        return e.op("Sigmoid", [logits], kind, label="sigmoid")
+def _softmax(e: Emitter, logits: ir.Value, kind: TensorType) -> ir.Value:
     return e.op("Softmax", [logits], kind, label="softmax", axis=-1)
+
+
+def _sigmoid(e: Emitter, logits: ir.Value, kind: TensorType) -> ir.Value:
+    return e.op("Sigmoid", [logits], kind, label="sigmoid")
+
+
+def _exact_sigmoid(e: Emitter, logits: ir.Value, kind: TensorType) -> ir.Value:
+    """1 / (1 + exp(-x)), right to a few bits of each score.
+
+    ONNX Runtime's Sigmoid is right to 1e-8 in all on a CPU. So small scores are off, 2e-4 of them
+    at -8, and zero below -18. Scores that are divided by their sum, or compared, need each.
+    """
+    one = e.constant(np.float32(1))
+    below = e.op("Exp", [e.op("Neg", [logits], kind, label="minus")], kind, label="exp")
+    return e.op("Div", [one, e.op("Add", [below, one], kind, label="plus")], kind, label="sigmoid")
 
 
 def lower_ranks(e: Emitter, node: fx.Node, ranks: Ranks[ir.Value]) -> ir.Value:
     """`ranks`, in float32."""
     every = TensorType(type_of(ranks.logits).shape, _FLOAT)
-    scores = _scores(e, ranks.score, e.cast(ranks.logits, _FLOAT, "logits"), every)
+    scores_of = _exact_sigmoid if ranks.score == "sigmoid" else _softmax
+    scores = scores_of(e, e.cast(ranks.logits, _FLOAT, "logits"), every)
     if ranks.bias is not None:
         bias = e.cast(ranks.bias, _FLOAT, "bias")
         scores = e.op("Add", [scores, bias], every, label="biased")

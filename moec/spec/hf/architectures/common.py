@@ -85,18 +85,27 @@ def bookkeeping(raw: dict[str, Any]) -> tuple[str, ...]:
 def rope(at: Fields, *kinds: str) -> tuple[float, Scaling | None]:
     """Read RoPE's base and scaling.
 
-    They are in `rope_theta` and `rope_scaling`, or in `rope_parameters` in the 5.x style.
+    They are in `rope_theta` and `rope_scaling`, or in `rope_parameters` in the 5.x style. A
+    `rope_scaling` that says anything counts instead of `rope_parameters`, as in transformers: it
+    is what a user adds to a config to reach longer contexts.
+
+    Raises:
+        MoecError: no field that counts says the base, or the kind of scaling is none of `kinds`.
     """
-    if "rope_parameters" in at:
-        inner = Fields(f"{at.where}.rope_parameters", at.take("rope_parameters", dict))
-        theta = inner.take("rope_theta", float)
-        at.left.pop("rope_theta", None)
-        at.left.pop("rope_scaling", None)
-    else:
-        theta = at.take("rope_theta", float)
-        at.left.pop("rope_parameters", None)
-        scaling = at.take("rope_scaling", dict, default={"rope_type": "default"})
-        inner = Fields(f"{at.where}.rope_scaling", scaling)
+    scaling = at.take("rope_scaling", dict, default=None) or None
+    parameters = at.take("rope_parameters", dict, default=None)
+    base = at.take("rope_theta", float, default=None)
+    name = "rope_scaling" if scaling or parameters is None else "rope_parameters"
+    inner = Fields(f"{at.where}.{name}", scaling or parameters or {"rope_type": "default"})
+    theta = inner.take("rope_theta", float, default=base)
+    if theta is None and scaling and parameters is not None:
+        # transformers takes the default of the class here, whatever rope_parameters says.
+        expected = "float, beside rope_scaling or in it, because rope_parameters does not count"
+        raise at.error("rope_theta", "no such field", expected)
+    if theta is None:
+        raise (inner if parameters is not None else at).error(
+            "rope_theta", "no such field", "float"
+        )
     kind = inner.take("rope_type", str, default=inner.left.get("type"))  # before 4.43: type
     if kind not in kinds:
         raise inner.error("rope_type", repr(kind), " or ".join(map(repr, kinds)))

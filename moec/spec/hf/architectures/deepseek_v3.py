@@ -4,6 +4,7 @@ from typing import Any
 
 from moec.spec import names
 from moec.spec.bounded import limits
+from moec.spec.errors import refuse
 from moec.spec.fields import Fields
 from moec.spec.hf.architectures.common import Architecture, Read
 from moec.spec.hf.architectures.decoder import LAYER, keys, read_decoder, write_decoder
@@ -18,6 +19,8 @@ _ATTENTION = {
     "kv_down": "kv_a_proj_with_mqa",
     "kv_up": "kv_b_proj",
 }
+#: of the norms of latent vectors: no field of a config says it, `rms_norm_eps` is for the others
+_LATENT_EPS = 1e-6
 _NORMS = {"q_down": "q_a_layernorm", "kv_down": "kv_a_layernorm"}
 _KEYS = (
     keys(shared="shared_experts")
@@ -54,6 +57,7 @@ def _read(top: Fields, kind: str) -> Read:
         nope=top.size("qk_nope_head_dim", limits.HEAD_DIM),
         rope=top.size("qk_rope_head_dim", limits.HEAD_DIM),
         value=top.size("v_head_dim", limits.HEAD_DIM),
+        norm_eps=_LATENT_EPS,
     )
     pairs = "adjacent" if top.take("rope_interleave", bool, default=True) else "halves"
     more = top.take("num_nextn_predict_layers", int, default=0)
@@ -79,6 +83,13 @@ def _read(top: Fields, kind: str) -> Read:
 def _write(spec: ModelSpec) -> dict[str, Any]:
     text, latent, experts = spec.text, spec.text.latent, spec.text.experts
     assert latent is not None and experts is not None
+    if latent.norm_eps != _LATENT_EPS:
+        refuse(
+            f"spec {spec.name}",
+            f"latent.norm_eps {latent.norm_eps}",
+            f"{_LATENT_EPS}, as every DeepSeek-V3 has it",
+            "keep the model as a spec file (moec spec show)",
+        )
     routing = experts.routing
     more = {
         "head_dim": latent.rope,

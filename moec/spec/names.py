@@ -326,6 +326,11 @@ def given(name: str) -> str:
     return f"{name}.given"
 
 
+def taken(name: str) -> str:
+    """What a graph uses in place of the value `name`, if it was given another."""
+    return f"{name}.taken"
+
+
 def layer_of(name: str) -> int | None:
     """The number of the decoder layer that a name belongs to; None where it belongs to none."""
     found = re.match(r"layers\.(\d+)(?:\.|$)", name)

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moec.graph_builder import ops
 from moec.graph_builder.builder import tag
 from moec.graph_builder.ops.moe import weights_of
-from moec.graph_builder.ops.operands import Route
+from moec.graph_builder.ops.operands import Ranks, Route
 from moec.graph_builder.roles import Role
 from moec.graph_builder.types import TensorType
 from moec.spec import names
@@ -17,7 +18,8 @@ def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
     """Change `graph` in place: each choice of experts NAME gets an input "NAME.given" [T, k].
 
     A token uses the given experts if their ranks are within `limit` of those of its best experts,
-    as a share of the layer's largest rank; their weights follow. Otherwise, or without the input,
+    as a share of the layer's largest rank; their weights follow. Groups of experts may be near ties
+    too. Otherwise, or without the input,
     it uses its best experts. The value NAME itself keeps the graph's own choice, so that `tap` can
     show it.
     """
@@ -35,10 +37,12 @@ def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
         weights = next(each for each in route.users if each is not own)
         with graph.graph.inserting_after(own):
             chosen = graph.graph.call_function(taken, (how.ranks, own, given, limit))
+        if how.ranks.target == ops.ranks.target and Ranks(*how.ranks.args).groups > 1:
+            chosen.target, chosen.args = taken_of_groups, (*how.ranks.args, own, given, limit)
         with graph.graph.inserting_after(chosen):
             weighed = graph.graph.call_function(_weighed, (*route.args, chosen))
-        tag(chosen, f"{name}.taken", own.meta["type"])
-        tag(weighed, f"{weights.meta['name']}.taken", weights.meta["type"])
+        tag(chosen, names.taken(name), own.meta["type"])
+        tag(weighed, names.taken(weights.meta["name"]), weights.meta["type"])
         own.replace_all_uses_with(chosen, lambda user, chosen=chosen: user is not chosen)
         weights.replace_all_uses_with(weighed)
     graph.recompile()
@@ -54,6 +58,46 @@ def taken(ranks: Tensor, own: Tensor, given: Tensor, limit: float) -> Tensor:
     largest = ranks.where(ranks.isfinite() | ranks.isnan(), 0).abs().max()  # -inf: not in a group
     near = (behind.abs() <= limit * largest) & (known == given)
     return torch.where(near.all(1, keepdim=True), given, own)
+
+
+def taken_of_groups(
+    logits: Tensor,
+    bias: Tensor | None,
+    score: str,
+    groups: int,
+    kept: int,
+    own: Tensor,
+    given: Tensor,
+    limit: float,
+) -> Tensor:
+    """`taken`, if experts are chosen from the `kept` best groups.
+
+    Each group of the given experts is among the best, or within the limit of them. No other expert
+    of these groups, and of those that are clearly among the best, is better than the given ones by
+    more than the limit.
+    """
+    if not len(given):
+        return own
+    ranks = ops.ranks.eager(logits, bias, score, 1, 1)
+    width = limit * ranks.abs().max()
+    each = ranks.reshape(len(ranks), groups, -1)  # [T, G, E / G]
+    values = each.topk(2, -1).values.sum(-1)
+    order = values.sort(1, descending=True).values
+    last, following = (order[:, [at]] for at in (kept - 1, min(kept, groups - 1)))
+    best = values >= last
+    near = torch.where(best, values - following, last - values) <= 2 * width
+    near = near & (kept < groups)
+    size = ranks.shape[1] // groups
+    known = given.clamp(0, ranks.shape[1] - 1)
+    mine = torch.zeros_like(ranks, dtype=torch.bool).scatter(1, known, True)
+    used = mine.reshape(each.shape).any(-1)
+    clear = best & ~near
+    fits = (~used | best | near).all(1) & ((used | clear).sum(1) <= kept)
+    rest = (used | clear).repeat_interleave(size, 1) & ~mine
+    others = ranks.where(rest, -torch.inf).amax(1)
+    worst = ranks.gather(1, known).amin(1)
+    fits &= (others - worst <= width) & (known == given).all(1) & (mine.sum(1) == given.shape[1])
+    return torch.where(fits[:, None], given, own)
 
 
 def _weighed(*args: Any) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.graph_builder.passes.follow import taken
 from moec.runtime.proof.chunked_prefill import chunked_prefill
 from moec.runtime.proof.compare import (
     SAME_INPUTS,
@@ -54,6 +53,8 @@ def layer_by_layer(
     hidden = [names.EMBED, *(names.out(layer.index) for layer in layers)]
     chosen = {i: names.chosen(i) for i in ranks}
     taps = shown_layers(spec)
+    if tolerance.near is not None:
+        taps += [names.taken(name) for name in chosen.values()]
     reference = tested.reference(taps, tolerance.near)
     followed = {name: found[name] for name in choices(spec, tolerance)}
     expected = following(reference, followed, lengths).trace(ids, lengths, taps)
@@ -63,9 +64,13 @@ def layer_by_layer(
     yield error("embed", found[names.EMBED], expected[names.EMBED], tolerance)
     for layer in layers:
         if layer.moe:
-            order = expected[ranks[layer.index]]
-            ours, theirs = (each[chosen[layer.index]] for each in (expected, found))
-            same, clear = (theirs == ours).all(-1), _clear(order, ours, theirs, tolerance)
+            name = chosen[layer.index]
+            ours, theirs = expected[name], found[name]
+            if tolerance.near is None:
+                clear = _clear(expected[ranks[layer.index]], ours, tolerance)
+            else:  # the reference has not followed the engine
+                clear = (expected[names.taken(name)] != theirs).any(-1)
+            same = (theirs == ours).all(-1)
             yield agreement(f"{names.layer(layer.index)} router", same, clear, tolerance)
         name = names.out(layer.index)
         yield error(names.layer(layer.index), found[name], expected[name], tolerance)
@@ -83,14 +88,11 @@ def layer_by_layer(
         yield error("logits, chunk borders", a[border], b[border], tolerance, detail)
 
 
-def _clear(ranks: Tensor, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Tensor:
+def _clear(ranks: Tensor, ours: Tensor, tolerance: Tolerance) -> Tensor:
     """Which tokens have no near tie: bool [T].
 
-    `ranks` [T, E] are what the reference chooses experts by; ours and theirs [T, k] are the experts
-    that the reference and the engine chose. Without a near tie, only `ours` is right.
+    `ranks` [T, E] are what the reference chooses experts by; ours [T, k] are those that it chose.
     """
-    if tolerance.near is not None:
-        return (taken(ranks, ours, theirs, tolerance.near) != theirs).any(-1)
     best = ranks.topk(min(ours.shape[1] + 1, ranks.shape[1])).values
     largest = ranks[ranks.isfinite()].abs().max()
     return (-best.diff() > tolerance.error * largest).all(-1)

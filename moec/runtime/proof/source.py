@@ -15,6 +15,8 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact
 from moec.artefact.placement import INPUT_FILES
 from moec.runtime.open import eager_session
+from moec.runtime.proof.compare import FP8_NOISE
+from moec.runtime.proof.near_ties import choices, following
 from moec.runtime.proof.report import Check
 from moec.spec import names
 from moec.spec.bounded.own import find_own
@@ -274,17 +276,21 @@ def against_wide(
     entries: Mapping[str, TensorEntry],
     ids: Tensor,
     lengths: Tensor,
-    logits: Tensor,
+    found: Mapping[str, Tensor],
 ) -> Iterator[Check]:
-    """Compare the engine's `logits` of ids [B, S] with those of the checkpoint's wide weights.
+    """Compare the engine's logits of ids [B, S] with those of the checkpoint's wide weights.
 
-    The other checks follow the artefact's own static scales and its scheme. Only this one sees
-    that they are far off. It has a loose limit, because FP8 itself costs something.
+    `found` are the engine's values, as `shown_layers` names them, and the logits. The other checks
+    follow the artefact's own static scales and its scheme. Only this one sees that they are far
+    off. It has a loose limit, because FP8 itself costs something; where it changes a router's
+    choice at a near tie, the wide model makes the same choice.
     """
     if artefact.manifest.spec.scheme is None or source.scheme is not None:
         return
-    expected = eager_session(source, entries, "fp32").trace(ids, lengths, [])["logits"]
-    off = float((logits - expected).norm() / expected.norm())
+    wide = eager_session(source, entries, "fp32", near=FP8_NOISE.near)
+    followed = {name: found[name] for name in choices(source, FP8_NOISE)}
+    expected = following(wide, followed, lengths).trace(ids, lengths, [])["logits"]
+    off = float((found["logits"] - expected).norm() / expected.norm())
     detail = "the checkpoint's wide weights"
     yield Check("logits, what FP8 changes", "error", off, WIDE, detail)
 

@@ -269,7 +269,7 @@ def _prove(
         home = known[2]
         stages.insert(0, ("text", lambda: text_against_source(artefact, built_from, home)))
         given = (artefact, built_from, original, ids, lengths)
-        stages.append(("wide weights", lambda: against_wide(*given, traced["logits"])))
+        stages.append(("wide weights", lambda: against_wide(*given, traced)))
     if exact or (manifest.presets and not twin):
         stages.append(
             ("session options", lambda: other_options(tested, ids, lengths, tolerance, notes))

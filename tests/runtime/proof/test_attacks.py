@@ -14,6 +14,8 @@ import torch
 import moec
 from moec.artefact.artefact import open_artefact, write_manifest
 from moec.artefact.placement import INPUT_FILES
+from moec.runtime.open import artefact_session
+from moec.runtime.proof.each_op.stage import shown_layers
 from moec.runtime.proof.source import (
     against_wide,
     read_source,
@@ -225,8 +227,9 @@ def _against(art: moec.Artefact, checkpoint: Path) -> dict[str, bool]:
     spec, entries = read_source(art, checkpoint)
     ids = torch.randint(0, spec.text.vocab, (2, 40), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([40, 30])
-    logits = moec.open_session(art.path).trace(ids, lengths, [])["logits"]
-    wide = against_wide(art, spec, entries, ids, lengths, logits)
+    taps = shown_layers(spec)
+    found = artefact_session(art, taps=taps).trace(ids, lengths, taps)
+    wide = against_wide(art, spec, entries, ids, lengths, found)
     return {check.name: check.passed for check in (*schemes(art, spec), *wide)}
 
 

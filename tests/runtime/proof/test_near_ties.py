@@ -14,7 +14,7 @@ import moec
 from moec.artefact.artefact import Artefact, write_manifest
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import File
-from moec.graph_builder.passes.follow import taken
+from moec.graph_builder.passes.follow import taken, taken_of_groups
 from moec.runtime import session
 from moec.runtime.cache import Cache
 from moec.runtime.proof.report import Report
@@ -171,3 +171,24 @@ def _pair_taken(logits: Tensor, given: list[list[int]], limit: float) -> list[li
         logits, torch.tensor([[0, 1]]), torch.tensor(given), limit
     ).tolist()
     return found
+
+
+def test_groups_may_tie_too() -> None:
+    """Four groups of two, of which the best two are kept: the last two groups tie."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.9, 1.0001, 0.9, -1.0, -1.0]])
+    how = (logits, None, "sigmoid", 4, 2)
+    own = torch.tensor([[0, 1, 4]])
+    for given, follows in (
+        ([0, 1, 2], True),  # the other group's best
+        ([0, 1, 3], False),  # not the best of that group
+        ([0, 2, 4], False),  # three groups
+        ([0, 1, 6], False),  # a group that is far behind
+        ([0, 4, 5], False),  # worse than another expert of a group that is chosen anyway
+        ([0, 1, 1], False),
+        ([0, 1, 9], False),
+    ):
+        taken = taken_of_groups(*how, own, torch.tensor([given]), 1e-3)
+        assert taken.tolist() == [given if follows else [0, 1, 4]], given
+    assert torch.equal(taken_of_groups(*how, own, own[:0], 1e-3), own)
+    every = ("sigmoid", 4, 4, own, torch.tensor([[0, 1, 2]]), 1e-3)
+    assert taken_of_groups(logits, None, *every).tolist() == [[0, 1, 2]]

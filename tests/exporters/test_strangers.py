@@ -5,13 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
 import moec
 from moec.artefact.artefact import open_artefact
 from moec.exporters.onnx.lowering import FUNCTIONS
-from moec.exporters.onnx.strangers import MOST_NODES, read_checked
+from moec.exporters.onnx.strangers import (
+    EACH_EXPERT,
+    check_model,
+    graphs_inside,
+    most_nodes,
+    read_checked,
+)
+from moec.exporters.onnx.write import graphs_of, lower_model
+from moec.spec.hf.quantization import read_scheme
+from moec.spec.presets import PRESETS
+from moec.spec.reduced import reduced
+from tests.conftest import SPEC
 from tests.damage import FIRST, SECOND, listed_again
 from tests.refusals import refusal
 
@@ -70,8 +82,8 @@ def _function(domain: str, *nodes: onnx.NodeProto) -> Callable[[Any], None]:
 
 
 def _many_calls(model: Any) -> None:
-    _function(FUNCTIONS, *[_PLAIN] * 4000)(model)
-    model.graph.node.extend([_ITSELF] * (MOST_NODES // 4000 + 1))
+    _function(FUNCTIONS, *[_PLAIN] * EACH_EXPERT)(model)
+    model.graph.node.extend([_ITSELF] * (most_nodes(SPEC) // EACH_EXPERT + 1))
 
 
 _ITSELF = helper.make_node("Evil", ["x"], ["y"], domain=FUNCTIONS)
@@ -118,7 +130,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a function of another domain": (_function("evil", _PLAIN), "function evil::Evil"),
     "a function that calls itself": (_function(FUNCTIONS, _ITSELF), "moec.functions::Evil"),
     "an operator in a function": (_function(FUNCTIONS, _PYTHON), "ai.pyop::PyOp"),
-    "functions that make too many nodes": (_many_calls, f"at most {MOST_NODES}"),
+    "functions that make too many nodes": (_many_calls, f"at most {most_nodes(SPEC):,}"),
     "sparse data": (_sparse, "sparse"),
     "a domain": (lambda m: m.opset_import.add(domain="evil", version=1), "domain evil"),
     "an operator of a further domain": (
@@ -179,3 +191,23 @@ def test_an_expert_is_a_slice_of_its_tensor(checkpoint: Path, tmp_path: Path) ->
 
     change_model(art, swap)
     refusal(lambda: moec.open_session(art), "[1]")
+
+
+@pytest.mark.parametrize("dialect", ["standard", "ort"])
+def test_our_own_functions_are_far_from_too_many_nodes(dialect: str) -> None:
+    """FP8 in blocks with experts one by one, as DeepSeek-V3 has it, takes the most."""
+    spec = reduced(PRESETS["deepseek-v3"], 5)
+    assert spec.text.experts is not None
+    few = spec.text.experts.model_copy(update={"count": 16})
+    spec = spec.model_copy(update={"text": spec.text.model_copy(update={"experts": few})})
+    scheme = read_scheme(
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]},
+        Path("config.json"),
+        spec,
+    )
+    spec = spec.model_copy(update={"scheme": scheme})
+    graph = graphs_of(spec, "bf16", dialect)["model"]
+    model = ir.to_proto(lower_model(graph, dialect, "model").model)
+    check_model(Path("model.onnx"), model, {}, most_nodes(spec))
+    nodes = sum(len(graph.node) for each in model.functions for _, graph in graphs_inside(each))
+    assert model.functions and EACH_EXPERT * 0.5 < nodes / 16 < EACH_EXPERT * 0.7

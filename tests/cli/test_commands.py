@@ -24,8 +24,8 @@ OPTIONS = {
     "validate": "artefact --tokens --seed --reduced --html --device --reference --eval "
     "--source --weights-from --json",
     "generate": "artefact --prompt --ids --image --chat --system --messages --max-new-tokens "
-    "--temperature --top-k --top-p --seed --engine --session-options --device --weights-from "
-    "--trust-engines",
+    "--temperature --top-k --top-p --seed --repetition-penalty --engine --session-options "
+    "--device --weights-from --trust-engines",
     "plan": "model --precision --context --batch --device --tiles --scheme --json",
     "inspect": "artefact --verify --weights-from --json",
     "bench": "artefact --batch --prompt-tokens --new-tokens --rounds --device "

@@ -62,28 +62,31 @@ def new_cache(
     Raises:
         MoecError: there is too little memory (exit code 2), or the GPU's is too small (3).
     """
-    dtype = _dtype(spec, precision)
+    dtype = cache_dtype(spec, precision)
     _check_room(spec, dtype.itemsize, batch, capacity, layout, device, prompt)
     most = capacity
     if prompt is not None:
         capacity = min(capacity, prompt + AHEAD)
-
-    def shape(each: CacheSpec) -> tuple[int, ...]:
-        count = slots(each.kept, capacity)
-        if layout == "slots":
-            return batch, count, each.width
-        return batch, each.heads, count, each.size
-
     with memory_for(f"caches of {batch} x {capacity} positions"):
         tensors = {
-            names.past(layer.index, each.kind): torch.zeros(shape(each), dtype=dtype, device=device)
+            names.past(layer.index, each.kind): torch.zeros(
+                layer_shape(each, batch, capacity, layout), dtype=dtype, device=device
+            )
             for layer in spec.text.all_layers
             for each in layer.caches
         }
     return Cache(torch.zeros(batch, dtype=torch.int64), tensors, capacity, most)
 
 
-def _dtype(spec: ModelSpec, precision: str) -> torch.dtype:
+def layer_shape(each: CacheSpec, batch: int, capacity: int, layout: Layout) -> tuple[int, ...]:
+    """The shape of one tensor of a cache for `capacity` tokens of each of `batch` sequences."""
+    count = slots(each.kept, capacity)
+    if layout == "slots":
+        return batch, count, each.width
+    return batch, each.heads, count, each.size
+
+
+def cache_dtype(spec: ModelSpec, precision: str) -> torch.dtype:
     """The type of keys and values in caches, for a graph that computes in `precision`."""
     narrow = spec.scheme is not None and spec.scheme.cache
     return STORED["fp8"] if narrow else TORCH_DTYPES[precision]

@@ -13,6 +13,7 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact
 from moec.runtime.batching import buffered_calls, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache
+from moec.runtime.checked_calls import check_call, check_capacity, read_column
 from moec.runtime.conversation import Conversation
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.feeds import feeds
@@ -128,6 +129,7 @@ class Session:
         Raises:
             MoecError: the engine takes fewer sequences or tokens, or there is too little memory.
         """
+        check_capacity(capacity, batch)
         most = self.limits.batch
         if most is not None and batch > most:  # else only the first decode step would fail
             refuse(
@@ -191,7 +193,7 @@ class Session:
         `cache` is updated. The logits are on the session's device. If the tokens are on a GPU,
         engines "torch" and "tensorrt" neither wait for the step nor check the tokens.
         """
-        column = torch.as_tensor(tokens)[:, None]
+        column = read_column(tokens)
         if not self.queues:
             column = column.cpu()
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
@@ -204,7 +206,11 @@ class Session:
         The first `lengths` [B] ids of a row are tokens; the others are padding. `features` [N, dim]
         are the features of the image tokens, those of the first sequence first. Returns the logits
         of each sequence's last token, float32 [B, vocab], zeros for a sequence of length 0.
+
+        Raises:
+            MoecError: ids, lengths and cache do not fit each other, or the session.
         """
+        check_call(self.spec, self.precision, self.limits.layout, ids, lengths, cache)
         if not ids.is_cuda:
             check_ids(ids, self.spec.text.vocab)
         if ids.shape[1] == 1 and bool(lengths.all()):  # a decode step copies nothing

@@ -20,9 +20,6 @@ from moec.weights.int4.stored import in_bytes
 from moec.weights.shard import TensorEntry, stack, turned
 from moec.weights.spelling import spelled
 
-#: the most scales whose values are checked when a checkpoint is read
-MOST_CHECKED = 10_000
-
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
@@ -160,9 +157,7 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
             or is a scale that is not finite and above 0.
     """
     found, expected = dict(checkpoint.tensors), checkpoint_tensors(spec)
-    entries = {}
-    int4 = spec.scheme is not None and spec.scheme.int4
-    scales = MOST_CHECKED + 1 if int4 else sum(is_scale(row.name) for row in expected)
+    entries, scales = dict[str, TensorEntry](), list[tuple[str, TensorEntry]]()
     for row in expected:
         entry = found.pop(row.key, None)
         if entry is None:
@@ -175,7 +170,8 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
                 else "download the missing shard, or compare config.json with the weights",
             )
         if is_scale(row.name):
-            entry = _checked_scale(row, entry, scales <= MOST_CHECKED)
+            entry = _reshaped(row, entry)
+            scales.append((row.key, entry))
         if (entry.dtype, entry.shape) != (row.dtype, row.shape):
             refuse(
                 f"{entry.file}: {row.key}",
@@ -200,30 +196,15 @@ def match(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
             f"only the {len(expected)} tensors that config.json calls for",
             "compare config.json with the weights: they are not of one model",
         )
+    # 4-bit integers have gigabytes of scales, and some groups have only weights of zero.
+    if scales and not (spec.scheme and spec.scheme.int4):
+        from moec.weights.trust.scales import check_scales  # torch, which reading needs not
+
+        check_scales(scales)
     return entries
 
 
-def _checked_scale(row: CheckpointTensor, entry: TensorEntry, few: bool) -> TensorEntry:
-    """Check the values of a scale, if there are `few` of them; return `entry` with our shape.
-
-    Formats differ in whether they keep axes of size 1. 4-bit integers have gigabytes of scales, and
-    some groups have only weights of zero. Models with tens of thousands of experts have as many
-    scales, each in a place of its own.
-    """
-    if [n for n in entry.shape if n != 1] != [n for n in row.shape if n != 1]:
-        return entry
-    if entry.shape != row.shape:
-        entry = replace(entry, shape=row.shape)
-    if few and entry.dtype == row.dtype:
-        from moec.weights.view import view  # torch, which a wide checkpoint is read without
-
-        values = view(entry).float()
-        bad = values[~(values.isfinite() & (values > 0))]
-        if len(bad):
-            refuse(
-                f"{entry.file}: {row.key}",
-                f"a scale of {bad[0].item()} ({len(bad)} bad scales of {values.numel()})",
-                "scales that are finite and above 0",
-                "download the shard again",
-            )
-    return entry
+def _reshaped(row: CheckpointTensor, entry: TensorEntry) -> TensorEntry:
+    """A scale with our shape: formats differ in whether they keep axes of size 1."""
+    same = [n for n in entry.shape if n != 1] == [n for n in row.shape if n != 1]
+    return replace(entry, shape=row.shape) if same else entry

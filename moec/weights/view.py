@@ -62,7 +62,7 @@ def _map(entry: TensorEntry) -> torch.Tensor:
     whole = np.asarray(_Shared(np.frombuffer(_mapped(entry), np.uint8)))
     raw = whole[entry.offset : entry.offset + entry.nbytes]
     if len(raw) < entry.nbytes:
-        _refuse_short(entry)
+        refuse_short(entry)
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()
     return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
@@ -97,13 +97,14 @@ def _mapped(entry: TensorEntry) -> mmap.mmap:
         found = _FILES.get(key)
         if found is None:
             if not at.st_size:
-                _refuse_short(entry)
+                refuse_short(entry)
             found = mmap.mmap(file.fileno(), at.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ)
             _FILES[key] = found
     return found
 
 
-def _refuse_short(entry: TensorEntry) -> NoReturn:
+def refuse_short(entry: TensorEntry) -> NoReturn:
+    """Refuse the file of a tensor, which is shorter than its header says."""
     refuse(
         entry.file,
         f"ended before {entry.name}",
@@ -137,7 +138,7 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
             at += count
         os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
     if at < len(data):
-        _refuse_short(entry)
+        refuse_short(entry)
     if entry.changes:
         from moec.weights.adapter.low_rank import merge_rows
 

@@ -1,5 +1,7 @@
 """A call that makes no sense gives one clear message: token ids, lengths, settings, engines."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 
 import moec
 from moec.cli import app
+from moec.runtime.cache import Cache
 from moec.runtime.open import engines
 from moec.runtime.session import Session
 from tests.damage import SPEC
@@ -124,3 +127,65 @@ def test_what_is_no_list_of_tokens_does_not_stop(session: Session, stop: Any) ->
 @pytest.mark.parametrize("images", [3, None], ids=repr)
 def test_what_is_no_list_of_images_is_refused(tiny: Path, images: Any) -> None:
     refusal(lambda: moec.encode(tiny, "x", images), "images")
+
+
+@pytest.fixture(scope="module")
+def both(
+    session: Session, sound: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Session]:
+    out = tmp_path_factory.mktemp("ort") / "art"
+    ort = moec.export(sound, target="ort", precision="fp32", out=out)
+    return {"onnx": session, "ort": moec.open_session(ort.path)}
+
+
+#: what is wrong -> (call of a session, a cache of two rows of it and one of the other, the name)
+CALLS: dict[str, tuple[Callable[[Session, Cache, Cache], object], str]] = {
+    "float tokens": (lambda s, c, _: s.decode([1.5, 2.0], c), "tokens"),
+    "bool tokens": (lambda s, c, _: s.decode([True, False], c), "tokens"),
+    "text": (lambda s, c, _: s.decode(["a", "b"], c), "tokens"),
+    "one token": (lambda s, c, _: s.decode(1, c), "tokens"),
+    "no tokens": (lambda s, c, _: s.decode([], c), "tokens"),
+    "two dimensions": (lambda s, c, _: s.decode([[1], [2]], c), "tokens"),
+    "three rows for two": (lambda s, c, _: s.decode([1, 2, 3], c), "input_ids"),
+    "one row for two": (lambda s, c, _: s.decode([1], c), "input_ids"),
+    "beyond the vocabulary": (lambda s, c, _: s.decode([1, VOCAB], c), f"token {VOCAB}"),
+    "the other's cache": (lambda s, _, other: s.decode([1, 2], other), "cache"),
+    "no cache": (lambda s, *_: s.decode([1, 2], None), "cache"),  # type: ignore[arg-type]
+    "another type": (lambda s, c, _: s.decode([1, 2], _as(c, torch.float16)), "cache"),
+    "float ids": (lambda s, c, _: s.extend(torch.ones(2, 2), _int(2, 2), c), "input_ids"),
+    "ids in a row": (lambda s, c, _: s.extend(_int(1, 2), _int(2, 2), c), "input_ids"),
+    "a negative length": (lambda s, c, _: s.extend(_two(), _int(-1, 2), c), "lengths"),
+    "a length that is too large": (lambda s, c, _: s.extend(_two(), _int(2, 3), c), "lengths"),
+    "too few lengths": (lambda s, c, _: s.extend(_two(), _int(2), c), "lengths"),
+    "float lengths": (lambda s, c, _: s.extend(_two(), torch.ones(2), c), "lengths"),
+    "a negative capacity": (lambda s, *_: s.prefill([[1, 2]], capacity=-3), "capacity"),
+    "half a capacity": (lambda s, *_: s.new_cache(1, 2.5), "capacity"),  # type: ignore[arg-type]
+    "a negative batch": (lambda s, *_: s.new_cache(-1, 4), "batch"),
+}
+
+
+def _int(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def _two() -> torch.Tensor:
+    return torch.tensor([[1, 2], [3, 4]])
+
+
+def _as(cache: Cache, dtype: torch.dtype) -> Cache:
+    return replace(cache, tensors={name: each.to(dtype) for name, each in cache.tensors.items()})
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("case", CALLS)
+def test_a_call_that_does_not_fit_its_cache_is_refused(
+    both: dict[str, Session], case: str, target: str
+) -> None:
+    mine, other = both[target], both["ort" if target == "onnx" else "onnx"]
+    (_, cache), (_, foreign) = mine.prefill(_two()), other.prefill(_two())
+    before = cache.lengths.tolist()
+    call, names = CALLS[case]
+    refusal(lambda: call(mine, cache, foreign), names)
+    assert cache.lengths.tolist() == before
+    assert mine.extend(_two(), _int(2, 0), cache)[1].abs().max() == 0
+    assert mine.decode(_int(1, 2), cache).isfinite().all()

@@ -20,6 +20,12 @@ from moec.weights.int4.stored import in_bytes
 from moec.weights.shard import TensorEntry, stack, turned
 from moec.weights.spelling import spelled
 
+#: a note on an adapter of embeddings that are the head too
+_TIED = (
+    "An adapter changes the embeddings, which are the head too: both change, as when peft merges. "
+    "While peft trains, only the embeddings do."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
@@ -61,6 +67,8 @@ def read_model(
         entries = with_adapters(spec, entries, adapters, named)
         folders = tuple(Path(each).resolve() for each in adapters)
         checkpoint = replace(checkpoint, adapters=folders)
+        if spec.text.tie_embeddings and entries[names.EMBED_WEIGHT].changes:
+            spec = spec.model_copy(update={"notes": (*spec.notes, _TIED)})
     return spec, checkpoint, entries
 
 

@@ -277,6 +277,26 @@ def test_one_adapter_needs_no_list(float32: Path, adapters: Sequence[Path]) -> N
     assert checkpoint.adapters == (adapters[0],)
 
 
+def test_a_note_says_that_a_tied_head_changes_too(
+    float32: Path, adapters: Sequence[Path], tmp_path: Path
+) -> None:
+    def noted(folder: Path) -> bool:
+        spec, *_ = read_model(folder, adapters=adapters[:1])
+        return any("which are the head too" in note for note in spec.notes)
+
+    tied = Path(shutil.copytree(float32, tmp_path / "tied"))
+    config = json.loads((tied / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = config["tie_word_embeddings"] = True
+    (tied / "config.json").write_text(json.dumps(config))
+    index = tied / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    head = next(key for key in listed["weight_map"] if key.endswith("lm_head.weight"))
+    shard = tied / listed["weight_map"].pop(head)
+    save_file({k: each for k, each in load_file(shard).items() if k != head}, shard)
+    index.write_text(json.dumps(listed))
+    assert noted(tied) and not noted(float32)
+
+
 def test_adapters_need_wide_weights_of_their_own(
     float32: Path, adapters: Sequence[Path], tmp_path: Path
 ) -> None:

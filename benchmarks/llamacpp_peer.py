@@ -1,4 +1,4 @@
-"""Run llama.cpp for comparison: write a Llama 4 checkpoint as GGUF, and open it.
+"""Run llama.cpp for comparison: write a checkpoint of Llama 4 or OLMoE as GGUF, and open it.
 
 Writing needs the package gguf and running needs llama-cpp-python. No extra of moec installs them.
 """
@@ -7,7 +7,7 @@ import ctypes
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,13 +31,14 @@ def write_gguf(checkpoint: Path, out: Path, kind: str) -> None:
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    _check(config)
-    writer = gguf.GGUFWriter(out, "llama4")
+    architecture = ARCHITECTURES[config["model_type"]]
+    _check(config, architecture.fixed(config))
+    writer = gguf.GGUFWriter(out, architecture.name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_metadata(writer, config)
+    _add_metadata(writer, config, architecture)
 
-    tensors = list(_tensors(config, _open(checkpoint)))
+    tensors = list(_tensors(config, _open(checkpoint), architecture))
     for tensor in tensors:
         quant = gguf.GGMLQuantizationType[_precision(tensor, kind)]
         block, size = gguf.GGML_QUANT_SIZES[quant]
@@ -133,11 +134,19 @@ def _quiet(api: Any) -> Any:
     return _callbacks[0]
 
 
-def _check(config: dict[str, Any]) -> None:
+def _check(config: dict[str, Any], fixed: dict[str, Any]) -> None:
     """Refuse a config with other values than the constants that llama.cpp has in its code."""
+    for key, value in fixed.items():
+        if config.get(key) not in (None, [], value):  # [] stands for the default
+            raise ValueError(
+                f"llama.cpp always uses {key} = {value}, but the checkpoint has {config[key]}"
+            )
+
+
+def _fixed_of_llama4(config: dict[str, Any]) -> dict[str, Any]:
     layers, step = config["num_hidden_layers"], config["interleave_moe_layer_step"]
     ropes = [int((i + 1) % 4 > 0) for i in range(layers)]
-    fixed = {
+    return {
         "attention_chunk_size": 8192,
         "attn_temperature_tuning": True,
         "attn_scale": 0.1,
@@ -149,32 +158,46 @@ def _check(config: dict[str, Any]) -> None:
         "attention_bias": False,
         "hidden_act": "silu",
     }
-    for key, value in fixed.items():
-        if config.get(key) not in (None, [], value):  # [] stands for the default
-            raise ValueError(
-                f"llama.cpp always uses {key} = {value}, but the checkpoint has {config[key]}"
-            )
 
 
-def _add_metadata(writer: Any, config: dict[str, Any]) -> None:
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size_mlp"])
-    writer.add_expert_feed_forward_length(config["intermediate_size"])
-    writer.add_expert_count(config["num_local_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_interleave_moe_layer_step(config["interleave_moe_layer_step"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_sliding_window(config["attention_chunk_size"])
-    writer.add_vocab_size(config["vocab_size"])
+def _fixed_of_olmoe(config: dict[str, Any]) -> dict[str, Any]:
+    width = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "norm_topk_prob": False,
+        "clip_qkv": None,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "head_dim": width,
+        "tie_word_embeddings": False,
+    }
+
+
+def _add_metadata(writer: Any, config: dict[str, Any], architecture: "_Architecture") -> None:
+    for method, key in (_METADATA | architecture.metadata).items():
+        getattr(writer, f"add_{method}")(config[key])
+    width = _head_dim(config)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
     writer.add_tokenizer_model("none")
+
+
+#: methods of gguf's writer without "add_", and the fields of the config that they store
+_METADATA = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "expert_used_count": "num_experts_per_tok",
+    "head_count": "num_attention_heads",
+    "head_count_kv": "num_key_value_heads",
+    "layer_norm_rms_eps": "rms_norm_eps",
+    "rope_freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,20 +215,101 @@ def _precision(tensor: _Tensor, kind: str) -> str:
     return "Q8_0" if kind == "q4_0" and tensor.name == "output.weight" else kind.upper()
 
 
-def _tensors(config: dict[str, Any], weights: dict[str, Array]) -> Iterator[_Tensor]:
+def _tensor(name: str, array: Array) -> _Tensor:
+    return _Tensor(f"{name}.weight", array.shape, partial(_floats, array))
+
+
+def _tensors(
+    config: dict[str, Any], weights: dict[str, Array], architecture: "_Architecture"
+) -> Iterator[_Tensor]:
     """All tensors, with llama.cpp's names and layout.
 
-    The two elements of a rotary pair are neighbours in both formats, so that queries and keys stay
-    as they are. Experts are [expert, out, in] in GGUF. In the checkpoint they are [expert, in, out]
-    and gate and up are one tensor.
+    llama.cpp pairs the elements of a rotary pair as the checkpoint does, so that queries and keys
+    stay as they are. Experts are [expert, out, in] in GGUF.
     """
-    plain = {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
+    yield _tensor("token_embd", weights["model.embed_tokens.weight"])
+    if not config["tie_word_embeddings"]:
+        yield _tensor("output", weights["lm_head.weight"])
+    yield _tensor("output_norm", weights["model.norm.weight"])
+    factors = _rope_factors(config)
+    if factors is not None:
+        yield _tensor("rope_freqs", factors)
+    for i in range(config["num_hidden_layers"]):
+        layer, block = f"model.layers.{i}.", f"blk.{i}."
+        for name, source in (_PLAIN | architecture.plain).items():
+            if f"{layer}{source}.weight" in weights:
+                yield _tensor(block + name, weights[f"{layer}{source}.weight"])
+        yield from architecture.experts(config, weights, layer, block)
+
+
+def _fused_experts(
+    config: dict[str, Any], weights: dict[str, Array], layer: str, block: str
+) -> Iterator[_Tensor]:
+    """Experts that the checkpoint has as [expert, in, out], gate and up in one tensor."""
+    if f"{layer}feed_forward.experts.down_proj" in weights:
+        width = config["intermediate_size"]
+        gate_up = weights[f"{layer}feed_forward.experts.gate_up_proj"].swapaxes(1, 2)
+        down = weights[f"{layer}feed_forward.experts.down_proj"].swapaxes(1, 2)
+        yield _tensor(block + "ffn_gate_exps", gate_up[:, :width])
+        yield _tensor(block + "ffn_up_exps", gate_up[:, width:])
+        yield _tensor(block + "ffn_down_exps", down)
+
+
+def _separate_experts(
+    config: dict[str, Any], weights: dict[str, Array], layer: str, block: str
+) -> Iterator[_Tensor]:
+    """Experts that the checkpoint has as three tensors [out, in] each."""
+    for part in ("gate", "up", "down"):
+        each = [
+            weights[f"{layer}mlp.experts.{expert}.{part}_proj.weight"]
+            for expert in range(config["num_experts"])
+        ]
+        shape = (len(each), *each[0].shape)
+        yield _Tensor(f"{block}ffn_{part}_exps.weight", shape, partial(_stacked, each))
+
+
+def _stacked(each: Sequence[Array]) -> Floats:
+    return np.stack([_floats(array) for array in each])
+
+
+#: llama.cpp's names of a layer's weights, and the checkpoint's, in every architecture
+_PLAIN = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """What sets an architecture of llama.cpp apart.
+
+    `fixed` gives the values of a config that are constants in llama.cpp's code. `metadata` and
+    `plain` add to `_METADATA` and `_PLAIN`. `experts` yields the routed experts of a layer.
+    """
+
+    name: str
+    fixed: Callable[[dict[str, Any]], dict[str, Any]]
+    experts: Callable[[dict[str, Any], dict[str, Array], str, str], Iterator[_Tensor]]
+    metadata: dict[str, str] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+
+
+_LLAMA4 = _Architecture(
+    "llama4",
+    _fixed_of_llama4,
+    _fused_experts,
+    {
+        "feed_forward_length": "intermediate_size_mlp",
+        "expert_feed_forward_length": "intermediate_size",
+        "expert_count": "num_local_experts",
+        "interleave_moe_layer_step": "interleave_moe_layer_step",
+        "sliding_window": "attention_chunk_size",
+    },
+    {
         "ffn_gate_inp": "feed_forward.router",
         "ffn_gate_shexp": "feed_forward.shared_expert.gate_proj",
         "ffn_up_shexp": "feed_forward.shared_expert.up_proj",
@@ -213,30 +317,23 @@ def _tensors(config: dict[str, Any], weights: dict[str, Array]) -> Iterator[_Ten
         "ffn_gate": "feed_forward.gate_proj",
         "ffn_up": "feed_forward.up_proj",
         "ffn_down": "feed_forward.down_proj",
-    }
-
-    def tensor(name: str, array: Array) -> _Tensor:
-        return _Tensor(f"{name}.weight", array.shape, partial(_floats, array))
-
-    yield tensor("token_embd", weights["model.embed_tokens.weight"])
-    if not config["tie_word_embeddings"]:
-        yield tensor("output", weights["lm_head.weight"])
-    yield tensor("output_norm", weights["model.norm.weight"])
-    factors = _rope_factors(config)
-    if factors is not None:
-        yield tensor("rope_freqs", factors)
-    for i in range(config["num_hidden_layers"]):
-        layer, block = f"model.layers.{i}.", f"blk.{i}."
-        for name, source in plain.items():
-            if f"{layer}{source}.weight" in weights:
-                yield tensor(block + name, weights[f"{layer}{source}.weight"])
-        if f"{layer}feed_forward.experts.down_proj" in weights:
-            width = config["intermediate_size"]
-            gate_up = weights[f"{layer}feed_forward.experts.gate_up_proj"].swapaxes(1, 2)
-            down = weights[f"{layer}feed_forward.experts.down_proj"].swapaxes(1, 2)
-            yield tensor(block + "ffn_gate_exps", gate_up[:, :width])
-            yield tensor(block + "ffn_up_exps", gate_up[:, width:])
-            yield tensor(block + "ffn_down_exps", down)
+    },
+)
+#: by the `model_type` of a config
+ARCHITECTURES = {
+    "llama4_text": _LLAMA4,
+    "olmoe": _Architecture(
+        "olmoe",
+        _fixed_of_olmoe,
+        _separate_experts,
+        {"feed_forward_length": "intermediate_size", "expert_count": "num_experts"},
+        {
+            "attn_q_norm": "self_attn.q_norm",
+            "attn_k_norm": "self_attn.k_norm",
+            "ffn_gate_inp": "mlp.gate",
+        },
+    ),
+}
 
 
 def _rope_factors(config: dict[str, Any]) -> Floats | None:
@@ -247,7 +344,7 @@ def _rope_factors(config: dict[str, Any]) -> Floats | None:
     if scaling["rope_type"] != "llama3":
         raise ValueError(f"rope scaling {scaling['rope_type']} is not supported")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    dim, context = config["head_dim"], scaling["original_max_position_embeddings"]
+    dim, context = _head_dim(config), scaling["original_max_position_embeddings"]
     wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     turns = context / wavelengths  # rotations within the original context
     smooth = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low

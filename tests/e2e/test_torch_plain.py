@@ -25,7 +25,10 @@ Cli = Callable[..., tuple[int, str]]
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
 
 
-@pytest.mark.parametrize("case, precision", [("olmoe", "fp32"), ("aria", "bf16")])
+@pytest.mark.parametrize(
+    "case, precision",
+    [("olmoe", "fp32"), pytest.param("aria", "bf16", marks=pytest.mark.slow)],
+)
 def test_the_command_line(case: str, precision: str, tmp_path: Path, cli: Cli) -> None:
     """What is generated is what transformers' logits say, one token after another."""
     write_random_checkpoint(CASES[case], tmp_path / "weights", seed=5)

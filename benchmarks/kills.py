@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import moec
-from moec.weights import packed_file
-from moec.weights.packed_journal import PACKED, resumable_files
+from moec.weights.packed import file as packed_file
+from moec.weights.packed.journal import unfinished
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-scout"
 Build = Callable[[Path, Path], object]
@@ -83,9 +83,7 @@ def main() -> None:
             now = _tree(work / "art") if (work / "art").exists() else {}
             state = next((each for each, tree in known.items() if tree == now), "half-valid")
             counts[name].update((found, state))
-            counts[name]["resumable"] += any(
-                bool(resumable_files(each / PACKED)) for each in work.glob(".art.*")
-            )
+            counts[name]["resumable"] += any(bool(unfinished(each)) for each in work.glob(".art.*"))
             _child(lambda build=build: build(given.checkpoint, work / "art"))
             same = _tree(work / "art") == whole[name]
             left = {each.name for each in work.iterdir()} != {"art", "unbound"}

@@ -36,7 +36,7 @@ from moec.runtime.proof.report import Check, Report
 from moec.spec.errors import MoecError, clear_errors
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
-from moec.weights.packed_journal import PACKED
+from moec.weights.packed.journal import PACKED
 from moec.weights.random import write_random_checkpoint
 
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moec.artefact.manifest import Manifest
     from moec.exporters.engines import build_engines, trtexec_commands
     from moec.exporters.export import bind, export
+    from moec.exporters.quantize import Quantised, quantize
     from moec.graph_builder.parts import build_graph
     from moec.runtime.bench.bench import Timing, bench
     from moec.runtime.cache import Cache
@@ -46,6 +47,7 @@ __all__ = [
     "MoecError",
     "Plan",
     "Prompt",
+    "Quantised",
     "Reply",
     "Report",
     "Scheme",
@@ -61,6 +63,7 @@ __all__ = [
     "load_spec",
     "open_session",
     "plan",
+    "quantize",
     "trtexec_commands",
     "validate",
 ]
@@ -77,6 +80,7 @@ _HOMES = {
     "MoecError": "moec.spec.errors",
     "Plan": "moec.spec.plan",
     "Prompt": "moec.runtime.inputs.prompt",
+    "Quantised": "moec.exporters.quantize",
     "Reply": "moec.runtime.conversation",
     "Report": "moec.runtime.proof.report",
     "Scheme": "moec.spec.scheme",
@@ -92,6 +96,7 @@ _HOMES = {
     "load_spec": "moec.spec.files",
     "open_session": "moec.runtime.open",
     "plan": "moec.spec.plan",
+    "quantize": "moec.exporters.quantize",
     "trtexec_commands": "moec.exporters.engines",
     "validate": "moec.runtime.proof.validate",
 }

@@ -21,7 +21,7 @@ from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.tensors import Kind, int4_tensors, tensors
-from moec.weights.hashed import file_sha256
+from moec.weights.packed.hashed import file_sha256
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import TensorEntry, read_shard
 

@@ -4,19 +4,19 @@ import itertools
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
 from moec.artefact.manifest import NAME
 from moec.artefact.opening.foreign import foreign_file, is_artefact
 from moec.spec.errors import refuse
-from moec.weights.packed_journal import PACKED, resumable_files
+from moec.weights.packed.journal import unfinished
 from moec.weights.trust import leftovers
 
 
 @contextmanager
-def writing(out: Path, ours: bool = False) -> Iterator[Path]:
+def writing(out: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `out`, and rename it to `out` when the block succeeds.
 
     The rename replaces an artefact that `out` holds. If the block raises, the temporary folder is
@@ -29,20 +29,19 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
 
     Args:
         out: the folder to write.
-        ours: whether to replace `out` whatever it holds; only for folders inside an artefact.
+        check: refuses what must not be replaced; default `refuse_foreign`.
 
     Raises:
-        MoecError: `out` holds something that is not an artefact, `out` cannot be written, or the
-            disk is full.
+        MoecError: `check` refuses what `out` holds, `out` cannot be written, or the disk is full.
     """
+    check = check or refuse_foreign
     out = Path(os.path.abspath(out))  # "." has no name for the temporary folder
     partial, replaced = (out.parent / f".{out.name}.{kind}-{os.getpid()}" for kind in _KINDS)
     made: list[Path] = []
     kept: tuple[Path, ...] = ()
     record: str | None = None
     try:
-        if not ours:
-            refuse_foreign(out)
+        check(out)
         made = [parent for parent in out.parents if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(partial):  # this process left it in an earlier build
@@ -55,10 +54,9 @@ def writing(out: Path, ours: bool = False) -> Iterator[Path]:
         except Exception:
             raise
         except BaseException:
-            kept = resumable_files(partial / PACKED)
+            kept = unfinished(partial)
             raise
-        if not ours:
-            refuse_foreign(out)
+        check(out)
         if out.exists():
             out.rename(replaced)
         partial.rename(out)
@@ -160,12 +158,20 @@ def default_out(name: str, target: str, precision: str) -> Path:
     Raises:
         MoecError: the spec's name is no name of a folder.
     """
-    folder = f"{name}-{target}-{precision}"
+    return default_folder(f"{name}-{target}-{precision}")
+
+
+def default_folder(folder: str) -> Path:
+    """The folder below `build` of what a user names no folder for.
+
+    Raises:
+        MoecError: `folder`, which starts with the spec's name, is no name of a folder.
+    """
     parts = len(PurePath(folder).parts)
     plain = folder.isprintable() and not set(folder) & set('/\\:*?"<>|') and len(folder) < 200
     if parts != 1 or not plain or folder.startswith((".", "-", " ")):
         refuse(
-            f"spec.name {name!r}"[:200],
+            f"spec.name {folder!r}"[:200],
             "no name of a folder",
             "a name of letters, digits and hyphens, or a folder that you name",
             "add --out DIR",
@@ -197,6 +203,21 @@ def refuse_foreign(out: Path) -> None:
     )
 
 
+def refuse_filled(out: Path) -> None:
+    """Refuse an `out` that is there already, unless it is an empty folder.
+
+    Raises:
+        MoecError: `out` is a file, a link, or a folder that holds something.
+    """
+    if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
+        found = "a link" if os.path.islink(out) else "a file"
+    elif os.path.isdir(out) and (held := next(iter(sorted(os.listdir(out))), None)):
+        found = f"a folder that holds something ({held}, ...)"
+    else:
+        return
+    refuse(f"--out {out}", found, "a new or empty folder", "choose another, or remove it first")
+
+
 def _remove_stale(out: Path, partial: Path) -> None:
     """Remove the folders that dead processes left for `out`.
 
@@ -216,6 +237,6 @@ def _remove_stale(out: Path, partial: Path) -> None:
                     path.rename(out)  # killed between two renames: put the old artefact back
                 else:
                     own = leftovers.take_over(path)
-                    for file in resumable_files(path / PACKED) if own else ():
+                    for file in unfinished(path) if own else ():
                         file.rename(partial / file.name)
                     shutil.rmtree(path, ignore_errors=True)

@@ -10,7 +10,7 @@ from moec.artefact.artefact import Artefact, check_digest, open_artefact, write_
 from moec.artefact.folder import held, refuse_replaced
 from moec.artefact.manifest import NAME, digest_of
 from moec.spec.errors import MoecError, refuse
-from moec.weights.hashed import file_sha256
+from moec.weights.packed.hashed import file_sha256
 from moec.weights.shard import read_shard
 
 

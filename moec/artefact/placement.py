@@ -25,8 +25,8 @@ from moec.artefact.manifest import (
 from moec.artefact.weight_hashes import hash_files
 from moec.spec.errors import refuse
 from moec.weights.checkpoint import Checkpoint
-from moec.weights.packed_file import write_packed
-from moec.weights.packed_journal import PACKED, Hash
+from moec.weights.packed.file import write_packed
+from moec.weights.packed.journal import PACKED, Hash
 from moec.weights.shard import TensorEntry, read_shard
 from moec.weights.view import STORED, read_into
 
@@ -122,7 +122,7 @@ def place(
                 own = [each for each in changed if each.file == shard.path]
                 sha256[shard.path] = _copy(shard.path, target, progress, own)
                 copied += shard.size
-        _companions(checkpoint, folder)
+        copy_companions(checkpoint, folder)
     files = {file: root / name for file, name in names.items()}
     at_root = {name: entry.copied(files[entry.file]) for name, entry in entries.items()}
     refs = {
@@ -156,7 +156,7 @@ def pack(
     where a build that is killed leaves it, and moved to the folder `below` when it is complete. The
     companion files are copied to `folder`.
     """
-    _companions(checkpoint, folder)
+    copy_companions(checkpoint, folder)
     path, name = folder / PACKED, PurePosixPath(below, PACKED).as_posix()
     stage = partial(progress, "pack")
     hashes: dict[str, Hash] = {}
@@ -179,7 +179,12 @@ def pack(
     )
 
 
-def _companions(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the files that lie beside the weights.
+
+    Raises:
+        MoecError: one of them is a link that leads out of the checkpoint.
+    """
     for name in COMPANIONS:
         if source := checkpoint.companion(name):
             (folder / name).parent.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moec.artefact.manifest import Weights
 from moec.spec.errors import refuse
-from moec.weights.hashed import file_sha256, tensor_sha256
+from moec.weights.packed.hashed import file_sha256, tensor_sha256
 
 
 def hash_files(paths: Iterable[Path], progress: Callable[[int, int], None]) -> dict[Path, str]:

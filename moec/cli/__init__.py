@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.artefacts import bind, build, calibrate, engine
+from moec.cli.artefacts import bind, build, engine
+from moec.cli.checkpoints import calibrate, quantize
 from moec.cli.ending import run
 from moec.cli.looks import (
     inspect,
@@ -39,6 +40,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     bind: ("moec bind build/scout-onnx-fp32 --checkpoint DIR",),
     calibrate: ("moec calibrate DIR --tokens text.txt --out scales.json",),
+    quantize: ("moec quantize DIR --scheme dynamic --out DIR-FP8",),
     validate: (
         "moec validate build/tiny --html report.html",
         "moec validate build/tiny --reduced",

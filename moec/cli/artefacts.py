@@ -1,4 +1,4 @@
-"""Commands that write artefacts, and what artefacts need: build, bind, engine, calibrate."""
+"""Commands that write artefacts: build, bind, engine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -207,46 +207,6 @@ def bind(
         )
     artefact_tables(art)
     _note_unrecorded(art)
-
-
-def calibrate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder with wide weights.")],
-    tokens: Annotated[
-        Path, typer.Option(help="The tokens to run: token ids (.npy, .json) or text (.txt).")
-    ],
-    out: Annotated[Path, typer.Option(help="The file to write, .json.")],
-    percentile: Annotated[
-        float,
-        typer.Option(help="The percentile of the magnitudes to keep; 100 is the largest."),
-    ] = 100.0,
-) -> None:
-    """Find static scales: run a checkpoint on some tokens and record how large its values get.
-
-    The values are the inputs of each matrix product, and the keys and values of the caches.
-    """
-    import moec
-
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        refuse(
-            f"--out {out}",
-            "a folder, or a file in a folder that does not exist",
-            "a file to write",
-            "choose another",
-        )
-    with bar() as progress:
-        found = moec.calibrate(checkpoint, tokens, percentile=percentile, progress=progress)
-    try:
-        out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
-    except OSError as error:
-        refuse(f"--out {out}", error.strerror, "a file that can be written", "choose another")
-    sites = len(found.inputs) + len(found.caches)
-    say(f"{out}: {sites} sites of {found.model} over {found.tokens:,} tokens")
-    if found.unseen:
-        say(
-            f"warning: {len(found.unseen)} experts saw no token, and got the largest magnitude of "
-            f"their layer: {', '.join(found.unseen[:8])}{', ...' if found.unseen[8:] else ''}",
-            "yellow",
-        )
 
 
 def _note_unrecorded(art: "Artefact") -> None:

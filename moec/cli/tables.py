@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
@@ -19,6 +20,7 @@ from moec.spec.presets.claims import Claim
 if TYPE_CHECKING:
     from moec.artefact.artefact import Artefact
     from moec.artefact.manifest import Build, Engine
+    from moec.exporters.quantize import Quantised
     from moec.runtime.bench.bench import Timing
 
 
@@ -29,6 +31,19 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def checkpoint_table(done: "Quantised") -> None:
+    """The files of a checkpoint that moec wrote."""
+    for note in done.notes:
+        say(f"note: {note}")
+    table = Table(title=f"{done.path}: FP8, compressed-tensors")
+    table.add_column("file")
+    table.add_column("size", justify="right")
+    for name, bytes_ in done.files.items():
+        table.add_row(name, size(bytes_))
+    console.print(table)
+    say(f"prove what runs from it: moec build --checkpoint {quote(str(done.path))}")
 
 
 def artefact_tables(art: "Artefact") -> None:

@@ -20,7 +20,7 @@ from moec.exporters.stages import Stages
 from moec.spec.bounded.own import own_file
 from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
-from moec.weights.packed_journal import PACKED, discard
+from moec.weights.packed.journal import discard
 from moec.weights.shard import TensorEntry
 
 
@@ -48,7 +48,7 @@ def write_artefact(
     """
     with writing(path) as folder:
         if not (checkpoint and mode == "pack"):
-            discard(folder / PACKED)
+            discard(folder)
         builder, suffix = builder_of(manifest.target), find_target(manifest.target).suffix
         options = manifest.options or EngineOptions()
         targets = {part: folder / f"{part}{suffix}" for part in models}

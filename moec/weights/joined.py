@@ -6,9 +6,9 @@
     layers.{i}.moe.gate_up          all experts, shared gate, shared up   [E + 1, 2F, D]
     layers.{i}.moe.down             all experts, shared down              [E + 1, D, F]
 
-Experts are stored as [expert, out, in]. The rows of all these tensors are therefore outputs, so
-that writing one tensor after another joins them. The scales of a joined weight are joined in the
-same way. Every other tensor is a stored tensor.
+Experts are stored as [expert, out, in], in one tensor or apart. The rows of all these tensors are
+therefore outputs, so that writing one tensor after another joins them. The scales of a joined
+weight are joined in the same way. Every other tensor is a stored tensor.
 
 `joined_tensors` are those of fused programs, all of them. Plain programs have `plain_tensors`: the
 experts alone are joined, in any type that all of their weights have.
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from moec.spec import names
 from moec.spec.model import ModelSpec, TextSpec
 from moec.spec.parameters import Shape, parameters, text_parameters, vision_parameters
+from moec.spec.parts.routing import Experts
+from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized, tensors
 from moec.weights.packing import Packing
 
@@ -27,11 +29,16 @@ from moec.weights.packing import Packing
 FUSED, PLAIN = "torch", "torch-plain"
 
 
+#: the kinds of FP8 experts that are joined: weights and inputs, as in a scheme rule
+JOINED_FP8 = dict.fromkeys([("channel", "token"), ("block", "group")])
+
+
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A tensor of a graph. Its bytes are those of the stored tensors `sources`, in this order.
+    """A tensor of a graph. Its values are those of the stored tensors `sources`, in this order.
 
-    `sources` names parameters or scales; `dtype` is "fp8" or a `DType`.
+    `sources` names parameters or scales, or those of single experts; `dtype` is "fp8" or a `DType`.
+    Stored tensors of another type are cast to it, such as scales in bf16.
     """
 
     shape: Shape
@@ -53,7 +60,8 @@ def joined_tensors(spec: ModelSpec, dtype: str = "bf16", part: str = "model") ->
         for name, shape in text_parameters(spec).items()
         if name not in in_fp8
     }
-    for name, shape, sources in _joined(spec.text):
+    for name, shape, parameters_ in _joined(spec.text):
+        sources = _stored(spec, parameters_)
         found[name] = Joined(shape, "fp8", sources)
         scales = tuple(map(names.scale_of, sources))
         found[names.scale_of(name)] = Joined(shape[:-1], "fp32", scales)
@@ -112,13 +120,31 @@ def plain_tensors(spec: ModelSpec, dtype: str = "bf16", part: str = "model") -> 
 
 def joined_experts(spec: ModelSpec) -> dict[str, Joined]:
     """The tensors of `plain_tensors` that are joined; `spec` is a `plain_spec`."""
-    kinds, found = tensors(spec), dict[str, Joined]()
-    for name, shape, sources in _plainly_joined(spec):
+    kinds, rules, found = tensors(spec), quantized(spec), dict[str, Joined]()
+    for name, shape, parameters_ in _plainly_joined(spec):
+        sources = _stored(spec, parameters_)
         found[name] = Joined(shape, kinds[sources[0]].dtype, sources)
-        scales = tuple(map(names.scale_of, sources))
-        if scales[0] in kinds:
-            found[names.scale_of(name)] = Joined(shape[:-1], kinds[scales[0]].dtype, scales)
+        if name in rules and spec.scheme:
+            side = spec.scheme.block
+            blocks = (shape[0], shape[1] // side, shape[2] // side)
+            scales = tuple(map(names.scale_of, sources))
+            each = blocks if rules[name].weight == "block" else shape[:-1]
+            found[names.scale_of(name)] = Joined(each, "fp32", scales)
     return found
+
+
+def _stored(spec: ModelSpec, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The stored tensors of some parameters, in the order in which they are joined."""
+    apart = spec.scheme is not None and spec.scheme.separate_experts
+
+    def parts(name: str) -> Iterator[str]:
+        if not (apart and names.is_routed(name)):
+            yield name
+            return
+        for expert in range(spec.text.expert_count):
+            yield from names.separate(name, expert)
+
+    return tuple(part for name in wanted for part in parts(name))
 
 
 def plain_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
@@ -175,11 +201,10 @@ def _joined(text: TextSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
 def _plainly_joined(spec: ModelSpec) -> Iterator[tuple[str, Shape, tuple[str, ...]]]:
     """The joined experts of a plain program, as `_joined` gives them; `spec` is a `plain_spec`.
 
-    Experts are joined if moec packs them, all in one type: wide, or FP8 with a scale for each
-    output and rounded by token. The shared expert is joined if it is like the others.
+    Experts are joined if all of a layer are of one type: wide and packed by moec, or FP8 in one of
+    `JOINED_FP8`. The shared expert is joined if it is like the others.
     """
     rules, scheme = quantized(spec), spec.scheme
-    exact = scheme is None or (scheme.bound is None and scheme.scales == "fp32")
 
     def kinds(*parameters: str) -> set[tuple[str, str] | None]:
         found = (rules.get(name) for name in parameters)
@@ -188,10 +213,14 @@ def _plainly_joined(spec: ModelSpec) -> Iterator[tuple[str, Shape, tuple[str, ..
     for layer in spec.text.all_layers:
         routed, shared = names.routed(layer.index), names.shared
         own = kinds(*routed)
-        packed = not spec.separate_experts and (scheme is None or scheme.layout == "moec")
-        joins = packed and len(own) == 1 and own <= {None, ("channel", "token")}
         router = names.moe(layer.index, "router", "weight")
-        if not layer.experts or not joins or router in rules or not (exact or own == {None}):
+        if not layer.experts or len(own) > 1 or router in rules:
+            continue
+        if own == {None}:
+            joins = not spec.separate_experts
+        else:
+            joins = own <= JOINED_FP8.keys() and _is_exact(scheme) and _whole(spec, layer.experts)
+        if not joins:
             continue
         count, hidden = layer.experts.count, layer.experts.hidden
         parts = [shared(layer.index, part, "weight") for part in ("gate", "up", "down")]
@@ -199,3 +228,17 @@ def _plainly_joined(spec: ModelSpec) -> Iterator[tuple[str, Shape, tuple[str, ..
         parts, count = (parts, count + 1) if alike else ([], count)
         yield routed[0], (count, 2 * hidden, spec.text.dim), (routed[0], *parts[:2])
         yield routed[1], (count, spec.text.dim, hidden), (routed[1], *parts[2:])
+
+
+def _is_exact(scheme: Scheme | None) -> bool:
+    """Whether one op has the arithmetic and the layout of a scheme's experts."""
+    layouts = ("moec", "compressed-tensors", "fp8")
+    return scheme is not None and scheme.bound is None and scheme.layout in layouts
+
+
+def _whole(spec: ModelSpec, experts: Experts) -> bool:
+    """Whether the widths of experts are whole blocks, if their scales are of blocks."""
+    scheme = spec.scheme
+    blocks = scheme is not None and any(rule.weight == "block" for rule in scheme.rules)
+    side = scheme.block if scheme and blocks else 1
+    return not (experts.hidden % side or spec.text.dim % side)

@@ -57,8 +57,8 @@ class Packing(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        plain = self.arrange == "rows" or (self.arrange, self.fp8) == ("transpose", "channel")
-        if self.fp8 and not plain:
+        turned = self.arrange == "transpose" and self.fp8 in ("channel", "block")
+        if self.fp8 and not turned and self.arrange != "rows":
             raise ValueError(f"fp8 {self.fp8} with arrange {self.arrange} is not supported")
         if self.group and (self.bits != 4 or self.group % self.block):
             raise ValueError(f"groups of {self.group} have 4 bits, and whole blocks")
@@ -84,6 +84,8 @@ class Packing(Frozen):
         scales = scale_shape(shape, self.fp8, self.block) if self.fp8 else ()
         if self.arrange != "rows":
             shape = (*shape[:-2], shape[-1], shape[-2])
+            if self.fp8 == "block":
+                scales = (*scales[:-2], scales[-1], scales[-2])
         if self.fp8:
             return (shape, "fp8"), (scales, self.dtype)
         if not self.bits:

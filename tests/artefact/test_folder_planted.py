@@ -10,7 +10,7 @@ import pytest
 
 import moec
 from moec.artefact.folder import writing
-from moec.weights.packed_journal import PACKED, journal_of
+from moec.weights.packed.journal import PACKED, journal_of
 from moec.weights.trust import leftovers, records
 from tests.trees import names, tree
 
@@ -174,7 +174,7 @@ def test_forged_weights_get_into_no_build(
     checkpoint: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The journal and the sources are right; only the packed bytes are another's."""
-    monkeypatch.setattr("moec.weights.packed_file.JOURNAL_BYTES", 1)
+    monkeypatch.setattr("moec.weights.packed.file.JOURNAL_BYTES", 1)
     fresh = moec.export(checkpoint, precision="fp8", out=tmp_path / "fresh")
 
     def stop(stage: str, done: int, total: int) -> None:

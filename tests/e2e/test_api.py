@@ -24,6 +24,7 @@ POSITIONAL = {
     "load_spec": "source",
     "open_session": "path device",
     "plan": "spec precision",
+    "quantize": "checkpoint scheme out",
     "trtexec_commands": "artefact",
     "validate": "path",
     "Session.logits": "self input_ids pixel_values",

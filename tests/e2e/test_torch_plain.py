@@ -9,13 +9,15 @@ import torch
 
 import moec
 from moec.artefact.artefact import open_artefact
+from moec.exporters.torch.program import part_graph
+from moec.graph_builder import ops
 from moec.runtime.proof.compare import FP8_NOISE
 from moec.spec.hf.quantization import read_scheme
 from moec.weights.joined import PLAIN
 from moec.weights.random import write_random_checkpoint
 from tests.conftest import run_command
 from tests.families import CASES
-from tests.oracle import relative, transformers_logits
+from tests.oracle import transformers_logits
 from tests.proofs import assert_passed
 
 pytestmark = pytest.mark.full
@@ -73,11 +75,14 @@ def test_block_fp8_stays_in_place(tmp_path: Path) -> None:
     write_random_checkpoint(spec, tmp_path / "weights", seed=4)
     art = moec.export(tmp_path / "weights", target="torch", out=tmp_path / "art")
     assert art.manifest.weights.mode == "in-place" and art.manifest.build.bytes_packed == 0
+    targets = {node.target for node in part_graph(spec, "bf16", dialect=PLAIN).graph.nodes}
+    assert ops.routed_layer.target in targets  # the kernels of blocks run it on a GPU
     ids = torch.arange(3, 40)[None]
     found, expected = (
         moec.open_session(art.path, engine=engine).logits(ids)[0] for engine in ("torch", "eager")
     )
-    assert relative(found, expected) < 1e-5  # the same ops on the same weights
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.median() < FP8_NOISE.error
 
 
 def test_binding_later_is_building_with_weights(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import moec
 from moec.artefact.artefact import open_artefact, verify_files
 from moec.runtime.engines.weights import load
 from moec.spec.scheme import SCHEMES
+from moec.weights.joined import FUSED
 from moec.weights.name_map import read_model
-from moec.weights.packed_journal import PACKED
+from moec.weights.packed.journal import PACKED
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import view
 from tests.refusals import refusal
@@ -119,8 +120,28 @@ def test_wide_weights_run_in_plain_torch(sound: Path, tmp_path: Path) -> None:
     assert errors.median() < 0.02
 
 
-def test_fp8_checkpoints_are_refused(tmp_path: Path) -> None:
-    scheme = SCHEMES["dynamic"].model_copy(update={"layout": "compressed-tensors"})
+def test_other_fp8_checkpoints_are_refused(tmp_path: Path) -> None:
+    scheme = SCHEMES["meta"].model_copy(update={"layout": "fbgemm_fp8", "bound": 1200.0})
     spec = moec.load_spec("tiny-scout").model_copy(update={"scheme": scheme})
     write_random_checkpoint(spec, tmp_path / "weights")
     refusal(lambda: moec.export(tmp_path / "weights", target="torch", out=tmp_path / "a"), "layout")
+
+
+@pytest.mark.parametrize("scales", ["fp32", "bf16"])
+def test_experts_apart_are_joined_while_they_are_loaded(scales: str, tmp_path: Path) -> None:
+    """A checkpoint in compressed-tensors form stays in place, and runs as what moec packs."""
+    layout = {"layout": "compressed-tensors", "scales": scales}
+    scheme = SCHEMES["dynamic"].model_copy(update=layout)
+    spec = moec.load_spec("tiny-scout").model_copy(update={"scheme": scheme, "dtype": "bf16"})
+    write_random_checkpoint(spec, tmp_path / "apart", seed=3)
+    art = moec.export(tmp_path / "apart", target="torch", out=tmp_path / "art")
+    assert (art.manifest.weights.mode, art.manifest.dialect) == ("in-place", FUSED)
+    assert art.manifest.build.bytes_packed == 0
+    found, stored = load(art), art.stored()
+    assert found["layers.1.moe.gate_up_scale"].dtype == torch.float32
+    assert len(found["layers.1.moe.gate_up"]) == spec.text.expert_count + 1
+    for at, part in ((0, "gate"), (1, "up")):
+        for kind in ("", "_scale"):
+            joined = found[f"layers.1.moe.gate_up{kind}"][2].float().chunk(2)[at]
+            own = view(stored[f"layers.1.moe.experts.2.{part}.weight{kind}"]).float()
+            assert torch.equal(joined, own.view(joined.shape))

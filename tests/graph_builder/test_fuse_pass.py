@@ -218,7 +218,7 @@ HEAD = SCHEMES["dynamic"].rules[0].model_copy(update={"of": ("head.weight",)})
         (_schemed("dynamic", cache=True), "cache"),
         (_schemed("dynamic", bound=3.0), "bound"),
         (_schemed("dynamic", scales="bf16"), "scales"),
-        (_schemed("dynamic", layout="compressed-tensors"), "layout"),
+        (_schemed("meta", layout="fbgemm_fp8"), "layout"),
         (_schemed("dynamic", rules=(BY_TENSOR,)), "layers.0.attn.k.weight"),
         (_schemed("dynamic", rules=(*SCHEMES["dynamic"].rules, HEAD)), "head.weight"),
     ],

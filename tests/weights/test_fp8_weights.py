@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moec.spec.scheme import WEIGHTS
 from moec.weights import fp8
-from moec.weights.packed_file import write_packed
+from moec.weights.packed.file import write_packed
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import read_shard
 from tests.refusals import refusal
@@ -27,7 +27,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 @pytest.fixture(params=[1 << 22, 30, 1], ids=lambda size: f"pieces of {size}")
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices go through whole, in some rows, or row by row and block by block."""
-    monkeypatch.setattr("moec.weights.packed_file.ELEMENTS_AT_ONCE", request.param)
+    monkeypatch.setattr("moec.weights.packed.file.ELEMENTS_AT_ONCE", request.param)
     monkeypatch.setattr("moec.weights.fp8.STEP", max(1, request.param // 2))
 
 
@@ -101,7 +101,7 @@ def test_a_packed_weight_is_what_a_loop_gives(
 def test_experts_may_be_transposed(
     tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moec.weights.packed_file.GROUP_BYTES", together)
+    monkeypatch.setattr("moec.weights.packed.file.GROUP_BYTES", together)
     weight = _weight(*FUSED, dtype=torch.bfloat16)
     plain = _pack(tmp_path, weight, "channel")
     entries = read_shard(tmp_path / "in.safetensors").tensors

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import moec
 from moec.artefact.artefact import open_artefact, verify_files
 from moec.spec.errors import MoecError
-from moec.weights.hashed import tensor_sha256
-from moec.weights.packed_file import write_packed
-from moec.weights.packed_journal import PACKED, Hash
+from moec.weights.packed.file import write_packed
+from moec.weights.packed.hashed import tensor_sha256
+from moec.weights.packed.journal import PACKED, Hash
 from moec.weights.packing import Packing
 from moec.weights.random import write_random_checkpoint
 from moec.weights.shard import TensorEntry, read_shard
@@ -55,8 +55,8 @@ class Stop(BaseException):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Holds weights whose every parameter lands at once, and some come in several pieces."""
-    monkeypatch.setattr("moec.weights.packed_file.JOURNAL_BYTES", 1)
-    monkeypatch.setattr("moec.weights.packed_file.ELEMENTS_AT_ONCE", 64)
+    monkeypatch.setattr("moec.weights.packed.file.JOURNAL_BYTES", 1)
+    monkeypatch.setattr("moec.weights.packed.file.ELEMENTS_AT_ONCE", 64)
     _write_source(tmp_path, seed=0)
     return tmp_path
 
@@ -303,9 +303,9 @@ def test_a_name_that_was_cut_off_has_not_landed(folder: Path) -> None:
 #: the real command line, but packing stops half way, says so, and waits for its parent
 COMMAND = """
 import contextlib, os, signal, sys
-import moec.cli, moec.cli.artefacts, moec.weights.packed_file
+import moec.cli, moec.cli.artefacts, moec.weights.packed.file
 
-moec.weights.packed_file.JOURNAL_BYTES = 1
+moec.weights.packed.file.JOURNAL_BYTES = 1
 os.fsync = lambda file: None  # a kill leaves what the system was given; a busy disk takes seconds
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell that ignores it
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from moec.spec.errors import MoecError
 from moec.weights.arrange import arrange, quantize, store, unpack
-from moec.weights.packed_file import write_packed
+from moec.weights.packed.file import write_packed
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import read_shard
 
@@ -91,7 +91,7 @@ def test_a_packed_file_is_a_safetensors_file_of_what_packings_say(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "moec.weights.packed_file.ELEMENTS_AT_ONCE", 64
+        "moec.weights.packed.file.ELEMENTS_AT_ONCE", 64
     )  # rows go through in pieces
     entries = read_shard(weights / "in.safetensors").tensors
     seen: list[tuple[int, int]] = []

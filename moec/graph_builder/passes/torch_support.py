@@ -89,7 +89,7 @@ def unlike(text: TextSpec) -> Iterator[tuple[str, object, str]]:
 def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[_Odd]:
     fix = "use --scheme dynamic"
     at = f"scheme {scheme.name}"
-    if scheme.layout != "moec":
+    if scheme.layout not in ("moec", "compressed-tensors"):
         found = f"{scheme.layout}, of a checkpoint that is FP8 already"
         expected, fix = "wide weights, which become FP8", f"build from them, or {_OTHER_TARGET}"
         yield _Odd(f"{at}: layout", found, expected, fix)
@@ -98,7 +98,7 @@ def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[_Odd]:
         yield _Odd(f"{at}: cache", "FP8 keys and values", "wide ones", "add --cache wide")
     if scheme.bound is not None:
         yield _Odd(f"{at}: bound", scheme.bound, "none", fix)
-    if scheme.scales != "fp32":
+    if scheme.scales != "fp32" and scheme.layout == "moec":
         yield _Odd(f"{at}: scales", scheme.scales, "fp32", fix)
     rules, wanted = quantized(spec), fp8_parameters(spec)
     for name in sorted(wanted | set(rules)):

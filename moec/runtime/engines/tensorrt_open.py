@@ -37,7 +37,7 @@ from moec.runtime.engines.tensorrt_fit import (
 )
 from moec.runtime.engines.tensorrt_weights import load_bindings
 from moec.spec.errors import MoecError, refuse
-from moec.weights.hashed import file_sha256
+from moec.weights.packed.hashed import file_sha256
 
 #: layer types of branches and loops, which a CUDA graph cannot contain
 _BRANCHES = {"CONDITION", "TRIP_LIMIT", "RECURRENCE"}

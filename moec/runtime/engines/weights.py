@@ -13,8 +13,8 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact
 from moec.spec.errors import refuse
 from moec.weights.joined import PROGRAM_TENSORS
-from moec.weights.shard import TensorEntry
-from moec.weights.view import STORED, read_into
+from moec.weights.shard import TensorEntry, nbytes
+from moec.weights.view import STORED, read_into, view
 
 #: bytes that are read at once; with CUDA two buffers of this size take turns
 BLOCK = 64 << 20
@@ -41,9 +41,15 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
         place, at = found[name].view(-1).view(torch.uint8), 0
         for source in joined.sources:
             entry = stored[names.get(source, source)]
-            if at + entry.nbytes <= place.numel():  # too many bytes are refused below
-                reader(entry, place[at : at + entry.nbytes])
-            at += entry.nbytes
+            size = nbytes(entry.shape, joined.dtype)
+            if at + size <= place.numel():  # too many bytes are refused below
+                to = place[at : at + size]
+                if entry.dtype == joined.dtype:
+                    reader(entry, to)
+                else:
+                    reader.finish()
+                    to.copy_(_cast(entry, joined.dtype))
+            at += size
         if at != place.numel():
             refuse(
                 f"{artefact.path}: {name}",
@@ -53,6 +59,11 @@ def load(artefact: Artefact, device: str = "cpu", part: str = "model") -> dict[s
             )
     reader.finish()
     return found
+
+
+def _cast(entry: TensorEntry, dtype: str) -> Tensor:
+    """The bytes of a tensor in another type than it is stored in."""
+    return view(entry).to(STORED[dtype]).contiguous().flatten().view(torch.uint8)
 
 
 class Reader:

@@ -65,15 +65,19 @@ def read_compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
 
 def _floats(at: Fields, group: Fields) -> dict[str, Any]:
     """What the group of an FP8 checkpoint says of weights, inputs and caches."""
-    weights = _e4m3_strategy(group.inner("weights"), False, ("channel", "tensor"))
-    inputs = "input_activations" in group
-    if inputs:
-        _e4m3_strategy(group.inner("input_activations"), True, ("token",))
+    weights, block = _e4m3(group.inner("weights"), False, ("channel", "tensor", "block"))
+    inputs = "none"
+    if "input_activations" in group:
+        along = "group" if block else "token"
+        inputs, size = _e4m3(group.inner("input_activations"), True, (along,))
+        if size != block:
+            raise group.error("input_activations", f"groups of {size}", f"{block}, as for weights")
     cache = "kv_cache_scheme" in at
     if cache:
-        _e4m3_strategy(at.inner("kv_cache_scheme"), False, ("tensor",), default="tensor")
-    weight = "expert" if weights == "tensor" else "channel"
-    return {"weight": weight, "inputs": "token" if inputs else "none", "cache": cache}
+        _e4m3(at.inner("kv_cache_scheme"), False, ("tensor",), default="tensor")
+    sizes = {"block": block} if block else {}
+    weight = "expert" if weights == "tensor" else weights
+    return {"weight": weight, "inputs": inputs, "cache": cache, **sizes}
 
 
 def _integers(at: Fields, group: Fields) -> dict[str, Any]:
@@ -104,10 +108,13 @@ def _integers(at: Fields, group: Fields) -> dict[str, Any]:
     return {"weight": "group", "block": size, **found}
 
 
-def _e4m3_strategy(
+def _e4m3(
     at: Fields, dynamic: bool, strategies: tuple[str, ...], default: Any = REQUIRED
-) -> str:
-    """Read the strategy of symmetric E4M3 values; it must be one of `strategies`."""
+) -> tuple[str, int | None]:
+    """Read the strategy of symmetric E4M3 values, one of `strategies`, and the size of its blocks.
+
+    The size is None where the strategy has no blocks or groups.
+    """
     at.require("num_bits", 8)
     at.require("type", "float")
     at.require("symmetric", True, default=True)
@@ -115,24 +122,37 @@ def _e4m3_strategy(
     strategy: str = at.take("strategy", str, default=default)
     if strategy not in strategies:
         raise at.error("strategy", repr(strategy), " or ".join(map(repr, strategies)))
+    size = None
+    if strategy == "block":
+        sides = at.take("block_structure", list)
+        size = sides[0] if len(sides) == 2 and sides[0] == sides[1] else None
+        if type(size) is not int or not 2 <= size <= 1024:
+            expected = "two equal numbers, such as [128, 128]"
+            raise at.error("block_structure", shown(sides), expected)
+    elif strategy == "group":
+        size = at.take("group_size", int)
     at.finish(INERT | {"group_size", "block_structure"})
-    return strategy
+    return strategy, size
 
 
 def write_group(scheme: Scheme) -> dict[str, Any]:
     """The fields of a `quantization_config` that say how numbers are stored, for `scheme`."""
     rule, bits = scheme.rules[0], {"num_bits": 4 if scheme.int4 else 8}
     number: dict[str, Any] = {**bits, "type": "int" if scheme.int4 else "float"}
-    strategy = {"expert": "tensor", "group": "group"}.get(rule.weight, "channel")
+    strategy = {"expert": "tensor", "output": "channel"}.get(rule.weight, rule.weight)
     weights = {**number, "strategy": strategy, "dynamic": False}
     weights["symmetric"] = not scheme.zero_points
     if rule.weight == "group":
         weights["group_size"] = scheme.block
-    inputs = {**number, "strategy": "token", "dynamic": True, "symmetric": True}
+    if rule.weight == "block":
+        weights["block_structure"] = [scheme.block, scheme.block]
+    inputs = {**number, "strategy": rule.inputs, "dynamic": True, "symmetric": True}
+    if rule.inputs == "group":
+        inputs["group_size"] = scheme.block
     group = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": inputs if rule.inputs == "token" else None,
+        "input_activations": None if rule.inputs == "none" else inputs,
     }
     return {
         "quant_method": "compressed-tensors",
@@ -140,3 +160,35 @@ def write_group(scheme: Scheme) -> dict[str, Any]:
         "config_groups": {"group_0": group},
         "kv_cache_scheme": number if scheme.cache else None,
     }
+
+
+def ignored(kept: list[str], quantised: list[str]) -> list[str]:
+    """The field `ignore` for the modules `kept`, of which none is among `quantised`.
+
+    Engines disagree on what is before `model.`, and some join modules under names of their own.
+    Where all layers agree, an expression stands for them, so that every spelling matches.
+    """
+    taken = set(map(_of_all_layers, quantised))
+    tower = _TOWER if not any(each.startswith(_TOWER) for each in quantised) else None
+    found = [
+        f"re:.*{_TOWER}[.].*"
+        if tower and each.startswith(tower)
+        else each
+        if (family := _of_all_layers(each)) in taken
+        else f"re:{family}"
+        for each in kept
+    ]
+    return list(dict.fromkeys(found))
+
+
+#: the vision tower's module
+_TOWER = "vision_model"
+
+
+def _of_all_layers(module: str) -> str:
+    """An expression for a module in every layer, whatever is before it."""
+    parts = module.split(".layers.", 1)
+    if len(parts) == 1:
+        return f".*{module.removeprefix('language_model.').replace('.', '[.]')}$"
+    inner = parts[1].partition(".")[2].replace(".", "[.]")
+    return f".*layers[.][0-9]+[.]{inner}$"

@@ -11,7 +11,7 @@ from typing import Any
 
 from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import Fields, read_own_json, shown
-from moec.spec.hf.compressed_tensors import read_compressed_tensors, write_group
+from moec.spec.hf.compressed_tensors import ignored, read_compressed_tensors, write_group
 from moec.spec.hf.modules import INERT, NEXT, modules, scheme_of, strings
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
@@ -184,8 +184,11 @@ def write_scheme(spec: ModelSpec) -> dict[str, Any]:
     """
     config = _quantization_config(spec)
     wide = spec.model_copy(update={"scheme": None})
-    found = spec.model_copy(update={"scheme": read_scheme(config, Path("config.json"), wide)})
-    if _effect(found) != _effect(spec):
+    try:
+        read = read_scheme(config, Path("config.json"), wide)
+    except MoecError:
+        read = None
+    if read is None or _effect(wide.model_copy(update={"scheme": read})) != _effect(spec):
         assert spec.scheme is not None
         refuse(
             f"spec {spec.name}",
@@ -244,4 +247,5 @@ def _quantization_config(spec: ModelSpec) -> dict[str, Any]:
                 else {}
             ),
         }
-    return {**write_group(scheme), "ignore": kept}
+    modules_in_fp8 = [m for name in rules for m in modules(name, spec, scheme.separate_experts)]
+    return {**write_group(scheme), "ignore": ignored(kept, modules_in_fp8)}

@@ -24,7 +24,7 @@ from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.joined import joined_tensors
-from moec.weights.packed_journal import PACKED
+from moec.weights.packed.journal import PACKED
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import STORED
 

@@ -380,9 +380,9 @@ CONFIGS: dict[str, tuple[object, str]] = {
         weights(strategy="group", group_size=128),
         f"{G0}.weights.strategy",
     ),
-    "blocks of weights": (
-        weights(strategy="block", block_structure=[128, 128]),
-        f"{G0}.weights.strategy",
+    "blocks that are not square": (
+        weights(strategy="block", block_structure=[128, 64]),
+        f"{G0}.weights.block_structure",
     ),
     "no strategy": (weights(strategy=None), f"{G0}.weights.strategy"),
     "an unknown field of weights": (weights(sparkle=3), f"{G0}.weights.sparkle"),

@@ -35,6 +35,8 @@ def join_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
         router: Any = find(Role.ROUTER, layer.index).args
         old: Any = find(Role.EXPERTS, layer.index)
         count, how = layer.experts.count, layer.experts.routing
+        scales = kinds.get(names.scale_of(gate_up))
+        block = spec.scheme.block if scales and spec.scheme and len(scales.shape) == 3 else 0
         if kinds[down].shape[0] == count and old.target == ops.add.target:
             _, old = old.args  # the shared expert is the other summand
         with graph.graph.inserting_before(old):
@@ -59,7 +61,7 @@ def join_experts(graph: fx.GraphModule, spec: ModelSpec) -> fx.GraphModule:
                 how.normalise,
                 how.factor,
                 how.weighed,
-                0,
+                block,
             )
             name = old.meta["name"]
             stand_in(call(graph.graph, ops.routed_layer, *arguments(operands), name=name), old)

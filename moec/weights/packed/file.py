@@ -1,6 +1,6 @@
 """Pack weights: rewrite them into one safetensors file, a few rows at a time, on all cores.
 
-`packed_journal` records which weights are on disk, so that a call that was cut off can go on.
+`journal` beside it records which weights are on disk, so that a call that was cut off can go on.
 """
 
 import math
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from moec.spec.errors import refuse
-from moec.weights import fp8, packed_journal
+from moec.weights import fp8
 from moec.weights.arrange import arrange, store
-from moec.weights.hashed import Piece, joined
 from moec.weights.int4.packed import packed_rows
-from moec.weights.packed_journal import Hash, Landed
-from moec.weights.packed_layout import in_file_order, layout
+from moec.weights.packed import journal as packed_journal
+from moec.weights.packed.hashed import Piece, joined
+from moec.weights.packed.journal import Hash, Landed
+from moec.weights.packed.layout import in_file_order, layout
+from moec.weights.packed.published import Published
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry, nbytes
 from moec.weights.view import STORED, read_into, view
@@ -77,15 +79,19 @@ def write_packed(
     progress: Callable[[int, int], None],
     constants: Mapping[str, Tensor] | None = None,
     hashes: dict[str, Hash] | None = None,
+    published: Mapping[str, Published] | None = None,
+    journal_stays: bool = False,
 ) -> int:
     """Pack each parameter from `entries` into `path`, and write `constants` unchanged.
 
     Each core holds one matrix, at most twice. For FP8 all cores share the memory of a group of
     experts and their quantised values. `progress` is called with the bytes read so far and in all.
-    The hash of every stored tensor, made while it is written, goes into `hashes`.
+    The hash of every stored tensor, made while it is written, goes into `hashes`. With `published`
+    the file's header has the names that other engines know.
 
     A journal beside `path` records which weights are on disk. If the call is cut off, the same call
-    goes on from there, unless the weights' sources have changed meanwhile.
+    goes on from there, unless the weights' sources have changed meanwhile. The journal is removed
+    at the end, unless `journal_stays` because other files belong to this one.
 
     Returns:
         The bytes of weights that this call packed.
@@ -95,10 +101,9 @@ def write_packed(
             still marks the file as unfinished, because a file with gaps would look complete.
     """
     constants, hashes = constants or {}, {} if hashes is None else hashes
-    header, offsets, size = layout(packings, entries, constants)
+    header, offsets, size = layout(packings, entries, constants, published)
     fingerprint = packed_journal.fingerprint(header, packings, entries)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    journal = packed_journal.journal_of(path)
     total = sum(entries[p.source].nbytes for p in packings.values())
     pending: dict[str, Landed] = {}
     syncs: list[Future[None]] = []  # these wait for the disk while the next weights are packed
@@ -156,7 +161,8 @@ def write_packed(
             syncs.append(disk.submit(sync, pending))
             for each_sync in syncs:
                 each_sync.result()
-    journal.unlink()
+    if not journal_stays:
+        packed_journal.finish(path)
     return total - before
 
 
@@ -242,6 +248,8 @@ def _write_fp8(weight: _Weight, pool: ThreadPoolExecutor, beside: Executor) -> I
         _refuse_not_finite(packing, entry, scales)
         if packing.fp8 != "tensor" or group.start == 0:
             stored = scales[0] if packing.fp8 == "tensor" else scales
+            if packing.fp8 == "block" and packing.arrange == "transpose":
+                stored = stored.transpose(-2, -1)
             scales_to.write(stored.flatten().view(torch.uint8).numpy())
 
         def pack(

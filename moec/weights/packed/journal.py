@@ -18,12 +18,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
-from moec.weights.hashed import BLOCK
+from moec.weights.packed.hashed import BLOCK
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 
 #: the name of the packed file in an artefact
 PACKED = "weights.safetensors"
+_JOURNAL = ".journal"
 
 
 class Hash(NamedTuple):
@@ -81,16 +82,28 @@ def crc_of(matrix: TensorEntry, crc: int = 0) -> int:
 
 def journal_of(path: Path) -> Path:
     """The journal of the packed file `path`."""
-    return path.with_name(f"{path.name}.journal")
+    return path.with_name(f"{path.name}{_JOURNAL}")
 
 
-def discard(path: Path) -> None:
-    """Remove an unfinished packed file and its journal."""
-    for file in resumable_files(path):
+def finish(path: Path) -> None:
+    """Remove the journal of the packed file `path`: it is complete."""
+    journal_of(path).unlink()
+
+
+def discard(folder: Path) -> None:
+    """Remove the unfinished packed files of a folder, and their journals."""
+    for file in unfinished(folder):
         file.unlink()
 
 
-def resumable_files(path: Path) -> tuple[Path, ...]:
+def unfinished(folder: Path) -> tuple[Path, ...]:
+    """The unfinished packed files of a folder, and their journals; links do not count."""
+    journals = sorted(folder.glob(f"*{_JOURNAL}")) if folder.is_dir() else []
+    paths = (each.with_name(each.name.removesuffix(_JOURNAL)) for each in journals)
+    return tuple(file for path in paths for file in _resumable(path))
+
+
+def _resumable(path: Path) -> tuple[Path, ...]:
     """The unfinished packed file `path` and its journal, if at least one weight is on disk.
 
     Links do not count: to write through one would overwrite a file that is somewhere else.
@@ -130,7 +143,7 @@ def landed(path: Path, fingerprint: str, size: int, known: Collection[str]) -> d
 
     They are none if the journal is damaged, or belongs to another file.
     """
-    if not resumable_files(path):
+    if not _resumable(path):
         return {}
     try:
         first, *lines = journal_of(path).read_text(encoding="utf-8").split("\n")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moec.weights.packed.published import Published
 from moec.weights.packing import Packing
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
 from moec.weights.view import name_of
@@ -29,10 +30,12 @@ def layout(
     packings: Mapping[str, Packing],
     entries: Mapping[str, TensorEntry],
     constants: Mapping[str, Tensor],
+    published: Mapping[str, Published] | None = None,
 ) -> tuple[bytes, dict[str, int], int]:
     """The header, the offset of each tensor, and the file's size, all in bytes.
 
-    Tensors with the largest elements come first, so that every tensor is aligned.
+    Tensors with the largest elements come first, so that every tensor is aligned. With `published`
+    the header describes each tensor as those that it consists of.
     """
     kinds: dict[str, tuple[tuple[int, ...], str]] = {
         name: kind
@@ -42,19 +45,25 @@ def layout(
     }
     kinds |= {name: (tuple(each.shape), name_of(each.dtype)) for name, each in constants.items()}
     rows: dict[str, dict[str, Any]] = {}
+    offsets: dict[str, int] = {}
+    if published is not None:
+        rows["__metadata__"] = {"format": "pt"}  # transformers refuses a file without it
     at = 0
     for name, (shape, dtype) in sorted(
         kinds.items(), key=lambda each: -_SAFETENSORS_TYPES[each[1][1]][1]
     ):
-        end = at + nbytes(shape, dtype)
-        rows[name] = {
-            "dtype": _SAFETENSORS_TYPES[dtype][0],
-            "shape": shape,
-            "data_offsets": (at, end),
-        }
-        at = end
+        offsets[name] = at
+        for key, part in published[name] if published is not None else ((name, shape),):
+            end = at + nbytes(part, dtype)
+            rows[key] = {
+                "dtype": _SAFETENSORS_TYPES[dtype][0],
+                "shape": part,
+                "data_offsets": (at, end),
+            }
+            at = end
+        assert at - offsets[name] == nbytes(shape, dtype)
     header = json.dumps(rows).encode()
     header += b" " * (-len(header) % 64 + 56)  # with the length in front: a multiple of 64
     start = 8 + len(header)
     whole = len(header).to_bytes(8, "little") + header
-    return whole, {name: start + row["data_offsets"][0] for name, row in rows.items()}, start + at
+    return whole, {name: start + offset for name, offset in offsets.items()}, start + at

@@ -1,0 +1,60 @@
+"""The model card of a checkpoint that `quantize` wrote: where it comes from, and what was done."""
+
+import hashlib
+from importlib.metadata import version
+
+from moec.spec.model import ModelSpec
+from moec.spec.tensors import eligible, quantized
+from moec.weights.checkpoint import Checkpoint
+
+#: the file in which the Hugging Face Hub looks for it
+CARD = "README.md"
+
+
+def model_card(told: ModelSpec, scheme: str, source: Checkpoint) -> str:
+    """The card of a checkpoint with the spec `told`, made from `source` by the scheme of that name.
+
+    It names the source by a hash of its headers, because its data is not read twice.
+    """
+    rules = quantized(told)
+    kinds = sorted({(rule.weight, rule.inputs) for rule in rules.values()})
+    how = "; ".join(f"weights: {_WEIGHTS[w]}, inputs: {_INPUTS[i]}" for w, i in kinds)
+    wide = sum(name not in rules for name in eligible(told))
+    headers = hashlib.sha256()
+    for shard in source.shards:
+        headers.update(f"{shard.name} {shard.size} {shard.header_sha256}\n".encode())
+    adapters = f"\n- adapters, merged: {len(source.adapters)}" if source.adapters else ""
+    return f"""---
+tags:
+- fp8
+- compressed-tensors
+- moec
+---
+
+# {told.name}, {scheme} FP8
+
+- made by: moec {version("moec")}
+- scheme: {scheme} ({how})
+- quantised: {len(rules)} weights; {wide} others that could be are as they were
+- source: {len(source.shards)} files, SHA-256 of their names, sizes and headers
+  `{headers.hexdigest()}`{adapters}
+
+The weights are E4M3 values in compressed-tensors form. vLLM reads the folder as it is. moec reads
+it with `moec build --checkpoint`, and proves what it builds from it:
+
+    moec build --checkpoint . --target onnx --out build/model
+"""
+
+
+_WEIGHTS = {
+    "channel": "a scale for each output",
+    "block": "a scale for each block of 128 x 128",
+    "expert": "a scale for each matrix",
+    "tensor": "a scale for each matrix",
+}
+_INPUTS = {
+    "token": "a scale for each token, when it runs",
+    "group": "a scale for each 128 values of a token, when it runs",
+    "tensor": "a scale for each matrix, which calibration measured",
+    "none": "wide",
+}

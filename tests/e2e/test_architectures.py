@@ -142,3 +142,14 @@ def test_layers_that_predict_more_tokens_are_left_aside(tmp_path: Path) -> None:
     notes = " ".join(artefact.manifest.spec.notes)
     assert "1 layers that predict further tokens" in notes
     assert f"{len(more)} tensors were left aside" in notes
+
+
+@pytest.mark.parametrize(
+    "target, precision",
+    [("torch", "fp32"), pytest.param("onnx", "fp8", marks=pytest.mark.slow)],
+)
+def test_an_artefact_without_weights_is_proven(target: str, precision: str, tmp_path: Path) -> None:
+    """Its reduced-size model has the experts apart, as the architecture has them."""
+    artefact = moec.export(CASES["qwen3"], target, precision, tmp_path / "artefact").path
+    report = moec.validate(artefact)
+    assert report.passed, report.first_divergence

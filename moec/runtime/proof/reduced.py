@@ -9,6 +9,7 @@ from moec.artefact.manifest import Manifest
 from moec.artefact.targets import find_target
 from moec.exporters.export import export
 from moec.runtime.calibrate import calibrate
+from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.model import ModelSpec
 from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
@@ -46,9 +47,12 @@ def build_reduced(artefact: Artefact, small: ModelSpec, folder: Path, seed: int)
     manifest, scheme = artefact.manifest, small.scheme
     ours = scheme if scheme and scheme.layout == "moec" else None  # moec quantises wide weights
     weights, scales = folder / "weights", None
-    write_random_checkpoint(
-        small.model_copy(update={"scheme": None}) if ours else small, weights, seed
-    )
+    # Packing has stacked the experts; a checkpoint has them as its architecture does.
+    apart = {"separate_experts": ARCHITECTURES[small.architecture].separate_experts}
+    written = small if small.scheme and not ours else small.model_copy(update=apart)
+    if ours:
+        written = written.model_copy(update={"scheme": None})
+    write_random_checkpoint(written, weights, seed)
     if ours and ours.static:
         tokens = torch.randint(
             0, small.text.vocab, (4, 64), generator=torch.Generator().manual_seed(seed)

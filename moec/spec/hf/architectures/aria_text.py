@@ -47,4 +47,11 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     )
 
 
-ARIA_TEXT = Architecture(("aria_text",), _read, _write, _KEYS, separate_experts=False)
+ARIA_TEXT = Architecture(
+    ("aria_text",),
+    _read,
+    _write,
+    _KEYS,
+    separate_experts=False,
+    tokens={"bos": 1, "eos": 2, "pad": 2},
+)

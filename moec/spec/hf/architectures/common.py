@@ -56,6 +56,8 @@ class Architecture(NamedTuple):
         aside: a pattern of keys that a checkpoint may have beside these, which no graph uses; in
             it `{layers}` stands for the number of layers.
         separate_experts: whether each routed expert has tensors of its own in a checkpoint.
+        tokens: the special tokens of a config that does not name them, where no
+            generation_config.json is beside it: the defaults of transformers.
     """
 
     types: tuple[str, ...]
@@ -64,6 +66,7 @@ class Architecture(NamedTuple):
     keys: Mapping[str, str]
     aside: str = ""
     separate_experts: bool = True
+    tokens: Mapping[str, int] = {}  # nobody writes it
 
 
 def inert(at: Fields) -> frozenset[str]:
@@ -170,8 +173,11 @@ def dtype_of(top: Fields, text: Fields) -> DType:
     return DTYPES[found[0]]
 
 
-def tokens_of(top: Fields, text: dict[str, Any], image: Any) -> Tokens:
-    """The ids of special tokens. `text` has the fields of the decoder, `top` those of images."""
+def tokens_of(top: Fields, text: dict[str, Any], images: bool = False) -> Tokens:
+    """The ids of special tokens. `text` has the fields of the decoder, `top` those of images.
+
+    Images take transformers' defaults for the tokens around them.
+    """
     eos = text.get("eos_token_id")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = text.get(key)
@@ -182,7 +188,7 @@ def tokens_of(top: Fields, text: dict[str, Any], image: Any) -> Tokens:
         bos=text.get("bos_token_id"),
         eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         pad=text.get("pad_token_id"),
-        image=top.take("image_token_index", int, default=image),
-        image_start=top.take("boi_token_index", int, default=None),
-        image_end=top.take("eoi_token_index", int, default=None),
+        image=top.take("image_token_index", int) if images else None,
+        image_start=top.take("boi_token_index", int, default=200080) if images else None,
+        image_end=top.take("eoi_token_index", int, default=200081) if images else None,
     )

@@ -121,7 +121,7 @@ def read_decoder(
         "rope_scaling": scaled,
     }
     text = TextSpec(**(found | fields))
-    tokens = tokens_of(Fields(top.where, {}), raw, image=None)
+    tokens = tokens_of(Fields(top.where, {}), raw)
     top.finish(inert(top) | _TOKENS | _INERT | set(aside))
     return Read(text, tokens, dtype, notes=notes)
 

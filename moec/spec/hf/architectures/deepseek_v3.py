@@ -40,12 +40,12 @@ _KEYS = (
 def _read(top: Fields, kind: str) -> Read:
     top.require("scoring_func", "sigmoid", default="sigmoid")
     top.require("topk_method", "noaux_tc", default="noaux_tc")
-    groups = top.take("n_group", int, default=1)
+    groups = top.take("n_group", int, default=8)  # the defaults are those of transformers
     routing = Routing(
         choice="scores",
         bias=True,
         groups=groups,
-        kept_groups=top.take("topk_group", int, default=groups),
+        kept_groups=top.take("topk_group", int, default=4),
         normalise=top.take("norm_topk_prob", bool),
         factor=top.take("routed_scaling_factor", float),
         weighed="output",
@@ -114,4 +114,5 @@ DEEPSEEK_V3 = Architecture(
     _write,
     _KEYS,
     aside=r"model\.layers\.{layers}\.",
+    tokens={"bos": 0, "eos": 1},
 )

@@ -21,7 +21,9 @@ def _read(top: Fields, kind: str) -> Read:
         routing=softmax_routing(top.take("norm_topk_prob", bool)),
     )
     sliding = top.take("use_sliding_window", bool, default=False)
-    window = top.take("sliding_window", int, default=None) if sliding else None
+    # null means that no layer has a window; without the field transformers has one of 4,096
+    null = top.left.get("sliding_window", 0) is None
+    window = top.take("sliding_window", int, default=4096) if sliding and not null else None
     return read_decoder(
         top,
         {"max_window_layers", "sliding_window", "num_experts", "num_local_experts"},

@@ -5,4 +5,11 @@ from moec.spec.hf.architectures.llama4.keys import KEYS
 from moec.spec.hf.architectures.llama4.read import read
 from moec.spec.hf.architectures.llama4.write import write
 
-LLAMA4 = Architecture(("llama4", "llama4_text"), read, write, KEYS, separate_experts=False)
+LLAMA4 = Architecture(
+    ("llama4", "llama4_text"),
+    read,
+    write,
+    KEYS,
+    separate_experts=False,
+    tokens={"bos": 1, "eos": 2},
+)

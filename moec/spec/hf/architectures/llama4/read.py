@@ -7,7 +7,7 @@ out. Any other missing field is an error that names it, and so is an unknown fie
 from typing import Any
 
 from moec.spec.bounded import limits
-from moec.spec.fields import REQUIRED, Fields, shown
+from moec.spec.fields import Fields, shown
 from moec.spec.hf.architectures.common import Read, dtype_of, inert, rope, tokens_of
 from moec.spec.model import TextSpec
 from moec.spec.parts.routing import Experts
@@ -34,13 +34,13 @@ def read(top: Fields, kind: str) -> Read:
     if kind == "llama4_text":
         dtype = dtype_of(top, nothing)
         text = _text(top)
-        return Read(text, tokens_of(nothing, raw, image=None), dtype, notes=_notes(raw))
+        return Read(text, tokens_of(nothing, raw), dtype, notes=_notes(raw))
     inner = Fields(f"{top.where}: text_config", top.take("text_config", dict))
     tower = Fields(f"{top.where}: vision_config", top.take("vision_config", dict))
     raw = dict(inner.left)
     dtype = dtype_of(top, inner)
     vision, text = _vision(tower), _text(inner)
-    tokens = tokens_of(top, raw, image=REQUIRED)
+    tokens = tokens_of(top, raw, images=True)
     top.require("tie_word_embeddings", text.tie_embeddings, default=False)
     # Some writers repeat the text config's token ids at the top level.
     top.finish(inert(top) | {"bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"})

@@ -1,7 +1,7 @@
 """The command `validate`, and the proof that `build` ends with."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from moec.cli.given import check_given
 from moec.cli.options import Device, Json, WeightsFrom
 from moec.cli.output import bar, error_line, print_json
 from moec.spec.errors import MoecError, refuse
+
+if TYPE_CHECKING:
+    from moec.runtime.proof.report import Report
 
 
 def validate(
@@ -52,6 +55,17 @@ def validate(
             "the artefact's. Default: the folder in the manifest, if it is there."
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Prove a checkpoint instead of an artefact: run its prompts in another engine, "
+            "vllm or transformers, and compare."
+        ),
+    ] = None,
+    python: Annotated[
+        Path | None,
+        typer.Option(help="The Python interpreter that has the engine of --against."),
+    ] = None,
     weights_from: WeightsFrom = None,
     as_json: Json = False,
 ) -> None:
@@ -59,6 +73,9 @@ def validate(
 
     The report goes into the artefact's manifest, where `moec inspect` finds it.
     """
+    if against is not None:
+        prove_against(artefact, against, tokens, seed, html, as_json, python)
+        return
     prove(
         artefact,
         tokens,
@@ -120,6 +137,40 @@ def prove(
         record(artefact, report, weights_from)
     except MoecError as error:
         error_line(f"warning: the report was not stored: {error.where}: {error.found}", "yellow")
+    _end(report, html)
+
+
+def prove_against(
+    checkpoint: Path,
+    engine: str,
+    tokens: int | None,
+    seed: int | None,
+    html: Path | None,
+    as_json: bool,
+    python: Path | None,
+) -> None:
+    """Compare a checkpoint in another engine with the eager reference, and print the report.
+
+    Raises:
+        typer.Exit: exit code 1, if a check failed.
+    """
+    check_given(checkpoint=checkpoint)
+    import moec
+    from moec.cli.tables import report_table
+
+    with bar(quiet=as_json) as progress:
+        report = moec.validate(
+            checkpoint, against=engine, tokens=tokens, seed=seed, progress=progress, python=python
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        report_table(report.to_dict())
+    _end(report, html)
+
+
+def _end(report: "Report", html: Path | None) -> None:
+    """Write the web page that the user asked for, and end with what the proof said."""
     if html:
         try:
             report.to_html(html)

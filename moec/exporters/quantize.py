@@ -19,12 +19,14 @@ from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.fields import read_own_json
 from moec.spec.files import load_scheme, other_model
+from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.hf.forms import INDEX, SINGLE
+from moec.spec.hf.modules import patterns
 from moec.spec.hf.quantization import read_scheme, write_scheme
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.scheme import Scheme
-from moec.spec.tensors import quantized
+from moec.spec.tensors import eligible, quantized
 from moec.weights.name_map import as_packed, read_model
 from moec.weights.packed.file import write_packed
 from moec.weights.packed.journal import finish
@@ -34,6 +36,8 @@ from moec.weights.shard import TensorEntry, read_shard
 
 #: the kinds of weights and inputs that compressed-tensors can say and moec writes
 _SAID = {("channel", "token"): None, ("channel", "none"): None, ("block", "group"): None}.keys()
+
+_QUERIES_AND_KEYS = {names.attention("*", part, "weight") for part in "qk"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ def quantize(
         files, count = _write_shards(folder, told, packings, stacks, progress)
         raw = read_own_json(read.folder / "config.json")
         _write_json(folder / "config.json", raw | {"quantization_config": config})
+        _write_generation(folder / "generation_config.json", told)
         (folder / CARD).write_text(model_card(told, chosen.name, read), encoding="utf-8")
         _check(folder, told)
     return Quantised(path, files, count, spec.notes)
@@ -119,10 +124,24 @@ def _told(spec: ModelSpec, scheme: Scheme) -> tuple[ModelSpec, dict[str, Any]]:
             "choose dynamic, meta or deepseek; moec build takes the others",
         )
     values = scheme.model_dump() | {"layout": "compressed-tensors", "scales": "fp32"}
+    (weight, inputs), *_ = kinds
+    wanted = quantized(spec.model_copy(update={"scheme": scheme}))
+    chosen = [name for name in wanted if not (weight == "block" and _is_reordered(spec, name))]
+    of = patterns(chosen, eligible(spec))
+    values["rules"] = [{"of": of, "weight": weight, "inputs": inputs}]
     config = write_scheme(spec.model_copy(update={"scheme": Scheme.model_validate(values)}))
     found = read_scheme(config, Path("config.json"), spec)
     assert found is not None
     return spec.model_copy(update={"scheme": found.model_copy(update={"scales": "fp32"})}), config
+
+
+def _is_reordered(spec: ModelSpec, name: str) -> bool:
+    """Whether vLLM changes the order of a weight's rows, which scales of blocks do not survive.
+
+    It turns adjacent pairs of RoPE into halves, in the queries and keys of each head.
+    """
+    adjacent = spec.text.rope_pairs == "adjacent" and not spec.text.latent
+    return adjacent and names.family(name) in _QUERIES_AND_KEYS
 
 
 def _check_blocks(told: ModelSpec) -> None:
@@ -190,6 +209,21 @@ def _write_shards(
         total = sum(each.nbytes for tensors in found.values() for each in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     return {file: (folder / file).stat().st_size for file in files}, read
+
+
+def _write_generation(path: Path, told: ModelSpec) -> None:
+    """Say in generation_config.json what engines look for there."""
+    more = ARCHITECTURES[told.architecture].generation(told)
+    if more:
+        _write_json(path, (read_own_json(path) if path.is_file() else _tokens(told)) | more)
+
+
+def _tokens(told: ModelSpec) -> dict[str, Any]:
+    """What a generation_config.json must say if there was none: it hides config.json's tokens."""
+    tokens = told.tokens
+    found = {"bos_token_id": tokens.bos, "pad_token_id": tokens.pad}
+    named = {name: token for name, token in found.items() if token is not None}
+    return named | ({"eos_token_id": list(tokens.eos)} if tokens.eos else {})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ OPTIONS = {
     "calibrate": "checkpoint --tokens --out --percentile",
     "quantize": "checkpoint --scheme --out --weights-from --adapter",
     "validate": "artefact --tokens --seed --reduced --html --device --reference --eval "
-    "--source --weights-from --json",
+    "--source --against --python --weights-from --json",
     "generate": "artefact --prompt --ids --image --chat --system --messages --max-new-tokens "
     "--temperature --top-k --top-p --seed --repetition-penalty --engine --session-options "
     "--device --weights-from --trust-engines",

@@ -265,8 +265,11 @@ def test_what_a_build_makes_of_it_is_proven(target: str, tmp_path: Path) -> None
 
 def test_what_lies_beside_the_weights_is_copied(tiny: Path, tmp_path: Path) -> None:
     moec.quantize(tiny, "meta", tmp_path / "fp8")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "fp8" / name).read_bytes() == (tiny / name).read_bytes()
     assert "compressed-tensors" in (tmp_path / "fp8/README.md").read_text()
+    said = json.loads((tmp_path / "fp8/generation_config.json").read_text())
+    before = json.loads((tiny / "generation_config.json").read_text())
+    assert said == before | {"attn_temperature_tuning": True}  # vLLM looks for it here
     own, quantised = (json.loads((f / "config.json").read_text()) for f in (tiny, tmp_path / "fp8"))
     assert own == {k: v for k, v in quantised.items() if k != "quantization_config"}

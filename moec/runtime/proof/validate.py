@@ -20,6 +20,7 @@ from moec.artefact.parity import identity
 from moec.artefact.parity import record as record
 from moec.artefact.session_options import EXACT
 from moec.exporters.onnx.write import GENAI
+from moec.runtime.proof.against import compare
 from moec.runtime.proof.checks import cached_decode, generation, layer_by_layer
 from moec.runtime.proof.compare import FP8_NOISE, TOLERANCES
 from moec.runtime.proof.cost import cost
@@ -69,6 +70,8 @@ def validate(
     source: str | Path | None = None,
     on_twin: bool | None = None,
     weights_from: str | Path | None = None,
+    against: str | None = None,
+    python: str | Path | None = None,
 ) -> Report:
     """Compare an artefact, run by its engine, with the float32 eager reference on its weights.
 
@@ -94,6 +97,11 @@ def validate(
             if it is there.
         on_twin: the old name of `reduced`; it works for one more version.
         weights_from: the folder of the weights, as in `open_session`.
+        against: another engine, "vllm" or "transformers": `path` is then a checkpoint, which that
+            engine runs in a process of its own. The checkpoint's prompts and greedy tokens are
+            compared with the eager reference; `tokens` and `seed` are as above, and the other
+            arguments do not apply.
+        python: the interpreter that has that engine; default the one that runs moec.
 
     Raises:
         MoecError: `path` is not an artefact, its weights are missing or have changed, or a package
@@ -109,6 +117,8 @@ def validate(
             "1 token or more, a seed of 0 to 2^63",
             "correct --tokens or --seed",
         )
+    if against is not None:
+        return compare.against(path, against, tokens, seed, progress, python)
     artefact = open_artefact(path, weights_from)
     seed = secrets.randbits(31) if seed is None else seed
     unbound = artefact.manifest.weights.mode == "unbound"

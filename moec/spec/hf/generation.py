@@ -45,7 +45,8 @@ _NOTHING: tuple[object, ...] = (None, False, 0, [], {}, "")
 _READ = frozenset(
     """
     _commit_hash _from_model_config assistant_confidence_threshold assistant_early_exit
-    assistant_ensemble_weight assistant_lookbehind bos_token_id cache_config cache_implementation
+    assistant_ensemble_weight assistant_lookbehind attn_temperature_tuning bos_token_id
+    cache_config cache_implementation
     chat_format compile_config continuous_batching_config decoder_start_token_id disable_compile
     do_sample early_stopping eos_token_id is_assistant length_penalty low_memory max_cache_len
     max_length max_matching_ngram_size max_new_tokens max_time max_window_size min_p

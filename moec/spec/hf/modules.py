@@ -68,9 +68,7 @@ def scheme_of(
         {
             "name": layout,
             "layout": layout,
-            "rules": [
-                {"of": _patterns(chosen, eligible(spec)), "weight": weight, "inputs": inputs}
-            ],
+            "rules": [{"of": patterns(chosen, eligible(spec)), "weight": weight, "inputs": inputs}],
             **more,
         }
     )
@@ -86,7 +84,7 @@ def modules(name: str, spec: ModelSpec, separate_experts: bool) -> list[str]:
     return list(of_each(own, spec.text.expert_count if apart else None))
 
 
-def _patterns(chosen: list[str], names: list[str]) -> list[str]:
+def patterns(chosen: list[str], names: list[str]) -> list[str]:
     """Patterns that match `chosen` and no other of `names`.
 
     Where all layers agree, one pattern stands for all of them; elsewhere single names do.

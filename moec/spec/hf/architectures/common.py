@@ -58,6 +58,7 @@ class Architecture(NamedTuple):
         separate_experts: whether each routed expert has tensors of its own in a checkpoint.
         tokens: the special tokens of a config that does not name them, where no
             generation_config.json is beside it: the defaults of transformers.
+        generation: what generation_config.json must say of a spec, for engines that look there.
     """
 
     types: tuple[str, ...]
@@ -67,6 +68,7 @@ class Architecture(NamedTuple):
     aside: str = ""
     separate_experts: bool = True
     tokens: Mapping[str, int] = {}  # nobody writes it
+    generation: Callable[[ModelSpec], dict[str, Any]] = lambda _: {}
 
 
 def inert(at: Fields) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from moec.spec.hf.architectures.common import Architecture
 from moec.spec.hf.architectures.llama4.keys import KEYS
 from moec.spec.hf.architectures.llama4.read import read
-from moec.spec.hf.architectures.llama4.write import write
+from moec.spec.hf.architectures.llama4.write import generation, write
 
 LLAMA4 = Architecture(
     ("llama4", "llama4_text"),
@@ -12,4 +12,5 @@ LLAMA4 = Architecture(
     KEYS,
     separate_experts=False,
     tokens={"bos": 1, "eos": 2},
+    generation=generation,
 )

@@ -104,3 +104,11 @@ def write(spec: ModelSpec) -> dict[str, Any]:
             "vision_output_dim": vision.adapter_out,
         },
     }
+
+
+def generation(spec: ModelSpec) -> dict[str, Any]:
+    """Whether attention has a temperature: vLLM does not look for it in config.json.
+
+    Without this field vLLM decides by the longest context that it is started for.
+    """
+    return {"attn_temperature_tuning": any(each.temperature for each in spec.text.all_layers)}

@@ -1,0 +1,1 @@
+"""Compare a checkpoint, as another engine runs it, with the eager reference."""

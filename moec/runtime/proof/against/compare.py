@@ -1,0 +1,191 @@
+"""The proof of a checkpoint across engines: the same prompts through another one.
+
+The reference is the eager graph in float32, on the checkpoint's own weights. An engine that
+computes in bf16 differs from it by what bf16 does to this model. That is measured: the eager graph
+runs in bf16 too. Limits are small multiples of that noise, so that a mistake in reading weights,
+which is far larger, shows.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.runtime.open import eager_session
+from moec.runtime.proof.against.engines import EngineError, Other, find_other, run_other
+from moec.runtime.proof.report import Check, Report
+from moec.spec.errors import refuse
+from moec.spec.model import ModelSpec
+from moec.weights.name_map import read_model
+from moec.weights.shard import TensorEntry
+
+Progress = Callable[[str, int, int], None]
+
+#: how often the noise of the reference in bf16 another engine's difference may be
+TIMES = 3.0
+#: the least limits, in nats: of an engine in float32, and of one in bf16
+LEAST = {"fp32": 1e-4, "bf16": 2e-2}
+#: the quantiles of the differences that are compared with the same quantiles of the noise. The
+#: upper ones see faults that few tokens meet, such as those of one expert.
+QUANTILES = (0.5, 0.9, 0.98)
+#: tokens that each prompt is continued by
+NEW_TOKENS = 16
+#: the share of greedy tokens that must be the reference's, near ties apart
+SAME = 0.99
+#: the length of the longest prompt by default, where a chunk is longer
+LONGEST = 600
+
+
+def against(
+    folder: str | Path,
+    engine: str,
+    tokens: int | None = None,
+    seed: int | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    python: str | Path | None = None,
+    theirs: str | Path | None = None,
+) -> Report:
+    """Compare the checkpoint in `folder`, run by another engine, with the eager reference.
+
+    Args:
+        folder: a checkpoint folder, of moec or of anybody.
+        engine: "vllm" or "transformers". It runs in a process of its own.
+        tokens: the length of the longest prompt; default past a chunk border, if chunks are short.
+        seed: the seed that prompts are drawn from; default a fresh one.
+        progress: called with (stage, done, total).
+        python: the interpreter that has the engine; default this one.
+        theirs: the folder that the other engine reads; default `folder`.
+
+    Raises:
+        MoecError: the checkpoint is broken, or too short; or, with exit code 3, the engine is
+            missing.
+    """
+    other = find_other(engine)
+    spec, _, entries = read_model(folder)
+    seed = secrets.randbits(31) if seed is None else seed
+    prompts = draw_prompts(spec, tokens, seed)
+    scheme = spec.scheme
+    job = {
+        "folder": str(Path(theirs or folder).resolve()),
+        "prompts": prompts,
+        "new_tokens": NEW_TOKENS,
+        "quantised": scheme.layout if scheme else "",
+    }
+    precision = scheme.precision if scheme else spec.dtype
+    report = Report(
+        f"{spec.name} (checkpoint)",
+        other.title,
+        "the eager graph in float32" + ("" if other.rounds or not scheme else ", wide inputs"),
+        precision,
+        seed,
+        [len(ids) for ids in prompts],
+    )
+    progress(f"run in {other.title}", 0, 1)
+    try:
+        found = run_other(engine, job, python)
+    except EngineError as error:
+        report.checks.append(Check("loads", "agreement", 0.0, 1.0, str(error)[:500]))
+        return report
+    report.engine = f"{other.title} {found['version']}"
+    report.checks.append(Check("loads", "agreement", 1.0, 1.0, "every weight was taken"))
+    report.checks += list(_checks(spec, entries, other, prompts, found, progress))
+    chunk = spec.text.kept
+    if chunk is not None and max(map(len, prompts)) <= chunk:
+        report.notes.append(
+            f"No prompt crosses the border at {chunk:,} tokens: --tokens {chunk + 100} does."
+        )
+    return report
+
+
+def draw_prompts(spec: ModelSpec, tokens: int | None, seed: int) -> list[list[int]]:
+    """Prompts of random tokens: one of `tokens`, and two shorter ones."""
+    chunk, most = spec.text.kept, spec.text.max_positions - NEW_TOKENS
+    if tokens is None:
+        tokens = min(most, max(128, 2 * chunk + 5) if chunk and chunk <= LONGEST // 2 else LONGEST)
+    if not 8 <= tokens <= most:
+        expected = f"8 to {most:,} tokens, with room for {NEW_TOKENS} new ones"
+        refuse(f"--tokens {tokens}", f"{tokens} tokens", expected, "correct --tokens")
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [tokens, max(4, tokens // 2 - 1), max(4, tokens // 5)]
+    return [torch.randint(0, spec.text.vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def _checks(
+    spec: ModelSpec,
+    entries: dict[str, TensorEntry],
+    other: Other,
+    prompts: Sequence[Sequence[int]],
+    found: dict[str, Any],
+    progress: Progress,
+) -> list[Check]:
+    """Compare what the other engine `found` with the reference."""
+    spec = spec if other.rounds else _wide_inputs(spec)
+    rows = [[*ids, *new] for ids, new in zip(prompts, found["tokens"], strict=True)]
+    logits, noise = [], []
+    narrow = other.computes == "bf16"
+    for index, row in enumerate(rows):
+        progress("reference", index, len(rows))
+        ids = torch.tensor([row])
+        logits.append(_likely(spec, entries, "fp32", ids))
+        if narrow:
+            noise.append(_own(_likely(spec, entries, "bf16", ids), row, len(prompts[index])))
+    own = [_own(each, row, len(ids)) for each, row, ids in zip(logits, rows, prompts, strict=True)]
+    wide = torch.cat(own)
+    theirs = torch.cat([torch.tensor(each, dtype=torch.float64) for each in found["logprobs"]])
+    off = (theirs - wide).abs()
+    basis = (torch.cat(noise) - wide).abs() if narrow else torch.zeros_like(off)
+    checks = []
+    for quantile in QUANTILES:
+        limit = max(LEAST[other.computes], TIMES * float(basis.quantile(quantile)))
+        detail = f"{len(off)} tokens"
+        if narrow:
+            detail += f"; what bf16 does: {float(basis.quantile(quantile)):.1e}"
+        name = f"log-probabilities, {100 * quantile:g} % of the tokens below"
+        value = float(off.quantile(quantile)) if bool(off.isfinite().all()) else float("nan")
+        checks.append(Check(name, "error", value, limit, detail))
+    checks.append(_greedy(logits, prompts, found["tokens"], checks[-1].limit))
+    return checks
+
+
+def _likely(
+    spec: ModelSpec, entries: dict[str, TensorEntry], precision: str, ids: Tensor
+) -> Tensor:
+    """Log-probabilities [S, vocab] of each next token."""
+    logits = eager_session(spec, entries, precision).logits(ids)[0]
+    return logits.double().log_softmax(-1)
+
+
+def _own(likely: Tensor, row: Sequence[int], prompt: int) -> Tensor:
+    """The log-probabilities of a prompt's own tokens, from the second one on."""
+    return likely[range(prompt - 1), row[1:prompt]]
+
+
+def _greedy(
+    logits: Sequence[Tensor],
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    near: float,
+) -> Check:
+    """Whether each token that the engine chose is the reference's, or nearly as likely."""
+    same = ties = 0
+    for likely, ids, new in zip(logits, prompts, tokens, strict=True):
+        for step, token in enumerate(new):
+            row = likely[len(ids) - 1 + step]
+            gap = float(row.max() - row[token])
+            same += gap == 0
+            ties += 0 < gap <= near
+    count = sum(map(len, tokens))
+    detail = f"{count} tokens, {ties} near ties left out"
+    return Check("greedy tokens", "agreement", (same + ties) / max(1, count), SAME, detail)
+
+
+def _wide_inputs(spec: ModelSpec) -> ModelSpec:
+    """`spec` for an engine that rounds no inputs."""
+    scheme = spec.scheme
+    if scheme is None:
+        return spec
+    rules = tuple(rule.model_copy(update={"inputs": "none"}) for rule in scheme.rules)
+    return spec.model_copy(update={"scheme": scheme.model_copy(update={"rules": rules})})

@@ -1,0 +1,78 @@
+"""Run prompts in transformers: python run_transformers.py JOB.json FOUND.json.
+
+It imports nothing of moec but one file, by its path. Quantised weights are dequantised while they
+are loaded, and everything is computed in float32 on the CPU.
+"""
+
+import json
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+#: for a torchvision that does not fit torch, which transformers imports
+_OPERATORS = Path(__file__).parents[2] / "bench" / "torchvision_ops.py"
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of the prompts' own tokens, and greedy continuations.
+
+    The job has `folder`, `prompts` (lists of token ids), `new_tokens` and `quantised`, the
+    quantisation method of the checkpoint or "".
+    """
+    try:
+        runpy.run_path(str(_OPERATORS))["declare_torchvision_ops"]()
+        import torch
+        import transformers
+
+        if job["quantised"] == "compressed-tensors":
+            import compressed_tensors  # noqa: F401
+    except ImportError as error:
+        return {"missing": f"{type(error).__name__}: {error}"}
+    config = transformers.AutoConfig.from_pretrained(job["folder"])
+    name = config.architectures[0]
+    options: dict[str, Any] = {}
+    if job["quantised"] == "compressed-tensors":
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    if job["quantised"] == "fp8":
+        options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+    model, loaded = getattr(transformers, name).from_pretrained(
+        job["folder"], dtype=torch.float32, output_loading_info=True, **options
+    )
+    odd = {key: sorted(loaded[key])[:3] for key in ("missing_keys", "unexpected_keys")}
+    if any(odd.values()):
+        return {"failed": f"keys that it does not take, or misses: {odd}"}
+    model.eval()
+    logprobs, tokens = [], []
+    with torch.inference_mode():
+        for ids in job["prompts"]:
+            now, cache, new = torch.tensor([ids]), None, []
+            for step in range(job["new_tokens"] + 1):
+                out = model(input_ids=now, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                if step == 0:
+                    likely = out.logits[0, :-1].log_softmax(-1)
+                    logprobs.append(likely[range(len(ids) - 1), ids[1:]].tolist())
+                if step < job["new_tokens"]:
+                    new.append(int(out.logits[0, -1].argmax()))
+                    now = torch.tensor([[new[-1]]])
+            tokens.append(new)
+    return {"version": transformers.__version__, "logprobs": logprobs, "tokens": tokens}
+
+
+def main() -> None:
+    """Answer the job; what goes wrong is an answer too."""
+    given, taken = map(Path, sys.argv[1:])
+    try:
+        found = run(json.loads(given.read_text(encoding="utf-8")))
+    except Exception as error:
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    taken.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Run prompts in vLLM: python run_vllm.py JOB.json FOUND.json. It imports nothing of moec."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of the prompts' own tokens, and greedy continuations.
+
+    The job has `folder`, `prompts` (lists of token ids) and `new_tokens`. Keys and values are bf16
+    and steps run without CUDA graphs, so that nothing but the checkpoint decides.
+    """
+    try:
+        import torch
+        import vllm
+    except ImportError as error:
+        return {"missing": f"{type(error).__name__}: {error}"}
+    if not torch.cuda.is_available():
+        return {"missing": "no GPU that torch can use"}
+    longest = max(map(len, job["prompts"])) + job["new_tokens"] + 1
+    engine = vllm.LLM(
+        model=job["folder"],
+        dtype="bfloat16",
+        max_model_len=longest,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        max_num_seqs=4,
+        max_num_batched_tokens=max(2048, min(longest, 8192)),
+        seed=0,
+        **job.get("options", {}),
+    )
+    sampling = vllm.SamplingParams(
+        temperature=0.0,
+        max_tokens=job["new_tokens"],
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=0,
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    outputs = engine.generate(prompts, sampling, use_tqdm=False)
+    logprobs, tokens = [], []
+    for ids, output in zip(job["prompts"], outputs, strict=True):
+        each = output.prompt_logprobs[1:]
+        logprobs.append([row[token].logprob for token, row in zip(ids[1:], each, strict=True)])
+        tokens.append(list(output.outputs[0].token_ids))
+    return {"version": vllm.__version__, "logprobs": logprobs, "tokens": tokens}
+
+
+def main() -> None:
+    """Answer the job; what goes wrong is an answer too."""
+    given, taken = map(Path, sys.argv[1:])
+    try:
+        found = run(json.loads(given.read_text(encoding="utf-8")))
+    except Exception as error:
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    taken.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

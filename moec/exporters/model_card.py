@@ -1,8 +1,8 @@
 """The model card of a checkpoint that `quantize` wrote: where it comes from, and what was done."""
 
 import hashlib
-from importlib.metadata import version
 
+import moec
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import eligible, quantized
 from moec.weights.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ tags:
 
 # {told.name}, {scheme} FP8
 
-- made by: moec {version("moec")}
+- made by: moec {moec.__version__}
 - scheme: {scheme} ({how})
 - quantised: {len(rules)} weights; {wide} others that could be are as they were
 - source: {len(source.shards)} files, SHA-256 of their names, sizes and headers

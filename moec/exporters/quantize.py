@@ -37,7 +37,8 @@ from moec.weights.shard import TensorEntry, read_shard
 #: the kinds of weights and inputs that compressed-tensors can say and moec writes
 _SAID = {("channel", "token"): None, ("channel", "none"): None, ("block", "group"): None}.keys()
 
-_QUERIES_AND_KEYS = {names.attention("*", part, "weight") for part in "qk"}
+#: what vLLM reorders, and the values, which it joins with them in one product of one scheme
+_REORDERED = {names.attention("*", part, "weight") for part in "qkv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def _is_reordered(spec: ModelSpec, name: str) -> bool:
     It turns adjacent pairs of RoPE into halves, in the queries and keys of each head.
     """
     adjacent = spec.text.rope_pairs == "adjacent" and not spec.text.latent
-    return adjacent and names.family(name) in _QUERIES_AND_KEYS
+    return adjacent and names.family(name) in _REORDERED
 
 
 def _check_blocks(told: ModelSpec) -> None:

@@ -25,7 +25,7 @@ from moec.weights.shard import TensorEntry
 Progress = Callable[[str, int, int], None]
 
 #: how often the noise of the reference in bf16 another engine's difference may be
-TIMES = 3.0
+TIMES = 2.0
 #: the least limits, in nats: of an engine in float32, and of one in bf16
 LEAST = {"fp32": 1e-4, "bf16": 2e-2}
 #: the quantiles of the differences that are compared with the same quantiles of the noise. The
@@ -33,8 +33,9 @@ LEAST = {"fp32": 1e-4, "bf16": 2e-2}
 QUANTILES = (0.5, 0.9, 0.98)
 #: tokens that each prompt is continued by
 NEW_TOKENS = 16
-#: the share of greedy tokens that must be the reference's, near ties apart
-SAME = 0.99
+#: the share of greedy tokens that must be the reference's, near ties apart. In bf16 a near tie in a
+#: router makes another token now and then.
+SAME = {"fp32": 0.99, "bf16": 0.95}
 #: the length of the longest prompt by default, where a chunk is longer
 LONGEST = 600
 
@@ -146,7 +147,8 @@ def _checks(
         name = f"log-probabilities, {100 * quantile:g} % of the tokens below"
         value = float(off.quantile(quantile)) if bool(off.isfinite().all()) else float("nan")
         checks.append(Check(name, "error", value, limit, detail))
-    checks.append(_greedy(logits, prompts, found["tokens"], checks[-1].limit))
+    share = SAME[other.computes]
+    checks.append(_greedy(logits, prompts, found["tokens"], checks[-1].limit, share))
     return checks
 
 
@@ -168,6 +170,7 @@ def _greedy(
     prompts: Sequence[Sequence[int]],
     tokens: Sequence[Sequence[int]],
     near: float,
+    share: float,
 ) -> Check:
     """Whether each token that the engine chose is the reference's, or nearly as likely."""
     same = ties = 0
@@ -179,7 +182,7 @@ def _greedy(
             ties += 0 < gap <= near
     count = sum(map(len, tokens))
     detail = f"{count} tokens, {ties} near ties left out"
-    return Check("greedy tokens", "agreement", (same + ties) / max(1, count), SAME, detail)
+    return Check("greedy tokens", "agreement", (same + ties) / max(1, count), share, detail)
 
 
 def _wide_inputs(spec: ModelSpec) -> ModelSpec:

@@ -5,6 +5,7 @@ Each has a script, which imports no part of moec: the engine may live in another
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from moec.spec.errors import refuse
 
 #: seconds that an engine may take to load a checkpoint and to run the prompts
 PATIENCE = 3600
+_ERROR = re.compile(r"\b\w*(Error|Exception): .{1,300}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,10 @@ def run_other(name: str, job: dict[str, Any], python: str | Path | None) -> dict
         given, taken, log = (Path(folder) / part for part in ("job.json", "found.json", "log"))
         given.write_text(json.dumps(job), encoding="utf-8")
         code = _wait([*command, str(given), str(taken)], log, other)
+        found: dict[str, Any] = {"failed": f"exit code {code}"}
         if taken.is_file():
-            found: dict[str, Any] = json.loads(taken.read_text(encoding="utf-8"))
-        else:
-            found = {"failed": f"exit code {code}: {_last_words(log)}"}
+            found = json.loads(taken.read_text(encoding="utf-8"))
+        words = _first_errors(log) if "failed" in found else ""
     if "missing" in found:
         refuse(
             f"--against {name}",
@@ -84,7 +86,7 @@ def run_other(name: str, job: dict[str, Any], python: str | Path | None) -> dict
             exit_code=3,
         )
     if "failed" in found:
-        raise EngineError(f"{other.title}: {found['failed']}"[:2000])
+        raise EngineError(f"{other.title}: {found['failed']}; {words}"[:2000])
     return found
 
 
@@ -118,7 +120,8 @@ def _wait(command: list[str], log: Path, other: Other) -> int:
         process.wait()
 
 
-def _last_words(log: Path) -> str:
+def _first_errors(log: Path) -> str:
+    """The first errors in a log, which name the cause; later ones say that something failed."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line for line in lines if "Error" in line]
-    return " / ".join((errors or lines or ["it said nothing"])[-2:])
+    found = [each.group() for line in lines if (each := _ERROR.search(line))]
+    return " / ".join(list(dict.fromkeys(found))[:2] or lines[-2:])

@@ -7,7 +7,7 @@ which is far larger, shows.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from moec.runtime.open import eager_session
 from moec.runtime.proof.against.engines import EngineError, Other, find_other, run_other
 from moec.runtime.proof.report import Check, Report
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
@@ -31,6 +32,8 @@ LEAST = {"fp32": 1e-4, "bf16": 2e-2}
 #: the quantiles of the differences that are compared with the same quantiles of the noise. The
 #: upper ones see faults that few tokens meet, such as those of one expert.
 QUANTILES = (0.5, 0.9, 0.98)
+#: the same for the middle of the tokens of one expert, if they are so many; few tokens vary more
+OF_AN_EXPERT, ENOUGH = 3.0, 32
 #: tokens that each prompt is continued by
 NEW_TOKENS = 16
 #: the share of greedy tokens that must be the reference's, near ties apart. In bf16 a near tie in a
@@ -92,7 +95,7 @@ def against(
         return report
     report.engine = f"{other.title} {found['version']}"
     report.checks.append(Check("loads", "agreement", 1.0, 1.0, "every weight was taken"))
-    report.checks += list(_checks(spec, entries, other, prompts, found, progress))
+    report.checks += _checks(spec, entries, other, prompts, found, progress)
     chunk = spec.text.kept
     if chunk is not None and max(map(len, prompts)) <= chunk:
         report.notes.append(
@@ -124,45 +127,78 @@ def _checks(
 ) -> list[Check]:
     """Compare what the other engine `found` with the reference."""
     spec = spec if other.rounds else _wide_inputs(spec)
-    rows = [[*ids, *new] for ids, new in zip(prompts, found["tokens"], strict=True)]
-    logits, noise = [], []
+    layers = [layer.index for layer in spec.text.all_layers if layer.moe]
+    taps = [names.chosen(index) for index in layers]
     narrow = other.computes == "bf16"
-    for index, row in enumerate(rows):
-        progress("reference", index, len(rows))
-        ids = torch.tensor([row])
-        logits.append(_likely(spec, entries, "fp32", ids))
-        if narrow:
-            noise.append(_own(_likely(spec, entries, "bf16", ids), row, len(prompts[index])))
-    own = [_own(each, row, len(ids)) for each, row, ids in zip(logits, rows, prompts, strict=True)]
+    logits, own, noise, chosen = [], [], [], []
+    for index, (ids, new) in enumerate(zip(prompts, found["tokens"], strict=True)):
+        progress("reference", index, len(prompts))
+        row = torch.tensor([[*ids, *new]])
+        values = _run(spec, entries, "fp32", row, taps)
+        logits.append(values.pop("logits"))
+        own.append(_own(logits[-1], ids))
+        chosen.append({name: each[: len(ids) - 1] for name, each in values.items()})
+        bf16 = _run(spec, entries, "bf16", row, ()) if narrow else None
+        noise.append(_own(bf16["logits"], ids) if bf16 else own[-1])
     wide = torch.cat(own)
     theirs = torch.cat([torch.tensor(each, dtype=torch.float64) for each in found["logprobs"]])
-    off = (theirs - wide).abs()
-    basis = (torch.cat(noise) - wide).abs() if narrow else torch.zeros_like(off)
-    checks = []
+    off, basis = (theirs - wide).abs(), (torch.cat(noise) - wide).abs()
+    off = torch.where(off.isfinite(), off, torch.inf)
+    least, checks = LEAST[other.computes], []
     for quantile in QUANTILES:
-        limit = max(LEAST[other.computes], TIMES * float(basis.quantile(quantile)))
+        limit = max(least, TIMES * float(basis.quantile(quantile)))
         detail = f"{len(off)} tokens"
         if narrow:
             detail += f"; what bf16 does: {float(basis.quantile(quantile)):.1e}"
         name = f"log-probabilities, {100 * quantile:g} % of the tokens below"
-        value = float(off.quantile(quantile)) if bool(off.isfinite().all()) else float("nan")
-        checks.append(Check(name, "error", value, limit, detail))
-    share = SAME[other.computes]
-    checks.append(_greedy(logits, prompts, found["tokens"], checks[-1].limit, share))
-    return checks
+        checks.append(Check(name, "error", float(off.quantile(quantile)), limit, detail))
+    near = checks[-1].limit
+    groups = {name: torch.cat([each[name] for each in chosen]) for name in taps}
+    checks += _by_expert(off, basis, groups, least)
+    return [*checks, _greedy(logits, prompts, found["tokens"], near, SAME[other.computes])]
 
 
-def _likely(
-    spec: ModelSpec, entries: dict[str, TensorEntry], precision: str, ids: Tensor
-) -> Tensor:
-    """Log-probabilities [S, vocab] of each next token."""
-    logits = eager_session(spec, entries, precision).logits(ids)[0]
-    return logits.double().log_softmax(-1)
+def _by_expert(
+    off: Tensor, basis: Tensor, groups: dict[str, Tensor], least: float
+) -> Iterator[Check]:
+    """Check the tokens of the expert that are worst beside the noise; no tokens, no check.
+
+    `groups` has the experts [tokens, k] that the reference chose, for each MoE layer. One expert of
+    many is met by few tokens: all tokens together do not show what is wrong with it.
+    """
+    worst = None
+    for name, experts in groups.items():
+        for expert in sorted({*experts.flatten().tolist()}):
+            mine = (experts == expert).any(-1)
+            if int(mine.sum()) < ENOUGH:
+                continue
+            limit = max(least, OF_AN_EXPERT * float(basis[mine].quantile(0.5)))
+            value = float(off[mine].quantile(0.5))
+            detail = f"expert {expert} of layer {names.layer_of(name)}, {int(mine.sum())} tokens"
+            check = Check("log-probabilities, tokens of one expert", "error", value, limit, detail)
+            if worst is None or value / limit > worst.found / worst.limit:
+                worst = check
+    if worst:
+        yield worst
 
 
-def _own(likely: Tensor, row: Sequence[int], prompt: int) -> Tensor:
+def _run(
+    spec: ModelSpec,
+    entries: dict[str, TensorEntry],
+    precision: str,
+    ids: Tensor,
+    taps: Sequence[str],
+) -> dict[str, Tensor]:
+    """The log-probabilities [S, vocab] of each next token, as "logits", and the values `taps`."""
+    session = eager_session(spec, entries, precision, taps=taps)
+    found = session.trace(ids, torch.tensor([ids.shape[1]]), taps)
+    found["logits"] = found["logits"].double().log_softmax(-1)
+    return found
+
+
+def _own(likely: Tensor, ids: Sequence[int]) -> Tensor:
     """The log-probabilities of a prompt's own tokens, from the second one on."""
-    return likely[range(prompt - 1), row[1:prompt]]
+    return likely[range(len(ids) - 1), list(ids[1:])]
 
 
 def _greedy(

@@ -17,7 +17,7 @@ from moec.artefact.placement import Bound
 from moec.exporters.beside import beside
 from moec.exporters.builder import Wanted, builder_for
 from moec.exporters.stages import no_collection
-from moec.exporters.torch.archive import difference
+from moec.exporters.torch.archive import difference, fewer_nodes
 
 
 @no_collection()
@@ -29,22 +29,25 @@ def other_files(artefact: Artefact) -> dict[str, str]:
     such as annotations that this version of onnx does not know, is a difference.
     """
     with tempfile.TemporaryDirectory(prefix="moec-graphs-") as folder:
-        written = _write(artefact, Path(folder))
         found: dict[str, str | None] = {}
+        written = _write(artefact, Path(folder), found)
         for name, file in written.items():
             stored = artefact.path / name
             if name not in artefact.graphs:
                 found[name] = "the manifest lists no such file"
             elif stored.read_bytes() != file.read_bytes():
                 found[name] = _difference(stored, file)
-        more = set(artefact.graphs) - set(written)
+        more = set(artefact.graphs) - set(written) - set(found)
         found |= dict.fromkeys(more, "moec writes no such file")
         found |= beside(artefact, Path(folder))
         return {name: what for name, what in found.items() if what}
 
 
-def _write(artefact: Artefact, folder: Path) -> dict[str, Path]:
+def _write(artefact: Artefact, folder: Path, found: dict[str, str | None]) -> dict[str, Path]:
     """Write every file into `folder` as a build or `bind` would write it; the graphs, by name.
+
+    A program that is far too small for the model is not written, which may take minutes for a
+    stranger's manifest; its difference goes into `found`.
 
     What a checkpoint gives to the files beside the graphs comes from the artefact, or from its
     checkpoint if that is at hand.
@@ -63,8 +66,12 @@ def _write(artefact: Artefact, folder: Path) -> dict[str, Path]:
         bound = Bound(entries, root, manifest.weights)
     files = {}
     for part, graph in builder.graphs(wanted).items():
+        stored = artefact.graph(part)
+        file = folder / stored.relative_to(artefact.path)
+        if file.suffix == ".pt2" and (what := fewer_nodes(stored, graph)):
+            found[file.relative_to(folder).as_posix()] = what
+            continue
         model, _ = builder.lower(wanted, graph, part)
-        file = folder / artefact.graph(part).relative_to(artefact.path)
         file.parent.mkdir(parents=True, exist_ok=True)
         builder.save_unbound(model, file)
         if bound:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 
 import moec
 from moec.artefact.artefact import Artefact, open_artefact
+from moec.exporters.as_written import other_files
 from moec.exporters.torch.archive import ID, MODEL, difference
 from moec.exporters.torch.program import same_program
+from moec.spec.presets import PRESETS
+from moec.spec.reduced import reduced
 from tests.damage import listed_again
 
 SAMPLES = "archive/data/sample_inputs/model.pt"
@@ -185,3 +189,16 @@ def test_every_process_writes_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=other, env=environment)
     for name in here.manifest.files:
         assert (here.path / name).read_bytes() == (other / "b" / name).read_bytes(), name
+
+
+def test_a_program_that_is_too_small_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's manifest may say 512 layers, whose program takes minutes to export."""
+    spec = reduced(PRESETS["tiny-scout"], 2).model_copy(update={"vision": None})
+    art = moec.export(spec, target="torch", precision="fp32", out=tmp_path / "art")
+    assert other_files(art) == {}
+    many = spec.model_copy(update={"text": spec.text.model_copy(update={"layers": 12})})
+    forged = replace(art, manifest=art.manifest.model_copy(update={"spec": many}))
+    monkeypatch.setattr("moec.targets.torch.build.program_of", lambda graph: 1 / 0)
+    assert "nodes, where the exporter writes some" in other_files(forged)["model.pt2"]

@@ -8,8 +8,12 @@ from torch import Tensor
 
 import moec
 from moec.graph_builder import ops
+from moec.kernels.sizes import RoutedSizes
+from moec.kernels.torch.routed import RoutedMoe
 from moec.runtime.session import Session
+from moec.spec.hf.quantization import read_scheme
 from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.random import write_random_checkpoint
 from tests.families import CASES
@@ -110,3 +114,51 @@ def test_wide_layers_ask_the_gpu_for_nothing(case: str, tokens: int) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert _errors(found.cpu(), expected.cpu()).median() < 2e-2
+
+
+def test_block_fp8_in_place_runs_through_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek's own bytes and scales: experts are joined while they are loaded."""
+    plain = reduced(CASES["deepseek-v3"], 3, block=128)
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    config |= {"weight_block_size": [128, 128]}
+    scheme = read_scheme(config, tmp_path / "config.json", plain)
+    spec = plain.model_copy(update={"scheme": scheme})
+    write_random_checkpoint(spec, tmp_path / "weights", seed=4)
+    art = moec.export(tmp_path / "weights", target="torch", out=tmp_path / "art")
+    assert art.manifest.weights.mode == "in-place"
+    made = []
+    of_kernels = RoutedMoe.__init__
+
+    def seen(self: RoutedMoe, sizes: RoutedSizes, *rest: object) -> None:
+        made.append(sizes.block)
+        of_kernels(self, sizes, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RoutedMoe, "__init__", seen)
+    rows = [torch.randint(0, 256, (n,)).tolist() for n in (33, 9, 20)]
+    found, expected = (
+        torch.as_tensor(moec.open_session(art.path, device=device).logits(rows))
+        for device in ("cuda", "cpu")
+    )
+    assert set(made) == {128}
+    assert _errors(found[0], expected[0]).median() < NOISE["fp8"]
+
+
+@pytest.mark.parametrize("model", ["scout", "qwen3"])
+def test_a_quantised_checkpoint_gives_the_bits_of_packed_weights(
+    model: str, tmp_path: Path
+) -> None:
+    spec = reduced(PRESETS["scout"], 4, block=128, head_dim=64) if model == "scout" else None
+    spec = spec or reduced(CASES["qwen3"], 3, block=128)
+    write_random_checkpoint(spec.model_copy(update={"vision": None}), tmp_path / "wide", seed=3)
+    fp8 = moec.quantize(tmp_path / "wide", "dynamic", tmp_path / "fp8").path
+    ids = torch.arange(3, 60)[None]
+    found = []
+    for source, mode in ((fp8, "in-place"), (tmp_path / "wide", "pack")):
+        art = moec.export(source, "torch", "fp8", tmp_path / mode)
+        assert art.manifest.weights.mode == mode
+        session = moec.open_session(art.path, device="cuda")
+        logits, cache = session.prefill(ids, capacity=64)
+        found.append([logits, session.decode(torch.tensor([5]), cache).clone()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -14,6 +14,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from torch import fx
+from torch._ops import OpOverload
+
 #: the member with the program, and the one with an id that torch draws at random
 MODEL, ID = "archive/models/model.json", "archive/.data/serialization_id"
 #: what a node says of its origin that is the same in every process; torch adds memory addresses
@@ -40,6 +43,25 @@ def canonical(data: bytes) -> bytes:
         digest.update(f"{name} {len(members[name])} ".encode() + members[name])
     members[ID] = f"{int.from_bytes(digest.digest()) % 10**40:040}".encode()
     return _archive(members)
+
+
+def fewer_nodes(file: Path, graph: fx.GraphModule) -> str | None:
+    """What is wrong with a stored .pt2 file that has less than half of the nodes of `graph`.
+
+    None if it has more, or holds no program, which `difference` says.
+    """
+    expected = sum(isinstance(node.target, OpOverload) for node in graph.graph.nodes)
+    try:
+        data = file.read_bytes()
+        program = json.loads(_members(data, len(data))[MODEL])
+        found = len(program["graph_module"]["graph"]["nodes"])
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
+        return None
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if 2 * found >= expected:
+        return None
+    return f"{found} nodes, where the exporter writes some {expected}"
 
 
 def difference(file: Path, expected: bytes) -> str | None:

@@ -17,6 +17,11 @@ class _Held:
     """The tokenizer of this process, and its streams by number."""
 
     tokenizer: Tokenizer | None = None
+    file: bytes = b""
+    #: the tokenizer with other names for its special tokens, these names, and the mark in them
+    renamed: Tokenizer | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    mark: str = ""
     streams: dict[int, DecodeStream] = field(default_factory=dict)
 
 
@@ -47,7 +52,7 @@ def load(data: bytes, where: str) -> tuple[Any, bytes]:
         held = Tokenizer.from_buffer(data)
         held.no_truncation()
         held.no_padding()
-        _HELD.tokenizer = held
+        _HELD.tokenizer, _HELD.file, _HELD.mark = held, data, ""
     return None, b""
 
 
@@ -65,23 +70,53 @@ def encode(data: bytes, where: str) -> tuple[Any, bytes]:
 def encode_parts(data: bytes, where: str) -> tuple[Any, bytes]:
     """The ids of the parts [is a special token, text] that `data` holds as JSON.
 
-    Special tokens in the text of other parts are text. The post-processor adds nothing.
+    Special tokens in the text of other parts are text. The post-processor adds nothing. The whole
+    text is encoded at once, so that what the library does at its start or beside a token happens
+    there alone. Only the special tokens have other names in it, which no part spells.
     """
+    parts = json.loads(data)
+    spelled = {character for _, text in parts for character in text}
+    mark = next(each for each in map(chr, range(0xF0000, 0xFFFFE)) if each not in spelled)
+    with _refusing(where):
+        if _HELD.mark != mark:
+            _HELD.renamed, _HELD.names = _renamed(_HELD.file, mark)
+            _HELD.mark = mark
+        held, names = _HELD.renamed, _HELD.names
+        assert held is not None
+        text = "".join(names.get(text, text) if token else text for token, text in parts)
+        return list(held.encode(text, add_special_tokens=False).ids), b""
 
-    def ids(held: Tokenizer) -> list[int]:
-        found = list[Any]()
-        held.encode_special_tokens = True  # as text, says the library
-        try:
-            for token, text in json.loads(data):
-                if token:
-                    found.append(held.token_to_id(text))
-                else:
-                    found += held.encode(text, add_special_tokens=False).ids
-        finally:
-            held.encode_special_tokens = False
-        return found
 
-    return _with_tokenizer(ids, where)
+def _renamed(file: bytes, mark: str) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer in `file` with other names for its special tokens, and these by the old ones.
+
+    The names have `mark` in them, a character for private use.
+    """
+    raw = json.loads(file)
+    special = [each for each in raw.get("added_tokens") or () if each["special"]]
+    names = {each["content"]: f"{mark}{i}{mark}" for i, each in enumerate(special)}
+    for each in special:
+        each["content"] = names[each["content"]]
+    model = raw["model"]
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): number for piece, number in vocab.items()}
+    elif isinstance(vocab, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if model.get("merges"):  # text does not become a special token by merging
+        merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+        model["merges"] = [each for each in merges if "".join(each) not in names]
+    raw["post_processor"] = None
+    held = Tokenizer.from_str(json.dumps(raw))
+    held.no_truncation()
+    held.no_padding()
+    assert _HELD.tokenizer is not None
+    for old, new in names.items():
+        if held.token_to_id(new) != _HELD.tokenizer.token_to_id(old):
+            raise ValueError(f"the id of {old} depends on its name")
+    return held, names
 
 
 def encode_filled(data: bytes, where: str) -> tuple[Any, bytes]:

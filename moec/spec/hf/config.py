@@ -55,7 +55,7 @@ def read_config(path: Path) -> ModelSpec:
             "a consistent config",
             "correct config.json",
         )
-    spec = with_generation(spec, path.with_name("generation_config.json"), raw, row.tokens)
+    spec = with_generation(spec, path.with_name("generation_config.json"), raw)
     return spec.model_copy(update={"scheme": read_scheme(quantization, path, spec)})
 
 

@@ -59,16 +59,13 @@ _READ = frozenset(
 )
 
 
-def with_generation(
-    spec: ModelSpec, path: Path, config: Mapping[str, Any], defaults: Mapping[str, int]
-) -> ModelSpec:
+def with_generation(spec: ModelSpec, path: Path, config: Mapping[str, Any]) -> ModelSpec:
     """`spec` with what the file `path` says of generation, or `config` if there is no such file.
 
-    `config` is what config.json holds. `defaults` are the special tokens of its architecture, which
-    count if there is no such file and config.json does not name them. End tokens of the file come
-    before those of config.json, which still end a sequence. `do_sample` false or absent means
-    greedy, whatever the other fields say, as in transformers. A note names the fields that sessions
-    do not apply.
+    `config` is what config.json holds. End tokens of the file come before those of config.json,
+    which still end a sequence. Where neither names any, there are none, whatever transformers'
+    class of the config has by default. `do_sample` false or absent means greedy, whatever the other
+    fields say, as in transformers. A note names the fields that sessions do not apply.
 
     Raises:
         MoecError: the file cannot be read, or a field holds no such value.
@@ -77,7 +74,7 @@ def with_generation(
         raw = read_own_json(path)
         tokens = _tokens(raw, spec)
     else:
-        raw, tokens = _of_config(config), _tokens_of_config(config, spec, defaults)
+        raw, tokens = _of_config(config), spec.tokens.model_dump()
         path = path.with_name("config.json")
     try:
         return spec.model_copy(
@@ -126,20 +123,6 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     known = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
     known |= {*_NEUTRAL, *_NEUTRAL_OF_DRAWS}
     return {key: each for key, each in found.items() if key in known}
-
-
-def _tokens_of_config(
-    config: Mapping[str, Any], spec: ModelSpec, defaults: Mapping[str, int]
-) -> dict[str, Any]:
-    """The special tokens of config.json, which the reader of its architecture has found."""
-    inner = config.get("text_config")
-    named = inner if isinstance(inner, dict) else config
-    absent = {
-        name: (token,) if name == "eos" else token
-        for name, token in defaults.items()
-        if _FIELDS[name] not in named and token < spec.text.vocab
-    }
-    return spec.tokens.model_dump() | absent
 
 
 def _tokens(raw: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:

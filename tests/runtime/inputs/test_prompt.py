@@ -237,3 +237,26 @@ def test_how_texts_were_cut_and_padded_for_training_is_not_obeyed(tmp_path: Path
     assert found.encode_filled(text) == expected[1:]
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     assert theirs(text).input_ids == expected
+
+
+def test_text_that_spells_a_token_changes_no_other_ids(tmp_path: Path) -> None:
+    """Mixtral's tokenizer puts a space before a text, and not before its pieces."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3}
+    for character in "abcdefghijklmnopqrstuvwxyz[]/<>.!? \n":
+        vocab.setdefault(character, len(vocab))
+    held = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    held.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    held.add_special_tokens(["<unk>", AddedToken("<s>", rstrip=True, special=True), "</s>"])
+    held.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path / "tokenizer.json")
+    opened, text, closed = (True, "<s>"), "hi\nthere <b", (True, "</s>")
+    for said in ("x", "ends </", "s> begins"):
+        parts = [(False, "user"), opened, (False, "\n" + said), closed, (False, text)]
+        whole = "".join(part for _, part in parts)
+        expected = held.encode(whole, add_special_tokens=False).ids
+        assert found.encode_parts(parts) == found.encode_filled(whole) == expected
+    parts = [opened, (False, "the <s> tag"), closed]
+    ids = found.encode_parts(parts)
+    assert ids[0] == 1 and ids[-1] == 2 and ids.count(1) == 1
+    spelled = [vocab[c] for c in "<s>"]
+    assert any(ids[at : at + 3] == spelled for at in range(len(ids)))

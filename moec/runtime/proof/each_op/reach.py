@@ -182,6 +182,7 @@ def expert_inputs(
         wanted = torch.randperm(len(router), generator=generator).repeat(EACH)
         size = (len(wanted), text.dim)
         x = torch.randn(size, generator=generator, dtype=torch.float64)
+        drawn = x.clone()
         step = 0.5 / router.square().sum(1).mean().clamp(min=1e-30)
         for _ in range(STEPS):
             ranks = order(x, router)
@@ -193,6 +194,8 @@ def expert_inputs(
             x[behind] += step * (router[wanted] - router[rival.indices])[behind]
         first = order(x, router).argmax(1)
         missed += len(router) - len(torch.unique(first[first == wanted]))
+        # The input of an expert that cannot lead has been moved far away, and would overflow.
+        x = torch.where((first == wanted)[:, None], x, drawn)
         found[names.dense(layer, "norm")] = x.to(TORCH_DTYPES[precision])
     return found, missed
 

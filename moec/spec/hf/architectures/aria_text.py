@@ -53,5 +53,4 @@ ARIA_TEXT = Architecture(
     _write,
     _KEYS,
     separate_experts=False,
-    tokens={"bos": 1, "eos": 2, "pad": 2},
 )

@@ -56,8 +56,6 @@ class Architecture(NamedTuple):
         aside: a pattern of keys that a checkpoint may have beside these, which no graph uses; in
             it `{layers}` stands for the number of layers.
         separate_experts: whether each routed expert has tensors of its own in a checkpoint.
-        tokens: the special tokens of a config that does not name them, where no
-            generation_config.json is beside it: the defaults of transformers.
         generation: what generation_config.json must say of a spec, for engines that look there.
     """
 
@@ -67,7 +65,6 @@ class Architecture(NamedTuple):
     keys: Mapping[str, str]
     aside: str = ""
     separate_experts: bool = True
-    tokens: Mapping[str, int] = {}  # nobody writes it
     generation: Callable[[ModelSpec], dict[str, Any]] = lambda _: {}
 
 

@@ -39,7 +39,9 @@ def ffn_of(top: Fields) -> str:
 
 def _read(top: Fields, kind: str) -> Read:
     top.require("scoring_func", "softmax", default="softmax")
-    routing = softmax_routing(top.take("norm_topk_prob", bool))
+    # The published code normalises the scores of several experts, and leaves that of one alone.
+    several = top.left.get("num_experts_per_tok") != 1
+    routing = softmax_routing(top.take("norm_topk_prob", bool) and several)
     return read_decoder(
         top,
         {"aux_loss_alpha", "seq_aux"},

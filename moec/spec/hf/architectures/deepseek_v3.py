@@ -114,5 +114,4 @@ DEEPSEEK_V3 = Architecture(
     _write,
     _KEYS,
     aside=r"model\.layers\.{layers}\.",
-    tokens={"bos": 0, "eos": 1},
 )

@@ -38,4 +38,4 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     )
 
 
-MIXTRAL = Architecture(("mixtral",), _read, _write, _KEYS, tokens={"bos": 1, "eos": 2})
+MIXTRAL = Architecture(("mixtral",), _read, _write, _KEYS)

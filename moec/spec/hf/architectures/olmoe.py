@@ -38,4 +38,4 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     )
 
 
-OLMOE = Architecture(("olmoe",), _read, _write, _KEYS, tokens={"pad": 1, "eos": 50279})
+OLMOE = Architecture(("olmoe",), _read, _write, _KEYS)

@@ -11,6 +11,5 @@ LLAMA4 = Architecture(
     write,
     KEYS,
     separate_experts=False,
-    tokens={"bos": 1, "eos": 2},
     generation=generation,
 )

@@ -1,0 +1,97 @@
+"""A checkpoint in another engine: the same numbers pass, damage fails, no engine is exit code 3.
+
+tests/gpu has the same for vLLM.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import moec
+from moec.runtime.proof.against.compare import against
+from moec.spec.presets import PRESETS
+from moec.spec.reduced import reduced
+from moec.weights.random import write_random_checkpoint
+from tests.conftest import run_command
+from tests.families import CASES
+from tests.refusals import one_message, refusal
+
+SCOUT = reduced(PRESETS["tiny-scout"], 4)
+MODELS = {"llama4": SCOUT.model_copy(update={"vision": None}), "qwen3": CASES["qwen3"]}
+
+
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scout")
+    write_random_checkpoint(MODELS["llama4"], folder / "wide", seed=3)
+    return moec.quantize(folder / "wide", "dynamic", folder / "fp8").path
+
+
+@pytest.mark.full
+def test_transformers_computes_the_same(scout: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    code, out, err = run_command("validate", scout, "--against", "transformers", "--html", page)
+    assert code == 0 and "PASSED" in out and "transformers" in page.read_text(), out + err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_checkpoints_of_anybody_are_compared(model: str, tmp_path: Path) -> None:
+    """Wide ones too, which moec did not make."""
+    write_random_checkpoint(MODELS[model], tmp_path, seed=3)
+    report = moec.validate(tmp_path, against="transformers")
+    assert report.passed, report.first_divergence
+
+
+def scale(weights: dict[str, Tensor]) -> None:
+    weights["model.layers.2.feed_forward.experts.3.down_proj.weight_scale"] *= 1.05
+
+
+def name(weights: dict[str, Tensor]) -> None:
+    one, two = (f"model.layers.1.feed_forward.experts.{e}.up_proj.weight" for e in (0, 3))
+    weights[one], weights[two] = weights[two], weights[one]
+
+
+def permutation(weights: dict[str, Tensor]) -> None:
+    key = "model.layers.0.self_attn.k_proj.weight"
+    weights[key] = weights[key].float().flip(0).to(weights[key].dtype)
+
+
+def missing(weights: dict[str, Tensor]) -> None:
+    del weights["model.layers.1.feed_forward.shared_expert.up_proj.weight"]
+
+
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (name, permutation, missing)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("damage", [scale, *SLOW])
+def test_damage_is_seen(
+    damage: Callable[[dict[str, Tensor]], None], scout: Path, tmp_path: Path
+) -> None:
+    """The engine reads a damaged copy, and the reference the sound checkpoint."""
+    shutil.copytree(scout, tmp_path / "theirs")
+    weights = load_file(scout / "model.safetensors")
+    damage(weights)
+    save_file(weights, tmp_path / "theirs/model.safetensors", metadata={"format": "pt"})
+    report = against(scout, "transformers", theirs=tmp_path / "theirs")
+    assert not report.passed and report.checks[0].passed == (damage is not missing)
+
+
+def test_an_engine_that_is_missing_is_no_pass(scout: Path) -> None:
+    code, _, err = run_command("validate", scout, "--against", "vllm")
+    assert code == 3
+    one_message(err, "vllm")
+
+
+def test_what_is_no_engine_or_interpreter_is_refused(scout: Path, tmp_path: Path) -> None:
+    refusal(lambda: moec.validate(scout, against="llama.cpp"), "no such engine")
+    here = tmp_path / "python"
+    refusal(lambda: moec.validate(scout, against="vllm", python=here), "--python")
+    refusal(lambda: moec.validate(scout, against="vllm", tokens=10**9), "--tokens")
+    refusal(lambda: moec.validate(tmp_path, against="vllm", python=sys.executable), "config.json")

@@ -59,6 +59,8 @@ _RENAMED = (
     (re.compile(r"^model\.language_model\."), "language_model.model."),
     (re.compile(r"^model\.(?=vision_model\.|multi_modal_projector\.)"), ""),
 )
+#: how transformers 5 names an MoE block -> how some checkpoints do
+_BLOCK = ".mlp.", ".block_sparse_moe."
 
 
 def with_adapters(
@@ -267,7 +269,8 @@ def _canonical(module: str) -> str:
 def _find(key: str, names: Mapping[str, str]) -> str | None:
     """Our name of the tensor `key`; decoders alone have no prefix."""
     bare = key.removeprefix(DECODER)
-    return next((names[each] for each in (key, DECODER + bare, bare) if each in names), None)
+    spelled = key, DECODER + bare, bare, bare.replace(*_BLOCK)
+    return next((names[each] for each in spelled if each in names), None)
 
 
 def _equal(left: TensorEntry, right: TensorEntry) -> bool:

@@ -16,7 +16,9 @@ import moec
 from moec.spec.hf.names import keys
 from moec.weights.adapter.read import WEIGHTS
 from moec.weights.name_map import read_model
+from moec.weights.random import write_random_checkpoint
 from moec.weights.view import read_into, view
+from tests.families import CASES
 from tests.refusals import refusal
 
 peft = pytest.importorskip("peft")
@@ -357,3 +359,25 @@ def test_a_base_that_moved_and_a_download_cache_are_merged_again(
     assert moec.validate(art.path).passed
     cache.rename(tmp_path / "moved")
     assert moec.validate(art.path, source=tmp_path / "moved" / "snapshots" / "r").passed
+
+
+def test_a_router_has_the_name_that_transformers_gives_it(tmp_path: Path) -> None:
+    """Mixtral's checkpoints say block_sparse_moe where its class in transformers 5 says mlp."""
+    spec = CASES["mixtral"]
+    write_random_checkpoint(spec, tmp_path / "base", seed=1)
+    rank, count = 2, spec.text.expert_count
+    down, up = torch.randn(rank, spec.text.dim), torch.randn(count, rank)
+    module = "base_model.model.model.layers.1.mlp.gate"
+    (tmp_path / "adapter").mkdir()
+    save_file(
+        {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up},
+        tmp_path / "adapter/adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["gate"]}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    _, _, entries = read_model(tmp_path / "base", adapters=[tmp_path / "adapter"])
+    _, _, before = read_model(tmp_path / "base")
+    name = "layers.1.moe.router.weight"
+    base = view(before[name]).float()
+    expected = (base + 2 * up @ down).to(view(before[name]).dtype)
+    assert torch.equal(view(entries[name]), expected)

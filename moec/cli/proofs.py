@@ -151,12 +151,16 @@ def prove_against(
 ) -> None:
     """Compare a checkpoint in another engine with the eager reference, and print the report.
 
+    The report goes into the model card that `moec quantize` wrote, if there is one.
+
     Raises:
         typer.Exit: exit code 1, if a check failed.
     """
     check_given(checkpoint=checkpoint)
     import moec
     from moec.cli.tables import report_table
+    from moec.exporters.model_card import add_proof
+    from moec.runtime.proof.report import cells
 
     with bar(quiet=as_json) as progress:
         report = moec.validate(
@@ -166,6 +170,12 @@ def prove_against(
         print_json(report.to_dict())
     else:
         report_table(report.to_dict())
+    ran = f"{report.engine} against {report.reference}, prompts of {report.tokens} tokens"
+    try:
+        rows = (cells(check.to_dict()) for check in report.checks)
+        add_proof(checkpoint, ran, report.passed, rows)
+    except OSError as error:
+        error_line(f"warning: the card was not written: {error.strerror}", "yellow")
     _end(report, html)
 
 

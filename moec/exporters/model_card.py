@@ -1,8 +1,13 @@
 """The model card of a checkpoint that `quantize` wrote: where it comes from, and what was done."""
 
 import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import moec
+from moec.spec.bounded.own import is_regular
+from moec.spec.errors import visible
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import eligible, quantized
 from moec.weights.checkpoint import Checkpoint
@@ -33,7 +38,7 @@ tags:
 
 # {told.name}, {scheme} FP8
 
-- made by: moec {moec.__version__}
+{_MADE}{moec.__version__}
 - scheme: {scheme} ({how})
 - quantised: {len(rules)} weights; {wide} others that could be are as they were
 - source: {len(source.shards)} files, SHA-256 of their names, sizes and headers
@@ -43,7 +48,47 @@ The weights are E4M3 values in compressed-tensors form. vLLM reads the folder as
 it with `moec build --checkpoint`, and proves what it builds from it:
 
     moec build --checkpoint . --target onnx --out build/model
+
+{_PROOF}
+Not run yet: `moec validate . --against vllm`.
 """
+
+
+def add_proof(folder: Path, ran: str, passed: bool, rows: Iterable[tuple[str, ...]]) -> None:
+    """Write the result of a proof into the card of `folder`, in place of an earlier one.
+
+    A card that moec did not write stays as it is.
+
+    Args:
+        folder: the checkpoint.
+        ran: what was compared with what.
+        passed: the verdict.
+        rows: name, figure, limit and detail of each check.
+
+    Raises:
+        OSError: the card cannot be written.
+    """
+    card = folder / CARD
+    if not is_regular(card) or os.path.islink(card):
+        return
+    text = card.read_text(encoding="utf-8", errors="replace")
+    before, found, _ = text.partition(_PROOF)
+    if not found or _MADE not in before:
+        return
+    table = "".join(f"| {' | '.join(_cell(each) for each in row)} |\n" for row in rows)
+    verdict = "PASSED" if passed else "FAILED"
+    head = f"{verdict}: {ran}.\n\n| check | found | limit | detail |\n|---|---|---|---|\n"
+    draft = card.with_name(f".{CARD}.draft")
+    draft.write_text(f"{before}{_PROOF}\n{head}{table}", encoding="utf-8")
+    draft.replace(card)
+
+
+def _cell(text: str) -> str:
+    return visible(text).replace("|", "/")
+
+
+#: where a card says what a proof found, and what shows that the card is moec's
+_PROOF, _MADE = "## Proof\n", "- made by: moec "
 
 
 _WEIGHTS = {

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     The job has `folder`, `prompts` (lists of token ids) and `new_tokens`. Keys and values are bf16
     and steps run without CUDA graphs, so that nothing but the checkpoint decides.
     """
+    if find_spec("vllm") is None:
+        return {"missing": "no module named vllm"}
     try:
         import torch
         import vllm

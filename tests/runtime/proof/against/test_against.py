@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moec
+from moec.exporters.model_card import add_proof
 from moec.runtime.proof.against.compare import against
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
@@ -34,9 +35,20 @@ def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.full
 def test_transformers_computes_the_same(scout: Path, tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    code, out, err = run_command("validate", scout, "--against", "transformers", "--html", page)
+    page, card = tmp_path / "report.html", scout / "README.md"
+    assert "Not run yet" in card.read_text()
+    command = ("validate", scout, "--against", "transformers", "--tokens", 70, "--html", page)
+    code, out, err = run_command(*command)
     assert code == 0 and "PASSED" in out and "transformers" in page.read_text(), out + err
+    text = card.read_text()
+    assert text.count("PASSED: transformers") == 1 == text.count("| greedy tokens | 100.00 %")
+    assert "Not run yet" not in text and text.startswith("---\ntags")
+    add_proof(scout, "another", False, [("one", "2", "<= 1", "a|b")])
+    last = card.read_text()
+    assert "PASSED" not in last and last.endswith("| one | 2 | <= 1 | a/b |\n")
+    card.write_text("somebody's own card\n## Proof\n")
+    add_proof(scout, "another", True, [])
+    assert card.read_text() == "somebody's own card\n## Proof\n"
 
 
 @pytest.mark.slow
@@ -44,7 +56,7 @@ def test_transformers_computes_the_same(scout: Path, tmp_path: Path) -> None:
 def test_checkpoints_of_anybody_are_compared(model: str, tmp_path: Path) -> None:
     """Wide ones too, which moec did not make."""
     write_random_checkpoint(MODELS[model], tmp_path, seed=3)
-    report = moec.validate(tmp_path, against="transformers")
+    report = moec.validate(tmp_path, against="transformers", tokens=70)
     assert report.passed, report.first_divergence
 
 
@@ -79,7 +91,7 @@ def test_damage_is_seen(
     weights = load_file(scout / "model.safetensors")
     damage(weights)
     save_file(weights, tmp_path / "theirs/model.safetensors", metadata={"format": "pt"})
-    report = against(scout, "transformers", theirs=tmp_path / "theirs")
+    report = against(scout, "transformers", tokens=70, theirs=tmp_path / "theirs")
     assert not report.passed and report.checks[0].passed == (damage is not missing)
 
 

@@ -78,11 +78,8 @@ def missing(weights: dict[str, Tensor]) -> None:
     del weights["model.layers.1.feed_forward.shared_expert.up_proj.weight"]
 
 
-SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (name, permutation, missing)]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("damage", [scale, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [scale, name, permutation, missing])
 def test_damage_is_seen(
     damage: Callable[[dict[str, Tensor]], None], scout: Path, tmp_path: Path
 ) -> None:

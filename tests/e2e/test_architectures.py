@@ -117,7 +117,9 @@ def test_the_cases_have_every_switch(tmp_path: Path) -> None:
     assert any((each < 0).any() for key, each in weights.items() if "correction_bias" in key)
 
 
-@pytest.mark.parametrize("case", ["olmoe", "deepseek-v3", "aria"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("olmoe", marks=pytest.mark.slow), "deepseek-v3", "aria"]
+)
 def test_a_proof_passes(case: str, tmp_path: Path) -> None:
     write_random_checkpoint(CASES[case], tmp_path / "weights", seed=5)
     for target in ("onnx", "ort"):

@@ -50,7 +50,7 @@ def _preset(name: str, image: int = 3) -> ModelSpec:
     )
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     spec=vision_specs(),
     seed=st.integers(0, 2**31),

@@ -37,7 +37,7 @@ DENSE = ModelSpec.model_validate(
 )
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     spec=specs(),
     seed=st.integers(0, 2**31),

@@ -250,10 +250,8 @@ def test_what_the_format_cannot_say_is_refused(tmp_path: Path) -> None:
     assert tree(out) == before and not (tmp_path / "again").exists()
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "target", ["torch", *(pytest.param(each, marks=pytest.mark.slow) for each in ("onnx", "ort"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "ort", "torch"])
 def test_what_a_build_makes_of_it_is_proven(target: str, tmp_path: Path) -> None:
     write_random_checkpoint(LLAMA4, tmp_path / "wide", seed=3)
     code, out, _ = run_command("quantize", tmp_path / "wide", "--out", tmp_path / "fp8")

@@ -18,7 +18,7 @@ def main() -> None:
     tiles = Tiles(32, CUT, CUT, programs=3, hopper=False)
     for name, shared, block in (("all", 0, 0), ("groups", 2, 128)):
         sizes = RoutedSizes(128, 128, 6, 3, shared, ROUTINGS[name], block)
-        print(f"many:{name}", 67, *compare(sizes, 67, "cpu", tiles))
+        print(f"many:{name}", 35, *compare(sizes, 35, "cpu", tiles))
 
 
 if __name__ == "__main__":

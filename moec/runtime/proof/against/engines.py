@@ -106,7 +106,11 @@ def _wait(command: list[str], log: Path, other: Other) -> int:
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
     except OSError as error:
         refuse(f"--python {command[0]}", error.strerror, "a Python interpreter", "correct the path")

@@ -32,15 +32,22 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             import compressed_tensors  # noqa: F401
     except ImportError as error:
         return {"missing": f"{type(error).__name__}: {error}"}
-    config = transformers.AutoConfig.from_pretrained(job["folder"])
-    name = config.architectures[0]
+    config = transformers.AutoConfig.from_pretrained(job["folder"], trust_remote_code=False)
+    name = (config.architectures or ["none"])[0]
+    if not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
+        return {"failed": f"config.json: architectures: {name!r} is no class of language models"}
     options: dict[str, Any] = {}
     if job["quantised"] == "compressed-tensors":
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     if job["quantised"] == "fp8":
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     model, loaded = getattr(transformers, name).from_pretrained(
-        job["folder"], dtype=torch.float32, output_loading_info=True, **options
+        job["folder"],
+        dtype=torch.float32,
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
     )
     odd = {key: sorted(loaded[key])[:3] for key in ("missing_keys", "unexpected_keys")}
     if any(odd.values()):

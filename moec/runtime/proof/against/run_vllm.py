@@ -39,6 +39,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=4,
         max_num_batched_tokens=2048,  # their logits take memory: 1.7 GB where words are 200,000
         seed=0,
+        trust_remote_code=False,
         **job.get("options", {}),
     )
     sampling = vllm.SamplingParams(

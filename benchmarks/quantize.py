@@ -3,9 +3,9 @@
     python benchmarks/quantize.py [--gigabytes 20] [--folder DIR] [--schemes meta,dynamic]
 
 The script writes layers of Scout's widths with random weights, and builds them in a new process:
-FP8 by a scheme. `quantize:SCHEME` is `moec quantize`, which writes a checkpoint. `int4` and `int4-zeros` stand for a checkpoint of 4-bit integers in groups of 128,
-symmetric or with zero points, and for `bind` of target ort: it joins experts, interleaves gate and
-up, and repeats scales.
+FP8 by a scheme. `quantize:SCHEME` is `moec quantize`, which writes a checkpoint. `int4` and
+`int4-zeros` stand for a checkpoint of 4-bit integers in groups of 128, symmetric or with zero
+points, and for `bind` of target ort: it joins experts, interleaves gate and up, and repeats scales.
 
 In the same run `dd` reads the same shards, and writes as many bytes as the build. The script drops
 the page cache before each of these, if it may. "of dd's" is the time that dd takes to read and then

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import moec
+from moec.exporters.write import versions
 from moec.spec.bounded.own import is_regular
 from moec.spec.errors import visible
 from moec.spec.model import ModelSpec
@@ -38,7 +38,7 @@ tags:
 
 # {told.name}, {scheme} FP8
 
-{_MADE}{moec.__version__}
+{_MADE}{versions().get("moec", "from a checkout")}
 - scheme: {scheme} ({how})
 - quantised: {len(rules)} weights; {wide} others that could be are as they were
 - source: {len(source.shards)} files, SHA-256 of their names, sizes and headers

@@ -92,6 +92,14 @@ def quantize(
             "wide weights",
             f"build from it as it is: moec build --checkpoint {quote(str(checkpoint))}",
         )
+    if spec.text.experts and not ARCHITECTURES[spec.architecture].reads_apart:
+        refuse(
+            checkpoint,
+            f"a model of {spec.architecture}, whose experts other engines read in one tensor alone",
+            "a model whose quantised experts they read one by one",
+            f"quantise it for moec: moec build --checkpoint {quote(str(checkpoint))} "
+            "--precision fp8",
+        )
     chosen = load_scheme(scheme)
     told, config = _told(spec, chosen)
     _check_blocks(told)

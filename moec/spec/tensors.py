@@ -135,9 +135,19 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
 
 
 def _check_widths(spec: ModelSpec, rules: dict[str, Rule]) -> None:
-    """Refuse weights whose rows are no whole words of eight 4-bit integers, or no whole groups."""
+    """Refuse weights whose rows are no whole words of eight 4-bit integers, or no whole groups.
+
+    So is a weight that no product of 4-bit integers exists for: that of a head in latent attention.
+    """
     shapes = parameters(spec)
     for name, rule in rules.items():
+        if names.family(name) == names.attention("*", "kv_up", "weight"):
+            refuse(
+                name,
+                "4-bit integers for the heads of latent attention (kv_b_proj)",
+                "a wide weight",
+                "leave this layer out when you quantise the model",
+            )
         width = shapes[name][-2 if len(shapes[name]) == 3 else -1]
         for size in (8, spec.scheme.block if rule.weight == "group" and spec.scheme else 8):
             if width % size:

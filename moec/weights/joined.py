@@ -217,7 +217,7 @@ def _plainly_joined(spec: ModelSpec) -> Iterator[tuple[str, Shape, tuple[str, ..
         if not layer.experts or len(own) > 1 or router in rules:
             continue
         if own == {None}:
-            joins = not spec.separate_experts
+            joins = not spec.separate_experts and (scheme is None or scheme.layout == "moec")
         else:
             joins = own <= JOINED_FP8.keys() and _is_exact(scheme) and _whole(spec, layer.experts)
         if not joins:

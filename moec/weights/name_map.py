@@ -1,5 +1,6 @@
 """Match the tensors of a checkpoint with those of a spec, one to one."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from moec.spec import names
 from moec.spec.data import DType
 from moec.spec.errors import refuse
 from moec.spec.files import load_spec
+from moec.spec.hf.forms import ADAPTER
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.names import family, is_scale
@@ -24,6 +26,13 @@ from moec.weights.spelling import spelled
 _TIED = (
     "An adapter changes the embeddings, which are the head too: both change, as when peft merges. "
     "While peft trains, only the embeddings do."
+)
+
+
+#: a note on an adapter in the folder of a whole model
+_BESIDE = (
+    "Left aside: the adapter beside the weights (adapter_config.json), which transformers applies. "
+    "--adapter with this folder merges it."
 )
 
 
@@ -60,8 +69,11 @@ def read_model(
     spec = _with_scales(_with_dtypes(spec, checkpoint, theirs), checkpoint, theirs)
     checkpoint = in_bytes(spec, checkpoint)
     entries = match(spec, checkpoint)
+    adapters = [adapters] if isinstance(adapters, str) else adapters
+    merged = [Path(each).resolve() for each in adapters]
+    if os.path.lexists(checkpoint.folder / ADAPTER) and checkpoint.folder.resolve() not in merged:
+        spec = spec.model_copy(update={"notes": (*spec.notes, _BESIDE)})
     if adapters:
-        adapters = [adapters] if isinstance(adapters, str) else adapters
         from moec.weights.adapter.read import with_adapters  # torch, which reading needs not
 
         entries = with_adapters(spec, entries, adapters, named)

@@ -60,7 +60,7 @@ def stopped_at(stage: str, checkpoint: Path, out: Path) -> Iterator[subprocess.P
 @pytest.mark.parametrize(
     ("number", "stage", "held"),
     [
-        (signal.SIGINT, "graph", "nothing"),
+        pytest.param(signal.SIGINT, "graph", "nothing", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "copy", "nothing", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "write", "an artefact", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "check", "nothing", marks=pytest.mark.slow),

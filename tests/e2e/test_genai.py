@@ -26,7 +26,9 @@ def _generator(folder: Path, longest: int, **options: object) -> object:
     return og.Generator(model, params)
 
 
-@pytest.mark.parametrize("index", range(len(PROMPTS)))
+@pytest.mark.parametrize(
+    "index", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(PROMPTS)))]
+)
 def test_golden_continuations(folder: Path, golden: dict[str, Tensor], index: int) -> None:
     expected = golden[f"generate.{index}"].tolist()
     tokenizer = og.Tokenizer(og.Model(str(folder)))

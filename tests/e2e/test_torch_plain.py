@@ -85,6 +85,7 @@ def test_block_fp8_stays_in_place(tmp_path: Path) -> None:
     assert errors.median() < FP8_NOISE.error
 
 
+@pytest.mark.slow
 def test_binding_later_is_building_with_weights(tmp_path: Path) -> None:
     write_random_checkpoint(CASES["aria"], tmp_path / "weights", seed=5)
     spec = moec.load_spec(tmp_path / "weights")

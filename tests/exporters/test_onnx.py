@@ -64,7 +64,7 @@ def test_every_value_has_a_name_a_type_and_a_shape() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("part", ["model", "vision"])
-@pytest.mark.parametrize("name", ["scout", "maverick"])
+@pytest.mark.parametrize("name", ["scout", pytest.param("maverick", marks=pytest.mark.slow)])
 def test_declared_shapes_are_what_onnxruntime_produces(
     name: str, part: str, tmp_path: Path
 ) -> None:

@@ -80,7 +80,10 @@ def test_full_size_weights_stay_in_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", "int4", *(pytest.param(p, marks=pytest.mark.slow) for p in ("int8", "bf16"))],
+)
 def test_binding_later_gives_the_same_artefact(precision: str, tiny: Path, tmp_path: Path) -> None:
     at_once = moec.export(tiny, target="ort", precision=precision, out=tmp_path / "once")
     later = moec.export(

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Llama4Fo
 
 import moec
 from moec.spec.errors import MoecError
+from moec.spec.files import diff
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.spec.scheme import Rule, Scheme
+from moec.weights.name_map import read_model
 from moec.weights.packed import journal
 from moec.weights.random import write_random_checkpoint
 from tests.conftest import run_command
@@ -102,6 +104,20 @@ def test_moec_reads_the_scheme_back(wide: Path, scheme: str, tmp_path: Path) -> 
     expected = ("block", "group") if scheme == "blocks" else ("channel", "token")
     assert (rule.weight, rule.inputs) == expected
     assert not any(rule.matches(each) for each in ("head.weight", "layers.0.moe.router.weight"))
+
+
+def test_the_list_of_wide_modules_need_not_name_routers(wide: Path, tmp_path: Path) -> None:
+    """In transformers 5 routers are no linear layers, and llm-compressor lists these alone."""
+    folder = moec.quantize(wide, "dynamic", tmp_path / "fp8").path
+    config = json.loads((folder / "config.json").read_text())
+    named = config["quantization_config"]["ignore"]
+    config["quantization_config"]["ignore"] = [
+        each for each in named if "router" not in each and "[.]gate$" not in each
+    ]
+    assert len(config["quantization_config"]["ignore"]) == len(named) - 1
+    before = read_model(folder)[0]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert diff(read_model(folder)[0], before) == []
 
 
 def dequantised(folder: Path, out: Path) -> Path:
@@ -241,6 +257,9 @@ def test_what_the_format_cannot_say_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(MoecError, match=message):
             moec.quantize(tmp_path / "wide", scheme, out)
+    write_random_checkpoint(CASES["aria"], tmp_path / "aria", seed=3)
+    with pytest.raises(MoecError, match="in one tensor alone"):
+        moec.quantize(tmp_path / "aria", "dynamic", out)
     moec.quantize(tmp_path / "wide", "dynamic", out)
     with pytest.raises(MoecError, match="FP8 already"):
         moec.quantize(out, "dynamic", tmp_path / "again")

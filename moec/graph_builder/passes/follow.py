@@ -50,8 +50,11 @@ def follow(graph: fx.GraphModule, limit: float) -> fx.GraphModule:
 
 
 def taken(ranks: Tensor, own: Tensor, given: Tensor, limit: float) -> Tensor:
-    """The experts [T, k] to use: `given` for a token whose ranks [T, E] allow it, else `own`."""
-    if not len(given):
+    """The experts [T, k] to use: `given` for a token whose ranks [T, E] allow it, else `own`.
+
+    An engine whose graph chooses another number of experts is not followed.
+    """
+    if given.shape != own.shape:
         return own
     known = given.clamp(0, ranks.shape[1] - 1)  # a broken engine may give numbers of no expert
     behind = ranks.gather(1, own) - ranks.gather(1, known)
@@ -76,7 +79,7 @@ def taken_of_groups(
     of these groups, and of those that are clearly among the best, is better than the given ones by
     more than the limit.
     """
-    if not len(given):
+    if given.shape != own.shape:
         return own
     ranks = ops.ranks.eager(logits, bias, score, 1, 1)
     width = limit * ranks.abs().max()

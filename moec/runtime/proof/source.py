@@ -47,8 +47,8 @@ def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, 
     The artefact's adapters are merged into them.
 
     Raises:
-        MoecError: the folder holds no checkpoint, or one of another model; or an adapter is not
-            where this user has built from.
+        MoecError: the folder holds no checkpoint, or an adapter is not where this user has built
+            from.
     """
     manifest = artefact.manifest
     adapters = [Path(each) for each in manifest.adapters]
@@ -62,6 +62,17 @@ def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, 
                 f"{adapter}",
             )
     spec, _, entries = read_model(folder, adapters=adapters)
+    return spec, entries
+
+
+def check_same_model(
+    artefact: Artefact, folder: Path, spec: ModelSpec, entries: dict[str, TensorEntry]
+) -> None:
+    """Refuse a checkpoint of another model than the artefact's; the rest is what was read of it.
+
+    Raises:
+        MoecError: names the first field that differs.
+    """
     wanted = artefact.manifest.spec
     if not spec.scheme or (wanted.scheme and not wanted.scheme.cache):
         wanted = wanted.model_copy(update={"scheme": spec.scheme})
@@ -72,9 +83,8 @@ def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, 
             f"--source {folder}: {odd[0][0]}",
             odd[0][1],
             f"{odd[0][2]}, as in {artefact.path}",
-            "name the checkpoint of the same model",
+            "name the checkpoint of the same model; do not use the artefact if this one is its own",
         )
-    return spec, entries
 
 
 def as_stored(

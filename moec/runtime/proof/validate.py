@@ -40,6 +40,7 @@ from moec.runtime.proof.report import Check, Report
 from moec.runtime.proof.source import (
     against_wide,
     as_stored,
+    check_same_model,
     covered,
     read_source,
     schemes,
@@ -176,18 +177,24 @@ def _source(
 ) -> tuple[ModelSpec, dict[str, TensorEntry], Path] | None:
     """The spec, tensors and folder of the checkpoint to compare with; None if none is known."""
     if folder is not None:
-        return (*read_source(artefact, Path(folder)), checkpoint_folder(folder) or Path(folder))
+        given = read_source(artefact, Path(folder))
+        check_same_model(artefact, Path(folder), *given)
+        return (*given, checkpoint_folder(folder) or Path(folder))
     known = artefact.checkpoint
     # A folder inside the artefact comes from whoever made the artefact.
     if known and known.resolve().is_relative_to(artefact.path.resolve()):
         known = None
+    read = None
     try:
         if known and (home := checkpoint_folder(known)):
-            notes.append(f"The weights were compared with those in {known}.")
-            return (*read_source(artefact, known), home)
+            read = read_source(artefact, known)
         found = f"{known} is no folder here" if known else "none is known that you have used"
     except MoecError as error:
         found = f"{error.where}: {error.found}"
+    if known and read:
+        check_same_model(artefact, known, *read)
+        notes.append(f"The weights were compared with those in {known}.")
+        return (*read, home)
     notes.append(
         f"The weights were not compared with a checkpoint ({found}): a wrong expert in them would "
         "not be found. Use --source DIR."

@@ -58,6 +58,7 @@ def read_compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
         "compressed-tensors",
         ignored,
         targets=(group, targets),
+        routers=False,  # they are no linear layers in transformers 5: `ignore` need not name them
         scales=spec.dtype,  # the library's default; the stored tensors may have another type
         **found,
     )

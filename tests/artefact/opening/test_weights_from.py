@@ -151,7 +151,7 @@ def test_a_tensor_is_at_the_place_in_its_shards_header(
     [
         {"weights": "copy"},
         {"target": "ort", "precision": "fp32", "weights": "pack"},
-        {"target": "torch", "precision": "fp8"},
+        pytest.param({"target": "torch", "precision": "fp8"}, marks=pytest.mark.slow),
     ],
     ids=["copy", "pack", "torch"],
 )

@@ -26,6 +26,7 @@ from moec.runtime.proof.source import (
 from moec.spec.scheme import SCHEMES
 from moec.weights.random import write_random_checkpoint
 from tests.damage import json_file, listed_again, manifest, sealed, text
+from tests.families import CASES
 from tests.proofs import assert_passed
 from tests.refusals import refusal
 from tests.small import SMALL
@@ -283,3 +284,18 @@ def test_a_command_in_a_message_is_quoted(artefact: Path, tmp_path: Path) -> Non
     with pytest.raises(moec.MoecError) as caught:
         moec.open_session(artefact)
     assert f"'{folder}'" in caught.value.next_step
+
+
+@pytest.mark.full
+def test_another_number_of_chosen_experts_is_a_failed_proof(tmp_path: Path) -> None:
+    """The manifest says that three experts are chosen, and the graph chooses two."""
+    spec = CASES["olmoe"]
+    experts = spec.text.experts
+    assert experts is not None
+    two = spec.text.model_copy(update={"experts": experts.model_copy(update={"top_k": 2})})
+    write_random_checkpoint(spec.model_copy(update={"text": two}), tmp_path / "weights", seed=3)
+    moec.export(tmp_path / "weights", "ort", "fp32", tmp_path / "art")
+    manifest("spec.text.experts.top_k", 3)(tmp_path / "art")
+    sealed(tmp_path / "art")
+    report = moec.validate(tmp_path / "art")
+    assert not report.passed

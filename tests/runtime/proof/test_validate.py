@@ -166,7 +166,7 @@ def test_pieces_that_lose_an_image_are_noticed(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("tokens", [1, 2, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 7))])
 def test_few_tokens_are_enough(tiny_onnx: Path, tokens: int) -> None:
     assert_passed(moec.validate(tiny_onnx, tokens=tokens))
 

@@ -16,6 +16,7 @@ from moec.spec.reduced import reduced
 from moec.spec.scheme import ATTENTION, EXPERTS, SCHEMES, Scheme
 from moec.spec.tensors import quantized
 from tests.damage import NESTED
+from tests.families import CASES
 from tests.refusals import refusal
 from tests.strategies import checkpoint_specs
 
@@ -510,3 +511,12 @@ def test_what_is_not_supported_is_refused(tmp_path: Path, case: str) -> None:
 def test_a_bad_own_file_is_refused(tmp_path: Path, case: str) -> None:
     said, names = OWN_FILES[case]
     refusal(lambda: quantized(read(tmp_path, own=said)), names)
+
+
+def test_heads_of_latent_attention_in_4_bits_are_refused() -> None:
+    """No product of 4-bit integers takes the heads of kv_b_proj one by one."""
+    plain = CASES["deepseek-v3"]
+    rule = {"of": ["layers.*.attn.kv_up.weight"], "weight": "group", "inputs": "none"}
+    values = {"name": "w4", "layout": "pack-quantized", "block": 8, "rules": [rule]}
+    spec = plain.model_copy(update={"scheme": Scheme.model_validate(values)})
+    refusal(lambda: quantized(spec), "kv_b_proj")

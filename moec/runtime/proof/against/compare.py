@@ -6,9 +6,11 @@ runs in bf16 too. Limits are small multiples of that noise, so that a mistake in
 which is far larger, shows.
 """
 
+import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from moec.runtime.proof.against.engines import EngineError, Other, find_other, r
 from moec.runtime.proof.report import Check, Report
 from moec.spec import names
 from moec.spec.errors import refuse
+from moec.spec.hf.forms import ADAPTER
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
 from moec.weights.shard import TensorEntry
@@ -69,6 +72,13 @@ def against(
     """
     other = find_other(engine)
     spec, _, entries = read_model(folder)
+    if os.path.lexists(Path(folder) / ADAPTER):
+        refuse(
+            Path(folder) / ADAPTER,
+            "an adapter beside the weights, which other engines apply",
+            "the weights alone, or merged with it",
+            f"move it, or moec quantize {quote(str(folder))} --adapter {quote(str(folder))}",
+        )
     seed = secrets.randbits(31) if seed is None else seed
     prompts = draw_prompts(spec, tokens, seed)
     scheme = spec.scheme
@@ -76,6 +86,7 @@ def against(
         "folder": str(Path(theirs or folder).resolve()),
         "prompts": prompts,
         "new_tokens": NEW_TOKENS,
+        "images": spec.vision is not None,
         "quantised": scheme.layout if scheme else "",
     }
     precision = scheme.precision if scheme else spec.dtype

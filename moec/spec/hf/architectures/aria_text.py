@@ -53,4 +53,5 @@ ARIA_TEXT = Architecture(
     _write,
     _KEYS,
     separate_experts=False,
+    reads_apart=False,
 )

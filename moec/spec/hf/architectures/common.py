@@ -56,6 +56,7 @@ class Architecture(NamedTuple):
         aside: a pattern of keys that a checkpoint may have beside these, which no graph uses; in
             it `{layers}` stands for the number of layers.
         separate_experts: whether each routed expert has tensors of its own in a checkpoint.
+        reads_apart: whether other engines read its experts one by one.
         generation: what generation_config.json must say of a spec, for engines that look there.
     """
 
@@ -65,6 +66,7 @@ class Architecture(NamedTuple):
     keys: Mapping[str, str]
     aside: str = ""
     separate_experts: bool = True
+    reads_apart: bool = True
     generation: Callable[[ModelSpec], dict[str, Any]] = lambda _: {}
 
 

@@ -3,7 +3,9 @@
 tests/gpu has the same for vLLM.
 """
 
+import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from moec.exporters.model_card import add_proof
 from moec.runtime.proof.against.compare import against
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
+from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
 from tests.conftest import run_command
 from tests.families import CASES
@@ -54,8 +57,11 @@ def test_transformers_computes_the_same(scout: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoints_of_anybody_are_compared(model: str, tmp_path: Path) -> None:
-    """Wide ones too, which moec did not make."""
+    """Wide ones too, which moec did not make; config.json need not name a class."""
     write_random_checkpoint(MODELS[model], tmp_path, seed=3)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     report = moec.validate(tmp_path, against="transformers", tokens=70)
     assert report.passed, report.first_divergence
 
@@ -92,6 +98,24 @@ def test_damage_is_seen(
     assert not report.passed and report.checks[0].passed == (damage is not missing)
 
 
+@pytest.mark.slow
+def test_the_code_of_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    """transformers has no class of its own for this type, and would ask for the folder's."""
+    write_random_checkpoint(CASES["deepseek-moe"], tmp_path / "weights", seed=3)
+    file, mark = tmp_path / "weights/config.json", tmp_path / "mark"
+    named = {"AutoConfig": "configuration_own.Own"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": named}))
+    code = f"open({str(mark)!r}, 'w')\nclass Own: pass\n"
+    (tmp_path / "weights/configuration_own.py").write_text(code)
+    command = [sys.executable, "-m", "moec", "validate", tmp_path / "weights"]
+    done = subprocess.run(
+        [*command, "--against", "transformers", "--tokens", "16"], input="y\ny\n", text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3 and "no class in transformers" in done.stderr
+    assert not mark.exists()
+
+
 def test_an_engine_that_is_missing_is_no_pass(scout: Path) -> None:
     code, _, err = run_command("validate", scout, "--against", "vllm")
     assert code == 3
@@ -104,3 +128,7 @@ def test_what_is_no_engine_or_interpreter_is_refused(scout: Path, tmp_path: Path
     refusal(lambda: moec.validate(scout, against="vllm", python=here), "--python")
     refusal(lambda: moec.validate(scout, against="vllm", tokens=10**9), "--tokens")
     refusal(lambda: moec.validate(tmp_path, against="vllm", python=sys.executable), "config.json")
+    shutil.copytree(scout, tmp_path / "both")
+    (tmp_path / "both/adapter_config.json").write_text("{}")
+    refusal(lambda: moec.validate(tmp_path / "both", against="vllm"), "an adapter beside")
+    assert any("Left aside: the adapter" in each for each in read_model(tmp_path / "both")[0].notes)

@@ -136,13 +136,14 @@ def filled(
         _check_unicode(each)
     for where, values in (("messages", messages), ("tools", tools)):
         check_json(values, where)
-    special = words.tokenizer.special()
+    special = words.tokenizer.special(words.templates.values())
     said = [*messages, {"role": "tools", "tools": tools}]
     (*messages, held), marker = guarded(said, special, IMAGE_TOKENS, kept, plain)
     text = words.render(messages, held["tools"])
-    if not marker:
+    if not marker and not words.tokenizer.normalises():
         return text, words.tokenizer.encode_filled
-    return text, lambda text: words.tokenizer.encode_parts(split(text, special, marker))
+    encode = words.tokenizer.encode_parts
+    return text, lambda text: encode(split(text, special, marker), special)
 
 
 def _check_unicode(text: str) -> None:

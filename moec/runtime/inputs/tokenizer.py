@@ -6,6 +6,7 @@ of memory and time, and its end is an error message here.
 """
 
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,32 @@ class Tokenizer:
         """
         return self._encoded("encode_filled", text)
 
-    def encode_parts(self, parts: list[tuple[bool, str]]) -> list[int]:
-        """The token ids of parts of a text: (is a special token, text).
+    def encode_parts(
+        self, parts: list[tuple[bool, str]], tokens: Collection[str] | None = None
+    ) -> list[int]:
+        """The token ids of parts of a text: (is one of `tokens`, text); default all special ones.
 
-        Text that spells a special token is text.
+        Text that spells one of them is text.
 
         Raises:
             MoecError: as `encode`.
         """
-        return self._encoded("encode_parts", json.dumps(parts, ensure_ascii=False))
+        named = sorted(self.special() if tokens is None else tokens)
+        data = json.dumps({"parts": parts, "tokens": named}, ensure_ascii=False)
+        return self._encoded("encode_parts", data)
 
-    def special(self) -> list[str]:
-        """The text of each special token."""
-        found: list[str] = self._ask("special", b"", "list its special tokens")
-        return found
+    def special(self, templates: Iterable[str] = ()) -> list[str]:
+        """The text of each special token, and of other added tokens that `templates` spell.
+
+        Some tokenizers do not call the tokens of roles special.
+        """
+        added: list[tuple[str, bool]] = self._ask("added", b"", "list its added tokens")
+        spelled = "\n".join(templates)
+        return [text for text, special in added if special or (text.strip() and text in spelled)]
+
+    def normalises(self) -> bool:
+        """Whether text changes before tokens are looked for: then other text may become one."""
+        return bool(self._ask("normalises", b"", "look for a normaliser"))
 
     def _encoded(self, name: str, text: str) -> list[int]:
         try:

@@ -18,10 +18,10 @@ class _Held:
 
     tokenizer: Tokenizer | None = None
     file: bytes = b""
-    #: the tokenizer with other names for its special tokens, these names, and the mark in them
+    #: the tokenizer with other names for some tokens; these names; the mark in them, the tokens
     renamed: Tokenizer | None = None
     names: dict[str, str] = field(default_factory=dict)
-    mark: str = ""
+    mark: tuple[str, frozenset[str]] = "", frozenset()
     streams: dict[int, DecodeStream] = field(default_factory=dict)
 
 
@@ -52,7 +52,7 @@ def load(data: bytes, where: str) -> tuple[Any, bytes]:
         held = Tokenizer.from_buffer(data)
         held.no_truncation()
         held.no_padding()
-        _HELD.tokenizer, _HELD.file, _HELD.mark = held, data, ""
+        _HELD.tokenizer, _HELD.file, _HELD.mark = held, data, ("", frozenset())
     return None, b""
 
 
@@ -68,32 +68,33 @@ def encode(data: bytes, where: str) -> tuple[Any, bytes]:
 
 
 def encode_parts(data: bytes, where: str) -> tuple[Any, bytes]:
-    """The ids of the parts [is a special token, text] that `data` holds as JSON.
+    """The ids of `parts`, each [is a token, text]; `data` holds them as JSON, and the `tokens`.
 
-    Special tokens in the text of other parts are text. The post-processor adds nothing. The whole
-    text is encoded at once, so that what the library does at its start or beside a token happens
-    there alone. Only the special tokens have other names in it, which no part spells.
+    Tokens in the text of other parts are text. The post-processor adds nothing. The whole text is
+    encoded at once, so that what the library does at its start or beside a token happens there
+    alone. Only the tokens have other names in it, which no part spells.
     """
-    parts = json.loads(data)
+    given = json.loads(data)
+    parts, tokens = given["parts"], frozenset(given["tokens"])
     spelled = {character for _, text in parts for character in text}
     mark = next(each for each in map(chr, range(0xF0000, 0xFFFFE)) if each not in spelled)
     with _refusing(where):
-        if _HELD.mark != mark:
-            _HELD.renamed, _HELD.names = _renamed(_HELD.file, mark)
-            _HELD.mark = mark
+        if _HELD.mark != (mark, tokens):
+            _HELD.renamed, _HELD.names = _renamed(_HELD.file, mark, tokens)
+            _HELD.mark = mark, tokens
         held, names = _HELD.renamed, _HELD.names
         assert held is not None
         text = "".join(names.get(text, text) if token else text for token, text in parts)
         return list(held.encode(text, add_special_tokens=False).ids), b""
 
 
-def _renamed(file: bytes, mark: str) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer in `file` with other names for its special tokens, and these by the old ones.
+def _renamed(file: bytes, mark: str, tokens: frozenset[str]) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer in `file` with other names for added `tokens`, and these by the old ones.
 
     The names have `mark` in them, a character for private use.
     """
     raw = json.loads(file)
-    special = [each for each in raw.get("added_tokens") or () if each["special"]]
+    special = [each for each in raw.get("added_tokens") or () if each["content"] in tokens]
     names = {each["content"]: f"{mark}{i}{mark}" for i, each in enumerate(special)}
     for each in special:
         each["content"] = names[each["content"]]
@@ -105,9 +106,9 @@ def _renamed(file: bytes, mark: str) -> tuple[Tokenizer, dict[str, str]]:
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    if model.get("merges"):  # text does not become a special token by merging
+    if model.get("merges"):  # text does not become such a token by merging
         merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
-        model["merges"] = [each for each in merges if "".join(each) not in names]
+        model["merges"] = [each for each in merges if not names.keys() & {*each, "".join(each)}]
     raw["post_processor"] = None
     held = Tokenizer.from_str(json.dumps(raw))
     held.no_truncation()
@@ -126,14 +127,19 @@ def encode_filled(data: bytes, where: str) -> tuple[Any, bytes]:
     )
 
 
-def special(_: bytes, where: str) -> tuple[Any, bytes]:
-    """The text of each special token."""
+def added(_: bytes, where: str) -> tuple[Any, bytes]:
+    """The text of each added token, and whether it is special."""
     return _with_tokenizer(
         lambda held: [
-            each.content for each in held.get_added_tokens_decoder().values() if each.special
+            (each.content, each.special) for each in held.get_added_tokens_decoder().values()
         ],
         where,
     )
+
+
+def normalises(_: bytes, where: str) -> tuple[Any, bytes]:
+    """Whether text changes before tokens are looked for, so that other text may become a token."""
+    return _with_tokenizer(lambda held: held.normalizer is not None, where)
 
 
 def token_to_id(data: bytes, where: str) -> tuple[Any, bytes]:

@@ -66,6 +66,11 @@ def layer_by_layer(
         if layer.moe:
             name = chosen[layer.index]
             ours, theirs = expected[name], found[name]
+            if theirs.shape != ours.shape:
+                detail = f"{theirs.shape[1]} experts a token, where the spec says {ours.shape[1]}"
+                label = f"{names.layer(layer.index)} router"
+                yield Check(label, "agreement", 0.0, tolerance.agreement, detail)
+                continue
             if tolerance.near is None:
                 clear = _clear(expected[ranks[layer.index]], ours, tolerance)
             else:  # the reference has not followed the engine

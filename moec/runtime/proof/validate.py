@@ -184,14 +184,15 @@ def _source(
     # A folder inside the artefact comes from whoever made the artefact.
     if known and known.resolve().is_relative_to(artefact.path.resolve()):
         known = None
-    read = None
+    read = home = None
     try:
-        if known and (home := checkpoint_folder(known)):
+        home = checkpoint_folder(known) if known else None
+        if known and home:
             read = read_source(artefact, known)
         found = f"{known} is no folder here" if known else "none is known that you have used"
     except MoecError as error:
         found = f"{error.where}: {error.found}"
-    if known and read:
+    if known and home and read:
         check_same_model(artefact, known, *read)
         notes.append(f"The weights were compared with those in {known}.")
         return (*read, home)

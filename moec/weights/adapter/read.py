@@ -136,16 +136,18 @@ class _Scales:
         if not abs(self.alpha) < _MOST:
             raise at.error("lora_alpha", shown(self.alpha), "a number of usual size")
         self.root = at.take("use_rslora", bool, default=False)
-        self.patterns = at.take("alpha_pattern", dict, default={})
-        for pattern, alpha in self.patterns.items():
+        patterns = at.take("alpha_pattern", dict, default={})
+        for pattern, alpha in patterns.items():
             number = type(alpha) in (int, float) and abs(alpha) < _MOST
             if not _LITERAL.fullmatch(pattern) or not number:
                 raise at.error(
                     "alpha_pattern", shown({pattern: alpha}), "names of modules, and numbers"
                 )
+        self.patterns = _indexed(patterns)
         self.rank = at.take("r", int, default=None)
-        self.ranks = at.take("rank_pattern", dict, default={})
-        if not all(map(_LITERAL.fullmatch, self.ranks)):
+        ranks = at.take("rank_pattern", dict, default={})
+        self.ranks = _indexed(ranks)
+        if not all(map(_LITERAL.fullmatch, ranks)):
             self.rank, self.ranks = None, {}  # the tensors alone say it
         self.parameters = at.take("target_parameters", list, default=[])
         self.at = at
@@ -172,9 +174,31 @@ class _Scales:
         return float(alpha / (math.sqrt(rank) if self.root else rank))
 
 
-def _first(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+Patterns = dict[str, list[tuple[int, str, Any]]]
+
+
+def _indexed(patterns: Mapping[str, Any]) -> Patterns:
+    """Patterns, which may be thousands, by what `_plain` makes of them: place, pattern, value."""
+    found: Patterns = {}
+    for index, (pattern, value) in enumerate(patterns.items()):
+        name = _plain(pattern.removeprefix("^").removesuffix("$").replace("\\", ""))
+        found.setdefault(name, []).append((index, pattern, value))
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name in which dots and underscores are one: a dot of a pattern stands for either."""
+    return name.replace("_", ".")
+
+
+def _first(patterns: Patterns, module: str, default: Any) -> Any:
     """The value of the first pattern that is for a module, as peft matches them."""
-    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    parts = module.split(".")
+    ends = (_plain(".".join(parts[at:])) for at in range(len(parts)))
+    some = sorted(
+        (each for end in ends for each in patterns.get(end, ())), key=lambda each: each[0]
+    )
+    found = (value for _, key, value in some if re.match(rf"(.*\.)?({key})$", module))
     return next(found, default)
 
 

@@ -294,8 +294,10 @@ def test_another_number_of_chosen_experts_is_a_failed_proof(tmp_path: Path) -> N
     assert experts is not None
     two = spec.text.model_copy(update={"experts": experts.model_copy(update={"top_k": 2})})
     write_random_checkpoint(spec.model_copy(update={"text": two}), tmp_path / "weights", seed=3)
-    moec.export(tmp_path / "weights", "ort", "fp32", tmp_path / "art")
+    moec.export(tmp_path / "weights", "ort", "fp32", tmp_path / "art", weights="copy")
     manifest("spec.text.experts.top_k", 3)(tmp_path / "art")
     sealed(tmp_path / "art")
+    refusal(lambda: moec.validate(tmp_path / "art"), "top_k")  # its checkpoint says two
+    shutil.rmtree(tmp_path / "weights")
     report = moec.validate(tmp_path / "art")
     assert not report.passed

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import moec
 from moec.spec.hf.names import keys
+from moec.weights.adapter import read as of_adapters
 from moec.weights.adapter.read import WEIGHTS
 from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
@@ -381,3 +382,14 @@ def test_a_router_has_the_name_that_transformers_gives_it(tmp_path: Path) -> Non
     base = view(before[name]).float()
     expected = (base + 2 * up @ down).to(view(before[name]).dtype)
     assert torch.equal(view(entries[name]), expected)
+
+
+def test_thousands_of_patterns_take_no_time(tmp_path: Path) -> None:
+    """Each names a module, as some trainers write them; the first that is for a module counts."""
+    patterns = {f"layers.{i}.self_attn.q_proj": float(i) for i in range(20_000)}
+    indexed = of_adapters._indexed({"other": 1.0, r"layers\.7\.self_attn\.q_proj": 0.5, **patterns})
+    found = [
+        of_adapters._first(indexed, f"model.layers.{i}.self_attn.q_proj", None) for i in range(200)
+    ]
+    assert found == [0.5 if i == 7 else float(i) for i in range(200)]
+    assert of_adapters._first(indexed, "model.layers.0.mlp", 3.0) == 3.0

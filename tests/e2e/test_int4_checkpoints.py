@@ -129,7 +129,7 @@ def test_binding_later_gives_the_same_artefact(target: str, wide: Path, tmp_path
     assert moec.plan(folder).precision == "int4"
 
 
-@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("target", ["onnx", pytest.param("ort", marks=pytest.mark.slow)])
 def test_an_unbound_artefact_is_proven(target: str, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"scheme": _scheme(block=64, zero_points=True)})
     art = moec.export(spec, target, out=tmp_path / "art")

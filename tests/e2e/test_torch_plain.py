@@ -52,6 +52,7 @@ def test_the_command_line(case: str, precision: str, tmp_path: Path, cli: Cli) -
         assert logits[at - 1].max() - logits[at - 1, said[at]] < limit
 
 
+@pytest.mark.slow
 def test_fp8_that_moec_makes(tmp_path: Path) -> None:
     """The default precision; the whole model is near the reference in the same FP8."""
     write_random_checkpoint(CASES["qwen3"], tmp_path / "weights", seed=5)

@@ -61,7 +61,7 @@ def _flips(report: Report) -> int:
     "target, precision",
     [
         ("onnx", "fp32"),
-        ("ort", "fp32"),
+        pytest.param("ort", "fp32", marks=pytest.mark.slow),
         pytest.param("onnx", "fp16", marks=pytest.mark.slow),
         pytest.param("tensorrt", "fp32", marks=pytest.mark.slow),
         pytest.param("ort", "fp16", marks=pytest.mark.slow),

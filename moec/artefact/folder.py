@@ -188,19 +188,14 @@ def refuse_foreign(out: Path) -> None:
     Raises:
         MoecError: `out` is a file, a link, or a folder with a file that no build of moec wrote.
     """
-    # os.path returns False for a name that is too long, where pathlib raises.
-    if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
-        found = "a link" if os.path.islink(out) else "a file"
-    elif os.path.isdir(out) and (foreign := foreign_file(out)) is not None:
-        found = f"a folder that holds something else ({foreign}, ...)"
-    else:
-        return
-    refuse(
-        f"--out {out}",
-        found,
-        "a new or empty folder, or an artefact to replace, with the files of its manifest alone",
-        "choose another, or move that file elsewhere",
+    expected = (
+        "a new or empty folder, or an artefact to replace, with the files of its manifest alone"
     )
+    next_step = "choose another, or move that file elsewhere"
+    _refuse_other(out, expected, next_step)
+    if os.path.isdir(out) and (foreign := foreign_file(out)) is not None:
+        found = f"a folder that holds something else ({foreign}, ...)"
+        refuse(f"--out {out}", found, expected, next_step)
 
 
 def refuse_filled(out: Path) -> None:
@@ -209,13 +204,19 @@ def refuse_filled(out: Path) -> None:
     Raises:
         MoecError: `out` is a file, a link, or a folder that holds something.
     """
-    if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
-        found = "a link" if os.path.islink(out) else "a file"
-    elif os.path.isdir(out) and (held := next(iter(sorted(os.listdir(out))), None)):
-        found = f"a folder that holds something ({held}, ...)"
-    else:
-        return
-    refuse(f"--out {out}", found, "a new or empty folder", "choose another, or remove it first")
+    expected, next_step = "a new or empty folder", "choose another, or remove it first"
+    _refuse_other(out, expected, next_step)
+    if os.path.isdir(out) and (names := sorted(os.listdir(out))):
+        found = f"a folder that holds something ({names[0]}, ...)"
+        refuse(f"--out {out}", found, expected, next_step)
+
+
+def _refuse_other(out: Path, expected: str, next_step: str) -> None:
+    """Refuse an `out` that is there and no folder."""
+    # os.path returns False for a name that is too long, where pathlib raises.
+    link = os.path.islink(out)
+    if link or (os.path.exists(out) and not os.path.isdir(out)):
+        refuse(f"--out {out}", "a link" if link else "a file", expected, next_step)
 
 
 def _remove_stale(out: Path, partial: Path) -> None:

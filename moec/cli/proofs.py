@@ -114,7 +114,6 @@ def prove(
     check_given(artefact, weights_from=weights_from)
     import moec
     from moec.artefact.parity import record
-    from moec.cli.tables import report_table
 
     with bar(quiet=as_json) as progress:
         report = moec.validate(
@@ -129,10 +128,7 @@ def prove(
             source=source,
             weights_from=weights_from,
         )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        report_table(report.to_dict())
+    _show(report, as_json)
     try:
         record(artefact, report, weights_from)
     except MoecError as error:
@@ -158,7 +154,6 @@ def prove_against(
     """
     check_given(checkpoint=checkpoint)
     import moec
-    from moec.cli.tables import report_table
     from moec.exporters.model_card import add_proof
     from moec.runtime.proof.report import cells
 
@@ -166,10 +161,7 @@ def prove_against(
         report = moec.validate(
             checkpoint, against=engine, tokens=tokens, seed=seed, progress=progress, python=python
         )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        report_table(report.to_dict())
+    _show(report, as_json)
     ran = f"{report.engine} against {report.reference}, prompts of {report.tokens} tokens"
     try:
         rows = (cells(check.to_dict()) for check in report.checks)
@@ -177,6 +169,12 @@ def prove_against(
     except OSError as error:
         error_line(f"warning: the card was not written: {error.strerror}", "yellow")
     _end(report, html)
+
+
+def _show(report: "Report", as_json: bool) -> None:
+    from moec.cli.tables import report_table
+
+    (print_json if as_json else report_table)(report.to_dict())
 
 
 def _end(report: "Report", html: Path | None) -> None:

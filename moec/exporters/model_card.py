@@ -9,6 +9,7 @@ from moec.exporters.write import versions
 from moec.spec.bounded.own import is_regular
 from moec.spec.errors import visible
 from moec.spec.model import ModelSpec
+from moec.spec.scheme import INPUTS, WEIGHTS
 from moec.spec.tensors import eligible, quantized
 from moec.weights.checkpoint import Checkpoint
 
@@ -23,7 +24,9 @@ def model_card(told: ModelSpec, scheme: str, source: Checkpoint) -> str:
     """
     rules = quantized(told)
     kinds = sorted({(rule.weight, rule.inputs) for rule in rules.values()})
-    how = "; ".join(f"weights: {_WEIGHTS[w]}, inputs: {_INPUTS[i]}" for w, i in kinds)
+    how = "; ".join(f"weights: {WEIGHTS[w]}; inputs: {INPUTS[i]}" for w, i in kinds)
+    side = told.scheme.block if told.scheme else None
+    blocks = f"; block: {side}" if any(w == "block" for w, _ in kinds) else ""
     wide = sum(name not in rules for name in eligible(told))
     headers = hashlib.sha256()
     for shard in source.shards:
@@ -39,7 +42,7 @@ tags:
 # {told.name}, {scheme} FP8
 
 {_MADE}{versions().get("moec", "from a checkout")}
-- scheme: {scheme} ({how})
+- scheme: {scheme} ({how}){blocks}
 - quantised: {len(rules)} weights; {wide} others that could be are as they were
 - source: {len(source.shards)} files, SHA-256 of their names, sizes and headers
   `{headers.hexdigest()}`{adapters}
@@ -89,17 +92,3 @@ def _cell(text: str) -> str:
 
 #: where a card says what a proof found, and what shows that the card is moec's
 _PROOF, _MADE = "## Proof\n", "- made by: moec "
-
-
-_WEIGHTS = {
-    "channel": "a scale for each output",
-    "block": "a scale for each block of 128 x 128",
-    "expert": "a scale for each matrix",
-    "tensor": "a scale for each matrix",
-}
-_INPUTS = {
-    "token": "a scale for each token, when it runs",
-    "group": "a scale for each 128 values of a token, when it runs",
-    "tensor": "a scale for each matrix, which calibration measured",
-    "none": "wide",
-}

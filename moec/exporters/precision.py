@@ -84,15 +84,6 @@ def fp8_packings(spec: ModelSpec) -> dict[str, Packing]:
     scheme, rules = spec.scheme, quantized(spec)
     assert scheme is not None
     return {
-        name: Packing.model_validate(
-            {
-                "source": name,
-                "dtype": scheme.scales,
-                "fp8": rules[name].weight,
-                "block": scheme.block,
-            }
-        )
-        if name in rules
-        else Packing(source=name, dtype=spec.stored(name))
+        name: Packing.by(name, spec.stored(name), rules.get(name), scheme)
         for name in parameters(spec)
     }

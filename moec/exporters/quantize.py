@@ -71,8 +71,8 @@ def quantize(
 
     Args:
         checkpoint: a checkpoint folder.
-        scheme: "dynamic" (all linear layers), "meta" (the experts alone), or a file. Weights have a
-            scale for each output, and inputs one for each token.
+        scheme: "dynamic" (all linear layers) or "meta" (the experts alone), with a scale for each
+            output of a weight and each token of its inputs; "deepseek" (scales of blocks); a file.
         out: the folder to write, which must not hold anything; default build/NAME-SCHEME.
         progress: called with (stage, done, total) in bytes of weights read.
         weights_from: a further folder to which links in the checkpoint may lead.
@@ -174,15 +174,12 @@ def _check_blocks(told: ModelSpec) -> None:
 
 def _packings(told: ModelSpec, stacks: dict[str, TensorEntry]) -> dict[str, Packing]:
     """How each parameter is written, by the first tensor that holds it: matrices are [out, in]."""
-    rules, scheme, found = quantized(told), told.scheme, dict[str, Packing]()
-    assert scheme is not None
+    rules, found = quantized(told), dict[str, Packing]()
     for name, shape in parameters(told).items():
         apart = len(shape) == 3 and (name in rules or told.separate_experts)
-        values: dict[str, object] = {"source": name, "dtype": stacks[name].dtype}
-        if name in rules:
-            values |= {"dtype": scheme.scales, "fp8": rules[name].weight, "block": scheme.block}
-        packing = Packing.model_validate(values | ({"arrange": "transpose"} if apart else {}))
-        found[packing.names(stacks[name].dtype)[0]] = packing
+        stored = stacks[name].dtype
+        packing = Packing.by(name, stored, rules.get(name), told.scheme, turned=apart)
+        found[packing.names(stored)[0]] = packing
     return found
 
 

@@ -30,7 +30,7 @@ FUSED, PLAIN = "torch", "torch-plain"
 
 
 #: the kinds of FP8 experts that are joined: weights and inputs, as in a scheme rule
-JOINED_FP8 = dict.fromkeys([("channel", "token"), ("block", "group")])
+JOINED_FP8 = {("channel", "token"), ("block", "group")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +153,9 @@ def plain_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
     turned = {source for _, _, sources in _plainly_joined(stored) for source in sources}
     found = dict[str, Packing]()
     for name, shape in parameters(spec).items():
-        how = {"arrange": "transpose" if name in turned and len(shape) == 3 else "rows"}
-        values: dict[str, object] = {"source": name, "dtype": stored.stored(name), **how}
-        if name in rules and spec.scheme:
-            fp8 = {"fp8": rules[name].weight, "block": spec.scheme.block}
-            values |= {"dtype": spec.scheme.scales, **fp8}
-        packing = Packing.model_validate(values)
+        joined = name in turned and len(shape) == 3
+        dtype = stored.stored(name)
+        packing = Packing.by(name, dtype, rules.get(name), spec.scheme, turned=joined)
         found[packing.names(spec.stored(name))[0]] = packing
     return found
 
@@ -219,7 +216,7 @@ def _plainly_joined(spec: ModelSpec) -> Iterator[tuple[str, Shape, tuple[str, ..
         if own == {None}:
             joins = not spec.separate_experts and (scheme is None or scheme.layout == "moec")
         else:
-            joins = own <= JOINED_FP8.keys() and _is_exact(scheme) and _whole(spec, layer.experts)
+            joins = own <= JOINED_FP8 and _is_exact(scheme) and _whole(spec, layer.experts)
         if not joins:
             continue
         count, hidden = layer.experts.count, layer.experts.hidden

@@ -70,15 +70,14 @@ def read_model(
     checkpoint = in_bytes(spec, checkpoint)
     entries = match(spec, checkpoint)
     adapters = [adapters] if isinstance(adapters, str) else adapters
-    merged = [Path(each).resolve() for each in adapters]
+    merged = tuple(Path(each).resolve() for each in adapters)
     if os.path.lexists(checkpoint.folder / ADAPTER) and checkpoint.folder.resolve() not in merged:
         spec = spec.model_copy(update={"notes": (*spec.notes, _BESIDE)})
     if adapters:
         from moec.weights.adapter.read import with_adapters  # torch, which reading needs not
 
         entries = with_adapters(spec, entries, adapters, named)
-        folders = tuple(Path(each).resolve() for each in adapters)
-        checkpoint = replace(checkpoint, adapters=folders)
+        checkpoint = replace(checkpoint, adapters=merged)
         if spec.text.tie_embeddings and entries[names.EMBED_WEIGHT].changes:
             spec = spec.model_copy(update={"notes": (*spec.notes, _TIED)})
     return spec, checkpoint, entries

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from moec.spec.data import DType, Frozen
 from moec.spec.names import scale_of
+from moec.spec.scheme import Rule, Scheme
 from moec.spec.tensors import scale_shape
 from moec.weights.shard import TensorEntry
 
@@ -65,6 +66,21 @@ class Packing(Frozen):
         if self.zero_points and not self.group:
             raise ValueError("zero points are a checkpoint's, which has groups")
         return self
+
+    @classmethod
+    def by(
+        cls, source: str, dtype: str, rule: Rule | None, scheme: Scheme | None, turned: bool = False
+    ) -> Self:
+        """How `source` is stored: in FP8 by the `rule` of `scheme`, or as `dtype` without a rule.
+
+        The experts that are `turned` are [out, in].
+        """
+        values: dict[str, object] = {"source": source, "dtype": dtype}
+        if turned:
+            values["arrange"] = "transpose"
+        if rule and scheme:
+            values |= {"dtype": scheme.scales, "fp8": rule.weight, "block": scheme.block}
+        return cls.model_validate(values)
 
     def names(self, stored: str) -> tuple[str, ...]:
         """The names of the tensors that hold the parameter, whose checkpoint type is `stored`.

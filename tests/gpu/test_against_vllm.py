@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moec
@@ -18,6 +17,7 @@ from moec.runtime.proof.against.compare import against
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.weights.random import write_random_checkpoint
+from tests.damage import only_shard
 
 PYTHON = os.environ.get("MOEC_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(
@@ -101,9 +101,7 @@ def test_damage_is_seen(
 ) -> None:
     """vLLM reads a damaged copy, and the reference the sound checkpoint."""
     shutil.copytree(scout, tmp_path / "theirs")
-    weights = load_file(scout / "model.safetensors")
-    damage(weights)
-    save_file(weights, tmp_path / "theirs/model.safetensors", metadata={"format": "pt"})
+    only_shard(damage)(tmp_path / "theirs")
     assert not prove(scout, tmp_path / "theirs").passed
 
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from moec.spec.fields import REQUIRED, Fields, shown
-from moec.spec.hf.modules import INERT, NEXT, scheme_of, strings
+from moec.spec.hf.modules import INERT, NEXT, scheme_of, square, strings
+from moec.spec.hf.names import DECODER, TOWER
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import INT4, Scheme
 
@@ -125,11 +126,7 @@ def _e4m3(
         raise at.error("strategy", repr(strategy), " or ".join(map(repr, strategies)))
     size = None
     if strategy == "block":
-        sides = at.take("block_structure", list)
-        size = sides[0] if len(sides) == 2 and sides[0] == sides[1] else None
-        if type(size) is not int or not 2 <= size <= 1024:
-            expected = "two equal numbers, such as [128, 128]"
-            raise at.error("block_structure", shown(sides), expected)
+        size = square(at, "block_structure")
     elif strategy == "group":
         size = at.take("group_size", int)
     at.finish(INERT | {"group_size", "block_structure"})
@@ -170,10 +167,10 @@ def ignored(kept: list[str], quantised: list[str]) -> list[str]:
     Where all layers agree, an expression stands for them, so that every spelling matches.
     """
     taken = set(map(_of_all_layers, quantised))
-    tower = _TOWER if not any(each.startswith(_TOWER) for each in quantised) else None
+    tower = () if any(each.startswith(TOWER[0]) for each in quantised) else TOWER[0]
     found = [
-        f"re:.*{_TOWER}[.].*"
-        if tower and each.startswith(tower)
+        f"re:.*{TOWER[0].replace('.', '[.]')}.*"
+        if each.startswith(tower)
         else each
         if (family := _of_all_layers(each)) in taken
         else f"re:{family}"
@@ -182,14 +179,10 @@ def ignored(kept: list[str], quantised: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-#: the vision tower's module
-_TOWER = "vision_model"
-
-
 def _of_all_layers(module: str) -> str:
     """An expression for a module in every layer, whatever is before it."""
     parts = module.split(".layers.", 1)
     if len(parts) == 1:
-        return f".*{module.removeprefix('language_model.').replace('.', '[.]')}$"
+        return f".*{module.removeprefix(DECODER).replace('.', '[.]')}$"
     inner = parts[1].partition(".")[2].replace(".", "[.]")
     return f".*layers[.][0-9]+[.]{inner}$"

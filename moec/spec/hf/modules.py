@@ -34,6 +34,15 @@ def strings(at: Fields, key: str, default: Any = ()) -> list[str]:
     return found
 
 
+def square(at: Fields, key: str) -> int:
+    """Read field `key`, the two sides of a block: equal, from 2 to 1,024."""
+    sides = at.take(key, list)
+    size = sides[0] if len(sides) == 2 and sides[0] == sides[1] else None
+    if type(size) is not int or not 2 <= size <= 1024:
+        raise at.error(key, shown(sides), "two equal numbers, such as [128, 128]")
+    return size
+
+
 def scheme_of(
     at: Fields,
     field: str,

@@ -12,7 +12,7 @@ from typing import Any
 from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import Fields, read_own_json, shown
 from moec.spec.hf.compressed_tensors import ignored, read_compressed_tensors, write_group
-from moec.spec.hf.modules import INERT, NEXT, modules, scheme_of, strings
+from moec.spec.hf.modules import INERT, NEXT, modules, scheme_of, square, strings
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import eligible, quantized
@@ -149,9 +149,7 @@ def _fine_grained(at: Fields, spec: ModelSpec) -> Scheme:
         raise at.error("quant_method", "fp8, for experts in one tensor", expected)
     at.require("fmt", "e4m3", default="e4m3")
     at.require("activation_scheme", "dynamic", default="dynamic")
-    size = at.take("weight_block_size", list)
-    if len(size) != 2 or size[0] != size[1] or type(size[0]) is not int or not 2 <= size[0] <= 1024:
-        raise at.error("weight_block_size", shown(size), "two equal numbers, such as [128, 128]")
+    size = square(at, "weight_block_size")
     kept = strings(at, "modules_to_not_convert", ["lm_head"])
     at.finish(INERT)
     return scheme_of(
@@ -164,7 +162,7 @@ def _fine_grained(at: Fields, spec: ModelSpec) -> Scheme:
         "block",
         "group",
         routers=False,  # they are no linear layers in transformers, and no list names them
-        block=size[0],
+        block=size,
     )
 
 

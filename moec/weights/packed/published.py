@@ -19,7 +19,7 @@ from moec.spec import names
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import Shape
-from moec.spec.tensors import Kind, quantized, tensors
+from moec.spec.tensors import quantized, tensors
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry, nbytes
 
@@ -79,4 +79,4 @@ def in_shards(
 
 
 def _size(packing: Packing, entry: TensorEntry) -> int:
-    return sum(nbytes(*Kind(*kind)) for kind in packing.shapes(entry.shape))
+    return sum(nbytes(*kind) for kind in packing.shapes(entry.shape))

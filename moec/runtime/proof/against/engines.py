@@ -68,7 +68,8 @@ def run_other(name: str, job: dict[str, Any], python: str | Path | None) -> dict
         EngineError: the engine failed; the message has its last words.
     """
     other = find_other(name)
-    command = [str(python or sys.executable), str(Path(__file__).with_name(other.script))]
+    scripts = (Path(__file__).with_name(each) for each in ("in_process.py", other.script))
+    command = [str(python or sys.executable), *map(str, scripts)]
     with tempfile.TemporaryDirectory(prefix="moec-against-") as folder:
         given, taken, log = (Path(folder) / part for part in ("job.json", "found.json", "log"))
         given.write_text(json.dumps(job), encoding="utf-8")

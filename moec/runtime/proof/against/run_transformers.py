@@ -1,14 +1,12 @@
-"""Run prompts in transformers: python run_transformers.py JOB.json FOUND.json.
+"""Run prompts in transformers; `in_process.py` calls `run`.
 
-It imports nothing of moec but one file, by its path. Quantised weights are dequantised while they
+This imports nothing of moec but one file, by its path. Quantised weights are dequantised while they
 are loaded, and everything is computed in float32 on the CPU.
 """
 
 import json
 import os
 import runpy
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +66,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                     now = torch.tensor([[new[-1]]])
             tokens.append(new)
     return {"version": transformers.__version__, "logprobs": logprobs, "tokens": tokens}
-
-
-def main() -> None:
-    """Answer the job; what goes wrong is an answer too."""
-    given, taken = map(Path, sys.argv[1:])
-    try:
-        found = run(json.loads(given.read_text(encoding="utf-8")))
-    except Exception as error:
-        traceback.print_exc()
-        found = {"failed": f"{type(error).__name__}: {error}"}
-    taken.write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,7 @@
-"""Run prompts in vLLM: python run_vllm.py JOB.json FOUND.json. It imports nothing of moec."""
+"""Run prompts in vLLM; `in_process.py` calls `run`."""
 
-import json
 import os
-import sys
-import traceback
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -40,7 +36,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         max_num_batched_tokens=2048,  # their logits take memory: 1.7 GB where words are 200,000
         seed=0,
         trust_remote_code=False,
-        **job.get("options", {}),
     )
     sampling = vllm.SamplingParams(
         temperature=0.0,
@@ -57,18 +52,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         logprobs.append([row[token].logprob for token, row in zip(ids[1:], each, strict=True)])
         tokens.append(list(output.outputs[0].token_ids))
     return {"version": vllm.__version__, "logprobs": logprobs, "tokens": tokens}
-
-
-def main() -> None:
-    """Answer the job; what goes wrong is an answer too."""
-    given, taken = map(Path, sys.argv[1:])
-    try:
-        found = run(json.loads(given.read_text(encoding="utf-8")))
-    except Exception as error:
-        traceback.print_exc()
-        found = {"failed": f"{type(error).__name__}: {error}"}
-    taken.write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moec
@@ -22,6 +21,7 @@ from moec.spec.reduced import reduced
 from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
 from tests.conftest import run_command
+from tests.damage import only_shard
 from tests.families import CASES
 from tests.refusals import one_message, refusal
 
@@ -91,9 +91,7 @@ def test_damage_is_seen(
 ) -> None:
     """The engine reads a damaged copy, and the reference the sound checkpoint."""
     shutil.copytree(scout, tmp_path / "theirs")
-    weights = load_file(scout / "model.safetensors")
-    damage(weights)
-    save_file(weights, tmp_path / "theirs/model.safetensors", metadata={"format": "pt"})
+    only_shard(damage)(tmp_path / "theirs")
     report = against(scout, "transformers", tokens=70, theirs=tmp_path / "theirs")
     assert not report.passed and report.checks[0].passed == (damage is not missing)
 

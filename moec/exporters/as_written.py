@@ -21,6 +21,9 @@ from moec.exporters.builder import Wanted, builder_for
 from moec.exporters.stages import no_collection
 from moec.exporters.torch.archive import difference, fewer_nodes
 
+#: bytes of the largest stored graph whose nodes are counted before the expected one is written
+_SMALL = 1 << 26
+
 
 @no_collection()
 def other_files(artefact: Artefact) -> dict[str, str]:
@@ -71,7 +74,7 @@ def _write(artefact: Artefact, folder: Path, found: dict[str, str | None]) -> di
         stored = artefact.graph(part)
         file = folder / stored.relative_to(artefact.path)
         count = fewer_nodes if file.suffix == ".pt2" else _fewer_nodes
-        if what := count(stored, graph):
+        if _is_small(stored) and (what := count(stored, graph)):
             found[file.relative_to(folder).as_posix()] = what
             continue
         model, _ = builder.lower(wanted, graph, part)
@@ -86,6 +89,14 @@ def _write(artefact: Artefact, folder: Path, found: dict[str, str | None]) -> di
         ours = manifest.model_copy(update={"presets": own})
         builder.beside(folder, artefact.path, ours, artefact.companion)
     return files
+
+
+def _is_small(file: Path) -> bool:
+    """Whether a stored graph may be too small for its model; a larger one is not read for that."""
+    try:
+        return file.stat().st_size <= _SMALL
+    except OSError:
+        return False
 
 
 def _fewer_nodes(file: Path, graph: fx.GraphModule) -> str | None:

@@ -24,6 +24,8 @@ _MARKERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 MODEL = "assistant"
 #: where a part {"type": "image"} may have its image
 _SOURCES = ("path", "image")
+#: the names under which messages hold the model's reasoning
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 #: whose text a template may put side by side
 _SPOKEN = ("content", "text")
 
@@ -52,7 +54,20 @@ def checked(messages: object, where: str = "messages") -> list[dict[str, Any]]:
             _refuse(f"{at}.content", content, expected)
         if content is None and not message.get("tool_calls"):
             _refuse(at, message, expected)
-    return [dict(message) for message in messages]
+    return [_as_templates_know(message) for message in messages]
+
+
+def _as_templates_know(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it to a template.
+
+    A key without a value is none, as in {"content": null, "tool_calls": [...]}. Templates look for
+    the reasoning under one of two names.
+    """
+    found = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((found[name] for name in _REASONING if name in found), None)
+    if reasoning is None:
+        return found
+    return {"thinking": reasoning, **found, "reasoning_content": reasoning}
 
 
 def checked_tools(tools: object, where: str = "tools") -> list[dict[str, Any]] | None:
@@ -271,20 +286,27 @@ def _breaks(special: Iterable[str], marker: str) -> Callable[[str], str]:
     if not tokens:
         return lambda text: text
     whole = re.compile("|".join(map(re.escape, tokens)))
-    starts = {each[:size] for each in tokens for size in range(2, len(each))}
-    ends = {each[-size:] for each in tokens for size in range(2, len(each))}
-    sizes = range(2, len(tokens[0]))
 
     def change(text: str) -> str:
         text = whole.sub(lambda found: found[0][0] + marker + found[0][1:], text)
         bare = text.lstrip()
-        if any(bare[:size] in ends for size in sizes):
+        if any(_meet(token, bare, min(len(bare), len(token) - 1)) for token in tokens):
             at = len(text) - len(bare) + 1
             text = text[:at] + marker + text[at:]
         bare = text.rstrip()
-        if any(bare[-size:] in starts for size in sizes):
+        if any(_meet(bare, token, len(token) - 1) for token in tokens):
             at = len(bare) - 1
             text = text[:at] + marker + text[at:]
         return text
 
     return change
+
+
+def _meet(first: str, second: str, longest: int) -> bool:
+    """Whether the end of one text is the start of another: 2 to `longest` characters."""
+    start, at = second[:2], max(0, len(first) - longest)
+    while len(start) == 2 and (at := first.find(start, at)) >= 0:
+        if second.startswith(first[at:]):
+            return True
+        at += 1
+    return False

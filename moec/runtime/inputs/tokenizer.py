@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moec.spec.bounded.limits import TOKENIZER
+from moec.spec.bounded.limits import SPECIAL, TOKENIZER
 from moec.spec.bounded.read import check_json, read_bytes
 from moec.spec.bounded.worker import Worker
 from moec.spec.errors import refuse
@@ -62,10 +62,21 @@ class Tokenizer:
         """The text of each special token, and of other added tokens that `templates` spell.
 
         Some tokenizers do not call the tokens of roles special.
+
+        Raises:
+            MoecError: together they are longer than any tokenizer's.
         """
         added: list[tuple[str, bool]] = self._ask("added", b"", "list its added tokens")
         spelled = "\n".join(templates)
-        return [text for text, special in added if special or (text.strip() and text in spelled)]
+        found = [text for text, special in added if special or (text.strip() and text in spelled)]
+        if (size := sum(map(len, found))) > SPECIAL:
+            refuse(
+                self.path,
+                f"special tokens of {size:,} characters together",
+                f"at most {SPECIAL:,}, which is far above all known tokenizers",
+                _NEXT,
+            )
+        return found
 
     def normalises(self) -> bool:
         """Whether text changes before tokens are looked for: then other text may become one."""

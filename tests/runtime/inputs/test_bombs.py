@@ -14,6 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 
 import moec
+from moec.runtime.inputs.chat import guarded
 from moec.runtime.inputs.image import read_image
 from moec.runtime.inputs.template import fill
 from moec.runtime.inputs.text import open_text
@@ -154,6 +155,11 @@ def _nested(count: int) -> dict[str, Any]:
     return value
 
 
+def _special(text: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": 2, "content": text, "special": True, **flags}
+
+
 def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
@@ -168,6 +174,7 @@ TOKENIZERS: dict[str, bytes] = {
     "a vocabulary of one id": _words(
         model={"type": "BPE", "vocab": {"a": 2**40}, "merges": [["a", "b"]]}
     ),
+    "special tokens without end": _words(added_tokens=[_special("<" + "ab" * (1 << 17) + ">")]),
     "no tokenizer": b"{}",
     "nothing": b"",
 }
@@ -178,7 +185,22 @@ TOKENIZERS: dict[str, bytes] = {
 def test_a_tokenizer_that_aborts_is_refused(tmp_path: Path, case: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(TOKENIZERS[case])
     with within_a_gigabyte():
-        refusal(lambda: open_text(tmp_path).encode("a" * 100), "tokenizer.json")
+        refusal(lambda: _use(tmp_path), "tokenizer.json")
+
+
+def _use(folder: Path) -> None:
+    words = open_text(folder)
+    words.encode("a" * 100)
+    words.tokenizer.special()
+
+
+def test_a_long_special_token_takes_little_memory() -> None:
+    token = "<" + "ab" * 60_000 + ">"
+    with within_a_gigabyte():
+        found, marker = guarded(HELLO, [token])
+    assert found == HELLO and not marker
+    (broken,), marker = guarded([{"role": "user", "content": f"{token} <ab"}], [token])
+    assert broken["content"] == f"<{marker}{token[1:]} <a{marker}b"
 
 
 def test_a_sound_tokenizer_gives_the_library_its_own_ids() -> None:

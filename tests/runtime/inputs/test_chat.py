@@ -80,6 +80,26 @@ def test_the_ids_are_those_of_transformers(name: str, tiny: Path, tmp_path: Path
     )
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["reasoning", "thinking", "reasoning_content"])
+def test_templates_find_the_fields_of_a_message_that_transformers_gives_them(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
+    """A field without a value is none, and the reasoning has the names that templates look for."""
+    template = BOS + "{% for m in messages %}{{ m | tojson }}{{ m.content }}{% endfor %}"
+    folder = _checkpoint(tiny, tmp_path / "checkpoint", template)
+    messages = [
+        {"role": "user", "content": "1 + 1?", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], name: "easy"},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two.", "tool_calls": None, name: None},
+    ]
+    assert moec.encode(folder, messages).input_ids == _expected(folder, messages)
+
+
 @pytest.mark.full
 def test_tools_have_a_template_of_their_own(tiny: Path, tmp_path: Path) -> None:
     template = [

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.given import check_given
+from moec.cli.given import check_given, check_to_write
 from moec.cli.options import Adapters, LinksTo
 from moec.cli.output import bar, say
 from moec.spec.errors import refuse
@@ -28,13 +28,7 @@ def calibrate(
     """
     import moec
 
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        refuse(
-            f"--out {out}",
-            "a folder, or a file in a folder that does not exist",
-            "a file to write",
-            "choose another",
-        )
+    check_to_write("--out", out, '{"format": "moec-scales/1"')
     with bar() as progress:
         found = moec.calibrate(checkpoint, tokens, percentile=percentile, progress=progress)
     try:

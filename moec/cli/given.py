@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moec.spec.bounded.own import is_regular
 from moec.spec.errors import refuse
 
 
@@ -45,3 +46,27 @@ def check_source(variant: str | None, spec: Path | None, checkpoint: Path | None
             "a folder with config.json",
             "check the path, or build without weights: moec build --variant scout",
         )
+
+
+def check_to_write(option: str, path: Path, start: str) -> None:
+    """Refuse to write where a folder is, or a file that a command like this one did not write.
+
+    `start` is how each file that it writes begins.
+
+    Raises:
+        MoecError: also if the folder of `path` does not exist.
+    """
+    where = f"{option} {path}"
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        found = "a folder, or a file in a folder that does not exist"
+        refuse(where, found, "a file to write", "choose another")
+    if is_regular(path) and not _starts(path, start):  # a device or a pipe loses nothing
+        found = "a file that holds something else"
+        refuse(where, found, "a new file, or an earlier one of this command", "choose another")
+
+
+def _starts(path: Path, start: str) -> bool:
+    """Whether a file begins with `start`, whatever spaces it has; an empty file does."""
+    with path.open("rb") as file:
+        data = file.read(4 * len(start)).decode(errors="replace")
+    return not data or "".join(data.split()).startswith("".join(start.split()))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moec.cli.given import check_given
+from moec.cli.given import check_given, check_to_write
 from moec.cli.options import Device, Json, WeightsFrom
 from moec.cli.output import bar, error_line, print_json
 from moec.spec.errors import MoecError, refuse
@@ -73,6 +73,8 @@ def validate(
 
     The report goes into the artefact's manifest, where `moec inspect` finds it.
     """
+    if html:
+        check_to_write("--html", html, "<!doctype html><meta charset=utf-8><title>moec validate")
     if against is not None:
         prove_against(artefact, against, tokens, seed, html, as_json, python)
         return

@@ -14,9 +14,7 @@ from moec.runtime.inputs.chat import (
     check_json,
     checked,
     checked_tools,
-    guarded,
     pictures,
-    split,
     texts,
 )
 from moec.runtime.inputs.image_places import (
@@ -138,12 +136,13 @@ def filled(
         check_json(values, where)
     special = words.tokenizer.special(words.templates.values())
     said = [*messages, {"role": "tools", "tools": tools}]
-    (*messages, held), marker = guarded(said, special, IMAGE_TOKENS, kept, plain)
+    (*messages, held), marker = words.tokenizer.guard(
+        said, special=special, nobodys=IMAGE_TOKENS, kept=kept, plain=plain
+    )
     text = words.render(messages, held["tools"])
     if not marker and not words.tokenizer.normalises():
         return text, words.tokenizer.encode_filled
-    encode = words.tokenizer.encode_parts
-    return text, lambda text: encode(split(text, special, marker), special)
+    return text, lambda text: words.tokenizer.encode_split(text, special, marker)
 
 
 def _check_unicode(text: str) -> None:

@@ -6,11 +6,12 @@ of memory and time, and its end is an error message here.
 """
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moec.runtime.inputs.chat import Message
 from moec.spec.bounded.limits import SPECIAL, TOKENIZER
 from moec.spec.bounded.read import check_json, read_bytes
 from moec.spec.bounded.worker import Worker
@@ -44,6 +45,15 @@ class Tokenizer:
         """
         return self._encoded("encode_filled", text)
 
+    def encode_split(self, text: str, special: Collection[str], marker: str) -> list[int]:
+        """The token ids of a filled template: `special` are tokens, unless a `marker` breaks them.
+
+        Raises:
+            MoecError: as `encode`.
+        """
+        data = {"text": text, "special": sorted(special), "marker": marker}
+        return self._encoded("encode_split", json.dumps(data, ensure_ascii=False))
+
     def encode_parts(
         self, parts: list[tuple[bool, str]], tokens: Collection[str] | None = None
     ) -> list[int]:
@@ -66,9 +76,8 @@ class Tokenizer:
         Raises:
             MoecError: together they are longer than any tokenizer's.
         """
-        added: list[tuple[str, bool]] = self._ask("added", b"", "list its added tokens")
-        spelled = "\n".join(templates)
-        found = [text for text, special in added if special or (text.strip() and text in spelled)]
+        data = "\n".join(templates).encode(errors="replace")
+        found: list[str] = self._ask("special", data, "list its special tokens")
         if (size := sum(map(len, found))) > SPECIAL:
             refuse(
                 self.path,
@@ -77,6 +86,19 @@ class Tokenizer:
                 _NEXT,
             )
         return found
+
+    def guard(self, messages: Sequence[Message], **more: object) -> tuple[list[Any], str]:
+        """What `guarded` makes of messages. A stranger's tokens can make that take hours.
+
+        Raises:
+            MoecError: as `guarded`; or it takes too much memory or time.
+        """
+        arguments = {"messages": messages, **more}
+        data = json.dumps(arguments, ensure_ascii=False, default=list).encode()
+        found, marker = self._ask(
+            "guard", data, "look for its special tokens in the messages", len(data) // _RATE
+        )
+        return found, marker
 
     def normalises(self) -> bool:
         """Whether text changes before tokens are looked for: then other text may become one."""

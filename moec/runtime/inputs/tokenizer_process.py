@@ -1,7 +1,7 @@
 """What the child process of a tokenizer runs: it holds one tokenizer, and its streams."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from moec.runtime.inputs.chat import guarded, split
 from moec.spec.errors import refuse
 
 
@@ -67,15 +68,28 @@ def encode(data: bytes, where: str) -> tuple[Any, bytes]:
     return _with_tokenizer(lambda held: list(held.encode(data.decode()).ids), where)
 
 
+def encode_split(data: bytes, where: str) -> tuple[Any, bytes]:
+    """The ids of a filled template, whose special tokens `split` finds; `data` is JSON."""
+    given = json.loads(data)
+    parts = split(given["text"], given["special"], given["marker"])
+    return _of_parts(parts, frozenset(given["special"]), where)
+
+
 def encode_parts(data: bytes, where: str) -> tuple[Any, bytes]:
-    """The ids of `parts`, each [is a token, text]; `data` holds them as JSON, and the `tokens`.
+    """The ids of `parts`, each [is a token, text]; `data` holds them as JSON, and the `tokens`."""
+    given = json.loads(data)
+    return _of_parts(given["parts"], frozenset(given["tokens"]), where)
+
+
+def _of_parts(
+    parts: Sequence[tuple[bool, str]], tokens: frozenset[str], where: str
+) -> tuple[Any, bytes]:
+    """The ids of parts of a text, each with whether it is one of `tokens`.
 
     Tokens in the text of other parts are text. The post-processor adds nothing. The whole text is
     encoded at once, so that what the library does at its start or beside a token happens there
     alone. Only the tokens have other names in it, which no part spells.
     """
-    given = json.loads(data)
-    parts, tokens = given["parts"], frozenset(given["tokens"])
     spelled = {character for _, text in parts for character in text}
     mark = next(each for each in map(chr, range(0xF0000, 0xFFFFE)) if each not in spelled)
     with _refusing(where):
@@ -127,14 +141,22 @@ def encode_filled(data: bytes, where: str) -> tuple[Any, bytes]:
     )
 
 
-def added(_: bytes, where: str) -> tuple[Any, bytes]:
-    """The text of each added token, and whether it is special."""
+def special(data: bytes, where: str) -> tuple[Any, bytes]:
+    """The text of each special token, and of other added tokens that the text `data` spells."""
+    spelled = data.decode()
     return _with_tokenizer(
         lambda held: [
-            (each.content, each.special) for each in held.get_added_tokens_decoder().values()
+            each.content
+            for each in held.get_added_tokens_decoder().values()
+            if each.special or (each.content.strip() and each.content in spelled)
         ],
         where,
     )
+
+
+def guard(data: bytes, where: str) -> tuple[Any, bytes]:
+    """What `guarded` makes of its arguments, which `data` holds as JSON."""
+    return guarded(**json.loads(data)), b""
 
 
 def normalises(_: bytes, where: str) -> tuple[Any, bytes]:

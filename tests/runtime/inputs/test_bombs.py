@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 import moec
 from moec.runtime.inputs.chat import guarded
 from moec.runtime.inputs.image import read_image
+from moec.runtime.inputs.prompt import filled
 from moec.runtime.inputs.template import fill
 from moec.runtime.inputs.text import open_text
 from moec.runtime.inputs.tiling import Tiling, tile
@@ -192,6 +193,23 @@ def _use(folder: Path) -> None:
     words = open_text(folder)
     words.encode("a" * 100)
     words.tokenizer.special()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_special_tokens_that_start_alike_end_a_prompt(tmp_path: Path) -> None:
+    """To look for them in a long text takes their number times its length."""
+    stems = ("aaaaaa", "baaaaa")
+    tokens = [_special(f"{stems[i % 2]}{i}") | {"id": i + 2} for i in range(5000)]
+    words = _words(added_tokens=tokens, normalizer={"type": "NFC"})
+    (tmp_path / "tokenizer.json").write_bytes(words)
+    (tmp_path / "chat_template.jinja").write_text("{{ 'a' * 500000 }}")
+
+    def encode() -> None:
+        text, ids = filled(open_text(tmp_path), HELLO, None)
+        ids(text)
+
+    with within_a_gigabyte():
+        refusal(encode, "encode the text")
 
 
 def test_a_long_special_token_takes_little_memory() -> None:

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,16 +11,17 @@ from pydantic import ValidationError
 
 from moec.artefact.manifest import NAME, Engine, File, Manifest, digest_of
 from moec.artefact.opening.rules import check_manifest
-from moec.artefact.opening.shards import checkpoint_of, find_shard, holds, keys_in_shards
+from moec.artefact.opening.shards import checkpoint_of, find_shard
+from moec.artefact.stored import misplaced, stored_kinds
 from moec.artefact.targets import find_target
 from moec.artefact.weight_hashes import verify_weights
+from moec.spec import names
 from moec.spec.bounded.own import find_own, is_regular, own_file
 from moec.spec.errors import refuse
 from moec.spec.fields import read_own_json
 from moec.spec.hf.forms import checkpoint_folder
-from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
-from moec.spec.tensors import Kind, int4_tensors, tensors
+from moec.spec.tensors import tensors
 from moec.weights.packed.hashed import file_sha256
 from moec.weights.packing import Packed, Packing
 from moec.weights.shard import TensorEntry, read_shard
@@ -104,6 +105,10 @@ class Artefact:
             shape = parameters(spec)[name]
             parts = tuple(stored[part] for part in packing.names(spec.stored(name)))
             whole = Packed(packing, shape, parts)
+            if packing.fp8 == "block":  # the scales are turned as the values are
+                scale = names.scale_of(name)
+                how = Packing(source=scale, arrange=packing.arrange, dtype=packing.dtype)
+                found[scale] = Packed(how, tensors(spec)[scale].shape, parts[1:])
             found |= whole.in_parts() if packing.group else {name: whole}
         return found
 
@@ -140,15 +145,8 @@ class Artefact:
                     + (", or name its folder: --weights-from DIR" if weights.folder else ""),
                 )
             headers[name] = found.tensors
-        kinds, keys = stored_kinds(spec, self.manifest.packings), keys_in_shards(self.manifest)
-        hashes = weights.hashes
-        odd = set(kinds) ^ set(weights.tensors) or {
-            name
-            for name, ref in weights.tensors.items()
-            if ref.file not in headers
-            or not holds(name, ref, kinds[name], headers[ref.file], keys.get(name, name))
-            or (name in hashes and hashes[name].pieces not in (1, *kinds[name][0][:1]))
-        }
+        kinds = stored_kinds(spec, self.manifest.packings)
+        odd = misplaced(self.manifest, kinds, headers)
         if odd:
             refuse(
                 f"{self.path / NAME}: weights.tensors.{min(odd)}",
@@ -181,25 +179,6 @@ class Artefact:
         if found is None and self.checkpoint:
             found = find_own(checkpoint_folder(self.checkpoint) or self.checkpoint, name, copy_it)
         return found
-
-
-def stored_kinds(
-    spec: ModelSpec, packings: Mapping[str, Packing]
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every stored tensor of `spec`, by name.
-
-    A packing replaces a parameter's tensor by the tensors that it writes. The other parameters are
-    stored as the checkpoint has them.
-    """
-    shapes, found = parameters(spec), {**tensors(spec)}
-    for packing in packings.values():
-        for part in int4_tensors(packing.source, shapes[packing.source]) if packing.group else ():
-            found.pop(part, None)
-        found.pop(packing.source, None)
-        names = packing.names(spec.stored(packing.source))
-        kinds = packing.shapes(shapes[packing.source])
-        found.update(zip(names, map(Kind._make, kinds), strict=True))
-    return {name: (kind.shape, kind.dtype) for name, kind in found.items()}
 
 
 def open_artefact(
@@ -356,7 +335,8 @@ def verify_files(artefact: Artefact) -> Verified:
     if manifest.weights.mode != "unbound":
         artefact.stored()
         weights = verify_weights(manifest.weights, {name: artefact.shard(name) for name in shards})
-    known = {NAME, *manifest.files, *engines, *shards}
+    card = manifest.weights.card
+    known = {NAME, card, *manifest.files, *engines, *shards}
     here = {p.relative_to(artefact.path).as_posix() for p in artefact.path.rglob("*")}
     others = sorted(name for name in here - known if not (artefact.path / name).is_dir())
     return Verified(
@@ -364,6 +344,7 @@ def verify_files(artefact: Artefact) -> Verified:
         (
             *(() if manifest.digest else (f"{NAME}: it has no digest",)),
             *(f"{name}: its size and header are right" for name in sorted(shards.keys() - weights)),
+            *((f"{card}: a proof may change it",) if card in here else ()),
             *(f"{name}: the build did not write it" for name in others),
         ),
     )

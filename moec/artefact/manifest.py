@@ -22,6 +22,8 @@ from moec.weights.packing import Packing
 
 FORMAT = "moec/1"
 NAME = "manifest.json"
+#: the model card beside published weights, where the Hugging Face Hub looks for it
+CARD = "README.md"
 
 WeightMode = Literal["unbound", "in-place", "link", "copy", "pack"]
 
@@ -69,7 +71,8 @@ class Weights(Frozen):
 
     Shard names are relative to `folder`, an absolute path for weights in place; None means the
     artefact's own folder. An unbound artefact has no shards and no tensors. `hashes` has the
-    tensors that moec packed, which it hashed while it wrote them.
+    tensors that moec packed, which it hashed while it wrote them. Packed shards list them by our
+    names; `published` ones are those of a checkpoint (`moec.weights.packed.published`).
     """
 
     mode: WeightMode
@@ -77,6 +80,12 @@ class Weights(Frozen):
     shards: dict[str, ShardRef] = Field(default_factory=dict)
     tensors: dict[str, TensorRef] = Field(default_factory=dict)
     hashes: dict[str, TensorHash] = Field(default_factory=dict)
+    published: bool = False
+
+    @property
+    def card(self) -> str | None:
+        """The model card of published weights; no hash protects it, because proofs change it."""
+        return CARD if self.published else None
 
     def data_folder(self, part: str) -> str:
         """The folder to which the external data of a part's graph is relative.

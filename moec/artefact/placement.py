@@ -22,11 +22,14 @@ from moec.artefact.manifest import (
     WeightMode,
     Weights,
 )
+from moec.artefact.stored import stored_kinds
 from moec.artefact.weight_hashes import hash_files
 from moec.spec.errors import refuse
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.packed.file import write_packed
 from moec.weights.packed.journal import PACKED, Hash
+from moec.weights.packed.published import placed, under_our_names
+from moec.weights.packed.shards import write_shards
 from moec.weights.shard import TensorEntry, read_shard
 from moec.weights.view import STORED, read_into
 
@@ -150,31 +153,54 @@ def pack(
     constants: dict[str, Tensor],
     below: str = ".",
 ) -> Bound:
-    """Write every weight into one file, in the layout that the graph reads.
+    """Write every weight, in the layout that the graph reads.
 
-    `constants` are static scales by name, which go into the same file. It is written in `folder`,
+    FP8 that other engines know goes into the shards of a checkpoint in `folder`. Everything else
+    goes into one file, and so do `constants`, static scales by name. It is written in `folder`,
     where a build that is killed leaves it, and moved to the folder `below` when it is complete. The
     companion files are copied to `folder`.
     """
     copy_companions(checkpoint, folder)
-    path, name = folder / PACKED, PurePosixPath(below, PACKED).as_posix()
     stage = partial(progress, "pack")
     hashes: dict[str, Hash] = {}
-    read = write_packed(path, manifest.packings, entries, stage, constants, hashes)
-    (folder / below).mkdir(exist_ok=True)
-    path.rename(folder / name)
-    shard = read_shard(folder / name)
+    places = None if constants else placed(manifest.spec, manifest.packings)
+    if places:
+        files, read = write_shards(folder, manifest.packings, entries, places, stage, hashes)
+        below = "."
+    else:
+        files = [PACKED]
+        path = folder / PACKED
+        read = write_packed(path, manifest.packings, entries, stage, constants, hashes)
+        (folder / below).mkdir(exist_ok=True)
+        path.rename(folder / below / PACKED)
+    shards = {PurePosixPath(below, file).as_posix(): folder / below / file for file in files}
+    headers = {name: read_shard(path) for name, path in shards.items()}
+    kinds = stored_kinds(manifest.spec, manifest.packings)
+    tensors: dict[str, tuple[str, TensorEntry]] = {}
+    for name, header in headers.items():
+        there = header.tensors
+        if places:
+            there = under_our_names(there, places, kinds)
+        tensors |= {each: (name, entry) for each, entry in there.items()}
     refs = {
         tensor: TensorRef(file=name, offset=entry.offset, length=entry.nbytes)
-        for tensor, entry in shard.tensors.items()
+        for tensor, (name, entry) in tensors.items()
     }
-    shards = {name: ShardRef(size=shard.size, header_sha256=shard.header_sha256)}
     kept = {name: TensorHash(sha256=h.sha256, pieces=h.pieces) for name, h in hashes.items()}
     return Bound(
-        shard.tensors,
+        {tensor: entry for tensor, (_, entry) in tensors.items()},
         folder,
-        Weights(mode="pack", shards=shards, tensors=refs, hashes=dict(sorted(kept.items()))),
-        packed=shard.size,
+        Weights(
+            mode="pack",
+            shards={
+                name: ShardRef(size=header.size, header_sha256=header.header_sha256)
+                for name, header in headers.items()
+            },
+            tensors=refs,
+            hashes=dict(sorted(kept.items())),
+            published=places is not None,
+        ),
+        packed=sum(header.size for header in headers.values()),
         read=read,
     )
 

@@ -17,7 +17,7 @@ from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.placement import Bound
 from moec.exporters.beside import beside
-from moec.exporters.builder import Wanted, builder_for
+from moec.exporters.builder import Wanted, builder_for, turned_experts
 from moec.exporters.stages import no_collection
 from moec.exporters.torch.archive import difference, fewer_nodes
 
@@ -59,7 +59,14 @@ def _write(artefact: Artefact, folder: Path, found: dict[str, str | None]) -> di
     """
     manifest, builder = artefact.manifest, builder_for(artefact)
     options = manifest.options or EngineOptions()
-    wanted = Wanted(manifest.spec, manifest.precision, manifest.compute, manifest.dialect, options)
+    wanted = Wanted(
+        manifest.spec,
+        manifest.precision,
+        manifest.compute,
+        manifest.dialect,
+        options,
+        turned_experts(manifest.packings),
+    )
     bound = None
     if manifest.weights.mode != "unbound":
         root, places = artefact.weights_folder, manifest.weights.tensors

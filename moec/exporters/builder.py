@@ -31,7 +31,8 @@ class Wanted:
     """What a build should make.
 
     `precision` is the user's choice, `compute` the dtype that the graph computes in, `options` the
-    sizes that TensorRT engines are built for.
+    sizes that TensorRT engines are built for, `turned` the FP8 experts that are stored as [expert,
+    out, in] (`turned_experts`).
     """
 
     spec: ModelSpec
@@ -39,6 +40,14 @@ class Wanted:
     compute: str
     dialect: str
     options: EngineOptions
+    turned: frozenset[str] = frozenset()
+
+
+def turned_experts(packings: Mapping[str, Packing]) -> frozenset[str]:
+    """The stacks of FP8 experts that `packings` turn from [in, out] to [out, in]."""
+    return frozenset(
+        each.source for each in packings.values() if each.fp8 and each.arrange == "transpose"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,13 @@ from moec.artefact.folder import default_out, refuse_foreign
 from moec.artefact.manifest import Build, Manifest, Weights
 from moec.artefact.placement import Progress
 from moec.artefact.targets import find_target
-from moec.exporters.builder import Wanted, builder_for, builder_of
+from moec.exporters.builder import Wanted, builder_for, builder_of, turned_experts
 from moec.exporters.engines import build_engines
 from moec.exporters.precision import in_precision
 from moec.exporters.stages import Stages, no_collection
 from moec.exporters.static_scales import scales_for
-from moec.exporters.write import versions, write_artefact
+from moec.exporters.versions import versions
+from moec.exporters.write import write_artefact
 from moec.spec.bounded.own import check_utf8
 from moec.spec.calibration import Calibration
 from moec.spec.errors import MoecError, refuse
@@ -141,14 +142,15 @@ def export(
         if scales is not None and not checkpoint:
             refuse("--scales", "a build without weights", "a checkpoint", "give it to bind instead")
         constants = scales_for(spec, mode, scales, checkpoint.folder) if checkpoint else {}
+        in_fp8 = builder.packings(spec) if spec.fp8 and mode == "pack" else {}
+        wanted = replace(wanted, turned=turned_experts(in_fp8))
     with stages("graph"):
         graphs = builder.graphs(wanted)
     with stages("lower"):
         lowered = {part: builder.lower(wanted, graph, part) for part, graph in graphs.items()}
         models = {part: model for part, (model, _) in lowered.items()}
         packings = {name: each for _, wanted in lowered.values() for name, each in wanted.items()}
-        if spec.fp8 and mode == "pack":
-            packings = builder.packings(spec)
+        packings = in_fp8 or packings
     manifest = Manifest(
         spec=spec,
         target=target,

@@ -5,16 +5,18 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from moec.exporters.write import versions
+from moec.artefact.manifest import CARD
+from moec.exporters.versions import versions
 from moec.spec.bounded.own import is_regular
 from moec.spec.errors import visible
 from moec.spec.model import ModelSpec
-from moec.spec.scheme import INPUTS, WEIGHTS
+from moec.spec.scheme import INPUTS, INT4_WEIGHTS, WEIGHTS
 from moec.spec.tensors import eligible, quantized
 from moec.weights.checkpoint import Checkpoint
 
-#: the file in which the Hugging Face Hub looks for it
-CARD = "README.md"
+#: what a rule says of a weight's scales; what the quantised values are
+_KINDS = WEIGHTS | INT4_WEIGHTS
+_VALUES = {"fp8": "E4M3 values", "int4": "4-bit integers around 8, eight in a word,"}
 
 
 def model_card(told: ModelSpec, scheme: str, source: Checkpoint) -> str:
@@ -24,9 +26,10 @@ def model_card(told: ModelSpec, scheme: str, source: Checkpoint) -> str:
     """
     rules = quantized(told)
     kinds = sorted({(rule.weight, rule.inputs) for rule in rules.values()})
-    how = "; ".join(f"weights: {WEIGHTS[w]}; inputs: {INPUTS[i]}" for w, i in kinds)
+    how = "; ".join(f"weights: {_KINDS[w]}; inputs: {INPUTS[i]}" for w, i in kinds)
     side = told.scheme.block if told.scheme else None
-    blocks = f"; block: {side}" if any(w == "block" for w, _ in kinds) else ""
+    blocks = f"; block: {side}" if {w for w, _ in kinds} & {"block", "group"} else ""
+    precision = told.scheme.precision if told.scheme else ""
     wide = sum(name not in rules for name in eligible(told))
     headers = hashlib.sha256()
     for shard in source.shards:
@@ -34,12 +37,12 @@ def model_card(told: ModelSpec, scheme: str, source: Checkpoint) -> str:
     adapters = f"\n- adapters, merged: {len(source.adapters)}" if source.adapters else ""
     return f"""---
 tags:
-- fp8
+- {precision}
 - compressed-tensors
 - moec
 ---
 
-# {told.name}, {scheme} FP8
+# {told.name}, {scheme} {precision.upper()}
 
 {_MADE}{versions().get("moec", "from a checkout")}
 - scheme: {scheme} ({how}){blocks}
@@ -47,8 +50,9 @@ tags:
 - source: {len(source.shards)} files, SHA-256 of their names, sizes and headers
   `{headers.hexdigest()}`{adapters}
 
-The weights are E4M3 values in compressed-tensors form. vLLM reads the folder as it is. moec reads
-it with `moec build --checkpoint`, and proves what it builds from it:
+The weights are {_VALUES[precision]} in compressed-tensors form.
+vLLM reads the folder as it is. moec reads it with `moec build --checkpoint`, and proves what it
+builds from it:
 
     moec build --checkpoint . --target onnx --out build/model
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.files import load_scheme
+from moec.spec.hf.written import published_spec
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.scheme import WITHOUT_EXPERTS, Scheme
@@ -47,9 +49,9 @@ def in_precision(
     if not spec.scheme and chosen.layout != "moec":
         refuse(
             f"--scheme {chosen.name}: layout",
-            f"{chosen.layout}, of a checkpoint that is FP8",
-            "moec, for wide weights",
-            "leave layout out",
+            f"{chosen.layout}, of a checkpoint that is quantised",
+            "moec, for wide weights that a build makes FP8",
+            f"write such a checkpoint first (moec quantize --scheme {scheme}), or leave layout out",
         )
     if cache not in (None, "fp8", "wide"):
         refuse(f"--cache {cache}", "no such kind", "fp8 or wide", "choose one of them")
@@ -86,4 +88,16 @@ def fp8_packings(spec: ModelSpec) -> dict[str, Packing]:
     return {
         name: Packing.by(name, spec.stored(name), rules.get(name), scheme)
         for name in parameters(spec)
+    }
+
+
+def published_packings(spec: ModelSpec) -> dict[str, Packing]:
+    """The same, with FP8 experts as [out, in] if other engines can read them so."""
+    found = fp8_packings(spec)
+    if published_spec(spec) is None:
+        return found
+    turned = {"arrange": "transpose"}
+    return {
+        name: each.model_copy(update=turned) if each.fp8 and names.is_routed(name) else each
+        for name, each in found.items()
     }

@@ -1,8 +1,6 @@
 """Write an artefact: its models, its weights and its manifest, all of them or none."""
 
-import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from moec.artefact.placement import pack, place
 from moec.artefact.process_memory import memory
 from moec.artefact.targets import find_target
 from moec.exporters.builder import Model, builder_of, no_companion
+from moec.exporters.publish import describe_build
 from moec.exporters.stages import Stages
 from moec.spec.bounded.own import own_file
 from moec.spec.tensors import tensors
@@ -62,6 +61,8 @@ def write_artefact(
             with stages("weights"):
                 if mode == "pack":
                     bound = pack(checkpoint, entries, manifest, folder, progress, constants, below)
+                    if bound.weights.published:
+                        describe_build(folder, manifest, checkpoint)
                 else:
                     used = {name: entries[name] for name in tensors(manifest.spec)}
                     bound = place(checkpoint, used, mode, folder, progress, hashed, below)
@@ -75,8 +76,8 @@ def write_artefact(
         written = {
             each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
         }
-        shards = set(bound.weights.shards) if bound else set()
-        files = {name: file_of(folder / name) for name in sorted(written - shards)}
+        apart = {*bound.weights.shards, bound.weights.card} if bound else set()
+        files = {name: file_of(folder / name) for name in sorted(written - apart)}
         if engines:
             _copy_engines(engines, folder)
         done = manifest.model_copy(
@@ -119,15 +120,3 @@ def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:
         "outputs": decoder.outputs,
         "vision": by_part.get("vision"),
     }
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that build an artefact."""
-    packages = ("moec", "torch", "onnx", "onnx-ir", "onnxruntime")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except ImportError:  # moec runs from a checkout, or an optional runtime is missing
-            continue
-    return found

@@ -16,7 +16,7 @@ from moec.spec.hf.config import read_config
 from moec.spec.hf.forms import checkpoint_folder, refuse_other_form
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.scheme import SCHEMES, Scheme
+from moec.spec.scheme import NAMED, Scheme
 
 
 def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
@@ -46,15 +46,15 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
 
 
 def load_scheme(source: str | Path | Scheme) -> Scheme:
-    """Load an FP8 scheme by its name, or from a file (.yaml, .yml, .json).
+    """Load a scheme by its name, or from a file (.yaml, .yml, .json).
 
     Raises:
         MoecError: there is no such scheme or file, or the file is not a valid scheme.
     """
     if isinstance(source, Scheme):
         return source
-    if str(source) in SCHEMES:
-        return SCHEMES[str(source)]
+    if str(source) in NAMED:
+        return NAMED[str(source)]
     path = Path(source)
     if _is_data_file(path):
         expected = "a scheme with the fields name, rules, block and cache; see docs/formats.md"
@@ -62,7 +62,7 @@ def load_scheme(source: str | Path | Scheme) -> Scheme:
     refuse(
         f"--scheme {source}",
         "neither the name of a scheme nor a file that holds one",
-        f"one of {', '.join(SCHEMES)}, or a .yaml or .json file",
+        f"one of {', '.join(NAMED)}, or a .yaml or .json file",
         "choose one of them",
     )
 

@@ -184,5 +184,8 @@ SCHEMES = {
         _scheme("deepseek", _LINEAR, "block", "group"),
     )
 }
+#: what `quantize` takes besides: 4-bit integers, which no build makes and every build reads
+W4A16 = _scheme("w4a16", _LINEAR, "group", "none", layout=INT4)
+NAMED = SCHEMES | {W4A16.name: W4A16}
 #: a target's default scheme -> what takes its place for a model without experts
 WITHOUT_EXPERTS = {"meta": "dynamic", "mixed": "static"}

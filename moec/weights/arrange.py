@@ -26,10 +26,10 @@ def store(packing: Packing, rows: Tensor) -> tuple[Tensor, ...]:
     dtype = TORCH_DTYPES[packing.dtype]
     if not packing.bits:
         return (rows.to(dtype).contiguous(),)
-    values, scales = quantize(rows.float(), packing.bits, packing.block)
+    values, scales = quantize(rows.float(), packing.bits, packing.block, dtype)
     if packing.bits == 4:
         values = values[..., 0::2] | values[..., 1::2] << 4
-    return values.contiguous(), scales.to(dtype)
+    return values.contiguous(), scales
 
 
 def unpack(packing: Packing, parts: tuple[Tensor, ...]) -> Tensor:
@@ -47,11 +47,13 @@ def unpack(packing: Packing, parts: tuple[Tensor, ...]) -> Tensor:
     return weight if packing.arrange == "rows" else weight.t()
 
 
-def quantize(rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    """Quantise float32 rows [N, K] in blocks of `block`.
+def quantize(
+    rows: Tensor, bits: int, block: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Quantise float32 rows [N, K] in blocks of `block`, with scales of type `dtype`.
 
-    Returns the quantised values, uint8 [N, blocks, block], and the scales, float32 [N, blocks]. K
-    is padded with zeros to whole blocks.
+    Returns the quantised values, uint8 [N, blocks, block], and the scales [N, blocks]. K is padded
+    with zeros to whole blocks.
 
     The element with the largest magnitude of a block, whatever its sign, becomes 0. That end of the
     integer range has one more value than the other.
@@ -59,8 +61,8 @@ def quantize(rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     rows = functional.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))  # type: ignore[no-untyped-call]
     centre = 1 << (bits - 1)
     low, high = rows.amin(2), rows.amax(2)  # [N, blocks]
-    scales = torch.where(-low > high, low, high) / -centre
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    scales = (torch.where(-low > high, low, high) / -centre).to(dtype)
+    inverse = torch.where(scales == 0, 0.0, 1 / scales.float())
     values = (rows * inverse[..., None]).round_().add_(centre).clamp_(0, 2 * centre - 1)
     return values.to(torch.uint8), scales
 

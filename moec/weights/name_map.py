@@ -116,7 +116,7 @@ def stacked(
             dtype = types.pop() if len(types) == 1 else "fp32"
             found[name] = stack(name, [turned(name, dtype, parts) for parts in own])
     spec = spec.model_copy(update={"separate_experts": False})
-    return _typed(spec, {name: each.dtype for name, each in found.items()}), found
+    return typed(spec, {name: each.dtype for name, each in found.items()}), found
 
 
 def as_packed(
@@ -139,10 +139,11 @@ def _with_dtypes(spec: ModelSpec, checkpoint: Checkpoint, theirs: Mapping[str, s
     """
     wide = (name for name, kind in tensors(spec).items() if kind.dtype in get_args(DType))
     stored = {name: checkpoint.tensors.get(theirs[name]) for name in wide if not is_scale(name)}
-    return _typed(spec, {name: each.dtype for name, each in stored.items() if each})
+    return typed(spec, {name: each.dtype for name, each in stored.items() if each})
 
 
-def _typed(spec: ModelSpec, dtypes: dict[str, str]) -> ModelSpec:
+def typed(spec: ModelSpec, dtypes: Mapping[str, str]) -> ModelSpec:
+    """`spec` with the types of wide weights, by name: that of most, and those of the others."""
     found = {name: each for name, each in dtypes.items() if each in get_args(DType)}
     if not found:
         return spec

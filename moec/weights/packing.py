@@ -71,14 +71,16 @@ class Packing(Frozen):
     def by(
         cls, source: str, dtype: str, rule: Rule | None, scheme: Scheme | None, turned: bool = False
     ) -> Self:
-        """How `source` is stored: in FP8 by the `rule` of `scheme`, or as `dtype` without a rule.
+        """How `source` is stored: quantised by the `rule` of `scheme`, or as `dtype` without one.
 
         The experts that are `turned` are [out, in].
         """
         values: dict[str, object] = {"source": source, "dtype": dtype}
         if turned:
             values["arrange"] = "transpose"
-        if rule and scheme:
+        if rule and scheme and scheme.int4:
+            values |= {"dtype": scheme.scales, "bits": 4, "block": scheme.block}
+        elif rule and scheme:
             values |= {"dtype": scheme.scales, "fp8": rule.weight, "block": scheme.block}
         return cls.model_validate(values)
 

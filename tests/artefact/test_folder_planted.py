@@ -10,6 +10,7 @@ import pytest
 
 import moec
 from moec.artefact.folder import writing
+from moec.spec.hf.forms import SINGLE
 from moec.weights.packed.journal import PACKED, journal_of
 from moec.weights.trust import leftovers, records
 from tests.trees import names, tree
@@ -185,10 +186,10 @@ def test_forged_weights_get_into_no_build(
         moec.export(checkpoint, precision="fp8", out=work / "art", progress=stop)
     (left,) = work.iterdir()
     forged = Path(shutil.copytree(left, work / f".mine.moec-partial-{DEAD}"))
-    data = bytearray((forged / PACKED).read_bytes())
+    data = bytearray((forged / SINGLE).read_bytes())
     data[len(data) // 2 : -4096] = bytes(each ^ 0x55 for each in data[len(data) // 2 : -4096])
-    (forged / PACKED).write_bytes(data)
-    assert journal_of(forged / PACKED).read_bytes().count(b"\n") > 1
+    (forged / SINGLE).write_bytes(data)
+    assert journal_of(forged / SINGLE).read_bytes().count(b"\n") > 1
     mine = moec.export(checkpoint, precision="fp8", out=work / "mine")
-    assert (mine.path / PACKED).read_bytes() == (fresh.path / PACKED).read_bytes()
+    assert (mine.path / SINGLE).read_bytes() == (fresh.path / SINGLE).read_bytes()
     assert mine.manifest.build.bytes_read == fresh.manifest.build.bytes_read, "all of it"

@@ -165,24 +165,6 @@ def test_transformers_reads_the_same_weights(model: str, scheme: str, tmp_path: 
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_the_bytes_are_those_that_target_torch_packs(tmp_path: Path) -> None:
-    write_random_checkpoint(LLAMA4, tmp_path / "wide", seed=3)
-    moec.quantize(tmp_path / "wide", "dynamic", tmp_path / "fp8")
-    art = moec.export(tmp_path / "wide", target="torch", out=tmp_path / "torch")
-    packed = load_file(art.path / "weights.safetensors")
-    found = load_file(tmp_path / "fp8/model.safetensors")
-    layer = "model.layers.1.feed_forward.experts"
-    for name, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):
-        for kind in ("", "_scale"):
-            apart = [
-                found[f"{layer}.{e}.{part}_proj.weight{kind}"].flatten().view(torch.uint8)
-                for e in range(LLAMA4.text.expert_count)
-                for part in parts
-            ]
-            own = packed[f"layers.1.moe.{name}{kind}"].flatten().view(torch.uint8)
-            assert torch.equal(torch.cat(apart), own)
-
-
 @pytest.mark.parametrize("model", ["llama4", "qwen3"])
 def test_target_torch_joins_them_and_computes_the_same(model: str, tmp_path: Path) -> None:
     """Bit for bit: from the quantised checkpoint in place, and from the wide one that it packs."""

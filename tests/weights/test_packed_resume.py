@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import moec
 from moec.artefact.artefact import open_artefact, verify_files
 from moec.spec.errors import MoecError
+from moec.spec.hf.forms import SINGLE
 from moec.weights.packed.file import write_packed
 from moec.weights.packed.hashed import tensor_sha256
 from moec.weights.packed.journal import PACKED, Hash
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parents[2]
 JOURNAL = f"{PACKED}.journal"
+SINGLES_JOURNAL = f"{SINGLE}.journal"
 PACKINGS = {
     "experts": Packing(source="experts", dtype="fp32", fp8="channel"),
     "linear": Packing(source="linear", dtype="bf16", fp8="block", block=4),
@@ -336,7 +338,7 @@ def _stopped(checkpoint: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     )  # fmt: skip
     try:
         assert process.stdout and process.stdout.readline() == "reached\n"
-        _wait_for_journal(out.parent / f".{out.name}.moec-partial-{process.pid}" / JOURNAL)
+        _wait_for_journal(out.parent / f".{out.name}.moec-partial-{process.pid}" / SINGLES_JOURNAL)
         yield process
     finally:
         process.kill()
@@ -362,9 +364,13 @@ def leftover(
     assert "Traceback" not in err
     assert names(work) == [f".art.moec-partial-{process.pid}"], "hidden, beside --out"
     (hidden,) = work.iterdir()
-    assert {PACKED, JOURNAL} <= set(names(hidden))
+    assert {SINGLE, SINGLES_JOURNAL} <= set(names(hidden))
     if request.param == signal.SIGINT:
-        assert names(hidden) == [PACKED, JOURNAL] and "stopped" in err and process.returncode == 2
+        assert (
+            names(hidden) == [SINGLE, SINGLES_JOURNAL]
+            and "stopped" in err
+            and process.returncode == 2
+        )
     assert leftovers.take_over(hidden), "the build has recorded it"
     return work
 
@@ -383,7 +389,9 @@ def _assert_whole(work: Path, out: Path, fresh: Path) -> None:
     assert names(work) == [out.name]
     artefact, expected = open_artefact(out), open_artefact(fresh)
     verify_files(artefact)
-    known = {"manifest.json", *artefact.manifest.files, *artefact.manifest.weights.shards}
+    weights = artefact.manifest.weights
+    known = {"manifest.json", *artefact.manifest.files, *weights.shards}
+    known |= {weights.card} if weights.card else set()
     assert set(tree(out)) - {"genai"} == known == set(tree(fresh)) - {"genai"}
     assert artefact.manifest.weights == expected.manifest.weights
     for name in artefact.manifest.weights.shards:
@@ -432,7 +440,7 @@ def test_a_build_that_packs_nothing_takes_nothing_over(
         else moec.export("tiny-scout", precision="fp8", out=out)
     )
     assert names(work) == ["art"]
-    assert not (out / PACKED).exists() and not (out / JOURNAL).exists()
+    assert not (out / SINGLES_JOURNAL).exists()
     assert set(tree(out)) == {
         "manifest.json", *art.manifest.files, *art.manifest.weights.shards
     }  # fmt: skip

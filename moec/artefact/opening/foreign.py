@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.artefact.engine_job import ENGINES
-from moec.artefact.manifest import FORMAT, NAME
+from moec.artefact.manifest import CARD, FORMAT, NAME
 from moec.spec.bounded.own import is_regular
 
 #: what moec leaves in an artefact without listing it: what `moec engine --trtexec` writes, and, if
@@ -64,9 +64,11 @@ def _listed(path: Path) -> set[str] | None:
         return None
     weights = _object(values.get("weights"))
     inside = {} if weights.get("folder") else _object(weights.get("shards"))
+    card = [CARD] if weights.get("published") else []
     engines = [_object(each) for each in _object(values.get("engines")).values()]
     files = [name for each in engines for name in (each.get("file"), *_object(each.get("files")))]
-    return {NAME, *_object(values.get("files")), *inside, *(n for n in files if isinstance(n, str))}
+    named = {name for name in (*card, *files) if isinstance(name, str)}
+    return {NAME, *_object(values.get("files")), *inside, *named}
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -160,6 +160,10 @@ def lower_fp8_moe(
             if static is not None and type_of(static).shape:
                 static = e.weights.slice(static, expert)
             rows = _rounded(e, rows, static, moe, f"{label}.input")
+            if fused and codes[0].name in e.weights.turned:
+                one, scale = (_of_expert(e, each[0], expert) for each in (codes, scales))
+                weight = _dequantize(e, one, scale, 0, block, dtype, f"{label}.weight")
+                return [_turned(e, rows, weight, label)]
             if fused:
                 one, scale = (_of_expert(e, each[0], expert) for each in (codes, scales))
                 weight = _dequantize(e, one, scale, 1, block, dtype, f"{label}.weight")
@@ -169,8 +173,7 @@ def lower_fp8_moe(
             for i in range(expert * each_has, (expert + 1) * each_has):
                 name = f"{label}.{i % each_has}" if each_has > 1 else label
                 weight = _dequantize(e, codes[i], scales[i], 0, block, dtype, f"{name}.weight")
-                out = type_of(rows).like(type_of(rows).shape[0], type_of(weight).shape[0])
-                found.append(e.op("Gemm", [rows, weight], out, name, transB=1))
+                found.append(_turned(e, rows, weight, name))
             return found
 
         halves = product(rows, moe.gate_up, moe.gate_up_scale, moe.gate_up_input, "gate_up")
@@ -186,6 +189,12 @@ def lower_fp8_moe(
 
 def _of_expert(e: Emitter, fused: ir.Value, expert: int) -> ir.Value:
     return e.weights.slice(fused, expert) if type_of(fused).shape else fused
+
+
+def _turned(e: Emitter, x: ir.Value, weight: ir.Value, label: str) -> ir.Value:
+    """The product of rows and a weight [out, in]."""
+    out = type_of(x).like(type_of(x).shape[0], type_of(weight).shape[0])
+    return e.op("Gemm", [x, weight], out, label, transB=1)
 
 
 def _matmul(e: Emitter, x: ir.Value, weight: ir.Value, label: str) -> ir.Value:

@@ -21,7 +21,7 @@ from moec.graph_builder.types import TensorType
 from moec.graph_builder.weights import is_list, weights_of
 from moec.spec.data import dtypes
 from moec.spec.errors import MoecError
-from moec.spec.names import expert_of
+from moec.spec.names import expert_of, scaled
 from moec.weights.packing import Packing
 from moec.weights.view import STORED, name_of
 
@@ -54,9 +54,14 @@ class Rule:
 
 @dataclass(slots=True)
 class Weights:
-    """The weights of the model that is being written, by name, and the packings of packed ones."""
+    """The weights of the model that is being written, by name, and the packings of packed ones.
+
+    The stacks of experts `turned` are stored as [expert, out, in], and so are their scales of
+    blocks.
+    """
 
     packs: bool
+    turned: frozenset[str] = frozenset()
     values: dict[str, ir.Value] = field(default_factory=dict)
     packings: dict[str, Packing] = field(default_factory=dict)  # by parameter
 
@@ -71,9 +76,15 @@ class Weights:
         return tuple(self.values[name] for name in names)
 
     def slice(self, stacked: ir.Value, index: int) -> ir.Value:
-        """Expert `index` of a stacked weight [expert, in, out], as a weight [in, out]."""
+        """Expert `index` of a stacked weight [expert, in, out], as it is stored.
+
+        That is a weight [in, out], or [out, in] where the stack is turned.
+        """
         name, kind = expert_of(str(stacked.name), index), type_of(stacked)
-        return self.values.setdefault(name, value(name, kind.like(*kind.shape[1:])))
+        shape = kind.shape[1:]
+        if scaled(str(stacked.name)) in self.turned or stacked.name in self.turned:
+            shape = shape[::-1]
+        return self.values.setdefault(name, value(name, kind.like(*shape)))
 
     def as_uint4(self, stored: ir.Value) -> ir.Value:
         """A weight of bytes, [..., n], as the 4-bit integers in them, UINT4 [..., 2n]."""
@@ -229,12 +240,18 @@ class Lowered:
 
 
 def lower(
-    graph: fx.GraphModule, rules: Sequence[Rule], opset: int, name: str, packs: bool = False
+    graph: fx.GraphModule,
+    rules: Sequence[Rule],
+    opset: int,
+    name: str,
+    packs: bool = False,
+    turned: frozenset[str] = frozenset(),
 ) -> Lowered:
     """Lower `graph` to an ONNX model called `name`.
 
     The first of `rules` that matches a node writes it. With `packs`, each weight is stored as its
-    lowering rule asks for it, otherwise as it is in the checkpoint.
+    lowering rule asks for it, otherwise as it is in the checkpoint. `turned` are the stacks of FP8
+    experts that are stored as [expert, out, in].
 
     Raises:
         MoecError: no lowering rule matches a node; the message lists the rules that were tried.
@@ -244,7 +261,7 @@ def lower(
         by_target.setdefault(rule.op.target, []).append(rule)
     values: dict[fx.Node, Any] = {}
     inputs: list[ir.Value] = []
-    weights, stored = Weights(packs), set[str]()
+    weights, stored = Weights(packs, turned), set[str]()
     nodes: list[ir.Node] = []
     functions: dict[tuple[Any, ...], ir.Function] = {}
     constants: dict[tuple[Any, ...], ir.Value] = {}

@@ -15,7 +15,8 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from moec.artefact.artefact import Artefact, stored_kinds
+from moec.artefact.artefact import Artefact
+from moec.artefact.stored import stored_kinds
 from moec.exporters.onnx.external_data import entry_of, kinds_of
 from moec.exporters.onnx.lowering import FUNCTIONS
 from moec.spec.bounded.own import check_utf8

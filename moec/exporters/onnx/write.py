@@ -80,14 +80,20 @@ def graphs_of(spec: ModelSpec, precision: str, dialect: str) -> dict[str, fx.Gra
     return graphs
 
 
-def lower_model(graph: fx.GraphModule, dialect: str, name: str, part: str = "model") -> Lowered:
+def lower_model(
+    graph: fx.GraphModule,
+    dialect: str,
+    name: str,
+    part: str = "model",
+    turned: frozenset[str] = frozenset(),
+) -> Lowered:
     """Lower `graph` by the rules of `dialect`. Its weights are inputs without data.
 
-    Layers share shape arithmetic that they have in common.
+    Layers share shape arithmetic that they have in common. `turned` is as in `lower`.
     """
     chosen = DIALECTS[dialect]
     rules = chosen.vision if part == "vision" and chosen.vision else chosen.rules
-    lowered = lower(graph, rules, OPSET, name, chosen.packs)
+    lowered = lower(graph, rules, OPSET, name, chosen.packs, turned)
     CommonSubexpressionEliminationPass()(lowered.model)
     return lowered
 

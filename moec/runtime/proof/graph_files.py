@@ -5,11 +5,8 @@ from collections.abc import Iterator
 from moec.artefact.artefact import Artefact
 from moec.exporters.as_written import other_files
 from moec.exporters.beside import stale
-from moec.exporters.write import versions
+from moec.exporters.versions import WRITERS, versions
 from moec.runtime.proof.report import Check
-
-#: the packages whose versions decide what a graph file holds
-WRITERS = ("moec", "torch", "onnx-ir")
 
 
 def graph_files(artefact: Artefact) -> Iterator[Check]:

@@ -216,7 +216,8 @@ def _packed(
     scales = fp8.scales(size, STORED[packing.dtype])
     values = torch.empty(matrix.shape, dtype=STORED["fp8"])
     fp8.quantise(matrix, scales.float(), along, packing.block, values)
-    return arrange(packing, values), scales
+    turned = packing.fp8 == "block" and packing.arrange == "transpose"
+    return arrange(packing, values), scales.transpose(-2, -1) if turned else scales
 
 
 def schemes(artefact: Artefact, source: ModelSpec) -> Iterator[Check]:

@@ -14,7 +14,7 @@ from moec.exporters.builder import Builder, Wanted
 from moec.exporters.onnx.standard import OPSET
 from moec.exporters.onnx.strangers import load_checked
 from moec.exporters.onnx.write import graphs_of, lower_model, ports, save_bound, save_checked
-from moec.exporters.precision import fp8_packings
+from moec.exporters.precision import published_packings
 from moec.weights.packing import Packing
 
 
@@ -29,7 +29,8 @@ def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:
 
 def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[ir.Model, dict[str, Packing]]:
     """Lower `graph` with the rules of the dialect; also return how its weights must be packed."""
-    lowered = lower_model(graph, wanted.dialect, f"{wanted.spec.name} {part}", part)
+    name = f"{wanted.spec.name} {part}"
+    lowered = lower_model(graph, wanted.dialect, name, part, wanted.turned)
     return lowered.model, lowered.packings
 
 
@@ -53,7 +54,7 @@ BUILDER = Builder(
     check=check,
     graphs=graphs,
     lower=lower,
-    packings=fp8_packings,
+    packings=published_packings,
     save_unbound=save_checked,
     save_bound=save,
     ports=ports_of,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moec.weights.packed.published import Published
+from moec.weights.packed.published import Part, Published
 from moec.weights.packing import Packing
 from moec.weights.shard import DTYPES, TensorEntry, nbytes
 from moec.weights.view import name_of
@@ -49,19 +49,21 @@ def layout(
     if published is not None:
         rows["__metadata__"] = {"format": "pt"}  # transformers refuses a file without it
     at = 0
-    for name, (shape, dtype) in sorted(
-        kinds.items(), key=lambda each: -_SAFETENSORS_TYPES[each[1][1]][1]
-    ):
+    parts = {
+        name: published[name] if published is not None else (Part(name, *kind),)
+        for name, kind in kinds.items()
+    }
+    for name in sorted(kinds, key=lambda name: -_SAFETENSORS_TYPES[parts[name][0].dtype][1]):
         offsets[name] = at
-        for key, part in published[name] if published is not None else ((name, shape),):
-            end = at + nbytes(part, dtype)
+        for key, shape, dtype in parts[name]:
+            end = at + nbytes(shape, dtype)
             rows[key] = {
                 "dtype": _SAFETENSORS_TYPES[dtype][0],
-                "shape": part,
+                "shape": shape,
                 "data_offsets": (at, end),
             }
             at = end
-        assert at - offsets[name] == nbytes(shape, dtype)
+        assert at - offsets[name] == nbytes(*kinds[name])
     header = json.dumps(rows).encode()
     header += b" " * (-len(header) % 64 + 56)  # with the length in front: a multiple of 64
     start = 8 + len(header)

@@ -9,22 +9,34 @@ own: the names change and the bytes do not.
     layers.{i}.moe.gate_up_scale   experts.0.gate_proj.weight_scale, ...
     layers.{i}.attn.q.weight       self_attn.q_proj.weight
 
-A scale for each output is [out, 1], as compressed-tensors stores it.
+A scale for each output is [out, 1], as compressed-tensors stores it. 4-bit integers have the sizes
+of each matrix besides, which nobody needs and other engines look for.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 from moec.spec import names
 from moec.spec.hf.names import keys
+from moec.spec.hf.written import published_spec
 from moec.spec.model import ModelSpec
-from moec.spec.parameters import Shape
-from moec.spec.tensors import quantized, tensors
+from moec.spec.parameters import Shape, parameters
+from moec.spec.tensors import in_words, quantized, tensors
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry, nbytes
 
-#: the keys and the shapes of the tensors that a packed tensor consists of, in order
-Published = tuple[tuple[str, Shape], ...]
+
+class Part(NamedTuple):
+    """A tensor of a checkpoint: its key, and how the header describes it."""
+
+    key: str
+    shape: Shape
+    dtype: str
+
+
+#: the tensors that a packed tensor consists of, in order
+Published = tuple[Part, ...]
 #: bytes of a shard; a layer's experts stay in one file, which may then be larger
 SHARD_BYTES = 5 * 10**9
 
@@ -36,10 +48,12 @@ def published(spec: ModelSpec, packings: Mapping[str, Packing]) -> dict[str, Pub
     """
     theirs, kinds, rules = keys(spec), tensors(spec), quantized(spec)
 
-    def tensor(name: str) -> tuple[str, Shape]:
-        shape = kinds[name].shape
-        channel = names.is_scale(name) and len(shape) == 1
-        return theirs[name], (*shape, 1) if channel else shape
+    def part(name: str, dtype: str) -> Part:
+        kind = kinds[name]
+        if kind.dtype == "uint8":
+            return Part(theirs[name], *in_words(kind))
+        channel = names.is_scale(name) and len(kind.shape) == 1
+        return Part(theirs[name], (*kind.shape, 1) if channel else kind.shape, dtype)
 
     found: dict[str, Published] = {}
     for name, packing in packings.items():
@@ -47,10 +61,73 @@ def published(spec: ModelSpec, packings: Mapping[str, Packing]) -> dict[str, Pub
         if packing.source not in kinds:
             count = spec.text.expert_count
             parts = [p for e in range(count) for p in names.separate(packing.source, e)]
-        found[name] = tuple(map(tensor, parts))
-        if packing.source in rules:
-            found[names.scale_of(packing.source)] = tuple(tensor(names.scale_of(p)) for p in parts)
+        if packing.source not in rules:
+            found[name] = tuple(part(each, packing.dtype) for each in parts)
+            continue
+        values, scales = packing.names(packing.dtype)
+        found[values] = tuple(part(each, "fp8") for each in parts)
+        found[scales] = tuple(part(names.scale_of(each), packing.dtype) for each in parts)
+        if packing.bits:
+            stems = (theirs[each].removesuffix("_packed") for each in parts)
+            found[sizes_of(packing.source)] = tuple(
+                Part(f"{stem}_shape", (2,), "int64") for stem in stems
+            )
     return found
+
+
+def sizes_of(parameter: str) -> str:
+    """The name of what a checkpoint says of the sizes of 4-bit integers: [parts, 2]."""
+    return f"{parameter}.sizes"
+
+
+def placed(spec: ModelSpec, packings: Mapping[str, Packing]) -> dict[str, Published] | None:
+    """The published tensors of each tensor that a build packs for `spec`, whose weights were wide.
+
+    None if the build writes tensors of our names (`published_spec`), or not each expert as [out,
+    in] where a checkpoint has it so.
+    """
+    told = published_spec(spec)
+    if told is None or not packings:
+        return None
+    kinds, shapes = tensors(told), parameters(told)
+    for packing in packings.values():
+        apart = packing.source not in kinds
+        if len(shapes[packing.source]) == 3 and apart != (packing.arrange == "transpose"):
+            return None
+    return published(told, packings)
+
+
+def under_our_names(
+    tensors: Mapping[str, TensorEntry],
+    places: Mapping[str, Published],
+    kinds: Mapping[str, tuple[tuple[int, ...], str]],
+) -> dict[str, TensorEntry]:
+    """The packed tensors of a shard whose header lists `tensors`; `kinds` are shapes and types.
+
+    A tensor whose parts are not all there, or do not lie one after another, is left out.
+    """
+    found = (
+        _whole(name, kinds[name], [(tensors.get(part.key), part) for part in parts])
+        for name, parts in places.items()
+        if name in kinds
+    )
+    return {each.name: each for each in found if each}
+
+
+def _whole(
+    name: str,
+    kind: tuple[tuple[int, ...], str],
+    parts: Sequence[tuple[TensorEntry | None, Part]],
+) -> TensorEntry | None:
+    first, at = parts[0][0], 0
+    if first is None:
+        return None
+    for found, part in parts:
+        expected = part.shape, part.dtype, first.offset + at
+        if found is None or (found.shape, found.dtype, found.offset) != expected:
+            return None
+        at += found.nbytes
+    return TensorEntry(name, kind[1], kind[0], first.file, first.offset, at)
 
 
 def in_shards(

@@ -21,10 +21,10 @@ from moec.runtime.open import artefact_session
 from moec.runtime.proof.compare import FP8_NOISE
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError
+from moec.spec.hf.forms import SINGLE
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.joined import joined_tensors
-from moec.weights.packed.journal import PACKED
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import STORED
 
@@ -216,9 +216,9 @@ def test_a_broken_program_is_refused(damaged: Path) -> None:
 
 
 def test_weights_cut_short_are_refused(damaged: Path) -> None:
-    file = damaged / PACKED
+    file = damaged / SINGLE
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(MoecError, match=r"weights\.safetensors"):
+    with pytest.raises(MoecError, match=r"model\.safetensors"):
         moec.open_session(damaged)
 
 

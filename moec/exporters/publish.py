@@ -1,0 +1,74 @@
+"""Write what makes weights a Hugging Face checkpoint: its config, tokens and model card."""
+
+from pathlib import Path
+from typing import Any
+
+from moec.artefact.manifest import CARD, Manifest
+from moec.exporters.model_card import model_card
+from moec.spec.fields import read_own_json
+from moec.spec.files import other_model
+from moec.spec.hf.architectures import ARCHITECTURES
+from moec.spec.hf.written import published_spec, told
+from moec.spec.model import ModelSpec
+from moec.weights.checkpoint import Checkpoint
+from moec.weights.name_map import read_model, typed
+from moec.weights.packed.shards import write_json
+
+#: the fields in which a config.json says the type of the weights
+_TYPES = ("dtype", "torch_dtype")
+#: our names of types, as configs have them
+_TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def describe(
+    folder: Path, as_told: ModelSpec, config: dict[str, Any], scheme: str, source: Checkpoint
+) -> None:
+    """Write what says how to read the shards in `folder`, and read them once as a checkpoint.
+
+    Args:
+        folder: it has the shards, and copies of the source's other files.
+        as_told: the spec that the checkpoint has.
+        config: its `quantization_config`.
+        scheme: the name of the scheme.
+        source: the checkpoint that the weights come from.
+    """
+    raw = read_own_json(source.folder / "config.json")
+    typed = _typed(raw, _TORCH[as_told.dtype])
+    write_json(folder / "config.json", typed | {"quantization_config": config})
+    _write_generation(folder / "generation_config.json", as_told)
+    (folder / CARD).write_text(model_card(as_told, scheme, source), encoding="utf-8")
+    found, _, _ = read_model(folder)
+    assert not (odd := other_model(found, as_told)), odd
+
+
+def describe_build(folder: Path, manifest: Manifest, source: Checkpoint) -> None:
+    """Do the same for the packed weights of an artefact, which `source` had wide."""
+    spec, published = manifest.spec, published_spec(manifest.spec)
+    assert spec.scheme and published
+    stored = {each.source: each.dtype for each in manifest.packings.values() if not each.fp8}
+    wide = typed(published.model_copy(update={"scheme": None}), stored)
+    as_told, config = told(wide, spec.scheme)
+    describe(folder, as_told, config, spec.scheme.name, source)
+
+
+def _typed(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A config, its parts included, with another type of the weights wherever it names one."""
+    found = {
+        key: _typed(each, dtype) if isinstance(each, dict) else each for key, each in raw.items()
+    }
+    return found | {key: dtype for key in _TYPES if isinstance(raw.get(key), str)}
+
+
+def _write_generation(path: Path, told: ModelSpec) -> None:
+    """Say in generation_config.json what engines look for there."""
+    more = ARCHITECTURES[told.architecture].generation(told)
+    if more:
+        write_json(path, (read_own_json(path) if path.is_file() else _tokens(told)) | more)
+
+
+def _tokens(told: ModelSpec) -> dict[str, Any]:
+    """What a generation_config.json must say if there was none: it hides config.json's tokens."""
+    tokens = told.tokens
+    found = {"bos_token_id": tokens.bos, "pad_token_id": tokens.pad}
+    named = {name: token for name, token in found.items() if token is not None}
+    return named | ({"eos_token_id": list(tokens.eos)} if tokens.eos else {})

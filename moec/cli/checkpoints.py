@@ -1,4 +1,4 @@
-"""Commands on checkpoints: calibrate finds their scales, quantize writes them anew in FP8."""
+"""Commands on checkpoints: calibrate finds their scales, quantize writes them anew."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moec.cli.given import check_given, check_to_write
-from moec.cli.options import Adapters, LinksTo
+from moec.cli.options import Adapters, LinksTo, Scales
 from moec.cli.output import bar, say
 from moec.spec.errors import refuse
 
@@ -50,17 +50,19 @@ def quantize(
     scheme: Annotated[
         str,
         typer.Option(
-            help="dynamic (all linear layers), meta (the experts alone), deepseek (all linear "
-            "layers, a scale for each 128 x 128 values), or a .yaml or .json file."
+            help="FP8: dynamic (all linear layers), meta (the experts alone), per-tensor (static "
+            "scales of inputs), deepseek (a scale for each 128 x 128 values). 4-bit integers: "
+            "w4a16. Or a .yaml or .json file."
         ),
     ] = "dynamic",
     out: Annotated[
         Path | None, typer.Option(help="The folder to write. Default: build/NAME-SCHEME.")
     ] = None,
+    scales: Scales = None,
     weights_from: LinksTo = None,
     adapter: Adapters = None,
 ) -> None:
-    """Write a checkpoint anew in FP8, as vLLM, transformers and moec read it.
+    """Write a checkpoint anew, quantised, as vLLM, transformers and moec read it.
 
     The result is a Hugging Face folder in compressed-tensors form; no graph is built.
     """
@@ -76,5 +78,6 @@ def quantize(
             progress=progress,
             weights_from=weights_from,
             adapters=adapter or (),
+            scales=scales,
         )
     checkpoint_table(done)

@@ -4,16 +4,21 @@ The result is a Hugging Face folder in compressed-tensors form: the published na
 No graph is built, and the weights are streamed as a build streams them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
 
+from torch import Tensor
+
 from moec.artefact.artefact import named_folder
 from moec.artefact.folder import default_folder, refuse_filled, writing
 from moec.artefact.placement import Progress, copy_companions
 from moec.exporters.publish import describe
+from moec.exporters.static_scales import scales_for
+from moec.spec import names
+from moec.spec.calibration import Calibration
 from moec.spec.errors import refuse
 from moec.spec.files import load_scheme
 from moec.spec.hf.architectures import ARCHITECTURES
@@ -23,7 +28,7 @@ from moec.spec.parameters import parameters
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
 from moec.weights.name_map import as_packed, read_model
-from moec.weights.packed.published import published
+from moec.weights.packed.published import Published, published
 from moec.weights.packed.shards import write_shards
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
@@ -54,17 +59,22 @@ def quantize(
     progress: Progress = lambda stage, done, total: None,
     weights_from: str | Path | None = None,
     adapters: Sequence[str | Path] = (),
+    scales: str | Path | Calibration | None = None,
 ) -> Quantised:
-    """Quantise a checkpoint of wide weights to FP8, as a checkpoint that other engines read too.
+    """Quantise a checkpoint of wide weights, as a checkpoint that other engines read too.
 
     Args:
         checkpoint: a checkpoint folder.
-        scheme: "dynamic" (all linear layers) or "meta" (the experts alone), with a scale for each
-            output of a weight and each token of its inputs; "deepseek" (scales of blocks); a file.
+        scheme: FP8: "dynamic" (all linear layers) or "meta" (the experts alone), with a scale for
+            each output of a weight and each token of its inputs; "per-tensor" (one scale for a
+            weight, a static one for its inputs); "deepseek" (scales of blocks). 4-bit integers:
+            "w4a16" (a scale for 128 inputs of an output). Or a file.
         out: the folder to write, which must not hold anything; default build/NAME-SCHEME.
         progress: called with (stage, done, total) in bytes of weights read.
         weights_from: a further folder to which links in the checkpoint may lead.
         adapters: folders of LoRA adapters, merged into the weights in this order.
+        scales: the result of `calibrate`, or a file of it, for static scales; default the
+            checkpoint's own file scales.json.
 
     A call that is cut off leaves a hidden folder beside `out`; the next one goes on with it.
 
@@ -91,12 +101,15 @@ def quantize(
     chosen = load_scheme(scheme)
     as_told, config = told(spec, chosen)
     path = Path(out) if out else default_folder(f"{spec.name}-{chosen.name}")
+    in_scheme = spec.model_copy(update={"scheme": chosen})
+    static = scales_for(in_scheme, "pack", scales, read.folder)
     _, stacks = as_packed(spec, entries)
     packings = _packings(as_told, stacks)
     places = published(as_told, packings)
     with writing(path, refuse_filled) as folder:
         copy_companions(read, folder)
-        files, count = write_shards(folder, packings, stacks, places, partial(progress, "quantise"))
+        stage, constants = partial(progress, "quantise"), _for_each_part(static, places)
+        files, count = write_shards(folder, packings, stacks, places, stage, constants=constants)
         describe(folder, as_told, config, chosen.name, read)
         sizes = {file: (folder / file).stat().st_size for file in files}
     return Quantised(path, sizes, count, spec.notes)
@@ -109,5 +122,24 @@ def _packings(as_told: ModelSpec, stacks: dict[str, TensorEntry]) -> dict[str, P
         apart = len(shape) == 3 and (name in rules or as_told.separate_experts)
         stored = stacks[name].dtype
         packing = Packing.by(name, stored, rules.get(name), as_told.scheme, turned=apart)
+        parts = len(names.separate(name, 0)) if apart else 1
+        if packing.fp8 == "expert" and parts > 1:
+            packing = packing.model_copy(update={"parts": parts})
         found[packing.names(stored)[0]] = packing
+    return found
+
+
+def _for_each_part(
+    static: Mapping[str, Tensor], places: Mapping[str, Published]
+) -> dict[str, Tensor]:
+    """Static scales of inputs, by parameter: one for each tensor that a checkpoint has of it.
+
+    `static` has one for each parameter, or one for each of its experts, by our names.
+    """
+    found = {}
+    for name, each in static.items():
+        count = len(places[name])
+        found[names.scaled(name)] = (
+            each.repeat(count) if not each.dim() else (each.repeat_interleave(count // len(each)))
+        )
     return found

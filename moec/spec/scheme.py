@@ -115,8 +115,6 @@ class Scheme(Frozen):
                 f"{wild} patterns with wildcards: at most {limits.WILDCARDS} are expected, "
                 "and any number of plain names"
             )
-        if self.layout == "compressed-tensors" and any(r.inputs in STATIC for r in self.rules):
-            raise ValueError("compressed-tensors with static input scales is not supported")
         if any((rule.weight in INT4_WEIGHTS) != self.int4 for rule in self.rules):
             raise ValueError(f"weight group or output goes with layout {INT4}, and with no other")
         if self.int4 and (self.cache or any(rule.inputs != "none" for rule in self.rules)):
@@ -184,8 +182,10 @@ SCHEMES = {
         _scheme("deepseek", _LINEAR, "block", "group"),
     )
 }
-#: what `quantize` takes besides: 4-bit integers, which no build makes and every build reads
+#: what `quantize` is for: 4-bit integers, which no build makes and every build reads
 W4A16 = _scheme("w4a16", _LINEAR, "group", "none", layout=INT4)
-NAMED = SCHEMES | {W4A16.name: W4A16}
+#: one static scale for the inputs of all experts, because vLLM has no other
+PER_TENSOR = _scheme("per-tensor", _LINEAR, "expert", "tensor")
+NAMED = SCHEMES | {each.name: each for each in (PER_TENSOR, W4A16)}
 #: a target's default scheme -> what takes its place for a model without experts
 WITHOUT_EXPERTS = {"meta": "dynamic", "mixed": "static"}

@@ -191,6 +191,8 @@ def _matrix(
     rows, columns = shape
     yield name, Kind((rows, columns // 2), "uint8") if scheme.int4 else Kind(shape, "fp8")
     yield names.scale_of(name), Kind(scales, scheme.scales)
+    if rule.inputs in STATIC:
+        yield names.input_scale_of(name), Kind((), scheme.scales)
     if scheme.zero_points:
         yield names.zero_point_of(name), Kind((-(-rows // 8), scales[1], 4), "uint8")
 

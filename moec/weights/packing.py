@@ -43,7 +43,8 @@ class Packing(Frozen):
       `group` elements of a row have a scale, which all their blocks repeat; and so they have a zero
       point with `zero_points`, two in a byte.
     - With `fp8`, the quantised values are E4M3 and have the parameter's name. The scales have the
-      type `dtype`; `fp8` says how many values share one, as in a scheme rule.
+      type `dtype`; `fp8` says how many values share one, as in a scheme rule. The scale of an
+      expert is repeated for each of the `parts` that it is of a checkpoint's tensors.
     - With neither, the elements are cast to `dtype`.
     """
 
@@ -55,14 +56,17 @@ class Packing(Frozen):
     block: int = Field(default=32, ge=1)
     group: int | None = Field(default=None, ge=1)
     zero_points: bool = False
+    parts: int = Field(default=1, ge=1, le=2)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        turned = self.arrange == "transpose" and self.fp8 in ("channel", "block")
+        turned = self.arrange == "transpose" and self.fp8 in ("channel", "block", "expert")
         if self.fp8 and not turned and self.arrange != "rows":
             raise ValueError(f"fp8 {self.fp8} with arrange {self.arrange} is not supported")
         if self.group and (self.bits != 4 or self.group % self.block):
             raise ValueError(f"groups of {self.group} have 4 bits, and whole blocks")
+        if self.parts > 1 and self.fp8 != "expert":
+            raise ValueError("only the scale of an expert is repeated")
         if self.zero_points and not self.group:
             raise ValueError("zero points are a checkpoint's, which has groups")
         return self
@@ -100,6 +104,8 @@ class Packing(Frozen):
     def shapes(self, shape: Shape) -> tuple[tuple[Shape, str], ...]:
         """Shape and type of each tensor of `names`, for a parameter of `shape`."""
         scales = scale_shape(shape, self.fp8, self.block) if self.fp8 else ()
+        if self.parts > 1:
+            scales = (*scales, self.parts)
         if self.arrange != "rows":
             shape = (*shape[:-2], shape[-1], shape[-2])
             if self.fp8 == "block":

@@ -192,11 +192,11 @@ def _fused(grid: str) -> list[list[Tensor]]:
     return found
 
 
-def _statics(inputs: str) -> tuple[Tensor | None, Tensor | None]:
+def _statics(inputs: str) -> tuple[list[Tensor], list[Tensor]]:
     if inputs not in STATIC:
-        return None, None
+        return [], []
     shape = (COUNT,) if inputs == "expert" else ()
-    return _scales(shape, 20) * 3, _scales(shape, 21) * 3
+    return [_scales(shape, 20) * 3], [_scales(shape, 21) * 3]
 
 
 def _routed(top_k: int) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -205,14 +205,20 @@ def _routed(top_k: int) -> tuple[Tensor, Tensor, Tensor, str]:
 
 
 def _run(routed: Any, weights: Any, inputs: str) -> Tensor:
-    return ops.fp8_moe.target(*routed, *weights, *_statics(inputs), inputs, BLOCK, BOUND)
+    statics: Any = _statics(inputs)
+    for at, (each, codes) in enumerate(zip(statics, weights[::2], strict=True)):
+        if each and len(codes) > 1:  # experts apart: a scale for each tensor
+            own = each[0].expand(COUNT).repeat_interleave(len(codes) // COUNT)
+            statics = (*statics[:at], list(own), *statics[at + 1 :])
+    return ops.fp8_moe.target(*routed, *weights, *statics, inputs, BLOCK, BOUND)
 
 
-def _rounded(x: np.ndarray, static: Tensor | None, expert: int, inputs: str) -> np.ndarray:
+def _rounded(x: np.ndarray, statics: list[Tensor], expert: int, inputs: str) -> np.ndarray:
     """One token as its product sees it."""
     if inputs == "none":
         return x
-    if static is not None:
+    if statics:
+        (static,) = statics
         scale = np.full(len(x), (static[expert] if static.dim() else static).item(), np.float32)
     else:
         step = BLOCK if inputs == "group" else len(x)
@@ -292,7 +298,7 @@ def experts(**changes: Any) -> tuple[Any, ...]:
         "weighed": "input",
         "gate_up": [fp8(3, 4, 8)], "gate_up_scale": [t(3, 8)],
         "down": [fp8(3, 4, 4)], "down_scale": [t(3)],
-        "gate_up_input": None, "down_input": None, "inputs": "token", "block": 4, "bound": None,
+        "gate_up_input": [], "down_input": [], "inputs": "token", "block": 4, "bound": None,
     }  # fmt: skip
     return tuple((given | changes).values())
 
@@ -315,8 +321,8 @@ def experts(**changes: Any) -> tuple[Any, ...]:
         (ops.fp8_moe, experts(scores=t(6, 2)), "scores"),
         (ops.fp8_moe, experts(inputs="row"), "inputs"),
         (ops.fp8_moe, experts(inputs="tensor"), "input scales"),
-        (ops.fp8_moe, experts(inputs="expert", gate_up_input=t(3)), "input scales"),
-        (ops.fp8_moe, experts(gate_up_input=t(), down_input=t()), "input scales"),
+        (ops.fp8_moe, experts(inputs="expert", gate_up_input=[t(3)]), "input scales"),
+        (ops.fp8_moe, experts(gate_up_input=[t()], down_input=[t()]), "input scales"),
         (ops.fp8_moe, experts(gate_up=[t(3, 4, 8)]), "E4M3"),
         (ops.fp8_moe, experts(down=[t(3, 4, 4)]), "E4M3"),
         (ops.fp8_moe, experts(gate_up=[fp8(3, 5, 8)]), "(3, 4, 8)"),
@@ -329,7 +335,16 @@ def experts(**changes: Any) -> tuple[Any, ...]:
         (ops.fp8_moe, experts(gate_up=[fp8(3, 4, 7)]), "gate_up"),
         (ops.fp8_moe, experts(gate_up=[fp8(4, 4)] * 3, down=[fp8(4, 4)] * 3), "6 tensors"),
         (ops.fp8_moe, experts(gate_up=[], down=[]), "at least one"),
-        (ops.fp8_moe, experts(inputs="tensor", gate_up_input=t(), down_input=t(2)), "input scales"),
+        (
+            ops.fp8_moe,
+            experts(inputs="tensor", gate_up_input=[t()], down_input=[t(2)]),
+            "input scale",
+        ),
+        (
+            ops.fp8_moe,
+            experts(inputs="tensor", gate_up_input=[t()] * 2, down_input=[t()]),
+            "1 tensors",
+        ),
     ],
 )  # fmt: skip
 def test_bad_operands_are_refused_by_name(op: ops.Op, args: tuple[Any, ...], names: str) -> None:
@@ -344,9 +359,9 @@ def _eager_calls() -> list[Callable[[], Tensor]]:
     return [
         lambda: ops.quantize.target(torch.zeros(2, 3), torch.ones(2), 1, 1),
         lambda: ops.dequantize.target(torch.zeros(2, 3), ONE, 0, 1, "fp32"),
-        lambda: ops.fp8_moe.target(*routed, *weights, None, None, "tensor", 1, None),
-        lambda: ops.fp8_moe.target(*routed, *weights, ONE, ONE, "token", 1, None),
-        lambda: ops.fp8_moe.target(*routed, *wide, None, None, "none", 1, None),
+        lambda: ops.fp8_moe.target(*routed, *weights, [], [], "tensor", 1, None),
+        lambda: ops.fp8_moe.target(*routed, *weights, [ONE], [ONE], "token", 1, None),
+        lambda: ops.fp8_moe.target(*routed, *wide, [], [], "none", 1, None),
     ]
 
 

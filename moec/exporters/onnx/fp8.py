@@ -154,12 +154,12 @@ def lower_fp8_moe(
             rows: ir.Value,
             codes: list[ir.Value],
             scales: list[ir.Value],
-            static: ir.Value | None,
+            statics: list[ir.Value],
             label: str,
         ) -> list[ir.Value]:
-            if static is not None and type_of(static).shape:
-                static = e.weights.slice(static, expert)
-            rows = _rounded(e, rows, static, moe, f"{label}.input")
+            if fused or not statics:
+                static = _of_expert(e, statics[0], expert) if statics else None
+                rows = _rounded(e, rows, static, moe, f"{label}.input")
             if fused and codes[0].name in e.weights.turned:
                 one, scale = (_of_expert(e, each[0], expert) for each in (codes, scales))
                 weight = _dequantize(e, one, scale, 0, block, dtype, f"{label}.weight")
@@ -173,6 +173,10 @@ def lower_fp8_moe(
             for i in range(expert * each_has, (expert + 1) * each_has):
                 name = f"{label}.{i % each_has}" if each_has > 1 else label
                 weight = _dequantize(e, codes[i], scales[i], 0, block, dtype, f"{name}.weight")
+                if statics:
+                    own = _rounded(e, rows, statics[i], moe, f"{name}.input")
+                    found.append(_turned(e, own, weight, name))
+                    continue
                 found.append(_turned(e, rows, weight, name))
             return found
 

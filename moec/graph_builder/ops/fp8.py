@@ -5,6 +5,8 @@ scale is a scalar, a vector along `axis`, or has all dimensions, each as long as
 length in blocks of `block`: ONNX's rules, with blocks along more than one dimension.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -120,10 +122,12 @@ def _moe_rule(moe: Fp8Moe[TensorType]) -> TensorType:
     given = moe.gate_up and moe.down
     need(bool(given), name, "weights", (moe.gate_up, moe.down), "at least one tensor each")
     fused, count = moe.fused, moe.count
-    for static in (moe.gate_up_input, moe.down_input):
-        fits = (static is not None) == (moe.inputs in STATIC)
-        need(fits, name, "input scales", static, moe.inputs)
-        need(static is None or static.shape in ((), (count,)), name, "input scales", static, count)
+    for statics, codes in ((moe.gate_up_input, moe.gate_up), (moe.down_input, moe.down)):
+        expected = len(codes) if moe.inputs in STATIC else 0
+        need(len(statics) == expected, name, "input scales", len(statics), f"{expected} tensors")
+        for static in statics:
+            fits = static.shape == () or (fused and static.shape == (count,))
+            need(fits, name, "input scale", static, count if fused else "a scalar")
     dim, width = moe.x.shape[1], moe.down[0].shape[1]
     # Shapes of one expert's tensors, as they are stored.
     gate_up_shape, down_shape = (
@@ -149,8 +153,8 @@ def _moe_rule(moe: Fp8Moe[TensorType]) -> TensorType:
 
 @op(
     "fp8_moe(Tensor x, Tensor scores, Tensor experts, str weighed, Tensor[] gate_up, "
-    "Tensor[] gate_up_scale, Tensor[] down, Tensor[] down_scale, Tensor? gate_up_input, "
-    "Tensor? down_input, str inputs, int block, float? bound) -> Tensor",
+    "Tensor[] gate_up_scale, Tensor[] down, Tensor[] down_scale, Tensor[] gate_up_input, "
+    "Tensor[] down_input, str inputs, int block, float? bound) -> Tensor",
     _moe_rule,
     Fp8Moe,
 )
@@ -163,18 +167,31 @@ def fp8_moe(moe: Fp8Moe[Tensor]) -> Tensor:
 
     def ffn(expert: int, rows: Tensor) -> Tensor:
         def product(
-            rows: Tensor, codes: list[Tensor], scales: list[Tensor], static: Tensor | None
+            rows: Tensor, codes: list[Tensor], scales: list[Tensor], statics: list[Tensor]
         ) -> Tensor:
-            if static is not None and static.dim():
-                static = static[expert]
-            rows = rounded(rows, static, moe.inputs, moe.block, moe.bound)
-            weight = expert_weight(codes, scales, expert, moe.count, moe.block)
-            return rows @ weight.to(moe.x.dtype)
+            weight = expert_weight(codes, scales, expert, moe.count, moe.block).to(moe.x.dtype)
+            own = input_scales(statics, expert, moe.count)
+            parts = [
+                rounded(rows, static, moe.inputs, moe.block, moe.bound) @ part
+                for static, part in zip(own, weight.chunk(len(own), -1), strict=True)
+            ]
+            return torch.cat(parts, -1)
 
         gate, up = product(rows, moe.gate_up, moe.gate_up_scale, moe.gate_up_input).chunk(2, -1)
         return product(swiglu.eager(gate, up), moe.down, moe.down_scale, moe.down_input)
 
     return over_chosen(moe, ffn)
+
+
+def input_scales(statics: list[Tensor], expert: int, count: int) -> Sequence[Tensor | None]:
+    """The static scales of one expert's inputs, as `fp8_moe` has them: of each of its tensors."""
+    if not statics:
+        return [None]
+    if len(statics) == 1:
+        (static,) = statics
+        return [static[expert] if static.dim() else static]
+    parts = len(statics) // count
+    return statics[expert * parts : (expert + 1) * parts]
 
 
 def expert_weight(

@@ -100,8 +100,8 @@ class Fp8Moe(Routed[T]):
                      [out, in]: gate_0, up_0, gate_1, ... and down_0, down_1, ...
     gate_up_scale,   the scale of each of these tensors: fused [], [E], [E, out] or in blocks;
     down_scale       otherwise [], [out] or in blocks
-    gate_up_input,   the static scale of each product's input, [] or [E]; None: it has none
-    down_input
+    gate_up_input,   the static scales of inputs: one tensor [] or [E] for fused weights, otherwise
+    down_input       one [] for each tensor; no tensors: inputs have none
     inputs           how the scheme quantises inputs: one of `moec.spec.scheme.INPUTS`
     block            the length of a block, and of a group of inputs; 0: there are no blocks
     bound            the largest magnitude that dynamic scales take into account; None: any
@@ -111,8 +111,8 @@ class Fp8Moe(Routed[T]):
     gate_up_scale: list[T]
     down: list[T]
     down_scale: list[T]
-    gate_up_input: T | None
-    down_input: T | None
+    gate_up_input: list[T]
+    down_input: list[T]
     inputs: str
     block: int
     bound: float | None

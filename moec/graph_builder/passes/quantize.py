@@ -153,10 +153,14 @@ class _Fp8(_Rewrite):
                 weights.append(
                     [self.parameter(tensor(fused))] if one else self.experts(fused, tensor)
                 )
-        inputs = [
-            self.parameter(names.input_scale_of(fused)) if rule.inputs in STATIC else None
-            for fused in experts
-        ]
+        inputs: list[object] = []
+        for fused in experts:
+            if rule.inputs not in STATIC:
+                inputs.append([])
+            elif self.scheme.separate_experts:
+                inputs.append(self.experts(fused, names.input_scale_of))
+            else:
+                inputs.append([self.parameter(names.input_scale_of(fused))])
         how = rule.inputs, self.scheme.block, self.scheme.bound
         routed = (old.x, old.scores, old.experts, old.weighed)
         new = call(

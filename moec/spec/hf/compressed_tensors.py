@@ -6,7 +6,7 @@ from moec.spec.fields import REQUIRED, Fields, shown
 from moec.spec.hf.modules import INERT, NEXT, scheme_of, square, strings
 from moec.spec.hf.names import DECODER, TOWER
 from moec.spec.model import ModelSpec
-from moec.spec.scheme import INT4, Scheme
+from moec.spec.scheme import INT4, STATIC, Scheme
 
 FLOAT = "float-quantized"
 #: other formats by their names, and what they are
@@ -67,16 +67,19 @@ def read_compressed_tensors(at: Fields, spec: ModelSpec) -> Scheme:
 
 def _floats(at: Fields, group: Fields) -> dict[str, Any]:
     """What the group of an FP8 checkpoint says of weights, inputs and caches."""
-    weights, block = _e4m3(group.inner("weights"), False, ("channel", "tensor", "block"))
+    weights, block = _e4m3(_fixed(group.inner("weights")), ("channel", "tensor", "block"))
     inputs = "none"
     if "input_activations" in group:
-        along = "group" if block else "token"
-        inputs, size = _e4m3(group.inner("input_activations"), True, (along,))
+        given = group.inner("input_activations")
+        dynamic = given.take("dynamic", bool, default=False)
+        along = "group" if block else "token" if dynamic else "tensor"
+        inputs, size = _e4m3(given, (along,))
         if size != block:
             raise group.error("input_activations", f"groups of {size}", f"{block}, as for weights")
+        inputs = "expert" if inputs == "tensor" else inputs
     cache = "kv_cache_scheme" in at
     if cache:
-        _e4m3(at.inner("kv_cache_scheme"), False, ("tensor",), default="tensor")
+        _e4m3(_fixed(at.inner("kv_cache_scheme")), ("tensor",), default="tensor")
     sizes = {"block": block} if block else {}
     weight = "expert" if weights == "tensor" else weights
     return {"weight": weight, "inputs": inputs, "cache": cache, **sizes}
@@ -110,8 +113,14 @@ def _integers(at: Fields, group: Fields) -> dict[str, Any]:
     return {"weight": "group", "block": size, **found}
 
 
+def _fixed(at: Fields) -> Fields:
+    """The same fields, whose scales are stored."""
+    at.require("dynamic", False, default=False)
+    return at
+
+
 def _e4m3(
-    at: Fields, dynamic: bool, strategies: tuple[str, ...], default: Any = REQUIRED
+    at: Fields, strategies: tuple[str, ...], default: Any = REQUIRED
 ) -> tuple[str, int | None]:
     """Read the strategy of symmetric E4M3 values, one of `strategies`, and the size of its blocks.
 
@@ -120,7 +129,6 @@ def _e4m3(
     at.require("num_bits", 8)
     at.require("type", "float")
     at.require("symmetric", True, default=True)
-    at.require("dynamic", dynamic, default=False)
     strategy: str = at.take("strategy", str, default=default)
     if strategy not in strategies:
         raise at.error("strategy", repr(strategy), " or ".join(map(repr, strategies)))
@@ -144,7 +152,9 @@ def write_group(scheme: Scheme) -> dict[str, Any]:
         weights["group_size"] = scheme.block
     if rule.weight == "block":
         weights["block_structure"] = [scheme.block, scheme.block]
-    inputs = {**number, "strategy": rule.inputs, "dynamic": True, "symmetric": True}
+    static = rule.inputs in STATIC
+    along = "tensor" if static else rule.inputs
+    inputs = {**number, "strategy": along, "dynamic": not static, "symmetric": True}
     if rule.inputs == "group":
         inputs["group_size"] = scheme.block
     group = {

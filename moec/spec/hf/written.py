@@ -14,11 +14,18 @@ from moec.spec.hf.modules import patterns
 from moec.spec.hf.quantization import read_scheme, write_scheme
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
-from moec.spec.scheme import INT4, Scheme
+from moec.spec.scheme import INT4, STATIC, Scheme
 from moec.spec.tensors import eligible, quantized
 
 #: the kinds of weights and inputs that compressed-tensors can say and moec writes
-SAID = (("channel", "token"), ("channel", "none"), ("block", "group"), ("group", "none"))
+SAID = (
+    ("channel", "token"),
+    ("channel", "none"),
+    ("expert", "tensor"),
+    ("expert", "expert"),
+    ("block", "group"),
+    ("group", "none"),
+)
 
 #: what vLLM reorders, and the values, which it joins with them in one product of one scheme
 _REORDERED = {names.attention("*", part, "weight") for part in "qkv"}
@@ -79,7 +86,9 @@ def told(spec: ModelSpec, scheme: Scheme) -> tuple[ModelSpec, dict[str, Any]]:
     whole_heads = weight in ("block", "group")  # what has to stay in its order
     chosen = [name for name in wanted if not (whole_heads and is_reordered(spec, name))]
     of = patterns(chosen, eligible(spec))
-    values["rules"] = [{"of": of, "weight": weight, "inputs": inputs}]
+    # each product has its own static scale there, whether or not experts have the same
+    told_inputs = "expert" if inputs in STATIC else inputs
+    values["rules"] = [{"of": of, "weight": weight, "inputs": told_inputs}]
     config = write_scheme(spec.model_copy(update={"scheme": Scheme.model_validate(values)}))
     found = read_scheme(config, Path("config.json"), spec)
     assert found is not None

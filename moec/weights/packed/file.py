@@ -250,6 +250,8 @@ def _write_fp8(weight: _Weight, pool: ThreadPoolExecutor, beside: Executor) -> I
             stored = scales[0] if packing.fp8 == "tensor" else scales
             if packing.fp8 == "block" and packing.arrange == "transpose":
                 stored = stored.transpose(-2, -1)
+            if packing.parts > 1:
+                stored = stored.repeat_interleave(packing.parts)
             scales_to.write(stored.flatten().view(torch.uint8).numpy())
 
         def pack(

@@ -9,8 +9,8 @@ own: the names change and the bytes do not.
     layers.{i}.moe.gate_up_scale   experts.0.gate_proj.weight_scale, ...
     layers.{i}.attn.q.weight       self_attn.q_proj.weight
 
-A scale for each output is [out, 1], as compressed-tensors stores it. 4-bit integers have the sizes
-of each matrix besides, which nobody needs and other engines look for.
+A scale for each output is [out, 1], as compressed-tensors stores it, and one for all is [1]. 4-bit
+integers have the sizes of each matrix besides, which nobody needs and other engines look for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from moec.spec.hf.names import keys
 from moec.spec.hf.written import published_spec
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import Shape, parameters
+from moec.spec.scheme import STATIC
 from moec.spec.tensors import in_words, quantized, tensors
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry, nbytes
@@ -52,8 +53,8 @@ def published(spec: ModelSpec, packings: Mapping[str, Packing]) -> dict[str, Pub
         kind = kinds[name]
         if kind.dtype == "uint8":
             return Part(theirs[name], *in_words(kind))
-        channel = names.is_scale(name) and len(kind.shape) == 1
-        return Part(theirs[name], (*kind.shape, 1) if channel else kind.shape, dtype)
+        few = names.is_scale(name) and len(kind.shape) < 2
+        return Part(theirs[name], (*kind.shape, 1) if few else kind.shape, dtype)
 
     found: dict[str, Published] = {}
     for name, packing in packings.items():
@@ -67,6 +68,9 @@ def published(spec: ModelSpec, packings: Mapping[str, Packing]) -> dict[str, Pub
         values, scales = packing.names(packing.dtype)
         found[values] = tuple(part(each, "fp8") for each in parts)
         found[scales] = tuple(part(names.scale_of(each), packing.dtype) for each in parts)
+        if rules[packing.source].inputs in STATIC:
+            inputs = names.input_scale_of(packing.source)
+            found[inputs] = tuple(part(names.input_scale_of(p), packing.dtype) for p in parts)
         if packing.bits:
             stems = (theirs[each].removesuffix("_packed") for each in parts)
             found[sizes_of(packing.source)] = tuple(

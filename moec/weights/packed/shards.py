@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.spec.hf.forms import INDEX, SINGLE
+from moec.spec.names import input_scale_of
 from moec.weights.packed.file import write_packed
 from moec.weights.packed.journal import Hash, finish
 from moec.weights.packed.published import Published, in_shards, sizes_of
@@ -23,11 +24,13 @@ def write_shards(
     places: Mapping[str, Published],
     progress: Callable[[int, int], None],
     hashes: dict[str, Hash] | None = None,
+    constants: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[str], int]:
     """Pack each parameter from `entries` into shards in `folder`. Several shards have an index.
 
-    The tensors have the names in `places`. `progress`, `hashes` and what happens to a call that was
-    cut off are as in `write_packed`.
+    The tensors have the names in `places`. `constants` are static scales, one for each part of a
+    parameter, by the parameter. `progress`, `hashes` and what happens to a call that was cut off
+    are as in `write_packed`.
 
     Returns:
         The names of the shards, and the bytes of weights that this call packed.
@@ -45,9 +48,13 @@ def write_shards(
         def step(done: int, _: int, before: int = before) -> None:
             progress(before + done, sum(sizes))
 
-        path, sizes_too = folder / file, _sizes(shard, entries, places)
+        own = _sizes(shard, entries, places)
+        for packing in shard.values():
+            if packing.source in (constants or {}):
+                own[input_scale_of(packing.source)] = (constants or {})[packing.source]
+        path = folder / file
         read += write_packed(
-            path, shard, entries, step, sizes_too, hashes, published=places, journal_stays=True
+            path, shard, entries, step, own, hashes, published=places, journal_stays=True
         )
         before += size
     for file in files:

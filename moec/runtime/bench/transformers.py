@@ -87,6 +87,8 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
         use_safetensors=True,  # other files of weights are pickles
         local_files_only=True,
         trust_remote_code=False,
+        attn_implementation="sdpa",  # whatever the config names, which may be code of the Hub
+        return_dict=True,
     )
     model = model.to(device).eval()
     step = torch.compile(model) if engine == ENGINES[1] else model

@@ -45,12 +45,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         output_loading_info=True,
         use_safetensors=True,
         trust_remote_code=False,
+        attn_implementation="eager",  # whatever the config names, which may be code of the Hub
+        return_dict=True,
         **options,
     )
     odd = {key: sorted(loaded[key])[:3] for key in ("missing_keys", "unexpected_keys")}
     if any(odd.values()):
         return {"failed": f"keys that it does not take, or misses: {odd}"}
-    model.eval()
+    model.float().eval()  # transformers leaves what was not quantised in its stored type
     logprobs, tokens = [], []
     with torch.inference_mode():
         for ids in job["prompts"]:

@@ -5,6 +5,8 @@ MOEC_VLLM_PYTHON names an interpreter that has vLLM; without it these tests are 
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,13 +66,41 @@ def prove(folder: Path, theirs: Path | None = None) -> moec.Report:
 
 @pytest.mark.parametrize(
     "preset, scheme",
-    [("scout", "dynamic"), ("scout", "meta"), ("scout", "deepseek"), ("maverick", "dynamic")],
+    [
+        ("scout", "dynamic"),
+        ("scout", "meta"),
+        ("scout", "deepseek"),
+        ("scout", "per-tensor"),
+        ("scout", "w4a16"),
+        ("maverick", "dynamic"),
+    ],
 )
 def test_vllm_computes_the_same(preset: str, scheme: str, tmp_path: Path) -> None:
     """Across chunk borders, with a temperature from position 32 on, in every scheme."""
     write_random_checkpoint(small(preset), tmp_path / "wide", seed=1)
-    moec.quantize(tmp_path / "wide", scheme, tmp_path / "fp8")
-    report = prove(tmp_path / "fp8")
+    scales = None
+    if scheme == "per-tensor":
+        scales = moec.calibrate(tmp_path / "wide", torch.randint(0, 2048, (8, 400)))
+    moec.quantize(tmp_path / "wide", scheme, tmp_path / scheme, scales=scales)
+    report = prove(tmp_path / scheme)
+    assert report.passed, report.first_divergence
+
+
+def test_vllm_reads_an_artefact(tmp_path: Path) -> None:
+    """The folder of a build for target torch is a checkpoint."""
+    write_random_checkpoint(small("scout"), tmp_path / "wide", seed=2)
+    art = moec.export(tmp_path / "wide", "torch", out=tmp_path / "artefact")
+    assert prove(art.path).passed
+
+
+def test_vllm_computes_a_trained_model(tmp_path: Path) -> None:
+    """It is trained here, for a minute, because vLLM wants heads of 128."""
+    command = (sys.executable, "-m", "tests.trained.train", "llama4-heads-of-128")
+    done = subprocess.run([*command, tmp_path / "wide", "60"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout.splitlines()[-1])
+    moec.quantize(tmp_path / "wide", "dynamic", tmp_path / "trained")
+    report = prove(tmp_path / "trained")
     assert report.passed, report.first_divergence
 
 

@@ -1,9 +1,10 @@
-"""Train the small models of this folder again: `python -m tests.trained.train NAME FOLDER`.
+"""Train the small models of this folder: `python -m tests.trained.train NAME FOLDER [SECONDS]`.
 
 The text is the Python files of CPython's standard library of the Python that runs this (PSF
 licence; 3.11 made the models that lie here), in the tokens of examples/tiny-scout. Files of which
 a window of `eval_ids` in its golden values shows a part are held out. It takes some minutes on one
-core. Experts are kept busy as each family does it: OLMoE by a loss, DeepSeek-V3 by its bias.
+core. Experts are kept busy as each family does it: OLMoE by a loss, DeepSeek-V3 by its bias. On a
+GPU, where other engines want heads of 128, a test trains `llama4-heads-of-128` for a minute.
 """
 
 import random
@@ -25,6 +26,7 @@ from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
+    Llama4TextConfig,
     OlmoeConfig,
 )
 
@@ -45,6 +47,12 @@ CONFIGS = {
         n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, n_shared_experts=1,
         first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
         qk_nope_head_dim=16, v_head_dim=24, num_mtp_layers=0,
+    ),
+    "llama4-heads-of-128": Llama4TextConfig(
+        **SHARED | {"hidden_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 4096},
+        intermediate_size=256, intermediate_size_mlp=512, num_key_value_heads=2, head_dim=128,
+        num_local_experts=8, interleave_moe_layer_step=1, attention_chunk_size=128,
+        attn_temperature_tuning=True, floor_scale=64, use_qk_norm=True, tie_word_embeddings=False,
     ),
 }  # fmt: skip
 
@@ -85,25 +93,29 @@ def loss_of(logits: Tensor, rows: Tensor) -> Tensor:
 
 
 def main() -> None:
-    name, out = sys.argv[1], Path(sys.argv[2])
+    name, out, seconds = sys.argv[1], Path(sys.argv[2]), float([*sys.argv, SECONDS][3])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    own, held = tokens(), held_out()
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).train()
+    own, held = tokens().to(device), held_out().to(device)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(device).train()
+    count = ROWS if device == "cpu" else 8 * ROWS
     biased = [each for each in model.modules() if hasattr(each, "e_score_correction_bias")]
     for router in biased:
         router.register_forward_hook(balance)
-    more = {} if biased else {"output_router_logits": True}
+    of_loss = not biased and hasattr(model.config, "router_aux_loss_coef")
+    of_loss = of_loss and not isinstance(model.config, Llama4TextConfig)
+    more = {"output_router_logits": True} if of_loss else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     began, step = time.monotonic(), 0
-    while (done := (time.monotonic() - began) / SECONDS) < 1:
+    while (done := (time.monotonic() - began) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, step / 50) * (1 - done) + 1e-5
-        starts = torch.randint(len(own) - LENGTH, (ROWS, 1))
-        rows = own[starts + torch.arange(LENGTH + 1)]
+        starts = torch.randint(len(own) - LENGTH, (count, 1), device=device)
+        rows = own[starts + torch.arange(LENGTH + 1, device=device)]
         found = model(input_ids=rows[:, :-1], use_cache=False, **more)
         loss = loss_of(found.logits, rows)
-        whole = loss if biased else loss + model.config.router_aux_loss_coef * found.aux_loss
+        whole = loss if not of_loss else loss + model.config.router_aux_loss_coef * found.aux_loss
         optimizer.zero_grad()
         whole.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

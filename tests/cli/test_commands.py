@@ -21,7 +21,7 @@ OPTIONS = {
     "bind": "artefact --checkpoint --out --weights --scales --engine --no-engine "
     "--weights-from --hash --adapter",
     "calibrate": "checkpoint --tokens --out --percentile",
-    "quantize": "checkpoint --scheme --out --weights-from --adapter",
+    "quantize": "checkpoint --scheme --out --scales --weights-from --adapter",
     "validate": "artefact --tokens --seed --reduced --html --device --reference --eval "
     "--source --against --python --weights-from --json",
     "generate": "artefact --prompt --ids --image --chat --system --messages --max-new-tokens "
@@ -49,7 +49,7 @@ SUMMARIES = {
     "one.",
     "calibrate": "Find static scales: run a checkpoint on some tokens and record how large its "
     "values get.",
-    "quantize": "Write a checkpoint anew in FP8, as vLLM, transformers and moec read it.",
+    "quantize": "Write a checkpoint anew, quantised, as vLLM, transformers and moec read it.",
     "validate": "Compare an artefact with the eager reference, op by op; exit code 1 if they "
     "differ.",
     "generate": "Continue a prompt of text and images, and print each token as it comes.",

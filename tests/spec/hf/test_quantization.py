@@ -387,13 +387,13 @@ CONFIGS: dict[str, tuple[object, str]] = {
     ),
     "no strategy": (weights(strategy=None), f"{G0}.weights.strategy"),
     "an unknown field of weights": (weights(sparkle=3), f"{G0}.weights.sparkle"),
-    "static inputs": (
-        inputs(strategy="tensor", dynamic=False),
-        f"{G0}.input_activations.dynamic",
+    "static inputs, a scale for each token": (
+        inputs(dynamic=False),
+        f"{G0}.input_activations.strategy",
     ),
     "inputs that are static by default": (
-        inputs(strategy="tensor", dynamic=None),
-        f"{G0}.input_activations.dynamic",
+        inputs(dynamic=None),
+        f"{G0}.input_activations.strategy",
     ),
     "locally dynamic inputs": (inputs(dynamic="local"), f"{G0}.input_activations.dynamic"),
     "one scale for a batch": (inputs(strategy="tensor"), f"{G0}.input_activations.strategy"),

@@ -37,8 +37,8 @@ LEAST = {"fp32": 1e-4, "bf16": 2e-2}
 #: upper ones see faults that few tokens meet, such as those of one expert.
 QUANTILES = (0.5, 0.9, 0.98)
 #: the same for the middle of the tokens of one expert, if they are so many; few tokens vary more.
-#: It is multiplied by how far above the noise the middle of all tokens is.
-OF_AN_EXPERT, ENOUGH = 2.0, 48
+#: It is multiplied by how far above the noise the middle of all other tokens is.
+OF_AN_EXPERT, ENOUGH = 1.7, 48
 #: tokens that each prompt is continued by
 NEW_TOKENS = 16
 #: the share of greedy tokens that must be the reference's, near ties apart. In bf16 a near tie in a
@@ -179,14 +179,14 @@ def _by_expert(
     `groups` has the experts [tokens, k] that the reference chose, for each MoE layer. One expert of
     many is met by few tokens: all tokens together do not show what is wrong with it.
     """
-    worst, level = None, float(off.quantile(0.5) / basis.quantile(0.5).clamp(min=1e-12))
-    level = min(max(level, 1.0), TIMES)
+    worst = None
     for name, experts in groups.items():
         for expert in sorted({*experts.flatten().tolist()}):
             mine = (experts == expert).any(-1)
             if int(mine.sum()) < ENOUGH:
                 continue
-            limit = max(least, level * OF_AN_EXPERT * float(basis[mine].quantile(0.5)))
+            limit = OF_AN_EXPERT * _level(off[~mine], basis[~mine])
+            limit = max(least, limit * float(basis[mine].quantile(0.5)))
             value = float(off[mine].quantile(0.5))
             detail = f"expert {expert} of layer {names.layer_of(name)}, {int(mine.sum())} tokens"
             check = Check("log-probabilities, tokens of one expert", "error", value, limit, detail)
@@ -194,6 +194,13 @@ def _by_expert(
                 worst = check
     if worst:
         yield worst
+
+
+def _level(off: Tensor, basis: Tensor) -> float:
+    """How far above the noise the middle of some tokens is, from 1 to `TIMES`."""
+    if not len(off):
+        return 1.0
+    return min(max(1.0, float(off.quantile(0.5) / basis.quantile(0.5).clamp(min=1e-12))), TIMES)
 
 
 def _run(

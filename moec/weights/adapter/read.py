@@ -20,6 +20,7 @@ from moec.spec.hf.forms import ADAPTER
 from moec.spec.hf.names import DECODER, keys
 from moec.spec.model import ModelSpec
 from moec.weights.adapter.low_rank import ELEMENTS, LowRank
+from moec.weights.adapter.targets import Targets
 from moec.weights.shard import Shard, TensorEntry, read_shard
 from moec.weights.trust.links import own_shard
 from moec.weights.view import TORCH_DTYPES, view
@@ -32,10 +33,10 @@ _MERGE = (
 #: fields that are about training, or repeat what the tensors say
 _INERT = frozenset(
     """
-    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
-    inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config
+    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config
+    inference_mode loftq_config lora_dropout lora_ga_config
     megatron_config megatron_core peft_version qalora_group_size revision
-    runtime_config target_modules task_type
+    runtime_config task_type
     """.split()
 )
 #: fields that stand for another arithmetic unless they are false
@@ -110,6 +111,7 @@ def read_adapter(
         name, turned, experts = _place(folder, module, kind, down, up, names, entries, at)
         if name in changes:
             _refuse(folder, module, "two changes of one weight", "one for each weight")
+        scales.targets.check(_WRAPPER.sub("", module))
         rank = down.shape[0] // experts
         leaf = names_of[name].rpartition(".")[2]
         scale = scales.of(_WRAPPER.sub("", module), leaf, rank, experts > 1)
@@ -120,7 +122,7 @@ def read_adapter(
 
 
 class _Scales:
-    """The factor of each module's product, from `adapter_config.json`."""
+    """The factor of each module's product, and which modules have one: `adapter_config.json`."""
 
     def __init__(self, at: Fields) -> None:
         at.require("peft_type", "LORA")
@@ -150,6 +152,7 @@ class _Scales:
         if not all(map(_LITERAL.fullmatch, ranks)):
             self.rank, self.ranks = None, {}  # the tensors alone say it
         self.parameters = at.take("target_parameters", list, default=[])
+        self.targets = Targets.read(at, self.parameters)
         self.at = at
         at.left = {
             key: value for key, value in at.left.items() if value not in (None, [], {}, False)

@@ -200,6 +200,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a class of characters": (_config(alpha_pattern={r"layers\.\d\.q_proj": 2}), "alpha_pattern"),
     "a large number": (_config(alpha_pattern={"q_proj": 10**400}), "alpha_pattern"),
     "an infinite number": (_config(lora_alpha=1e999), "lora_alpha"),
+    "modules that peft leaves aside": (_config(target_modules=["lm_head"]), "target_modules"),
+    "modules that are excluded": (_config(exclude_modules=["q_proj"]), "exclude_modules"),
+    "modules excluded by an expression": (_config(exclude_modules="q.*"), "exclude_modules"),
+    "layers that peft leaves aside": (_config(layers_to_transform=[0]), "layers_to_transform"),
+    "other names of layers": (_config(layers_pattern="blocks"), "layers_pattern"),
     "a rank that tensors do not have": (_config(r=8), "adapter_config.json: r"),
     "a rank of some modules": (_config(rank_pattern={"o_proj": 3}), "rank_pattern"),
     "a side twice": (
@@ -273,6 +278,26 @@ def test_what_cannot_be_merged_is_named(
     shutil.copytree(adapters[0], folder)
     damage(folder)
     refusal(lambda: read_model(float32, adapters=[folder]), names)
+
+
+@pytest.mark.full
+def test_an_adapter_of_some_layers_is_what_peft_makes_of_it(float32: Path, tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        _model(float32),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], layers_to_transform=[1]),
+    )
+    for name, each in model.named_parameters():
+        if "lora_" in name:
+            each.data = torch.randn_like(each) * 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    _, _, entries = read_model(float32, adapters=[tmp_path / "adapter"])
+    expected = model.merge_and_unload().state_dict()
+    theirs = keys(moec.load_spec(float32))
+    changed = {name for name, entry in entries.items() if entry.changes}
+    wanted = {f"{tower}layers.1.attn.{part}.weight" for tower in ("", "vision.") for part in "qo"}
+    assert changed == wanted
+    for name in changed:
+        torch.testing.assert_close(view(entries[name]), expected[theirs[name]], rtol=0, atol=2e-6)
 
 
 def test_one_adapter_needs_no_list(float32: Path, adapters: Sequence[Path]) -> None:

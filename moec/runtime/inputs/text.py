@@ -1,6 +1,6 @@
 """Convert between text and tokens with the checkpoint's tokenizer and chat template."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -86,8 +86,8 @@ def open_text(source: Artefact | Path) -> Text:
     The tokenizer of an artefact is beside its model or in its checkpoint.
 
     Raises:
-        MoecError: there is no tokenizer.json, or it is broken; or one of the files is a link that
-            leads out of its folder.
+        MoecError: there is no tokenizer.json, or it is broken, or further files have added tokens
+            that it lacks; or one of the files is a link that leads out of its folder.
     """
     folder = (checkpoint_folder(source) or source) if isinstance(source, Path) else source.path
     find = partial(find_own, folder) if isinstance(source, Path) else source.companion
@@ -101,7 +101,31 @@ def open_text(source: Artefact | Path) -> Text:
             if isinstance(source, Path) or source.manifest.checkpoint is None or source.checkpoint
             else f"if you trust its checkpoint: --weights-from {source.manifest.checkpoint}",
         )
-    return Text(load_tokenizer(path), _templates(find), _special(find), find)
+    tokenizer = load_tokenizer(path)
+    for name, tokens in _added(find):
+        if tokens and (missing := tokenizer.unknown(tokens)) is not None:
+            refuse(
+                folder / name,
+                f"the token {missing[:80]!r}, which tokenizer.json does not have",
+                "added tokens that are in tokenizer.json too",
+                "write them there: transformers.AutoTokenizer.from_pretrained(DIR)"
+                ".save_pretrained(DIR)",
+            )
+    return Text(tokenizer, _templates(find), _special(find), find)
+
+
+def _added(find: Find) -> Iterator[tuple[str, list[str]]]:
+    """The added tokens that further files have, by file; transformers adds them to its own."""
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        path = find(name)
+        found = read_json(path) if path else {}
+        if name == "added_tokens.json":
+            yield name, list(found)
+            continue
+        given = found.get("added_tokens_decoder")
+        rows = given.values() if isinstance(given, dict) else ()
+        tokens = (each.get("content") for each in rows if isinstance(each, dict))
+        yield name, [each for each in tokens if isinstance(each, str)]
 
 
 def _templates(find: Find) -> dict[str, str]:

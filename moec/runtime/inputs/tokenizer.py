@@ -87,6 +87,11 @@ class Tokenizer:
             )
         return found
 
+    def unknown(self, tokens: Sequence[str]) -> str | None:
+        """The first of some tokens that the vocabulary does not have, added ones included."""
+        found: str | None = self._ask("unknown", json.dumps(tokens).encode(), "look up its tokens")
+        return found
+
     def guard(self, messages: Sequence[Message], **more: object) -> tuple[list[Any], str]:
         """What `guarded` makes of messages. A stranger's tokens can make that take hours.
 

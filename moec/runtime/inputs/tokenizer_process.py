@@ -154,6 +154,13 @@ def special(data: bytes, where: str) -> tuple[Any, bytes]:
     )
 
 
+def unknown(data: bytes, where: str) -> tuple[Any, bytes]:
+    """The first token of the list `data`, as JSON, that the tokenizer does not have; or None."""
+    return _with_tokenizer(
+        lambda held: next((t for t in json.loads(data) if held.token_to_id(t) is None), None), where
+    )
+
+
 def guard(data: bytes, where: str) -> tuple[Any, bytes]:
     """What `guarded` makes of its arguments, which `data` holds as JSON."""
     return guarded(**json.loads(data)), b""

@@ -100,6 +100,25 @@ def test_templates_find_the_fields_of_a_message_that_transformers_gives_them(
     assert moec.encode(folder, messages).input_ids == _expected(folder, messages)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_only_another_file_has_are_refused(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
+    """transformers adds them; without them the template's own tokens would be text."""
+    folder = _checkpoint(tiny, tmp_path / "checkpoint", TAIL)
+    file = folder / name
+    if name == "added_tokens.json":
+        held: dict[str, Any] = {"<|im_start|>": 4090}
+    else:
+        held = json.loads(file.read_text())
+        held["added_tokens_decoder"] = {"4090": {"content": "<|im_start|>", "special": True}}
+    file.write_text(json.dumps(held))
+    refusal(lambda: moec.encode(folder, CONVERSATION), "<|im_start|>")
+    known = {"<|end_of_text|>": 1} if name == "added_tokens.json" else {"added_tokens_decoder": {}}
+    file.write_text(json.dumps(held | known if name != "added_tokens.json" else known))
+    assert moec.encode(folder, CONVERSATION).input_ids == _expected(folder, CONVERSATION)
+
+
 @pytest.mark.full
 def test_tools_have_a_template_of_their_own(tiny: Path, tmp_path: Path) -> None:
     template = [

@@ -1,7 +1,6 @@
 """Read an artefact from disk, find its weights, and notice when its files have changed."""
 
 import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from moec.artefact.card import CARD, read_card
 from moec.artefact.manifest import NAME, Engine, File, Manifest, digest_of
 from moec.artefact.opening.rules import check_manifest
 from moec.artefact.opening.shards import checkpoint_of, find_shard
@@ -16,7 +16,7 @@ from moec.artefact.stored import misplaced, stored_kinds
 from moec.artefact.targets import find_target
 from moec.artefact.weight_hashes import verify_weights
 from moec.spec import names
-from moec.spec.bounded.own import find_own, is_regular, own_file
+from moec.spec.bounded.own import find_own, is_regular, own_file, put
 from moec.spec.errors import refuse
 from moec.spec.fields import read_own_json
 from moec.spec.hf.forms import checkpoint_folder
@@ -244,10 +244,6 @@ def named_folder(weights_from: str | Path | None) -> Path | None:
     )
 
 
-#: how to open a file that must be new, and no link
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-
-
 def write_manifest(path: Path, manifest: Manifest, folder: int | None = None) -> Manifest:
     """Write the manifest of the artefact at `path` in one step: readers see the old or the new one.
 
@@ -257,18 +253,10 @@ def write_manifest(path: Path, manifest: Manifest, folder: int | None = None) ->
     Returns:
         The manifest with its digest, as it was written.
     """
-    # A stranger's folder may have links of many names: the name is drawn, and no link is followed.
-    sealed, draft = manifest.sealed(), f".{NAME}.{secrets.token_hex(8)}"
+    sealed = manifest.sealed()
     at = folder if folder is not None else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        handle = os.open(draft, _NEW, 0o666, dir_fd=at)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(sealed.to_json())
-            os.rename(draft, NAME, src_dir_fd=at, dst_dir_fd=at)
-        except BaseException:
-            os.unlink(draft, dir_fd=at)
-            raise
+        put(at, NAME, sealed.to_json())
     finally:
         if folder is None:
             os.close(at)
@@ -335,19 +323,35 @@ def verify_files(artefact: Artefact) -> Verified:
     if manifest.weights.mode != "unbound":
         artefact.stored()
         weights = verify_weights(manifest.weights, {name: artefact.shard(name) for name in shards})
-    card = manifest.weights.card
-    known = {NAME, card, *manifest.files, *engines, *shards}
+    card = _check_card(artefact)
+    known = {NAME, *card, *manifest.files, *engines, *shards}
     here = {p.relative_to(artefact.path).as_posix() for p in artefact.path.rglob("*")}
     others = sorted(name for name in here - known if not (artefact.path / name).is_dir())
     return Verified(
-        (*((NAME,) if manifest.digest else ()), *manifest.files, *sorted(engines | weights)),
+        (*((NAME,) if manifest.digest else ()), *manifest.files, *card, *sorted(engines | weights)),
         (
             *(() if manifest.digest else (f"{NAME}: it has no digest",)),
             *(f"{name}: its size and header are right" for name in sorted(shards.keys() - weights)),
-            *((f"{card}: a proof may change it",) if card in here else ()),
+            *(f"{name}: what a proof wrote there" for name in card),
             *(f"{name}: the build did not write it" for name in others),
         ),
     )
+
+
+def _check_card(artefact: Artefact) -> list[str]:
+    """The name of the model card, if there is one, of which a hash protects all but its proof.
+
+    Raises:
+        MoecError: the card has changed (exit code 1).
+    """
+    expected, path = artefact.manifest.weights.card, artefact.path / CARD
+    if expected is None or not os.path.lexists(path):
+        return []
+    card = read_card(artefact.path)
+    if card is None or card.sha256 != expected:
+        found = "other text than the build wrote there, besides its proof"
+        refuse(path, found, "the build's", "build the artefact again", exit_code=1)
+    return [CARD]
 
 
 def check_engine(artefact: Artefact, engine: Engine, whole: bool = False) -> None:

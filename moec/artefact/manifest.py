@@ -22,8 +22,6 @@ from moec.weights.packing import Packing
 
 FORMAT = "moec/1"
 NAME = "manifest.json"
-#: the model card beside published weights, where the Hugging Face Hub looks for it
-CARD = "README.md"
 
 WeightMode = Literal["unbound", "in-place", "link", "copy", "pack"]
 
@@ -72,7 +70,8 @@ class Weights(Frozen):
     Shard names are relative to `folder`, an absolute path for weights in place; None means the
     artefact's own folder. An unbound artefact has no shards and no tensors. `hashes` has the
     tensors that moec packed, which it hashed while it wrote them. Packed shards list them by our
-    names; `published` ones are those of a checkpoint (`moec.weights.packed.published`).
+    names; `published` ones are those of a checkpoint (`moec.weights.packed.published`). `card` is
+    the hash of the model card beside them, but for its proof.
     """
 
     mode: WeightMode
@@ -81,11 +80,7 @@ class Weights(Frozen):
     tensors: dict[str, TensorRef] = Field(default_factory=dict)
     hashes: dict[str, TensorHash] = Field(default_factory=dict)
     published: bool = False
-
-    @property
-    def card(self) -> str | None:
-        """The model card of published weights; no hash protects it, because proofs change it."""
-        return CARD if self.published else None
+    card: str | None = None
 
     def data_folder(self, part: str) -> str:
         """The folder to which the external data of a part's graph is relative.

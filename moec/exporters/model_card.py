@@ -1,13 +1,11 @@
 """The model card of a checkpoint that `quantize` wrote: where it comes from, and what was done."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from moec.artefact.manifest import CARD
+from moec.artefact.card import PROOF, read_card, write_proof
 from moec.exporters.versions import versions
-from moec.spec.bounded.own import is_regular
 from moec.spec.errors import visible
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import INPUTS, INT4_WEIGHTS, WEIGHTS
@@ -56,7 +54,7 @@ builds from it:
 
     moec build --checkpoint . --target onnx --out build/model
 
-{_PROOF}
+{PROOF}
 Not run yet: `moec validate . --against vllm`.
 """
 
@@ -64,7 +62,7 @@ Not run yet: `moec validate . --against vllm`.
 def add_proof(folder: Path, ran: str, passed: bool, rows: Iterable[tuple[str, ...]]) -> None:
     """Write the result of a proof into the card of `folder`, in place of an earlier one.
 
-    A card that moec did not write stays as it is.
+    A card that moec did not write stays as it is, and so do other sections.
 
     Args:
         folder: the checkpoint.
@@ -75,24 +73,18 @@ def add_proof(folder: Path, ran: str, passed: bool, rows: Iterable[tuple[str, ..
     Raises:
         OSError: the card cannot be written.
     """
-    card = folder / CARD
-    if not is_regular(card) or os.path.islink(card):
-        return
-    text = card.read_text(encoding="utf-8", errors="replace")
-    before, found, _ = text.partition(_PROOF)
-    if not found or _MADE not in before:
+    card = read_card(folder)
+    if card is None or _MADE not in card.before:
         return
     table = "".join(f"| {' | '.join(_cell(each) for each in row)} |\n" for row in rows)
     verdict = "PASSED" if passed else "FAILED"
     head = f"{verdict}: {ran}.\n\n| check | found | limit | detail |\n|---|---|---|---|\n"
-    draft = card.with_name(f".{CARD}.draft")
-    draft.write_text(f"{before}{_PROOF}\n{head}{table}", encoding="utf-8")
-    draft.replace(card)
+    write_proof(folder, card, f"\n{head}{table}")
 
 
 def _cell(text: str) -> str:
     return visible(text).replace("|", "/")
 
 
-#: where a card says what a proof found, and what shows that the card is moec's
-_PROOF, _MADE = "## Proof\n", "- made by: moec "
+#: what shows that a card is moec's
+_MADE = "- made by: moec "

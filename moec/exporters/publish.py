@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from moec.artefact.manifest import CARD, Manifest
+from moec.artefact.card import CARD, read_card
+from moec.artefact.manifest import Manifest
 from moec.exporters.model_card import model_card
+from moec.spec.errors import refuse
 from moec.spec.fields import read_own_json
 from moec.spec.files import other_model
 from moec.spec.hf.architectures import ARCHITECTURES
@@ -22,7 +24,7 @@ _TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 def describe(
     folder: Path, as_told: ModelSpec, config: dict[str, Any], scheme: str, source: Checkpoint
-) -> None:
+) -> str:
     """Write what says how to read the shards in `folder`, and read them once as a checkpoint.
 
     Args:
@@ -31,24 +33,53 @@ def describe(
         config: its `quantization_config`.
         scheme: the name of the scheme.
         source: the checkpoint that the weights come from.
+
+    Returns:
+        The hash of the model card, but for its proof.
     """
-    raw = read_own_json(source.folder / "config.json")
-    typed = _typed(raw, _TORCH[as_told.dtype])
-    write_json(folder / "config.json", typed | {"quantization_config": config})
-    _write_generation(folder / "generation_config.json", as_told)
+    write_json(folder / "config.json", config_of(source.folder, as_told, config))
+    generation = folder / "generation_config.json"
+    if (values := generation_of(generation, as_told)) is not None:
+        write_json(generation, values)
     (folder / CARD).write_text(model_card(as_told, scheme, source), encoding="utf-8")
     found, _, _ = read_model(folder)
     assert not (odd := other_model(found, as_told)), odd
+    card = read_card(folder)
+    assert card is not None
+    return card.sha256
 
 
-def describe_build(folder: Path, manifest: Manifest, source: Checkpoint) -> None:
+def describe_build(folder: Path, manifest: Manifest, source: Checkpoint) -> str:
     """Do the same for the packed weights of an artefact, which `source` had wide."""
+    as_told, config = told_of(manifest)
+    assert manifest.spec.scheme is not None
+    return describe(folder, as_told, config, manifest.spec.scheme.name, source)
+
+
+def told_of(manifest: Manifest) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec that an artefact's folder has as a checkpoint, and its `quantization_config`.
+
+    Raises:
+        MoecError: other engines do not know such weights.
+    """
     spec, published = manifest.spec, published_spec(manifest.spec)
-    assert spec.scheme and published
+    if spec.scheme is None or published is None:
+        refuse("manifest.json", "weights that are called published", "those of moec", "build again")
     stored = {each.source: each.dtype for each in manifest.packings.values() if not each.fp8}
     wide = typed(published.model_copy(update={"scheme": None}), stored)
-    as_told, config = told(wide, spec.scheme)
-    describe(folder, as_told, config, spec.scheme.name, source)
+    return told(wide, spec.scheme)
+
+
+def config_of(source: Path, as_told: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a checkpoint with the spec `as_told`, from that in the folder `source`."""
+    raw = read_own_json(source / "config.json")
+    return _typed(raw, _TORCH[as_told.dtype]) | {"quantization_config": config}
+
+
+def generation_of(path: Path, as_told: ModelSpec) -> dict[str, Any] | None:
+    """What generation_config.json says, of which `path` is the source's; None: nothing new."""
+    more = ARCHITECTURES[as_told.architecture].generation(as_told)
+    return ((read_own_json(path) if path.is_file() else _tokens(as_told)) | more) if more else None
 
 
 def _typed(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -57,13 +88,6 @@ def _typed(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
         key: _typed(each, dtype) if isinstance(each, dict) else each for key, each in raw.items()
     }
     return found | {key: dtype for key in _TYPES if isinstance(raw.get(key), str)}
-
-
-def _write_generation(path: Path, told: ModelSpec) -> None:
-    """Say in generation_config.json what engines look for there."""
-    more = ARCHITECTURES[told.architecture].generation(told)
-    if more:
-        write_json(path, (read_own_json(path) if path.is_file() else _tokens(told)) | more)
 
 
 def _tokens(told: ModelSpec) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Write an artefact: its models, its weights and its manifest, all of them or none."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact, file_of, write_manifest
+from moec.artefact.card import CARD
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.folder import writing
 from moec.artefact.manifest import Build, Manifest, Ports
@@ -62,7 +64,9 @@ def write_artefact(
                 if mode == "pack":
                     bound = pack(checkpoint, entries, manifest, folder, progress, constants, below)
                     if bound.weights.published:
-                        describe_build(folder, manifest, checkpoint)
+                        card = describe_build(folder, manifest, checkpoint)
+                        weights = bound.weights.model_copy(update={"card": card})
+                        bound = replace(bound, weights=weights)
                 else:
                     used = {name: entries[name] for name in tensors(manifest.spec)}
                     bound = place(checkpoint, used, mode, folder, progress, hashed, below)
@@ -76,7 +80,7 @@ def write_artefact(
         written = {
             each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()
         }
-        apart = {*bound.weights.shards, bound.weights.card} if bound else set()
+        apart = {*bound.weights.shards, CARD} if bound else set()
         files = {name: file_of(folder / name) for name in sorted(written - apart)}
         if engines:
             _copy_engines(engines, folder)

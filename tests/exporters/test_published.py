@@ -1,7 +1,9 @@
 """The weights that a build makes FP8 are a checkpoint for other engines too: one folder for all."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from transformers import CompressedTensorsConfig, Llama4ForCausalLM
 
 import moec
 from moec.artefact import placement
-from moec.artefact.artefact import open_artefact, verify_files
+from moec.artefact.artefact import file_of, open_artefact, verify_files
 from moec.exporters.model_card import add_proof
+from moec.runtime.proof.published import published_folder
 from moec.spec.errors import MoecError
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
@@ -188,16 +191,97 @@ def test_a_manifest_cannot_call_other_weights_published(llama4: Path, tmp_path: 
 
 def test_a_proof_in_the_card_leaves_the_artefact_whole(llama4: Path, tmp_path: Path) -> None:
     art = moec.export(llama4, "onnx", "fp8", tmp_path / "art")
-    before = (art.path / "README.md").read_text()
+    card = art.path / "README.md"
+    before = card.read_text()
     add_proof(art.path, "another engine", True, [("one", "1", "<= 2", "")])
-    assert (art.path / "README.md").read_text() != before
-    said = verify_files(open_artefact(art.path)).not_hashed
-    assert said == ("README.md: a proof may change it",)
+    assert card.read_text() != before and "PASSED: another engine" in card.read_text()
+    verified = verify_files(open_artefact(art.path))
+    assert verified.not_hashed == ("README.md: what a proof wrote there",)
+    assert "README.md" in verified.hashed
     moec.export(llama4, "onnx", "fp8", tmp_path / "art")  # and may be replaced
-    assert (art.path / "README.md").read_text() == before
-    (art.path / "NOTES.md").write_text("mine")
-    with pytest.raises(MoecError, match=r"NOTES.md"):
-        moec.export(llama4, "onnx", "fp8", tmp_path / "art")
+    assert card.read_text() == before
+    for name, text in (("README.md", before + "\n## Licence\nmine\n"), ("NOTES.md", "mine")):
+        (art.path / name).write_text(text)
+        with pytest.raises(MoecError, match=name):
+            moec.export(llama4, "onnx", "fp8", tmp_path / "art")
+        assert (art.path / name).read_text() == text
+        card.write_text(before)
+    card.write_text(before.replace("made by: moec", "made by: you"))
+    with pytest.raises(MoecError, match="other text than the build wrote"):
+        verify_files(open_artefact(art.path))
+
+
+def test_a_proof_leaves_other_sections_and_other_files(llama4: Path, tmp_path: Path) -> None:
+    """The folder may be a stranger's: links there lead anywhere."""
+    folder = moec.quantize(llama4, "dynamic", tmp_path / "fp8").path
+    card, victim = folder / "README.md", tmp_path / "victim"
+    victim.write_text("mine")
+    (folder / ".README.md.draft").symlink_to(victim)
+    whole = card.read_text() + "\n## Licence\nApache\n"
+    card.write_text(whole)
+    for verdict in (True, False):
+        add_proof(folder, "it", verdict, [("one", "1", "<= 2", "")])
+        assert card.read_text().endswith("\n## Licence\nApache\n")
+        assert card.read_text().count("## Proof") == 1 == card.read_text().count("| one |")
+    assert "FAILED: it" in card.read_text() and victim.read_text() == "mine"
+    for odd in (b"\xff" + whole.encode(), whole.encode() + b"x" * (1 << 20), b"no such section"):
+        card.write_bytes(odd)
+        add_proof(folder, "it", True, [])
+        assert card.read_bytes() == odd
+    card.unlink()
+    card.symlink_to(victim)
+    add_proof(folder, "it", True, [])
+    assert victim.read_text() == "mine"
+
+
+def rewrite(art: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file of an artefact, and its size and hash in the manifest."""
+    values = json.loads((art / name).read_text())
+    change(values)
+    (art / name).write_text(json.dumps(values))
+    manifest = json.loads((art / "manifest.json").read_text())
+    manifest["files"][name] = file_of(art / name).model_dump()
+    del manifest["digest"]
+    (art / "manifest.json").write_text(json.dumps(manifest))
+
+
+#: what a stranger changed -> (file, how, whether the artefact alone shows it)
+ELSEWHERE: dict[str, tuple[str, Callable[[dict[str, Any]], object], bool]] = {
+    "another theta": ("config.json", lambda c: c.update(rope_theta=1e4), True),
+    "other modules": (
+        "config.json",
+        lambda c: c["quantization_config"]["ignore"].append("re:.*experts.*"),
+        True,
+    ),
+    "no temperature": (
+        "generation_config.json",
+        lambda c: c.update(attn_temperature_tuning=None),
+        True,
+    ),
+    "other end tokens": ("generation_config.json", lambda c: c.update(eos_token_id=[3]), True),
+    "another class": ("config.json", lambda c: c.update(architectures=["Other"]), False),
+    "another field of generation": ("generation_config.json", lambda c: c.update(x=1), False),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_a_proof_reads_the_folder_as_a_checkpoint_too(
+    kind: str, llama4: Path, tmp_path: Path
+) -> None:
+    """No session of moec reads these files, but other engines do."""
+    file, change, alone = ELSEWHERE[kind]
+    art = moec.export(llama4, "onnx", "fp8", tmp_path / "art").path
+    artefact = open_artefact(art)
+    sound = [*published_folder(artefact, None), *published_folder(artefact, llama4)]
+    assert all(check.passed for check in sound) and len(sound) == 2
+    rewrite(art, file, change)
+    artefact = open_artefact(art)
+    checks = list(published_folder(artefact, None))
+    assert all(check.passed for check in checks) is not alone
+    assert not all(check.passed for check in published_folder(artefact, llama4))
+    report = moec.validate(art, source=llama4)
+    assert not report.passed and report.first_divergence == "as a checkpoint"
 
 
 @pytest.mark.parametrize(

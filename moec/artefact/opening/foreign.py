@@ -6,14 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moec.artefact.card import CARD, read_card
 from moec.artefact.engine_job import ENGINES
-from moec.artefact.manifest import CARD, FORMAT, NAME
+from moec.artefact.manifest import FORMAT, NAME
 from moec.spec.bounded.own import is_regular
 
 #: what moec leaves in an artefact without listing it: what `moec engine --trtexec` writes, and, if
 #: a process was killed, a draft of the manifest or engines that are not in the manifest yet
 _LEFT = re.compile(
-    rf"\.{re.escape(NAME)}\.([0-9a-f]{{16}}|\d+)"
+    rf"\.({re.escape(NAME)}|README\.md)\.([0-9a-f]{{16}}|\d+)"
     rf"|\.{ENGINES}\.moec-(partial|replaced)-\d+/.*"
     rf"|({ENGINES}|trtexec)/(model|vision)[^/]*\.engine"
     rf"|({ENGINES}|trtexec)/plugin/(build\.sh|programs\.bin|[a-z_]+\.(h|cpp|so))"
@@ -64,11 +65,12 @@ def _listed(path: Path) -> set[str] | None:
         return None
     weights = _object(values.get("weights"))
     inside = {} if weights.get("folder") else _object(weights.get("shards"))
-    card = [CARD] if weights.get("published") else []
     engines = [_object(each) for each in _object(values.get("engines")).values()]
     files = [name for each in engines for name in (each.get("file"), *_object(each.get("files")))]
-    named = {name for name in (*card, *files) if isinstance(name, str)}
-    return {NAME, *_object(values.get("files")), *inside, *named}
+    named = {name for name in files if isinstance(name, str)}
+    card = read_card(path.parent)
+    own = {CARD} if card is not None and card.sha256 == weights.get("card") else set()
+    return {NAME, *_object(values.get("files")), *inside, *named, *own}
 
 
 def _object(value: Any) -> dict[str, Any]:

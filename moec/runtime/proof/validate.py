@@ -29,6 +29,7 @@ from moec.runtime.proof.each_op.stage import every_op
 from moec.runtime.proof.graph_files import graph_files
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.other_options import other_options
+from moec.runtime.proof.published import published_folder
 from moec.runtime.proof.reduced import (
     MOST_TOKENS,
     REDUCED,
@@ -284,8 +285,7 @@ def _prove(
         stored = as_stored(artefact, built_from, dict(original))[1]
         stages.insert(0, ("weights", lambda: weights_against_source(artefact, stored)))
         stages.insert(0, ("scheme", lambda: schemes(artefact, built_from)))
-        home = known[2]
-        stages.insert(0, ("text", lambda: text_against_source(artefact, built_from, home)))
+        stages.insert(0, ("text", lambda: text_against_source(artefact, built_from, known[2])))
         given = (artefact, built_from, original, ids, lengths)
         stages.append(("wide weights", lambda: against_wide(*given, traced)))
     if exact or (manifest.presets and not twin):
@@ -294,6 +294,8 @@ def _prove(
         )
     if not twin:
         stages.append(("graph files", lambda: graph_files(artefact)))
+    home = known[2] if known else None
+    stages.append(("checkpoint", lambda: published_folder(artefact, home)))
     for done, (name, checks) in enumerate(stages):
         progress(name, done, len(stages))
         report.checks += checks()

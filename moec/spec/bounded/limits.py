@@ -46,6 +46,8 @@ TOKENS = 1 << 25
 IMAGE_FILE = 256 * MIB
 #: all files of an artefact but weights and engines; one with 3,072 separate experts has 60 MB
 ARTEFACT = 512 * MIB
+#: bytes of a model card
+CARD = 1 * MIB
 #: characters of all special tokens of a tokenizer together; Llama 4's have 28,000
 SPECIAL = 1 << 18
 #: characters of a text that a chat template makes

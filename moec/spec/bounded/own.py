@@ -10,6 +10,7 @@ The cache of a download tool is one folder for this purpose: it keeps the bytes 
 """
 
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import NoReturn
@@ -95,3 +96,27 @@ def refuse_link(path: Path, home: Path, next_step: str) -> NoReturn:
         f"a file inside {home}",
         next_step,
     )
+
+
+#: how to open a file that must be new, and no link
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
+def put(folder: int, name: str, text: str) -> None:
+    """Write a file of the folder of a descriptor in one step: readers see the old or the new one.
+
+    A stranger's folder may have links of many names: the draft's name is drawn, and no link is
+    followed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = f".{name}.{secrets.token_hex(8)}"
+    handle = os.open(draft, _NEW, 0o666, dir_fd=folder)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.rename(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        os.unlink(draft, dir_fd=folder)
+        raise

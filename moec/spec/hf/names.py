@@ -5,11 +5,13 @@ has the key of the plain weight, one of 4-bit integers its own. The keys of scal
 scheme's layout.
 """
 
+from collections.abc import Iterator
+
 from moec.spec import names
 from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import INT4, Layout
-from moec.spec.tensors import groups
+from moec.spec.tensors import Group, groups
 
 #: what the keys of the decoder start with in a checkpoint with a vision tower
 DECODER = "language_model."
@@ -29,18 +31,26 @@ def keys(spec: ModelSpec) -> dict[str, str]:
 
     A model with a vision tower has the prefix `language_model.` on the keys of its decoder.
     """
-    prefix = DECODER if spec.vision else ""
-    layout = spec.scheme.layout if spec.scheme else "moec"
     found: dict[str, str] = {}
-    for own, experts in groups(spec):
-        theirs = [
-            prefixed(key_of(name, layout, spec.architecture), prefix)
-            + ("_packed" if layout == INT4 and names.scale_of(name) in own else "")
-            for name in own
-        ]
-        each = names.of_each(own, experts), names.of_each(theirs, experts)
+    for group, theirs in in_groups(spec):
+        each = (names.of_each(some, group.experts) for some in (group.kinds, theirs))
         found.update(zip(*each, strict=True))
     return found
+
+
+def in_groups(spec: ModelSpec) -> Iterator[tuple[Group, list[str]]]:
+    """The stored tensors of each parameter of `spec`, and their keys, as patterns for experts."""
+    prefix = DECODER if spec.vision else ""
+    layout = spec.scheme.layout if spec.scheme else "moec"
+    for group in groups(spec):
+        yield (
+            group,
+            [
+                prefixed(key_of(name, layout, spec.architecture), prefix)
+                + ("_packed" if layout == INT4 and names.scale_of(name) in group.kinds else "")
+                for name in group.kinds
+            ],
+        )
 
 
 def prefixed(key: str, prefix: str) -> str:

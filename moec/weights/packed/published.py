@@ -18,12 +18,12 @@ from itertools import groupby
 from typing import NamedTuple
 
 from moec.spec import names
-from moec.spec.hf.names import keys
+from moec.spec.hf.names import in_groups
 from moec.spec.hf.written import published_spec
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import Shape, parameters
 from moec.spec.scheme import STATIC
-from moec.spec.tensors import in_words, quantized, tensors
+from moec.spec.tensors import in_words, quantized
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry, nbytes
 
@@ -34,6 +34,10 @@ class Part(NamedTuple):
     key: str
     shape: Shape
     dtype: str
+
+    def like(self, dtype: str) -> "Part":
+        """The same of another type, unless it holds words of 4-bit integers."""
+        return self if self.dtype == "int32" else self._replace(dtype=dtype)
 
 
 #: the tensors that a packed tensor consists of, in order
@@ -47,35 +51,48 @@ def published(spec: ModelSpec, packings: Mapping[str, Packing]) -> dict[str, Pub
 
     The keys of `packings` are the names of the packed tensors that hold the values.
     """
-    theirs, kinds, rules = keys(spec), tensors(spec), quantized(spec)
+    rules, table = quantized(spec), _table(spec)
 
-    def part(name: str, dtype: str) -> Part:
-        kind = kinds[name]
-        if kind.dtype == "uint8":
-            return Part(theirs[name], *in_words(kind))
-        few = names.is_scale(name) and len(kind.shape) < 2
-        return Part(theirs[name], (*kind.shape, 1) if few else kind.shape, dtype)
+    def parts(names_: Sequence[str], dtype: str) -> Published:
+        """The tensors of these names, or those of each expert in turn if they are patterns."""
+        rows = [(table[name], names.EACH in name) for name in names_]
+        if not any(pattern for _, pattern in rows):
+            return tuple(part.like(dtype) for part, _ in rows)
+        halves = [(part.key.partition(names.EACH), part.like(dtype)) for part, _ in rows]
+        return tuple(
+            Part(f"{start}{expert}{end}", part.shape, part.dtype)
+            for expert in range(spec.text.expert_count)
+            for (start, _, end), part in halves
+        )
 
     found: dict[str, Published] = {}
     for name, packing in packings.items():
-        parts = [packing.source]
-        if packing.source not in kinds:
-            count = spec.text.expert_count
-            parts = [p for e in range(count) for p in names.separate(packing.source, e)]
-        if packing.source not in rules:
-            found[name] = tuple(part(each, packing.dtype) for each in parts)
+        source = packing.source
+        own = [source] if source in table else list(names.separate(source, names.EACH))
+        if source not in rules:
+            found[name] = parts(own, packing.dtype)
             continue
         values, scales = packing.names(packing.dtype)
-        found[values] = tuple(part(each, "fp8") for each in parts)
-        found[scales] = tuple(part(names.scale_of(each), packing.dtype) for each in parts)
-        if rules[packing.source].inputs in STATIC:
-            inputs = names.input_scale_of(packing.source)
-            found[inputs] = tuple(part(names.input_scale_of(p), packing.dtype) for p in parts)
+        found[values] = parts(own, "fp8")
+        found[scales] = parts([names.scale_of(each) for each in own], packing.dtype)
+        if rules[source].inputs in STATIC:
+            inputs = [names.input_scale_of(each) for each in own]
+            found[names.input_scale_of(source)] = parts(inputs, packing.dtype)
         if packing.bits:
-            stems = (theirs[each].removesuffix("_packed") for each in parts)
-            found[sizes_of(packing.source)] = tuple(
-                Part(f"{stem}_shape", (2,), "int64") for stem in stems
-            )
+            stems = (each.key.removesuffix("_packed") for each in found[values])
+            sizes = tuple(Part(f"{stem}_shape", (2,), "int64") for stem in stems)
+            found[sizes_of(source)] = sizes
+    return found
+
+
+def _table(spec: ModelSpec) -> dict[str, Part]:
+    """How a checkpoint of `spec` has each stored tensor, by our name; experts are patterns."""
+    found: dict[str, Part] = {}
+    for group, theirs in in_groups(spec):
+        for (name, kind), key in zip(group.kinds.items(), theirs, strict=True):
+            few = names.is_scale(name) and len(kind.shape) < 2
+            shape, dtype = in_words(kind) if kind.dtype == "uint8" else kind
+            found[name] = Part(key, (*shape, 1) if few else shape, dtype)
     return found
 
 
@@ -93,9 +110,9 @@ def placed(spec: ModelSpec, packings: Mapping[str, Packing]) -> dict[str, Publis
     told = published_spec(spec)
     if told is None or not packings:
         return None
-    kinds, shapes = tensors(told), parameters(told)
+    table, shapes = _table(told), parameters(told)
     for packing in packings.values():
-        apart = packing.source not in kinds
+        apart = packing.source not in table
         if len(shapes[packing.source]) == 3 and apart != (packing.arrange == "transpose"):
             return None
     return published(told, packings)

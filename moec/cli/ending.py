@@ -15,7 +15,7 @@ from moec.spec.errors import MoecError, understood, visible
 
 #: seconds that a command which writes files may take to clean up after Ctrl-C, and the others
 _PATIENT, _BRISK = 10.0, 0.7
-_WRITERS = ("build", "bind", "engine", "calibrate")
+_WRITERS = ("build", "bind", "engine", "calibrate", "quantize")
 
 #: the base of Typer's errors about a command line; typed so because its module depends on versions
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -153,6 +153,7 @@ _KINDS: tuple[tuple[type[BaseException] | str, str, str, str, int], ...] = (
     (RuntimeError, "Symlink loop", "a path whose links end at a file", "correct the links", 2),
     (RuntimeError, "home directory", "a home folder", "set HOME", 2),
     (r"torch\b.*AcceleratorError$", "", "a GPU that works", "run it again, or use device cpu", 3),
+    (r"onnxruntime\.", "ailed to allocate memory|bad_alloc", *_MEMORY),
     (r"onnxruntime\.", "", "a graph that ONNX Runtime runs", _DAMAGED, 1),
     (r"(onnx|onnx_ir|google)\.", "", "a sound ONNX file", _DAMAGED, 1),
     (r"(PIL|jinja2|json|pydantic|safetensors|yaml)", "", "sound data", _DAMAGED, 2),

@@ -37,6 +37,12 @@ FAILURES = {
 }
 
 
+def test_memory_that_onnxruntime_lacks_is_no_damaged_file() -> None:
+    kind = onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException
+    error = understood(kind("Failed to allocate memory for requested buffer of size 9"), "here")
+    assert error is not None and error.exit_code == 3 and "moec plan" in str(error)
+
+
 def _raised(call: object) -> BaseException:
     with pytest.raises(Exception) as caught:
         call()  # type: ignore[operator]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import moec
 from moec.artefact.artefact import open_artefact, verify_files
+from moec.artefact.card import CARD
 from moec.spec.errors import MoecError
 from moec.spec.hf.forms import SINGLE
 from moec.weights.packed.file import write_packed
@@ -391,7 +392,7 @@ def _assert_whole(work: Path, out: Path, fresh: Path) -> None:
     verify_files(artefact)
     weights = artefact.manifest.weights
     known = {"manifest.json", *artefact.manifest.files, *weights.shards}
-    known |= {weights.card} if weights.card else set()
+    known |= {CARD} if weights.card else set()
     assert set(tree(out)) - {"genai"} == known == set(tree(fresh)) - {"genai"}
     assert artefact.manifest.weights == expected.manifest.weights
     for name in artefact.manifest.weights.shards:

@@ -1,20 +1,24 @@
 """Write what makes weights a Hugging Face checkpoint: its config, tokens and model card."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moec.artefact.card import CARD, read_card
 from moec.artefact.manifest import Manifest
 from moec.exporters.model_card import model_card
+from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.fields import read_own_json
 from moec.spec.files import other_model
 from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.hf.written import published_spec, told
 from moec.spec.model import ModelSpec
+from moec.spec.tensors import tensors
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.name_map import read_model, typed
 from moec.weights.packed.shards import write_json
+from moec.weights.packing import Packing
 
 #: the fields in which a config.json says the type of the weights
 _TYPES = ("dtype", "torch_dtype")
@@ -65,15 +69,29 @@ def told_of(manifest: Manifest) -> tuple[ModelSpec, dict[str, Any]]:
     spec, published = manifest.spec, published_spec(manifest.spec)
     if spec.scheme is None or published is None:
         refuse("manifest.json", "weights that are called published", "those of moec", "build again")
-    stored = {each.source: each.dtype for each in manifest.packings.values() if not each.fp8}
-    wide = typed(published.model_copy(update={"scheme": None}), stored)
-    return told(wide, spec.scheme)
+    as_told, config = told(published.model_copy(update={"scheme": None}), spec.scheme)
+    return typed_as_packed(as_told, manifest.packings), config
+
+
+def typed_as_packed(as_told: ModelSpec, packings: Mapping[str, Packing]) -> ModelSpec:
+    """`as_told` with the types that `packings` give to what is not quantised."""
+    kinds, stored = tensors(as_told), dict[str, str]()
+    for each in packings.values():
+        if each.fp8 or each.bits:
+            continue
+        own = [each.source]
+        if each.source not in kinds:
+            experts = range(as_told.text.expert_count)
+            own = [part for e in experts for part in names.separate(each.source, e)]
+        stored |= dict.fromkeys(own, each.dtype)
+    return typed(as_told, stored)
 
 
 def config_of(source: Path, as_told: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a checkpoint with the spec `as_told`, from that in the folder `source`."""
     raw = read_own_json(source / "config.json")
-    return _typed(raw, _TORCH[as_told.dtype]) | {"quantization_config": config}
+    dtype = as_told.stored(names.EMBED_WEIGHT)  # most tensors may be norms of another type
+    return _typed(raw, _TORCH[dtype]) | {"quantization_config": config}
 
 
 def generation_of(path: Path, as_told: ModelSpec) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from moec.artefact.artefact import named_folder
 from moec.artefact.folder import default_folder, refuse_filled, writing
 from moec.artefact.placement import Progress, copy_companions
-from moec.exporters.publish import describe
+from moec.exporters.publish import describe, typed_as_packed
 from moec.exporters.static_scales import scales_for
 from moec.spec import names
 from moec.spec.calibration import Calibration
@@ -106,6 +106,7 @@ def quantize(
     _, stacks = as_packed(spec, entries)
     packings = _packings(as_told, stacks)
     places = published(as_told, packings)
+    as_told = typed_as_packed(as_told, packings)
     with writing(path, refuse_filled) as folder:
         copy_companions(read, folder)
         stage, constants = partial(progress, "quantise"), _for_each_part(static, places)

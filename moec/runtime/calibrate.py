@@ -141,12 +141,13 @@ def calibrate(
     with torch.inference_mode():
         for start in range(0, len(rows), batch):
             progress("calibrate", start, len(rows))
-            observer.run(*_feeds(spec, graph, rows[start : start + batch]))
+            observer.run(*feeds(spec, graph, rows[start : start + batch]))
     progress("calibrate", len(rows), len(rows))
     return _result(spec.name, observer, rows.numel(), percentile)
 
 
-def _feeds(spec: ModelSpec, graph: fx.GraphModule, ids: Tensor) -> list[Tensor]:
+def feeds(spec: ModelSpec, graph: fx.GraphModule, ids: Tensor) -> list[Tensor]:
+    """What `graph`, the eager decoder of `spec`, takes for ids [B, S] and empty caches."""
     count, length = ids.shape
     cache = new_cache(spec, "fp32", count, 0)
     given = {

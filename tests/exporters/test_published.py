@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CompressedTensorsConfig, Llama4ForCausalLM
 
 import moec
@@ -114,6 +114,30 @@ def test_a_config_says_the_type_that_the_build_gave_the_weights(tmp_path: Path) 
     assert moec.load_spec(art.path).dtype == "bf16"
     read = moec.export(art.path, "torch", out=tmp_path / "again")
     assert torch.equal(logits(read), logits(art))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("odd", ["norm", "layers.1."])
+def test_weights_of_several_types_stay_so(model: str, odd: str, tmp_path: Path) -> None:
+    """Once matrices are quantised, most tensors that are wide may be norms of another type."""
+    write_random_checkpoint(MODELS[model], tmp_path / "wide", seed=3)
+    file = tmp_path / "wide/model.safetensors"
+    mixed = {key: each.float() if odd in key else each for key, each in load_file(file).items()}
+    save_file(mixed, file, metadata={"format": "pt"})
+    for scheme in ("dynamic", "meta"):
+        done = moec.quantize(tmp_path / "wide", scheme, tmp_path / f"q-{scheme}")
+        found = load_file(done.path / "model.safetensors")
+        for key in found.keys() & mixed.keys():
+            if f"{key}_scale" not in found:
+                assert found[key].dtype == mixed[key].dtype, key
+        own, theirs = (
+            json.loads((folder / "config.json").read_text())
+            for folder in (tmp_path / "wide", done.path)
+        )
+        assert own == {key: each for key, each in theirs.items() if key != "quantization_config"}
+        art = moec.export(tmp_path / "wide", "onnx", "fp8", tmp_path / scheme, scheme=scheme)
+        assert art.manifest.weights.published
+        assert all(check.passed for check in published_folder(art, tmp_path / "wide"))
 
 
 def test_shards_are_found_again(

@@ -5,7 +5,7 @@ scale is a scalar, a vector along `axis`, or has all dimensions, each as long as
 length in blocks of `block`: ONNX's rules, with blocks along more than one dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -164,23 +164,42 @@ def fp8_moe(moe: Fp8Moe[Tensor]) -> Tensor:
     Both products' inputs are rounded: the tokens, times their scores where these multiply inputs,
     and what SwiGLU makes of them.
     """
+    return over_chosen(moe, expert_ffn(moe))
+
+
+def expert_ffn(
+    moe: Fp8Moe[Tensor], seen: Callable[[str, int, Tensor, Tensor], None] | None = None
+) -> Callable[[int, Tensor], Tensor]:
+    """What an expert, by its number, makes of its rows [t, D].
+
+    `seen` is called with the product ("gate_up" or "down"), the expert, and its input before and
+    after it was rounded.
+    """
+
+    def product(
+        label: str,
+        expert: int,
+        rows: Tensor,
+        codes: list[Tensor],
+        scales: list[Tensor],
+        statics: list[Tensor],
+    ) -> Tensor:
+        weight = expert_weight(codes, scales, expert, moe.count, moe.block).to(moe.x.dtype)
+        own, found = input_scales(statics, expert, moe.count), []
+        for static, part in zip(own, weight.chunk(len(own), -1), strict=True):
+            on_grid = rounded(rows, static, moe.inputs, moe.block, moe.bound)
+            if seen:
+                seen(label, expert, rows, on_grid)
+            found.append(on_grid @ part)
+        return torch.cat(found, -1)
 
     def ffn(expert: int, rows: Tensor) -> Tensor:
-        def product(
-            rows: Tensor, codes: list[Tensor], scales: list[Tensor], statics: list[Tensor]
-        ) -> Tensor:
-            weight = expert_weight(codes, scales, expert, moe.count, moe.block).to(moe.x.dtype)
-            own = input_scales(statics, expert, moe.count)
-            parts = [
-                rounded(rows, static, moe.inputs, moe.block, moe.bound) @ part
-                for static, part in zip(own, weight.chunk(len(own), -1), strict=True)
-            ]
-            return torch.cat(parts, -1)
+        first = moe.gate_up, moe.gate_up_scale, moe.gate_up_input
+        gate, up = product("gate_up", expert, rows, *first).chunk(2, -1)
+        last = moe.down, moe.down_scale, moe.down_input
+        return product("down", expert, swiglu.eager(gate, up), *last)
 
-        gate, up = product(rows, moe.gate_up, moe.gate_up_scale, moe.gate_up_input).chunk(2, -1)
-        return product(swiglu.eager(gate, up), moe.down, moe.down_scale, moe.down_input)
-
-    return over_chosen(moe, ffn)
+    return ffn
 
 
 def input_scales(statics: list[Tensor], expert: int, count: int) -> Sequence[Tensor | None]:

@@ -26,6 +26,7 @@ from moec.runtime.proof.compare import FP8_NOISE, TOLERANCES
 from moec.runtime.proof.cost import cost
 from moec.runtime.proof.each_op.genai import genai
 from moec.runtime.proof.each_op.stage import every_op
+from moec.runtime.proof.each_op.static_scales import static_bytes, static_scales
 from moec.runtime.proof.graph_files import graph_files
 from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.other_options import other_options
@@ -294,6 +295,9 @@ def _prove(
         )
     if not twin:
         stages.append(("graph files", lambda: graph_files(artefact)))
+    scaled = manifest.spec, artefact.entries(), ids
+    stages.append(("static scales", lambda: static_scales(*scaled)))
+    stages.append(("static scales", lambda: static_bytes(artefact)))
     home = known[2] if known else None
     stages.append(("checkpoint", lambda: published_folder(artefact, home)))
     for done, (name, checks) in enumerate(stages):

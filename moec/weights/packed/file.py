@@ -20,6 +20,7 @@ from moec.weights import fp8
 from moec.weights.arrange import arrange, store
 from moec.weights.int4.packed import packed_rows
 from moec.weights.packed import journal as packed_journal
+from moec.weights.packed.groups import in_groups
 from moec.weights.packed.hashed import Piece, joined
 from moec.weights.packed.journal import Hash, Landed
 from moec.weights.packed.layout import in_file_order, layout
@@ -149,6 +150,8 @@ def write_packed(
                 weight = _weight(handle, packing, entries[packing.source], offsets)
                 write = _write_fp8 if packing.fp8 else _write_rows
                 write = _write_int4 if packing.group else write
+                if packing.bits == 4 and not packing.group and packing.arrange != "interleave":
+                    write = _write_groups
                 for read in write(weight, pool, beside):
                     at += read
                     progress(at, total)
@@ -323,6 +326,24 @@ def _write_rows(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Itera
         weight.crcs[index] = _crc(matrix)
         for some in _split(arrange(packing, matrix)):
             for pieces, part in zip(weight.pieces, store(packing, some), strict=True):
+                _refuse_not_finite(packing, weight.entry, part)
+                pieces[index].write(part.flatten().view(torch.uint8).numpy())
+        return matrices[index].nbytes
+
+    yield from pool.map(pack, range(len(matrices)))
+
+
+def _write_groups(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Iterator[int]:
+    """Quantise one matrix after another to 4-bit integers, and write it.
+
+    Yields the bytes of weights that have been packed, after each matrix.
+    """
+    packing, matrices = weight.packing, _matrices(weight.entry)
+
+    def pack(index: int) -> int:
+        for parts, crc in in_groups(packing, weight.entry, index):
+            weight.crcs[index] = crc
+            for pieces, part in zip(weight.pieces, parts, strict=True):
                 _refuse_not_finite(packing, weight.entry, part)
                 pieces[index].write(part.flatten().view(torch.uint8).numpy())
         return matrices[index].nbytes

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moec.runtime.open import eager_session
 from moec.runtime.proof.against.engines import EngineError, Other, find_other, run_other
+from moec.runtime.proof.each_op.static_scales import static_scales
 from moec.runtime.proof.report import Check, Report
 from moec.spec import names
 from moec.spec.errors import refuse
@@ -109,6 +110,7 @@ def against(
     report.engine = f"{other.title} {found['version']}"
     report.checks.append(Check("loads", "agreement", 1.0, 1.0, "every weight was taken"))
     report.checks += _checks(spec, entries, other, prompts, found, progress)
+    report.checks += static_scales(spec, entries, torch.tensor(prompts[:1]))
     chunk = spec.text.kept
     if chunk is not None and max(map(len, prompts)) <= chunk:
         report.notes.append(

@@ -101,7 +101,9 @@ def quantize(
     chosen = load_scheme(scheme)
     as_told, config = told(spec, chosen)
     path = Path(out) if out else default_folder(f"{spec.name}-{chosen.name}")
-    in_scheme = spec.model_copy(update={"scheme": chosen})
+    assert as_told.scheme is not None
+    rules = (chosen.rules[0].model_copy(update={"of": as_told.scheme.rules[0].of}),)
+    in_scheme = spec.model_copy(update={"scheme": chosen.model_copy(update={"rules": rules})})
     static = scales_for(in_scheme, "pack", scales, read.folder)
     _, stacks = as_packed(spec, entries)
     packings = _packings(as_told, stacks)

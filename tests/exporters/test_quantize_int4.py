@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Llama4ForCausalLM
 
 import moec
+from moec.runtime.proof.against.compare import against
 from moec.spec.errors import MoecError
-from moec.spec.scheme import W4A16
+from moec.spec.scheme import PER_TENSOR, W4A16, Scheme
 from moec.weights.random import write_random_checkpoint
 from tests.exporters.test_quantize import MODELS, in_matrices
 
@@ -106,6 +107,36 @@ def test_a_build_from_it_is_proven(tmp_path: Path) -> None:
     folder = moec.quantize(tmp_path / "wide", SCHEME, tmp_path / "q").path
     art = moec.export(folder, "onnx", out=tmp_path / "art")
     assert art.manifest.precision == "int4" and moec.validate(art.path).passed
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["llama4", "qwen3"])
+def test_a_proof_in_transformers_passes(model: str, tmp_path: Path) -> None:
+    write_random_checkpoint(MODELS[model], tmp_path / "wide", seed=3)
+    folder = moec.quantize(tmp_path / "wide", SCHEME, tmp_path / "q").path
+    report = against(folder, "transformers", tokens=60, seed=1)
+    assert report.passed, report.first_divergence
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, PER_TENSOR], ids=lambda scheme: scheme.name)
+def test_heads_of_latent_attention_stay_wide(scheme: Scheme, tmp_path: Path) -> None:
+    """No product of 4-bit integers exists for them, and no input that a static scale is of."""
+    write_random_checkpoint(MODELS["deepseek-v3"], tmp_path / "wide", seed=3)
+    scales = moec.calibrate(tmp_path / "wide", IDS) if scheme is PER_TENSOR else None
+    folder = moec.quantize(tmp_path / "wide", scheme, tmp_path / "q", scales=scales).path
+    spec = moec.load_spec(folder)
+    assert spec.scheme is not None
+    names = ("attn.kv_up", "attn.o", "moe.shared.up")
+    rules = [spec.scheme.rule(f"layers.2.{name}.weight") for name in names]
+    assert [rule is not None for rule in rules] == [False, True, True]
+    art = moec.export(folder, "onnx", out=tmp_path / "art")
+    assert moec.open_session(art.path).logits(IDS.numpy()).shape[1] == IDS.shape[1]
+
+
+def test_a_scheme_that_names_no_weight_is_refused(wide: Path, tmp_path: Path) -> None:
+    rule = SCHEME.rules[0].model_copy(update={"of": ("layers.*.nothing",)})
+    with pytest.raises(MoecError, match="match no weight"):
+        moec.quantize(wide, SCHEME.model_copy(update={"rules": (rule,)}), tmp_path / "q")
 
 
 def test_what_has_no_whole_groups_is_refused(wide: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from moec.artefact.session_options import session_options
 from moec.artefact.targets import find_target
 from moec.spec.bounded.limits import ARTEFACT
 from moec.spec.errors import refuse
+from moec.spec.fields import shown
+from moec.spec.hf.architectures import ARCHITECTURES
 
 _LONGEST = 4096  # characters of a path, as Linux limits it
 _BUILD_AGAIN = "do not use this artefact unless you trust its source; build it again"
@@ -55,6 +57,13 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
             f"{path / NAME}: adapters",
             f"{len(manifest.adapters)}, beside weights that are the checkpoint's own",
             "weights that were copied or packed, with the adapters' changes",
+            _BUILD_AGAIN,
+        )
+    if manifest.spec.architecture not in ARCHITECTURES:
+        refuse(
+            f"{path / NAME}: spec.architecture",
+            shown(manifest.spec.architecture),
+            f"one of {', '.join(ARCHITECTURES)}",
             _BUILD_AGAIN,
         )
     _check_options(path, manifest)

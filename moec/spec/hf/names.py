@@ -8,6 +8,7 @@ scheme's layout.
 from collections.abc import Iterator
 
 from moec.spec import names
+from moec.spec.errors import refuse
 from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import INT4, Layout
@@ -79,4 +80,12 @@ def key_of(name: str, layout: Layout = "moec", architecture: str = "llama4") -> 
         key = key_of(parameter, architecture=architecture)
         return key + ("_weight_scale" if stacked else _SCALES.get(layout, "_scale"))
     template, numbers = names.template(name)
-    return ARCHITECTURES[architecture].keys[template].format_map(numbers)
+    found = ARCHITECTURES[architecture].keys.get(template)
+    if found is None:
+        refuse(
+            f"spec.architecture {architecture}",
+            f"no key for {name}",
+            "the architecture of such a model",
+            "correct the spec, or build the artefact again",
+        )
+    return found.format_map(numbers)

@@ -27,6 +27,8 @@ SAID = (
     ("group", "none"),
 )
 
+#: the weight of heads in latent attention: no product of its own, whose input a scale could be for
+_OF_HEADS = names.attention("*", "kv_up", "weight")
 #: what vLLM reorders, and the values, which it joins with them in one product of one scheme
 _REORDERED = {names.attention("*", part, "weight") for part in "qkv"}
 
@@ -63,7 +65,8 @@ def published_spec(spec: ModelSpec) -> ModelSpec | None:
 def told(spec: ModelSpec, scheme: Scheme) -> tuple[ModelSpec, dict[str, Any]]:
     """The spec that a checkpoint of the wide `spec` has once it is quantised, and its config.
 
-    Blocks leave out weights that vLLM reorders.
+    Blocks and 4-bit integers leave out weights that vLLM reorders; 4-bit integers and static scales
+    the weight of heads in latent attention.
 
     Raises:
         MoecError: compressed-tensors cannot say what `scheme` says.
@@ -82,10 +85,18 @@ def told(spec: ModelSpec, scheme: Scheme) -> tuple[ModelSpec, dict[str, Any]]:
     scales = spec.dtype if scheme.int4 else "fp32"
     values = scheme.model_dump() | {"layout": layout, "scales": scales}
     weight, inputs = scheme.rules[0].weight, scheme.rules[0].inputs
-    wanted = quantized(spec.model_copy(update={"scheme": Scheme.model_validate(values)}))
-    whole_heads = weight in ("block", "group")  # what has to stay in its order
-    chosen = [name for name in wanted if not (whole_heads and is_reordered(spec, name))]
-    of = patterns(chosen, eligible(spec))
+    known = eligible(spec)
+    wanted = [name for name in known if scheme.rule(name)]
+    in_order = weight in ("block", "group")
+    chosen = [
+        name
+        for name in wanted
+        if not (in_order and is_reordered(spec, name))
+        and not (names.family(name) == _OF_HEADS and (scheme.int4 or inputs in STATIC))
+    ]
+    if not chosen:
+        quantized(spec.model_copy(update={"scheme": scheme}))  # says which rule matches nothing
+    of = patterns(chosen, known)
     # each product has its own static scale there, whether or not experts have the same
     told_inputs = "expert" if inputs in STATIC else inputs
     values["rules"] = [{"of": of, "weight": weight, "inputs": told_inputs}]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+#: layouts of the library compressed-tensors
+_COMPRESSED = ("compressed-tensors", "pack-quantized")
 #: for a torchvision that does not fit torch, which transformers imports
 _OPERATORS = Path(__file__).parents[2] / "bench" / "torchvision_ops.py"
 
@@ -26,7 +28,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         import torch
         import transformers
 
-        if job["quantised"] == "compressed-tensors":
+        if job["quantised"] in _COMPRESSED:
             import compressed_tensors  # noqa: F401
     except ImportError as error:
         return {"missing": f"{type(error).__name__}: {error}"}
@@ -35,7 +37,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return {"missing": f"no class in transformers for model_type {kind!r}"}
     name = "AutoModelForImageTextToText" if job["images"] else "AutoModelForCausalLM"
     options: dict[str, Any] = {}
-    if job["quantised"] == "compressed-tensors":
+    if job["quantised"] in _COMPRESSED:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     if job["quantised"] == "fp8":
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)

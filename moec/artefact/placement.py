@@ -27,7 +27,7 @@ from moec.artefact.weight_hashes import hash_files
 from moec.spec.errors import refuse
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.packed.file import write_packed
-from moec.weights.packed.journal import PACKED, Hash
+from moec.weights.packed.journal import PACKED, Hash, discard
 from moec.weights.packed.published import placed, under_our_names
 from moec.weights.packed.shards import write_shards
 from moec.weights.shard import TensorEntry, read_shard
@@ -170,6 +170,7 @@ def pack(
     else:
         files = [PACKED]
         path = folder / PACKED
+        discard(folder, (PACKED,))
         read = write_packed(path, manifest.packings, entries, stage, constants, hashes)
         (folder / below).mkdir(exist_ok=True)
         path.rename(folder / below / PACKED)

@@ -76,6 +76,16 @@ def validate(
     if html:
         check_to_write("--html", html, "<!doctype html><meta charset=utf-8><title>moec validate")
     if against is not None:
+        others: dict[str, object] = {
+            "--source": source,
+            "--reference": reference,
+            "--eval": eval_file,
+            "--reduced": reduced or None,
+            "--weights-from": weights_from,
+        }
+        for option, value in others.items():
+            if value is not None:
+                refuse(option, "--against", "an artefact's proof, without it", "leave one out")
         prove_against(artefact, against, tokens, seed, html, as_json, python)
         return
     prove(

@@ -12,6 +12,7 @@ from moec.spec.errors import refuse
 from moec.spec.fields import read_own_json
 from moec.spec.files import other_model
 from moec.spec.hf.architectures import ARCHITECTURES
+from moec.spec.hf.generation import of_config
 from moec.spec.hf.written import published_spec, told
 from moec.spec.model import ModelSpec
 from moec.spec.tensors import tensors
@@ -97,7 +98,12 @@ def config_of(source: Path, as_told: ModelSpec, config: dict[str, Any]) -> dict[
 def generation_of(path: Path, as_told: ModelSpec) -> dict[str, Any] | None:
     """What generation_config.json says, of which `path` is the source's; None: nothing new."""
     more = ARCHITECTURES[as_told.architecture].generation(as_told)
-    return ((read_own_json(path) if path.is_file() else _tokens(as_told)) | more) if more else None
+    if not more:
+        return None
+    if path.is_file():
+        return read_own_json(path) | more
+    # The new file hides what config.json says of generation.
+    return of_config(read_own_json(path.with_name("config.json"))) | _tokens(as_told) | more
 
 
 def _typed(raw: dict[str, Any], dtype: str) -> dict[str, Any]:

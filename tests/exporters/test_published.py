@@ -178,6 +178,59 @@ def test_a_build_that_was_cut_off_goes_on(
     assert tree(done.path) == tree(whole.path)
 
 
+def _fp8(source: Path, out: Path, progress: Callable[..., None]) -> None:
+    moec.export(source, "onnx", "fp8", out, scheme="dynamic", progress=progress)
+
+
+def _integers(source: Path, out: Path, progress: Callable[..., None]) -> None:
+    moec.export(source, "ort", "int4", out, progress=progress)
+
+
+def _quantise(source: Path, out: Path, progress: Callable[..., None]) -> None:
+    moec.quantize(source, "meta", out, progress=progress)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", [_fp8, _integers, _quantise])
+@pytest.mark.parametrize("second", [_fp8, _integers, _quantise])
+def test_another_call_after_one_that_was_cut_off_leaves_nothing_of_it(
+    first: Callable[..., None],
+    second: Callable[..., None],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage in ("pack", "quantise") and done > total * 2 // 3:
+            raise Stop
+
+    monkeypatch.setattr("moec.weights.packed.file.JOURNAL_BYTES", 1)
+    second(tiny, tmp_path / "fresh", lambda *_: None)
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr("moec.weights.packed.published.SHARD_BYTES", 400_000)
+        first(tiny, tmp_path / "art", stop)
+    assert list(tmp_path.glob(".art.*"))
+    second(tiny, tmp_path / "art", lambda *_: None)
+    assert not list(tmp_path.glob(".art.*"))
+    assert tree(tmp_path / "art").keys() == tree(tmp_path / "fresh").keys()
+
+
+def test_what_config_json_says_of_generation_stays(llama4: Path, tmp_path: Path) -> None:
+    """A new generation_config.json hides it."""
+    config = json.loads((llama4 / "config.json").read_text())
+    more = {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.7}
+    (llama4 / "config.json").write_text(json.dumps(config | more))
+    before = moec.load_spec(llama4)
+    assert before.repetition_penalty == 1.3 and before.sampling is not None
+    art = moec.export(llama4, "onnx", "fp8", tmp_path / "art")
+    for folder in (moec.quantize(llama4, "dynamic", tmp_path / "fp8").path, art.path):
+        spec = moec.load_spec(folder)
+        assert spec.repetition_penalty == 1.3 and spec.sampling == before.sampling
+
+
 def test_experts_that_are_exchanged_in_the_header_are_refused(llama4: Path, tmp_path: Path) -> None:
     """Each name is there, and so is each byte; but the stack would have another order."""
     art = moec.export(llama4, "onnx", "fp8", tmp_path / "art")

@@ -74,7 +74,7 @@ def with_generation(spec: ModelSpec, path: Path, config: Mapping[str, Any]) -> M
         raw = read_own_json(path)
         tokens = _tokens(raw, spec)
     else:
-        raw, tokens = _of_config(config), spec.tokens.model_dump()
+        raw, tokens = of_config(config), spec.tokens.model_dump()
         path = path.with_name("config.json")
     try:
         return spec.model_copy(
@@ -114,7 +114,7 @@ class _Greedy(BaseModel):
 _FIELDS = {"eos": "eos_token_id", "bos": "bos_token_id", "pad": "pad_token_id"}
 
 
-def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of generation in config.json, where old files have them; outer ones come first."""
     inner = config.get("text_config")
     found = dict[str, Any]()

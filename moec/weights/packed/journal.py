@@ -90,10 +90,15 @@ def finish(path: Path) -> None:
     journal_of(path).unlink()
 
 
-def discard(folder: Path) -> None:
-    """Remove the unfinished packed files of a folder, and their journals."""
+def discard(folder: Path, but: Collection[str] = ()) -> None:
+    """Remove the unfinished packed files of a folder, `but` those of these names, and journals.
+
+    A call that was cut off may have written others than the next one in the same place does.
+    """
+    kept = {each for name in but for each in (name, journal_of(folder / name).name)}
     for file in unfinished(folder):
-        file.unlink()
+        if file.name not in kept:
+            file.unlink()
 
 
 def unfinished(folder: Path) -> tuple[Path, ...]:

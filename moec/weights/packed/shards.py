@@ -11,7 +11,7 @@ from torch import Tensor
 from moec.spec.hf.forms import INDEX, SINGLE
 from moec.spec.names import input_scale_of
 from moec.weights.packed.file import write_packed
-from moec.weights.packed.journal import Hash, finish
+from moec.weights.packed.journal import Hash, discard, finish
 from moec.weights.packed.published import Published, in_shards, sizes_of
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry, read_shard
@@ -42,6 +42,7 @@ def write_shards(
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = files if len(shards) > 1 else [SINGLE]
     sizes = [sum(entries[each.source].nbytes for each in shard.values()) for shard in shards]
+    discard(folder, files)
     before, read = 0, 0
     for file, shard, size in zip(files, shards, sizes, strict=True):
 

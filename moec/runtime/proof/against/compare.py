@@ -74,6 +74,8 @@ def against(
             missing.
     """
     other = find_other(engine)
+    if not os.path.isdir(folder):
+        refuse(folder, "no folder", "the folder of a checkpoint", "name the folder")
     spec, _, entries = read_model(folder)
     if os.path.lexists(Path(folder) / ADAPTER):
         refuse(

@@ -54,6 +54,17 @@ def test_transformers_computes_the_same(scout: Path, tmp_path: Path) -> None:
     assert card.read_text() == "somebody's own card\n## Proof\n"
 
 
+@pytest.mark.parametrize("option", ["--source", "--reference", "--weights-from", "--reduced"])
+def test_options_of_an_artefacts_proof_are_refused(option: str, scout: Path) -> None:
+    values = () if option == "--reduced" else (scout,)
+    code, _, err = run_command("validate", scout, "--against", "transformers", option, *values)
+    assert code == 2 and option in err
+
+
+def test_a_file_is_no_checkpoint_folder(scout: Path) -> None:
+    refusal(lambda: against(scout / "model.safetensors", "transformers"), "model.safetensors")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoints_of_anybody_are_compared(model: str, tmp_path: Path) -> None:

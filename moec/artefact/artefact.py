@@ -332,7 +332,7 @@ def verify_files(artefact: Artefact) -> Verified:
         (
             *(() if manifest.digest else (f"{NAME}: it has no digest",)),
             *(f"{name}: its size and header are right" for name in sorted(shards.keys() - weights)),
-            *(f"{name}: what a proof wrote there" for name in card),
+            *(f"{name}: its section of the proof, and what follows" for name in card),
             *(f"{name}: the build did not write it" for name in others),
         ),
     )
@@ -350,7 +350,8 @@ def _check_card(artefact: Artefact) -> list[str]:
     card = read_card(artefact.path)
     if card is None or card.sha256 != expected:
         found = "other text than the build wrote there, besides its proof"
-        refuse(path, found, "the build's", "build the artefact again", exit_code=1)
+        expected = "the text whose hash is in manifest.json"
+        refuse(path, found, expected, "build the artefact again", exit_code=1)
     return [CARD]
 
 

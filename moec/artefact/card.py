@@ -23,8 +23,8 @@ class Card(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """The hash of all that no proof changes."""
-        return hashlib.sha256((self.before + self.after).encode()).hexdigest()
+        """The hash of what a build wrote: of all before the proof."""
+        return hashlib.sha256(self.before.encode()).hexdigest()
 
 
 def read_card(folder: Path) -> Card | None:

@@ -25,6 +25,7 @@ from moec.artefact.manifest import (
 from moec.artefact.stored import stored_kinds
 from moec.artefact.weight_hashes import hash_files
 from moec.spec.errors import refuse
+from moec.spec.hf.written import is_said
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.packed.file import write_packed
 from moec.weights.packed.journal import PACKED, Hash, discard
@@ -43,6 +44,7 @@ INPUT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     *TEMPLATES.values(),
     "chat_template.json",
     "preprocessor_config.json",
@@ -163,7 +165,7 @@ def pack(
     copy_companions(checkpoint, folder)
     stage = partial(progress, "pack")
     hashes: dict[str, Hash] = {}
-    places = None if constants else placed(manifest.spec, manifest.packings)
+    places = placed(manifest.spec, manifest.packings) if is_said(manifest.spec) else None
     if places:
         files, read = write_shards(folder, manifest.packings, entries, places, stage, hashes)
         below = "."

@@ -74,7 +74,9 @@ def validate(
     The report goes into the artefact's manifest, where `moec inspect` finds it.
     """
     if html:
-        check_to_write("--html", html, "<!doctype html><meta charset=utf-8><title>moec validate")
+        from moec.runtime.proof.report import PAGE
+
+        check_to_write("--html", html, PAGE)
     if against is not None:
         others: dict[str, object] = {
             "--source": source,
@@ -159,7 +161,7 @@ def prove_against(
 ) -> None:
     """Compare a checkpoint in another engine with the eager reference, and print the report.
 
-    The report goes into the model card that `moec quantize` wrote, if there is one.
+    The report goes into the model card that moec wrote, if there is one.
 
     Raises:
         typer.Exit: exit code 1, if a check failed.

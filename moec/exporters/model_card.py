@@ -1,4 +1,4 @@
-"""The model card of a checkpoint that `quantize` wrote: where it comes from, and what was done."""
+"""The model card of a checkpoint that moec wrote: where it comes from, and what was done."""
 
 import hashlib
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ def model_card(told: ModelSpec, scheme: str, source: Checkpoint) -> str:
     how = "; ".join(f"weights: {_KINDS[w]}; inputs: {INPUTS[i]}" for w, i in kinds)
     side = told.scheme.block if told.scheme else None
     blocks = f"; block: {side}" if {w for w, _ in kinds} & {"block", "group"} else ""
-    precision = told.scheme.precision if told.scheme else ""
+    precision, scheme = told.scheme.precision if told.scheme else "", visible(scheme)
     wide = sum(name not in rules for name in eligible(told))
     headers = hashlib.sha256()
     for shard in source.shards:
@@ -40,7 +40,7 @@ tags:
 - moec
 ---
 
-# {told.name}, {scheme} {precision.upper()}
+# {visible(told.name)}, {scheme} {precision.upper()}
 
 {_MADE}{versions().get("moec", "from a checkout")}
 - scheme: {scheme} ({how}){blocks}

@@ -5,7 +5,7 @@ from pathlib import Path
 from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.files import load_scheme
-from moec.spec.hf.written import published_spec
+from moec.spec.hf.written import is_said
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
 from moec.spec.scheme import WITHOUT_EXPERTS, Scheme
@@ -51,7 +51,7 @@ def in_precision(
             f"--scheme {chosen.name}: layout",
             f"{chosen.layout}, of a checkpoint that is quantised",
             "moec, for wide weights that a build makes FP8",
-            f"write such a checkpoint first (moec quantize --scheme {scheme}), or leave layout out",
+            f"write such a checkpoint first: moec quantize --scheme {chosen.name}",
         )
     if cache not in (None, "fp8", "wide"):
         refuse(f"--cache {cache}", "no such kind", "fp8 or wide", "choose one of them")
@@ -94,7 +94,7 @@ def fp8_packings(spec: ModelSpec) -> dict[str, Packing]:
 def published_packings(spec: ModelSpec) -> dict[str, Packing]:
     """The same, with FP8 experts as [out, in] if other engines can read them so."""
     found = fp8_packings(spec)
-    if published_spec(spec) is None:
+    if not is_said(spec):
         return found
     turned = {"arrange": "transpose"}
     return {

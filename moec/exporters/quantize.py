@@ -1,4 +1,4 @@
-"""`quantize` writes a checkpoint anew in FP8, so that moec, vLLM and transformers can read it.
+"""`quantize` writes a checkpoint anew, in FP8 or 4-bit integers, for moec, vLLM and transformers.
 
 The result is a Hugging Face folder in compressed-tensors form: the published names, experts apart.
 No graph is built, and the weights are streamed as a build streams them.
@@ -141,8 +141,6 @@ def _for_each_part(
     """
     found = {}
     for name, each in static.items():
-        count = len(places[name])
-        found[names.scaled(name)] = (
-            each.repeat(count) if not each.dim() else (each.repeat_interleave(count // len(each)))
-        )
+        count, own = len(places[name]), each.reshape(-1)
+        found[names.scaled(name)] = own.repeat_interleave(count // len(own))
     return found

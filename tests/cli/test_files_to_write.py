@@ -36,6 +36,16 @@ def test_a_page_replaces_no_other_file(tiny_onnx: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_a_page_replaces_an_earlier_one(tiny_onnx: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_onnx, tmp_path / "art")
+    for _ in range(2):
+        code, out, err = run_command(
+            *(each.format(artefact=tmp_path / "art") for each in VALIDATE), tmp_path / "page.html"
+        )
+        assert code == 0 and "PASSED" in out, err
+
+
+@pytest.mark.full
 def test_a_command_replaces_what_it_wrote(files: dict[str, Path], tmp_path: Path) -> None:
     for _ in range(2):
         code, _, err = run_command(

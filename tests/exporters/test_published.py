@@ -1,6 +1,7 @@
 """The weights that a build makes FP8 are a checkpoint for other engines too: one folder for all."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,7 @@ def test_a_proof_in_the_card_leaves_the_artefact_whole(llama4: Path, tmp_path: P
     add_proof(art.path, "another engine", True, [("one", "1", "<= 2", "")])
     assert card.read_text() != before and "PASSED: another engine" in card.read_text()
     verified = verify_files(open_artefact(art.path))
-    assert verified.not_hashed == ("README.md: what a proof wrote there",)
+    assert verified.not_hashed == ("README.md: its section of the proof, and what follows",)
     assert "README.md" in verified.hashed
     moec.export(llama4, "onnx", "fp8", tmp_path / "art")  # and may be replaced
     assert card.read_text() == before
@@ -339,6 +340,65 @@ ELSEWHERE: dict[str, tuple[str, Callable[[dict[str, Any]], object], bool]] = {
     "another class": ("config.json", lambda c: c.update(architectures=["Other"]), False),
     "another field of generation": ("generation_config.json", lambda c: c.update(x=1), False),
 }
+
+
+def test_a_proof_sees_weights_that_other_engines_would_load(llama4: Path, tmp_path: Path) -> None:
+    """They load every file of weights where there is no index, and what the index says else."""
+    art = moec.export(llama4, "onnx", "fp8", tmp_path / "art").path
+    shutil.copy(art / "model.safetensors", art / "model-00001-of-00001.safetensors")
+    (check,) = published_folder(open_artefact(art), None)
+    assert not check.passed and "none of the artefact" in check.detail
+
+
+def test_a_proof_sees_an_index_that_leads_elsewhere(
+    llama4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moec.weights.packed.published.SHARD_BYTES", 60_000)
+    art = moec.export(llama4, "onnx", "fp8", tmp_path / "art").path
+    first = min(art.glob("model-*.safetensors"))
+    shutil.copy(first, art / "evil.safetensors")
+    rewrite(
+        art,
+        "model.safetensors.index.json",
+        lambda index: index["weight_map"].update(
+            {k: "evil.safetensors" for k, v in index["weight_map"].items() if v == first.name}
+        ),
+    )
+    details = [check.detail for check in published_folder(open_artefact(art), None)]
+    assert any("no shard of the artefact" in each for each in details)
+
+
+def test_a_scheme_file_keeps_its_type_of_scales(llama4: Path, tmp_path: Path) -> None:
+    rule = Rule(of=LINEAR, weight="channel", inputs="token")
+    scheme = Scheme(name="x\n## Proof\nPASSED: all.\n", rules=(rule,), scales="bf16")
+    art = moec.export(llama4, "onnx", "fp8", tmp_path / "art", scheme=scheme)
+    same_weights(art.path, moec.quantize(llama4, scheme, tmp_path / "fp8").path)
+    tensors = load_file(art.path / "model.safetensors")
+    assert {each.dtype for key, each in tensors.items() if key.endswith("_scale")} == {
+        torch.bfloat16
+    }
+    assert (art.path / "README.md").read_text().count("\n## Proof") == 1
+
+
+def test_a_scheme_that_the_form_cannot_say_is_built_with_our_names(
+    llama4: Path, tmp_path: Path
+) -> None:
+    """Here a layer of several is quantised with its shared expert, whose names have no pattern."""
+    rule = Rule(of=("layers.1.moe.*",), weight="channel", inputs="token")
+    art = moec.export(
+        llama4, "onnx", "fp8", tmp_path / "art", scheme=Scheme(name="one", rules=(rule,))
+    )
+    assert moec.validate(art.path).passed
+
+
+def test_a_packing_that_lies_about_its_values_is_refused(llama4: Path, tmp_path: Path) -> None:
+    art = moec.export(llama4, "onnx", "fp8", tmp_path / "art").path
+    values = json.loads((art / "manifest.json").read_text())
+    values["packings"]["layers.0.moe.gate_up"]["fp8"] = None
+    del values["digest"]
+    (art / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(MoecError):
+        moec.open_session(art)
 
 
 @pytest.mark.full

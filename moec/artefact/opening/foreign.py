@@ -69,7 +69,8 @@ def _listed(path: Path) -> set[str] | None:
     files = [name for each in engines for name in (each.get("file"), *_object(each.get("files")))]
     named = {name for name in files if isinstance(name, str)}
     card = read_card(path.parent)
-    own = {CARD} if card is not None and card.sha256 == weights.get("card") else set()
+    whole = card is not None and not card.after and card.sha256 == weights.get("card")
+    own = {CARD} if whole else set()  # sections that somebody added must not be lost
     return {NAME, *_object(values.get("files")), *inside, *named, *own}
 
 

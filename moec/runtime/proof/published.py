@@ -18,6 +18,8 @@ from moec.spec.hf.forms import INDEX
 from moec.weights.name_map import read_model
 
 _FILES = ("config.json", "generation_config.json", INDEX)
+#: ends of files that other engines load as weights
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 #: fields of a spec that say nothing of what an engine computes
 _APART = ("provenance", "name", "notes")
 
@@ -48,7 +50,15 @@ def _differences(artefact: Artefact, source: Path | None) -> Iterator[str]:
         if written and file_of(folder / name) != written:
             yield f"{name}: other bytes than the build wrote"
     expected, config = told_of(manifest)
-    found, _, _ = read_model(folder)
+    found, _, entries = read_model(folder)
+    shards = {(folder / name).resolve() for name in manifest.weights.shards}
+    for name, entry in entries.items():
+        if not {each.resolve() for each in entry.files} <= shards:
+            yield f"{name}: in {entry.file.name}, which is no shard of the artefact"
+            break
+    for each in sorted(folder.iterdir()):
+        if each.suffix in _WEIGHTS and each.resolve() not in shards:
+            yield f"{each.name}: weights that are none of the artefact"
     for path, mine, right in diff(found, expected):
         if not path.startswith(_APART):
             yield f"{path}: {shown(mine)}, expected {shown(right)}"
@@ -61,6 +71,8 @@ def _differences(artefact: Artefact, source: Path | None) -> Iterator[str]:
         return
     if read_own_json(folder / "config.json") != config_of(source, expected, config):
         yield f"config.json: other fields than those in {source}"
-    wanted = generation_of(source / said.name, expected)
-    if wanted is not None and values != wanted:
+    theirs = source / said.name
+    own = read_own_json(theirs) if theirs.is_file() else {}
+    wanted = generation_of(theirs, expected)
+    if values != (own if wanted is None else wanted):
         yield f"generation_config.json: other fields than those in {source}"

@@ -8,6 +8,9 @@ from typing import Any
 
 from moec.spec.errors import visible
 
+#: how every page of a report begins
+PAGE = "<!doctype html><meta charset=utf-8><title>moec validate"
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -101,7 +104,7 @@ class Report:
         )
         notes = "".join(f"<p>{_text(note)}</p>" for note in self.notes)
         Path(path).write_text(
-            "<!doctype html><meta charset=utf-8><title>moec validate</title><style>"
+            f"{PAGE}</title><style>"
             "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}"
             ".bad{background:#fdd}</style>"
             f"<h1>{_text(self.subject)}: {_text(verdict)}</h1>"

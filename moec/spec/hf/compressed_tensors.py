@@ -72,6 +72,8 @@ def _floats(at: Fields, group: Fields) -> dict[str, Any]:
     if "input_activations" in group:
         given = group.inner("input_activations")
         dynamic = given.take("dynamic", bool, default=False)
+        if block and not dynamic:
+            raise given.error("dynamic", "False", "true beside blocks: a scale for each group")
         along = "group" if block else "token" if dynamic else "tensor"
         inputs, size = _e4m3(given, (along,))
         if size != block:

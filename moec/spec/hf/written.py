@@ -1,4 +1,4 @@
-"""The checkpoint that moec writes in FP8: its spec, its `quantization_config`, and their limits.
+"""The checkpoint that moec writes quantised: its spec, its `quantization_config`, and their limits.
 
 It is in compressed-tensors form, so that other engines read it. That form has one kind of weights
 and inputs for a whole model, and a scheme of several kinds cannot be said in it.
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moec.spec import names
-from moec.spec.errors import refuse
+from moec.spec.errors import MoecError, refuse
 from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.hf.modules import patterns
 from moec.spec.hf.quantization import read_scheme, write_scheme
 from moec.spec.model import ModelSpec
 from moec.spec.parameters import parameters
-from moec.spec.scheme import INT4, STATIC, Scheme
+from moec.spec.scheme import INT4, NAMED, STATIC, Scheme
 from moec.spec.tensors import eligible, quantized
 
 #: the kinds of weights and inputs that compressed-tensors can say and moec writes
@@ -42,11 +42,12 @@ def can_say(scheme: Scheme) -> bool:
 def published_spec(spec: ModelSpec) -> ModelSpec | None:
     """The spec of the checkpoint in which a build writes the weights of `spec`.
 
-    None if a build writes tensors of moec's own names: the scheme is none that the form can say,
-    or other engines would read the model, or some of its scales, otherwise than moec does.
+    None if a build writes tensors of moec's own names: the scheme is static or none that the form
+    can say, or other engines would read the model, or some of its scales, otherwise than moec does.
+    A build asks `is_said` too, which takes longer.
     """
     scheme = spec.scheme
-    if scheme is None or scheme.layout != "moec" or not can_say(scheme):
+    if scheme is None or scheme.layout != "moec" or scheme.static or not can_say(scheme):
         return None
     if spec.text.experts and not ARCHITECTURES[spec.architecture].reads_apart:
         return None
@@ -60,6 +61,17 @@ def published_spec(spec: ModelSpec) -> ModelSpec | None:
         }
     )
     return None if odd_block(told) else told
+
+
+def is_said(spec: ModelSpec) -> bool:
+    """Whether a build can write the weights of `spec` as a checkpoint, by all of its scheme."""
+    if spec.scheme is None or published_spec(spec) is None:
+        return False
+    try:
+        told(spec.model_copy(update={"scheme": None}), spec.scheme)
+    except MoecError:
+        return False
+    return True
 
 
 def told(spec: ModelSpec, scheme: Scheme) -> tuple[ModelSpec, dict[str, Any]]:
@@ -78,11 +90,12 @@ def told(spec: ModelSpec, scheme: Scheme) -> tuple[ModelSpec, dict[str, Any]]:
             f"--scheme {scheme.name}",
             shown + (", FP8 caches" if scheme.cache else ""),
             "one kind: " + "; or ".join(f"weights by {w}, inputs by {i}" for w, i in SAID),
-            "choose dynamic, meta or deepseek; moec build takes the others",
+            f"choose one of {', '.join(n for n, each in NAMED.items() if can_say(each))}; "
+            "moec build takes the others",
         )
     layout = INT4 if scheme.int4 else "compressed-tensors"
     # Engines compute with 4-bit integers in the model's own type, and cast their scales to it.
-    scales = spec.dtype if scheme.int4 else "fp32"
+    scales = spec.dtype if scheme.int4 else scheme.scales
     values = scheme.model_dump() | {"layout": layout, "scales": scales}
     weight, inputs = scheme.rules[0].weight, scheme.rules[0].inputs
     known = eligible(spec)

@@ -1,16 +1,19 @@
 """Which modules peft adapts: a tensor of any other it leaves aside, although it is in the file.
 
-moec merges all tensors of a file. So it refuses a file that has more than peft would use.
+moec merges all tensors of a file. So it refuses a file with a tensor that a list of names leaves
+aside. Where `target_modules` is an expression, moec takes the word of the file: peft saves what it
+has adapted.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from moec.spec.fields import Fields, shown
 
-_NUMBERS = re.compile(r"\.(\d+)(?=\.)")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+#: the first number in a module's name is that of its layer, as peft takes it
+_LAYER = re.compile(r"^.*?\.[^.]*\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +25,18 @@ class Targets:
         modules: ends of names; None: any module, because it is an expression or not given.
         excluded: ends of names of modules that are left aside.
         layers: numbers of layers; None: all.
-        parameters: the parameters that are adapted besides, whatever their modules are called.
+        holders: ends of names of modules whose parameters are adapted besides.
     """
 
     at: Fields
-    modules: tuple[str, ...] | None
-    excluded: tuple[str, ...]
+    modules: frozenset[str] | None
+    excluded: frozenset[str]
     layers: frozenset[int] | None
-    parameters: tuple[str, ...]
+    holders: frozenset[str]
 
     @classmethod
-    def read(cls, at: Fields, parameters: list[str]) -> Self:
-        """Take the fields from `at`.
+    def read(cls, at: Fields, parameters: list[Any]) -> Self:
+        """Take the fields from `at`; `parameters` is its `target_parameters`.
 
         Raises:
             MoecError: a field is of another kind, or an expression that excludes modules.
@@ -43,19 +46,26 @@ class Targets:
         if isinstance(excluded, str):
             raise at.error("exclude_modules", shown(excluded), "a list of names")
         layers = at.take("layers_to_transform", list, int, default=None)
-        if (pattern := at.take("layers_pattern", str, list, default=None)) not in (
-            None,
-            "layers",
-            [],
-            ["layers"],
-        ):
+        layers = [layers] if isinstance(layers, int) else layers or None
+        pattern = at.take("layers_pattern", str, list, default=None)
+        if pattern not in (None, "layers", [], ["layers"]):
             raise at.error("layers_pattern", shown(pattern), "'layers', or none")
+        for field, values, kind in (
+            ("target_modules", modules, str),
+            ("exclude_modules", excluded, str),
+            ("layers_to_transform", layers, int),
+            ("target_parameters", parameters, str),
+        ):
+            odd = [each for each in values or () if type(each) is not kind]
+            if odd and not isinstance(values, str):
+                what = "names" if kind is str else "whole numbers"
+                raise at.error(field, shown(odd[0]), f"a list of {what}")
         return cls(
             at,
-            tuple(modules) if isinstance(modules, list) else None,
-            tuple(excluded),
-            None if layers is None else frozenset([layers] if isinstance(layers, int) else layers),
-            tuple(parameters),
+            frozenset(modules) if isinstance(modules, list) else None,
+            frozenset(excluded),
+            None if layers is None else frozenset(layers),
+            frozenset(each.rpartition(".")[0] for each in parameters),
         )
 
     def check(self, module: str) -> None:
@@ -64,15 +74,13 @@ class Targets:
         Raises:
             MoecError: names the field that leaves it aside.
         """
-        if _ends(module, self.excluded):
+        ends = set(_ends(module))
+        if ends & self.excluded:
             raise self._left_aside("exclude_modules", module)
-        of_parameter = any(_ends(module, (each.rpartition(".")[0],)) for each in self.parameters)
-        if self.modules is not None and not of_parameter and not _ends(module, self.modules):
+        if self.modules is not None and not ends & self.modules | ends & self.holders:
             raise self._left_aside("target_modules", module)
-        if self.layers is None:
-            return
-        layer, numbers = _LAYER.search(module), _NUMBERS.findall(f"{module}.")
-        if not layer or len(numbers) > 1 or int(layer[1]) not in self.layers:
+        layer = _LAYER.match(module)
+        if self.layers is not None and (not layer or int(layer[1]) not in self.layers):
             raise self._left_aside("layers_to_transform", module)
 
     def _left_aside(self, field: str, module: str) -> Exception:
@@ -83,5 +91,9 @@ class Targets:
         )
 
 
-def _ends(module: str, names: tuple[str, ...]) -> bool:
-    return any(module == each or module.endswith(f".{each}") for each in names if each)
+def _ends(module: str) -> Iterator[str]:
+    """A module's name, and what follows each of its dots."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module

@@ -110,8 +110,10 @@ def placed(spec: ModelSpec, packings: Mapping[str, Packing]) -> dict[str, Publis
     told = published_spec(spec)
     if told is None or not packings:
         return None
-    table, shapes = _table(told), parameters(told)
+    table, shapes, rules = _table(told), parameters(told), quantized(told)
     for packing in packings.values():
+        if (packing.source in rules) != bool(packing.fp8 or packing.bits):
+            return None
         apart = packing.source not in table
         if len(shapes[packing.source]) == 3 and apart != (packing.arrange == "transpose"):
             return None

@@ -50,9 +50,10 @@ def write_shards(
             progress(before + done, sum(sizes))
 
         own = _sizes(shard, entries, places)
+        static = constants or {}
         for packing in shard.values():
-            if packing.source in (constants or {}):
-                own[input_scale_of(packing.source)] = (constants or {})[packing.source]
+            if packing.source in static:
+                own[input_scale_of(packing.source)] = static[packing.source]
         path = folder / file
         read += write_packed(
             path, shard, entries, step, own, hashes, published=places, journal_stays=True
@@ -78,9 +79,10 @@ def _sizes(
     for packing in shard.values():
         name = sizes_of(packing.source)
         if name in places:
-            *experts, inner, outer = entries[packing.source].shape
+            *experts, rows, columns = entries[packing.source].shape
             parts = len(places[name])
-            each = [outer * experts[0] // parts, inner] if experts else [inner, outer]
+            # experts are [in, out], and their gate and up have half of the outputs each
+            each = [columns * experts[0] // parts, rows] if experts else [rows, columns]
             found[name] = torch.tensor([each] * parts)
     return found
 

@@ -395,6 +395,18 @@ CONFIGS: dict[str, tuple[object, str]] = {
         inputs(dynamic=None),
         f"{G0}.input_activations.strategy",
     ),
+    "static groups": (
+        group(
+            weights={**GROUP["weights"], "strategy": "block", "block_structure": [128, 128]},
+            input_activations={
+                **GROUP["input_activations"],
+                "strategy": "group",
+                "group_size": 128,
+                "dynamic": False,
+            },
+        ),
+        f"{G0}.input_activations.dynamic",
+    ),
     "locally dynamic inputs": (inputs(dynamic="local"), f"{G0}.input_activations.dynamic"),
     "one scale for a batch": (inputs(strategy="tensor"), f"{G0}.input_activations.strategy"),
     "integer inputs": (inputs(type="int"), f"{G0}.input_activations.type"),

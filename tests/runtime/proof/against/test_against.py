@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 import moec
 from moec.exporters.model_card import add_proof
-from moec.runtime.proof.against.compare import against
+from moec.runtime.proof.against.compare import _by_expert, against
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.name_map import read_model
@@ -52,6 +53,28 @@ def test_transformers_computes_the_same(scout: Path, tmp_path: Path) -> None:
     card.write_text("somebody's own card\n## Proof\n")
     add_proof(scout, "another", True, [])
     assert card.read_text() == "somebody's own card\n## Proof\n"
+
+
+def by_expert(factors: list[float], other: float = 1.0) -> bool | None:
+    """Whether tokens of experts pass, whose differences are so many times the noise."""
+    count, generator = 60, torch.Generator().manual_seed(1)
+    experts = torch.arange(len(factors)).repeat_interleave(count)[:, None]
+    basis = torch.rand(len(experts), generator=generator, dtype=torch.float64) * 0.1 + 0.01
+    off = basis * torch.tensor(factors, dtype=torch.float64).repeat_interleave(count) * other
+    found = list(_by_expert(off, basis, {"layers.3.moe.router.chosen": experts}, 1e-4))
+    return found[0].passed if found else None
+
+
+def test_one_expert_that_is_far_off_is_seen_at_every_level_of_noise() -> None:
+    """An engine may be twice as far from the reference as bf16 is; one expert may not."""
+    for level in (0.5, 1.0, 2.0, 3.0):
+        assert by_expert([1.0] * 8, level)
+        assert by_expert([1.0] * 7 + [1.4], level)
+        assert not by_expert([1.0] * 7 + [4.0], level)
+    assert not by_expert([1.0] * 7 + [2.0])
+    assert not by_expert([6.0] * 8), "all of them: the level has a limit too"
+    assert by_expert([1.0]), "there are no other tokens"
+    assert not by_expert([3.0])
 
 
 @pytest.mark.parametrize("option", ["--source", "--reference", "--weights-from", "--reduced"])

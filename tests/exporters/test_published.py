@@ -14,6 +14,7 @@ from transformers import CompressedTensorsConfig, Llama4ForCausalLM
 import moec
 from moec.artefact import placement
 from moec.artefact.artefact import file_of, open_artefact, verify_files
+from moec.exporters import precision
 from moec.exporters.model_card import add_proof
 from moec.runtime.proof.published import published_folder
 from moec.spec.errors import MoecError
@@ -453,21 +454,29 @@ def test_what_other_engines_cannot_read_keeps_our_names(
     assert not (art.path / "README.md").exists() and moec.validate(art.path).passed
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("target", ["torch", "onnx"])
 def test_artefacts_with_our_names_still_open(
-    llama4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, llama4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Versions before this one wrote all FP8 weights under names of their own."""
-    new = moec.export(llama4, "torch", out=tmp_path / "new")
-    monkeypatch.setattr(placement, "placed", lambda *_: None)
-    old = moec.export(llama4, "torch", out=tmp_path / "old")
-    monkeypatch.undo()
+    """Versions before this one wrote them for all FP8; those of onnx had experts as [in, out]."""
+    new = moec.export(llama4, target, "fp8", tmp_path / "new")
+    with monkeypatch.context() as patched:
+        patched.setattr(placement, "is_said", lambda _: False)
+        patched.setattr(precision, "is_said", lambda _: False)
+        old = moec.export(llama4, target, "fp8", tmp_path / "old")
     path = old.path / "manifest.json"
     values = json.loads(path.read_text())
-    del values["weights"]["published"], values["digest"]
+    del values["weights"]["published"], values["weights"]["card"], values["digest"]
     path.write_text(json.dumps(values))
     assert (old.path / "weights.safetensors").is_file()
-    assert torch.equal(logits(old), logits(new)) and moec.validate(old.path).passed
-    assert moec.bind(old.path, llama4).manifest.weights.published
+    turned = {each.arrange for each in old.manifest.packings.values()}
+    assert ("transpose" in turned) is (target == "torch")
+    assert (logits(old) - logits(new)).norm() < 1e-5 * logits(new).norm()
+    assert moec.validate(old.path, source=llama4).passed
+    again = moec.bind(old.path, llama4)
+    assert again.manifest.weights.published is (target == "torch")
+    assert (logits(again) - logits(new)).norm() < 1e-5 * logits(new).norm()
 
 
 def test_an_unbound_artefact_takes_wide_weights(llama4: Path, tmp_path: Path) -> None:

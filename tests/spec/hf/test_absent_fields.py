@@ -71,3 +71,10 @@ def test_a_window_that_is_null_is_none(tmp_path: Path) -> None:
     assert read(tmp_path, config).text.window is None
     del config["sliding_window"]
     assert read(tmp_path, config).text.window == 4096
+
+
+def test_an_interleave_that_is_null_is_refused(tmp_path: Path) -> None:
+    """transformers takes it for false, although an absent field is true there."""
+    config = write_config(CASES["deepseek-v3"]) | {"rope_interleave": None}
+    with pytest.raises(MoecError, match="rope_interleave"):
+        read(tmp_path, config)

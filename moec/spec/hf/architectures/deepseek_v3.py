@@ -59,6 +59,8 @@ def _read(top: Fields, kind: str) -> Read:
         value=top.size("v_head_dim", limits.HEAD_DIM),
         norm_eps=_LATENT_EPS,
     )
+    if top.left.get("rope_interleave", True) is None:  # transformers takes null for false
+        raise top.error("rope_interleave", "null", "true or false")
     pairs = "adjacent" if top.take("rope_interleave", bool, default=True) else "halves"
     more = top.take("num_nextn_predict_layers", int, default=0)
     layers = top.left.get("num_hidden_layers")

@@ -160,24 +160,19 @@ def lower_fp8_moe(
             if fused or not statics:
                 static = _of_expert(e, statics[0], expert) if statics else None
                 rows = _rounded(e, rows, static, moe, f"{label}.input")
-            if fused and codes[0].name in e.weights.turned:
-                one, scale = (_of_expert(e, each[0], expert) for each in (codes, scales))
-                weight = _dequantize(e, one, scale, 0, block, dtype, f"{label}.weight")
-                return [_turned(e, rows, weight, label)]
             if fused:
+                turned = codes[0].name in e.weights.turned
                 one, scale = (_of_expert(e, each[0], expert) for each in (codes, scales))
-                weight = _dequantize(e, one, scale, 1, block, dtype, f"{label}.weight")
-                return [_matmul(e, rows, weight, label)]
+                axis = 0 if turned else 1
+                weight = _dequantize(e, one, scale, axis, block, dtype, f"{label}.weight")
+                return [(_turned if turned else _matmul)(e, rows, weight, label)]
             each_has = len(codes) // count
             found = []
             for i in range(expert * each_has, (expert + 1) * each_has):
                 name = f"{label}.{i % each_has}" if each_has > 1 else label
                 weight = _dequantize(e, codes[i], scales[i], 0, block, dtype, f"{name}.weight")
-                if statics:
-                    own = _rounded(e, rows, statics[i], moe, f"{name}.input")
-                    found.append(_turned(e, own, weight, name))
-                    continue
-                found.append(_turned(e, rows, weight, name))
+                own = _rounded(e, rows, statics[i], moe, f"{name}.input") if statics else rows
+                found.append(_turned(e, own, weight, name))
             return found
 
         halves = product(rows, moe.gate_up, moe.gate_up_scale, moe.gate_up_input, "gate_up")

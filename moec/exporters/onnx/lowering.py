@@ -82,7 +82,7 @@ class Weights:
         """
         name, kind = expert_of(str(stacked.name), index), type_of(stacked)
         shape = kind.shape[1:]
-        if scaled(str(stacked.name)) in self.turned or stacked.name in self.turned:
+        if scaled(str(stacked.name)) in self.turned:  # a weight's own name, or a scale's weight
             shape = shape[::-1]
         return self.values.setdefault(name, value(name, kind.like(*shape)))
 

@@ -146,21 +146,14 @@ class _Fp8(_Rewrite):
         rule = self.rules.get(experts[0])
         if rule is None:
             return
-        weights: list[object] = []
-        for fused in experts:
-            for tensor in (str, names.scale_of):
-                one = not self.scheme.separate_experts
-                weights.append(
-                    [self.parameter(tensor(fused))] if one else self.experts(fused, tensor)
-                )
-        inputs: list[object] = []
-        for fused in experts:
-            if rule.inputs not in STATIC:
-                inputs.append([])
-            elif self.scheme.separate_experts:
-                inputs.append(self.experts(fused, names.input_scale_of))
-            else:
-                inputs.append([self.parameter(names.input_scale_of(fused))])
+
+        def stored(fused: str, tensor: Callable[[str], str]) -> object:
+            apart = self.scheme.separate_experts
+            return self.experts(fused, tensor) if apart else [self.parameter(tensor(fused))]
+
+        weights = [stored(fused, tensor) for fused in experts for tensor in (str, names.scale_of)]
+        static = rule.inputs in STATIC
+        inputs = [stored(fused, names.input_scale_of) if static else [] for fused in experts]
         how = rule.inputs, self.scheme.block, self.scheme.bound
         routed = (old.x, old.scores, old.experts, old.weighed)
         new = call(

@@ -295,9 +295,11 @@ def _prove(
         )
     if not twin:
         stages.append(("graph files", lambda: graph_files(artefact)))
-    scaled = manifest.spec, artefact.entries(), ids
-    stages.append(("static scales", lambda: static_scales(*scaled)))
-    stages.append(("static scales", lambda: static_bytes(artefact)))
+    if manifest.spec.scheme and manifest.spec.scheme.static:
+        stages.append(
+            ("static scales", lambda: static_scales(manifest.spec, artefact.entries(), ids))
+        )
+        stages.append(("bytes of static scales", lambda: static_bytes(artefact)))
     home = known[2] if known else None
     stages.append(("checkpoint", lambda: published_folder(artefact, home)))
     for done, (name, checks) in enumerate(stages):

@@ -20,7 +20,7 @@ from moec.weights import fp8
 from moec.weights.arrange import arrange, store
 from moec.weights.int4.packed import packed_rows
 from moec.weights.packed import journal as packed_journal
-from moec.weights.packed.groups import in_groups
+from moec.weights.packed.groups import Pieces, in_groups
 from moec.weights.packed.hashed import Piece, joined
 from moec.weights.packed.journal import Hash, Landed
 from moec.weights.packed.layout import in_file_order, layout
@@ -148,11 +148,10 @@ def write_packed(
                 if name in done:
                     continue
                 weight = _weight(handle, packing, entries[packing.source], offsets)
-                write = _write_fp8 if packing.fp8 else _write_rows
-                write = _write_int4 if packing.group else write
-                if packing.bits == 4 and not packing.group and packing.arrange != "interleave":
-                    write = _write_groups
-                for read in write(weight, pool, beside):
+                written = (
+                    _write_fp8(weight, pool, beside) if packing.fp8 else _write_others(weight, pool)
+                )
+                for read in written:
                     at += read
                     progress(at, total)
                 pending[name] = weight.landed()
@@ -314,34 +313,20 @@ def _transposed(
     yield from pool.map(transpose, places)
 
 
-def _write_rows(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Iterator[int]:
-    """Arrange one matrix after another, cast or quantise it a few rows at a time, and write it.
+def _write_others(weight: _Weight, pool: ThreadPoolExecutor) -> Iterator[int]:
+    """Write one matrix after another, a few rows at a time, as its packing has them.
 
     Yields the bytes of weights that have been packed, after each matrix.
     """
     packing, matrices = weight.packing, _matrices(weight.entry)
+    cut = _arranged
+    if packing.group:
+        cut = _given
+    elif packing.bits == 4 and packing.arrange != "interleave":
+        cut = in_groups
 
     def pack(index: int) -> int:
-        matrix = view(matrices[index])
-        weight.crcs[index] = _crc(matrix)
-        for some in _split(arrange(packing, matrix)):
-            for pieces, part in zip(weight.pieces, store(packing, some), strict=True):
-                _refuse_not_finite(packing, weight.entry, part)
-                pieces[index].write(part.flatten().view(torch.uint8).numpy())
-        return matrices[index].nbytes
-
-    yield from pool.map(pack, range(len(matrices)))
-
-
-def _write_groups(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Iterator[int]:
-    """Quantise one matrix after another to 4-bit integers, and write it.
-
-    Yields the bytes of weights that have been packed, after each matrix.
-    """
-    packing, matrices = weight.packing, _matrices(weight.entry)
-
-    def pack(index: int) -> int:
-        for parts, crc in in_groups(packing, weight.entry, index):
+        for parts, crc in cut(packing, weight.entry, index):
             weight.crcs[index] = crc
             for pieces, part in zip(weight.pieces, parts, strict=True):
                 _refuse_not_finite(packing, weight.entry, part)
@@ -351,22 +336,20 @@ def _write_groups(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Ite
     yield from pool.map(pack, range(len(matrices)))
 
 
-def _write_int4(weight: _Weight, pool: ThreadPoolExecutor, _: Executor) -> Iterator[int]:
-    """Write one matrix of a checkpoint's 4-bit integers after another, some rows at a time.
+def _arranged(packing: Packing, entry: TensorEntry, index: int) -> Pieces:
+    """What `in_groups` gives, for a matrix that is arranged, and cast or quantised."""
+    matrix = view(_matrices(entry)[index])
+    crc = _crc(matrix)
+    for some in _split(arrange(packing, matrix)):
+        yield store(packing, some), crc
 
-    Yields the bytes of weights that have been packed, after each matrix.
-    """
-    packing, matrices = weight.packing, _matrices(weight.entry)
 
-    def pack(index: int) -> int:
-        weight.crcs[index] = packed_journal.crc_of(matrices[index])
-        for rows in packed_rows(packing, matrices[index]):
-            _refuse_not_finite(packing, weight.entry, rows[1])
-            for pieces, part in zip(weight.pieces, rows, strict=True):
-                pieces[index].write(part.flatten().view(torch.uint8).numpy())
-        return matrices[index].nbytes
-
-    yield from pool.map(pack, range(len(matrices)))
+def _given(packing: Packing, entry: TensorEntry, index: int) -> Pieces:
+    """What `in_groups` gives, for a matrix of a checkpoint's own 4-bit integers."""
+    matrix = _matrices(entry)[index]
+    crc = packed_journal.crc_of(matrix)
+    for parts in packed_rows(packing, matrix):
+        yield parts, crc
 
 
 def _refuse_not_finite(packing: Packing, entry: TensorEntry, values: Tensor) -> None:

@@ -19,9 +19,11 @@ from moec.weights.view import STORED, read_into
 STEP = 1 << 19
 
 
-def in_groups(
-    packing: Packing, entry: TensorEntry, index: int
-) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+#: the stored tensors of a matrix in pieces, each with the CRC-32 of what was read so far
+Pieces = Iterator[tuple[tuple[Tensor, ...], int]]
+
+
+def in_groups(packing: Packing, entry: TensorEntry, index: int) -> Pieces:
     """The stored tensors of matrix `index` of a weight in pieces, and the CRC-32 of what was read.
 
     The pieces come in the order in which they are written. A stack is several matrices, any other

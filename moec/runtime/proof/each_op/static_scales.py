@@ -65,21 +65,13 @@ def static_bytes(artefact: Artefact) -> Iterator[Check]:
 
     The tokens of a proof do not reach every expert, whose inputs may have a scale of their own.
     """
-    spec = artefact.manifest.spec
-    if spec.scheme is None or not spec.scheme.static:
-        return
-    for name in _changed(artefact):
-        yield Check(f"static scale: {name}", "agreement", 0.0, 1.0, "other bytes than were written")
-
-
-def _changed(artefact: Artefact) -> Iterator[str]:
-    weights = artefact.manifest.weights
+    weights, detail = artefact.manifest.weights, "other bytes than were written"
     for name, expected in weights.hashes.items():
         ref = weights.tensors[name]
         if names.is_scale(name) and ref.length <= 1 << 16:
             file = artefact.shard(ref.file)
             if tensor_sha256(file, ref.offset, ref.length, expected.pieces) != expected.sha256:
-                yield name
+                yield Check(f"static scale: {name}", "agreement", 0.0, 1.0, detail)
 
 
 class _Observer(fx.Interpreter):

@@ -17,9 +17,11 @@ from moec.graph_builder.passes.fuse import fuse
 from moec.graph_builder.passes.fuse_neighbours import join_neighbours
 from moec.graph_builder.passes.fuse_quantisation import join_encodes
 from moec.graph_builder.passes.inject import inject
+from moec.graph_builder.passes.shard import shard
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.tap import tap
 from moec.spec.model import ModelSpec
+from moec.spec.sharding import ALONE, Rank, local
 from moec.weights.joined import unquantised
 
 
@@ -28,6 +30,7 @@ def build_fused(
     precision: str = "bf16",
     taps: Sequence[str] = (),
     given: Sequence[str] = (),
+    rank: Rank = ALONE,
 ) -> fx.GraphModule:
     """Build the decoder of `spec`, which computes in `precision`.
 
@@ -35,8 +38,12 @@ def build_fused(
     that become outputs. A fused op hides its router's logits and choice; the graph computes these
     again beside the op, from the op's own input. Inputs "NAME.given" replace the values `given`.
 
+    The graph is that of a `rank`, which has its part of the weights and of the caches.
+
     Raises:
-        MoecError: the fused ops cannot express the model or its scheme.
+        MoecError: the fused ops cannot express the model or its scheme; or ranks cannot share it.
     """
-    graph = join_skip_norms(keep_buffers(build_decoder(unquantised(spec, precision), precision)))
-    return join_neighbours(join_encodes(fuse(tap(inject(graph, given), taps), spec)))
+    own = local(spec, rank)
+    graph = join_skip_norms(keep_buffers(build_decoder(unquantised(own, precision), precision)))
+    graph = join_encodes(fuse(tap(inject(graph, given), taps), own))
+    return join_neighbours(shard(graph, spec, rank))

@@ -33,6 +33,7 @@ from moec.graph_builder.plain import build_plain
 from moec.graph_builder.types import TensorType
 from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
+from moec.spec.sharding import ALONE, Rank
 from moec.weights.joined import FUSED, PLAIN, unquantised
 
 #: symbolic sizes that may be 0; all others are at least 1
@@ -58,17 +59,19 @@ def part_graph(
     taps: Sequence[str] = (),
     given: Sequence[str] = (),
     dialect: str = FUSED,
+    rank: Rank = ALONE,
 ) -> fx.GraphModule:
     """The graph of a part as target `torch` runs it in one of its dialects.
 
     In the dialect `FUSED` the decoder consists of fused FP8 ops, and the vision tower of plain ops
     without quantisation. In `PLAIN` both consist of plain ops, but for the MoE layers. `taps` names
-    values that become further outputs. Inputs "NAME.given" replace the values `given`.
+    values that become further outputs. Inputs "NAME.given" replace the values `given`. A `rank` has
+    its part of a fused decoder, and the whole of the vision tower.
     """
     if dialect == PLAIN:
         return build_plain(spec, precision, taps, given, part)
     if part == "model":
-        return build_fused(spec, precision, taps, given)
+        return build_fused(spec, precision, taps, given, rank)
     graph = build_vision(unquantised(spec, precision), precision)
     return tap(inject(graph, given), taps)
 

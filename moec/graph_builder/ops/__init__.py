@@ -17,6 +17,14 @@ from moec.graph_builder.ops.fused.buffers import (
     slot_mask,
     spans_of_mask,
 )
+from moec.graph_builder.ops.fused.collectives import (
+    all_gather,
+    all_reduce,
+    all_reduce_norm,
+    all_reduce_norm_fp8,
+    embedding_part,
+    moe_all_reduce_norm_fp8,
+)
 from moec.graph_builder.ops.fused.layers import (
     encode,
     fp8_linear,
@@ -51,6 +59,10 @@ __all__ = [
     "OPS",
     "Op",
     "add",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_norm",
+    "all_reduce_norm_fp8",
     "attend",
     "attend_fp8",
     "attention",
@@ -64,6 +76,7 @@ __all__ = [
     "columns",
     "dequantize",
     "embedding",
+    "embedding_part",
     "encode",
     "fp8_linear",
     "fp8_moe",
@@ -78,6 +91,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "moe",
+    "moe_all_reduce_norm_fp8",
     "moe_layer",
     "norm_fp8",
     "norm_moe",

@@ -15,7 +15,8 @@ def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
     """Rewrite `graph` in place into fewer ops that each do more, so that fewer kernels start.
 
     `rope_append` and `attend_fp8` become `attention_fp8`. `skip_norm` and `moe_layer` become
-    `norm_moe`. `norm_moe` and `skip_norm_fp8` become `norm_moe_norm_fp8`.
+    `norm_moe`. `norm_moe` and `skip_norm_fp8` become `norm_moe_norm_fp8`. Where ranks share the
+    model, `moe_layer` and `all_reduce_norm_fp8` become `moe_all_reduce_norm_fp8`.
     """
     for node in list(graph.graph.nodes):
         before: Any = node.args[0] if node.args else None
@@ -34,6 +35,11 @@ def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
                 args = (*norm.args, *node.args[1:])
                 _join(graph.graph, node, ops.norm_moe, args, [node, total])
     for node in list(graph.graph.nodes):
+        if node.target == ops.all_reduce_norm_fp8.target:
+            total, moe, after, eps = node.args
+            if moe.target == ops.moe_layer.target and len(moe.users) == 1:
+                args = (total, moe.args[0], eps, *moe.args[1:], after)
+                _join(graph.graph, node, ops.moe_all_reduce_norm_fp8, args, list(node.users))
         if node.target == ops.skip_norm_fp8.target:
             total, out, after, eps = node.args
             moe: Any = out.args[0]

@@ -1,0 +1,129 @@
+"""Ops that ranks compute together: each gives the same result on all of them, to the bit.
+
+A rank is one of the processes that share a model (`moec.spec.sharding`). They form torch's default
+process group, and all run the same ops in the same order. Sums are in the order of the ranks, in
+float32, and are rounded once: results repeat to the bit.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moec.graph_builder.ops.fused.layers import encode, moe_layer
+from moec.graph_builder.ops.linear import rms_norm, skip_norm
+from moec.graph_builder.ops.registry import need, op
+from moec.graph_builder.ops.tokens import embedding
+from moec.graph_builder.types import TensorType, widened
+
+Pair = tuple[TensorType, TensorType]
+Triple = tuple[TensorType, TensorType, TensorType]
+
+
+def gathered(x: Tensor) -> list[Tensor]:
+    """`x` of every rank, in order; all have one shape."""
+    sent = x.contiguous().view(torch.uint8)
+    found = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, sent)
+    return [each.view(x.dtype) for each in found]
+
+
+def _summed(part: Tensor) -> Tensor:
+    return reduce(torch.add, map(widened, gathered(part)))
+
+
+def _embedding_rule(ids: TensorType, table: TensorType, first: int, dtype: str) -> TensorType:
+    need(first >= 0, "embedding_part", "first", first, "0 or more")
+    found: TensorType = embedding.rule(ids, table, dtype)
+    return found
+
+
+@op(
+    "embedding_part(Tensor ids, Tensor table, int first, str dtype) -> Tensor",
+    _embedding_rule,
+)
+def embedding_part(ids: Tensor, table: Tensor, first: int, dtype: str) -> Tensor:
+    """`embedding` of the tokens whose rows are in table, from row `first` on; zeros for others."""
+    at = ids - first
+    mine = (at >= 0) & (at < len(table))
+    rows = embedding.eager(at.where(mine, 0), table, dtype)
+    return rows.where(mine.flatten()[:, None], 0)
+
+
+@op("all_reduce(Tensor part) -> Tensor", lambda part: part)
+def all_reduce(part: Tensor) -> Tensor:
+    """The sum of the ranks' partial sums [T, D]."""
+    return _summed(part).to(part.dtype)
+
+
+def _norm_rule(x: TensorType, part: TensorType, weight: TensorType, eps: float) -> Pair:
+    found: Pair = skip_norm.rule(x, part, weight, eps)
+    return found
+
+
+@op(
+    "all_reduce_norm(Tensor x, Tensor part, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _norm_rule,
+)
+def all_reduce_norm(
+    x: Tensor, part: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """rms_norm of x plus the ranks' partial sums [T, D]; and that total."""
+    total = (widened(x) + _summed(part)).to(x.dtype)
+    return rms_norm.eager(total, weight, eps), total
+
+
+def _fp8_rule(x: TensorType, part: TensorType, weight: TensorType, eps: float) -> Triple:
+    _norm_rule(x, part, weight, eps)
+    return *encode.rule(x), x
+
+
+@op(
+    "all_reduce_norm_fp8(Tensor x, Tensor part, Tensor weight, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fp8_rule,
+)
+def all_reduce_norm_fp8(
+    x: Tensor, part: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`all_reduce_norm` as quantised values [T, D] and scale [T]; and the total."""
+    normed, total = all_reduce_norm.eager(x, part, weight, eps)
+    return *encode.eager(normed), total
+
+
+def _moe_rule(
+    total: TensorType, normed: TensorType, eps: float, *layer: TensorType
+) -> Triple:
+    *weights, after = layer
+    part = moe_layer.rule(normed, *weights)
+    return _fp8_rule(total, part, after, eps)
+
+
+@op(
+    "moe_all_reduce_norm_fp8(Tensor total, Tensor normed, float eps, Tensor router, "
+    "Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale, Tensor after) "
+    "-> (Tensor, Tensor, Tensor)",
+    _moe_rule,
+)
+def moe_all_reduce_norm_fp8(
+    total: Tensor, normed: Tensor, eps: float, *layer: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`moe_layer` of normed, each rank's part; then `all_reduce_norm_fp8` by `after`."""
+    *weights, after = layer
+    return all_reduce_norm_fp8.eager(total, moe_layer.eager(normed, *weights), after, eps)
+
+
+def _gather_rule(part: TensorType, sizes: Sequence[int]) -> TensorType:
+    fits = part.shape[-1] in sizes
+    need(fits, "all_gather", "part", part.shape, f"a width of {list(sizes)}")
+    return part.like(*part.shape[:-1], sum(sizes))
+
+
+@op("all_gather(Tensor part, int[] sizes) -> Tensor", _gather_rule)
+def all_gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The ranks' parts [..., N], whose widths are `sizes`, one after another."""
+    room = torch.nn.functional.pad(part, (0, max(sizes) - part.shape[-1]))
+    found = zip(gathered(room), sizes, strict=True)
+    return torch.cat([each[..., :size] for each, size in found], -1)

@@ -1,0 +1,85 @@
+"""Make the fused graph of one rank's sizes compute what all ranks together compute.
+
+The graph has the weights of one rank (`moec.spec.sharding`). A product with part of its inputs is a
+partial sum; the op that uses it adds up those of all ranks first. The tokens' rows come from the
+rank that has them, and the logits from all.
+"""
+
+from typing import Any
+
+from torch import fx
+
+from moec.graph_builder import ops
+from moec.graph_builder.builder import call, replace, stand_in
+from moec.graph_builder.roles import Role, finder
+from moec.graph_builder.weights import weights_of
+from moec.spec.model import ModelSpec
+from moec.spec.names import LOGITS
+from moec.spec.sharding import Rank, cut_of, length, span
+
+#: an op that adds a product to the residual stream -> the op that adds the ranks' partial sums
+_SUMS = {
+    ops.skip_norm.target: ops.all_reduce_norm,
+    ops.skip_norm_fp8.target: ops.all_reduce_norm_fp8,
+}
+
+
+def shard(graph: fx.GraphModule, spec: ModelSpec, rank: Rank) -> fx.GraphModule:
+    """Rewrite the fused graph of `local(spec, rank)` in place, before `join_neighbours`.
+
+    Nothing changes for a process alone.
+
+    Raises:
+        MoecError: the graph lacks a node with a role that the pass looks for.
+    """
+    if rank.count == 1:
+        return graph
+    for node in list(graph.graph.nodes):
+        if is_partial(node):
+            for user in list(node.users):
+                _sum(graph.graph, node, user)
+    find = finder(graph.graph, "shard")
+    embedding, head = find(Role.EMBEDDING), find(Role.HEAD)
+    ids, table, dtype = embedding.args
+    first, _ = span(spec.text, "vocab", rank)
+    with graph.graph.inserting_before(embedding):
+        name = str(embedding.meta["name"])
+        part = call(graph.graph, ops.embedding_part, ids, table, first, dtype, name=f"{name}.part")
+        stand_in(call(graph.graph, ops.all_reduce, part, name=name), embedding)
+    each = [Rank(index, rank.count) for index in range(rank.count)]
+    sizes = [length(span(spec.text, "vocab", one)) for one in each]
+    with graph.graph.inserting_after(head):
+        whole = call(graph.graph, ops.all_gather, head, sizes, name=f"{head.meta['name']}.whole")
+    head.replace_all_uses_with(whole, lambda user: user is not whole)
+    _widen(whole)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def is_partial(node: fx.Node) -> bool:
+    """Whether a node is a product whose inputs are only those of one rank."""
+    weights = (name for each in node.all_input_nodes for name in weights_of(each))
+    cuts = filter(None, map(cut_of, weights))
+    return node.op == "call_function" and any(cut.axis == -1 for cut in cuts)
+
+
+def _sum(graph: fx.Graph, part: fx.Node, user: fx.Node) -> None:
+    """Let `user` add up the partial sums of all ranks."""
+    with graph.inserting_before(user):
+        if user.target in _SUMS:
+            results: list[Any] = sorted(user.users, key=lambda each: each.args[1])
+            replace(graph, results, _SUMS[user.target], *user.args, name=user.meta["name"])
+            return
+        whole = call(graph, ops.all_reduce, part, name=f"{part.meta['name']}.whole")
+        user.replace_input_with(part, whole)
+
+
+def _widen(logits: fx.Node) -> None:
+    """Give the type of `logits` to what follows it, up to the output."""
+    for user in logits.users:
+        if user.op == "call_function":
+            before = user.meta["type"]
+            user.meta["type"] = before.like(*before.shape[:-1], logits.meta["type"].shape[-1])
+            if user.meta["name"] != LOGITS:
+                _widen(user)

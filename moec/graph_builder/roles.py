@@ -63,6 +63,16 @@ ATTENTION_PRODUCTS = (
     Role.VALUE,
     Role.ATTENTION_OUT,
 )
+#: roles of values that are whole and equal on all ranks that share a model
+WHOLE = (
+    Role.EMBEDDING,
+    Role.ROPE_COS,
+    Role.ROPE_SIN,
+    Role.TEMPERATURE,
+    Role.ROUTER,
+    Role.SCORES,
+    Role.CHOICE,
+)
 _CACHED = {Role.KEYS: "k", Role.VALUES: "v"}
 
 

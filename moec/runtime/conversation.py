@@ -222,7 +222,7 @@ class Conversation:
         held = self._state.held
         if held is None:
             return session.new_cache(1, capacity, prompt)
-        reserve(session.spec, held.cache, capacity, prompt, session.limits.layout)
+        reserve(session.own, held.cache, capacity, prompt, session.limits.layout)
         return held.cache
 
     def _go_on(self, state: _State, cache: Cache, row: list[int]) -> tuple[int, str | None]:

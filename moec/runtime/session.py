@@ -56,6 +56,7 @@ class Session:
         device: "cpu" or "cuda".
         queues: whether a decode step on tokens on the GPU returns before the GPU has finished.
         checkpoint: the folder of the checkpoint that was opened, if no artefact was.
+        own: the sizes of the caches of this process: those of `spec`, or of a rank's part of it.
     """
 
     spec: ModelSpec
@@ -68,6 +69,11 @@ class Session:
     device: str = "cpu"
     queues: bool = False
     checkpoint: Path | None = None
+    own: ModelSpec = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.own is None:
+            object.__setattr__(self, "own", self.spec)
 
     @overload
     def logits(
@@ -146,7 +152,7 @@ class Session:
             self._check_context(capacity)
             capacity, prompt = context, None
         return new_cache(
-            self.spec, self.precision, batch, capacity, self.limits.layout, self.device, prompt
+            self.own, self.precision, batch, capacity, self.limits.layout, self.device, prompt
         )
 
     def _check_context(self, positions: int) -> None:
@@ -210,7 +216,7 @@ class Session:
         Raises:
             MoecError: ids, lengths and cache do not fit each other, or the session.
         """
-        check_call(self.spec, self.precision, self.limits.layout, ids, lengths, cache)
+        check_call(self.own, self.precision, self.limits.layout, ids, lengths, cache)
         if not ids.is_cuda:
             check_ids(ids, self.spec.text.vocab)
         if ids.shape[1] == 1 and bool(lengths.all()):  # a decode step copies nothing
@@ -239,7 +245,7 @@ class Session:
         needed = int((cache.lengths + lengths.clamp(min=1)).max())
         self._check_context(needed)
         if cache.capacity and needed > cache.capacity:
-            grow(self.spec, cache, needed, self.limits.layout)
+            grow(self.own, cache, needed, self.limits.layout)
         if features is not None:
             images = images_for(self.spec, ids, lengths, features)
             features = features.to(TORCH_DTYPES[self.precision])

@@ -17,7 +17,7 @@ have the same ones.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from moec.spec import names
 from moec.spec.errors import refuse
@@ -53,7 +53,8 @@ class Cut(NamedTuple):
     repeats: int = 1
 
 
-_OUT, _IN = -2, -1
+_OUT: Final = -2
+_IN: Final = -1
 #: a part of a parameter's name -> what each rank has of it; parameters that are not here are whole
 PLAN: dict[str, Cut] = {
     names.EMBED_WEIGHT: Cut(_OUT, "vocab"),
@@ -82,7 +83,7 @@ def cut_of(stored: str) -> Cut | None:
     Scales of outputs are cut as the outputs are, and have no axis of inputs.
     """
     parameter = names.scaled(stored) if names.is_scale(stored) else stored
-    text, numbers = names.template(parameter)
+    text, _ = names.template(parameter)
     kind = text.removeprefix("layers.{i}.").replace(f"experts.{names.EACH}.", "experts.")
     cut = PLAN.get(kind)
     if cut is not None and names.is_scale(stored):
@@ -111,8 +112,12 @@ def local(spec: ModelSpec, rank: Rank) -> ModelSpec:
     if rank.count == 1:
         return spec
     text = spec.text
-    heads = {name: stop - start for name, (start, stop) in _heads(text, rank).items()}
-    widths = {name: length(_share(name, size, rank)) for name, size in _sizes(text).items()}
+    heads: dict[Any, int] = {
+        name: stop - start for name, (start, stop) in _heads(text, rank).items()
+    }
+    widths: dict[Any, int] = {
+        name: length(_share(name, size, rank)) for name, size in _sizes(text).items()
+    }
     experts = text.experts
     if experts:
         hidden = widths.pop("hidden")

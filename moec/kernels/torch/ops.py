@@ -79,7 +79,7 @@ def _norm(
     tokens, dim = x.shape
     launch = step.skip_norm(dim, tokens, eps, skip is not None, narrow, overlaps(x.device))
     values = {"x": x, "skip": x if skip is None else skip, "gain": weight, "total": x, "normed": x}
-    values |= _codes(tokens, dim, x.device) if narrow else {"codes": x, "scale": x}
+    values |= codes_like(tokens, dim, x.device) if narrow else {"codes": x, "scale": x}
     if skip is not None:
         values["total"] = torch.empty_like(x)
     if not narrow:
@@ -98,12 +98,13 @@ def swiglu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _encoded(launch: Launch, name: str, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    values = _codes(len(x), width, x.device)
+    values = codes_like(len(x), width, x.device)
     run(launch, {name: x, **values})
     return values["codes"], values["scale"]
 
 
-def _codes(tokens: int, width: int, device: torch.device) -> dict[str, Tensor]:
+def codes_like(tokens: int, width: int, device: torch.device) -> dict[str, Tensor]:
+    """New tensors for quantised values and their per-token scales."""
     return {
         "codes": torch.empty(tokens, width, dtype=FP8, device=device),
         "scale": torch.empty(tokens, dtype=torch.float32, device=device),
@@ -181,9 +182,16 @@ def norm_moe_norm_fp8(
     count, tokens, dim = moe["parts"].shape
     launch = step.skip_norm(dim, tokens, eps, True, True, overlaps(x.device), count)
     values = {"x": moe["total"], "parts": moe["parts"], "gain": after, "normed": x}
-    values |= {"total": torch.empty_like(x), **_codes(tokens, dim, x.device)}
+    values |= {"total": torch.empty_like(x), **codes_like(tokens, dim, x.device)}
     run(launch, {**values, "tokens": tokens})
     return values["codes"], values["scale"], values["total"]
+
+
+def moe_parts(layer: MoeLayer[Tensor]) -> Tensor:
+    """The partial sums of a layer for few tokens, float32 [n, tokens, D]."""
+    moe = DecodeMoe(_sizes(layer), _weights(layer), combine=False)
+    parts: Tensor = moe.run(moe.values(layer.x))["parts"]
+    return parts
 
 
 def _decode(

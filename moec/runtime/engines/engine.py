@@ -14,6 +14,7 @@ from moec.artefact.artefact import Artefact
 from moec.artefact.manifest import NAME
 from moec.runtime.batching import PREFILL_CHUNK
 from moec.spec.errors import refuse
+from moec.spec.sharding import ALONE, Rank
 
 #: Runs one call of a graph: inputs by name -> outputs by name.
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -60,6 +61,7 @@ class Engine:
         gives: (artefact, part, device, name of the session options, taps, names) -> what `open`
             returns, for calls whose inputs "NAME.given" stand for the inner values `names`; None:
             the engine cannot do that.
+        rank: which of the processes that share the model it runs in.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Engine:
     queues: bool = False
     shown: Callable[[Artefact, str, Sequence[str]], list[str]] | None = None
     gives: Callable[[Artefact, str, str, str, Sequence[str], Sequence[str]], Run] | None = None
+    rank: Rank = ALONE
 
     def computes(self, artefact: Artefact) -> str:
         """The dtype in which it computes `artefact`: "fp32", "fp16" or "bf16"."""

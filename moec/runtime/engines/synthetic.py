@@ -9,25 +9,40 @@ from torch import Tensor
 from moec.spec.model import ModelSpec
 from moec.spec.names import EMBED_WEIGHT, is_router, scale_of
 from moec.spec.scheme import LARGEST
+from moec.spec.sharding import ALONE, Rank, cut_of, local
 from moec.weights.joined import joined_tensors
 from moec.weights.view import STORED
 
 
 def synthetic(
-    spec: ModelSpec, seed: int, device: str, precision: str = "bf16", part: str = "model"
+    spec: ModelSpec,
+    seed: int,
+    device: str,
+    precision: str = "bf16",
+    part: str = "model",
+    rank: Rank = ALONE,
 ) -> dict[str, Tensor]:
     """Draw every joined tensor of a part of `spec`, by name, on `device`.
+
+    A `rank` draws its part. What all ranks have is the same on all of them; the parts are not those
+    of what a process alone would draw.
 
     The same seed gives the same weights. Linear layers keep the magnitude of their inputs, and
     router logits lie well apart. Quantised values have a scale for each output, as if they had
     been quantised from normally distributed weights.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    kinds = joined_tensors(spec, precision, part)
+    same, mine = (torch.Generator(device) for _ in range(2))
+    same.manual_seed(seed)
+    mine.manual_seed(seed + 1 + rank.index)
+    kinds = joined_tensors(local(spec, rank), precision, part)
+    parted = rank.count > 1 and {
+        name for name, each in kinds.items() if any(map(cut_of, each.sources))
+    }
     found: dict[str, Tensor] = {}
     for name, kind in kinds.items():
         if name in found:
             continue
+        generator = mine if parted and name in parted else same
         if kind.dtype != "fp8":
             found[name] = _unquantised(name, kind.shape, generator).to(STORED[kind.dtype])
             continue

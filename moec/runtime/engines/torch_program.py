@@ -9,6 +9,7 @@ CUDA. Their calls return new caches, so that decode steps are no CUDA graphs.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, fx
 from moec.artefact.artefact import Artefact, file_of
 from moec.exporters.builder import builder_for
 from moec.exporters.torch.program import part_graph
+from moec.graph_builder.passes.shard import is_partial
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
+from moec.graph_builder.roles import WHOLE
 from moec.graph_builder.types import TensorType
 from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.cuda_graphs import Replays
@@ -26,6 +29,7 @@ from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
+from moec.spec.sharding import ALONE, Rank, check_ranks, local
 from moec.weights.joined import FUSED
 
 #: the inputs that differ from one decode step to the next
@@ -45,6 +49,7 @@ def torch_engine(
     part: str = "model",
     weights: Mapping[str, Tensor] | None = None,
     set_values: Sequence[str] = (),
+    rank: Rank = ALONE,
 ) -> Run:
     """Open a part of `artefact`, "model" or "vision", on `device`.
 
@@ -55,25 +60,31 @@ def torch_engine(
         weights: tensors on `device`, by name, to use in place of the artefact's weights, which may
             be missing then.
         set_values: inner values for which a call gets inputs "NAME.given".
+        rank: the rank that this process is; all ranks then make the same calls in the same order.
 
     Raises:
-        MoecError: the artefact has no weights, the part's file is damaged, or another version of
-            moec built it. With exit code 3: the device or Triton is missing, the kernels do not
-            support the model's sizes, or memory is short, now or in a call.
+        MoecError: the artefact has no weights, the part's file is damaged, another version of moec
+            built it, or ranks cannot share it. With exit code 3: the device or Triton is missing,
+            the kernels do not support the model's sizes, or memory is short, now or in a call.
     """
     _check(artefact, device)
+    check_shared(artefact, rank)
     fused, narrow = _is_fused(artefact), artefact.manifest.spec.fp8 is not None
     if device == "cuda" and narrow:
         from moec.kernels.sizes import check_sizes
         from moec.kernels.torch.ops import register
 
         if fused:
-            check_sizes(artefact.manifest.spec)
+            check_sizes(local(artefact.manifest.spec, rank))
         register()
+        if rank.count > 1 and part == "model":
+            from moec.kernels.torch.collectives import meet
+
+            meet(artefact.manifest.spec.text.dim, rank)
     with memory_for(f"weights of {artefact.path}"):
-        given = load(artefact, device, part) if weights is None else weights
+        given = load(artefact, device, part, rank) if weights is None else weights
     _check_file(artefact, part)
-    graph, outputs = _program(artefact, part, taps, set_values)
+    graph, outputs = _program(artefact, part, taps, set_values, rank)
     flat = {_flat(name): each for name, each in given.items()}
     ports = artefact.manifest.ports(part).inputs
     known = {_flat(port.name): port.name for port in ports}
@@ -114,23 +125,28 @@ def torch_engine(
 
 
 def _program(
-    artefact: Artefact, part: str, taps: Sequence[str], given: Sequence[str]
+    artefact: Artefact, part: str, taps: Sequence[str], given: Sequence[str], rank: Rank
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The program of a part, and the names of its outputs; `taps` are the last of these.
 
     The program is built from the spec, as it was when the artefact was built. The part's file is
     not loaded: torch would unpickle members of it, which runs any code that they hold.
     """
-    graph = _graph(artefact, part, taps, given)
+    graph = _graph(artefact, part, taps, given, rank)
     outputs = list(graph.graph.nodes)[-1].meta["outputs"]
     return lift_weights(graph), outputs
 
 
 def _graph(
-    artefact: Artefact, part: str, taps: Sequence[str] = (), given: Sequence[str] = ()
+    artefact: Artefact,
+    part: str,
+    taps: Sequence[str] = (),
+    given: Sequence[str] = (),
+    rank: Rank = ALONE,
 ) -> fx.GraphModule:
     manifest = artefact.manifest
-    return part_graph(manifest.spec, manifest.compute, part, taps, given, manifest.dialect)
+    how = (taps, given, manifest.dialect, rank)
+    return part_graph(manifest.spec, manifest.compute, part, *how)
 
 
 def _is_fused(artefact: Artefact) -> bool:
@@ -161,10 +177,29 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def torch_with(weights: Mapping[str, Tensor] | None) -> Engine:
+def check_shared(artefact: Artefact, rank: Rank) -> None:
+    """Refuse ranks that cannot share `artefact`.
+
+    Raises:
+        MoecError: its program is not of fused ops; or a size cannot be divided among the ranks.
+    """
+    if rank.count == 1:
+        return
+    if not _is_fused(artefact):
+        refuse(
+            f"{artefact.path}: {rank.count} ranks",
+            f"programs of {artefact.manifest.dialect}",
+            "programs of fused FP8 ops, which ranks can share",
+            "use one GPU; moec build --precision fp8 makes fused programs of Llama 4",
+        )
+    check_ranks(artefact.manifest.spec, rank.count)
+
+
+def torch_with(weights: Mapping[str, Tensor] | None, rank: Rank = ALONE) -> Engine:
     """The record of the engine that uses `weights` in place of the decoder's own.
 
-    `weights` are as in `torch_engine`; with None the engine loads the artefact's weights.
+    `weights` and `rank` are as in `torch_engine`; with None the engine loads the artefact's
+    weights, or the rank's part of them.
     """
 
     def opened(
@@ -176,20 +211,29 @@ def torch_with(weights: Mapping[str, Tensor] | None) -> Engine:
         given: Sequence[str] = (),
     ) -> Run:
         own = weights if part == "model" else None
-        return torch_engine(artefact, device, taps, part, own, given)
+        return torch_engine(artefact, device, taps, part, own, given, rank)
 
     return Engine(
-        "torch", "torch", opened, _check, _limits, queues=True, shown=_shown, gives=opened
+        "torch",
+        "torch",
+        opened,
+        _check,
+        _limits,
+        queues=True,
+        shown=partial(_shown, rank=rank),
+        gives=opened,
+        rank=rank,
     )
 
 
-def _shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
-    """Those of the names `wanted` that no fused op hides."""
+def _shown(artefact: Artefact, part: str, wanted: Sequence[str], rank: Rank = ALONE) -> list[str]:
+    """Those of the names `wanted` that no fused op hides, and that a rank has all of."""
     fused = _is_fused(artefact)
     known = {
         node.meta["name"]
-        for node in _graph(artefact, part).graph.nodes
+        for node in _graph(artefact, part, rank=rank).graph.nodes
         if node.op == "call_function" and (not fused or _is_the_decoders(node))
+        if rank.count == 1 or _is_whole(node)
     }
     for layer in artefact.manifest.spec.text.all_layers:
         if layer.moe:  # see `build_fused` and `build_plain`
@@ -207,6 +251,12 @@ def _is_the_decoders(node: fx.Node) -> bool:
     if not isinstance(node.meta["type"], TensorType):
         return False
     return not in_layer or "role" in node.meta or name.endswith((".out", ".residual"))
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a node of a rank's graph is no partial sum and no rank's own part of a value."""
+    role = getattr(node.meta.get("role"), "role", None)
+    return not is_partial(node) and (role is None or role in WHOLE)
 
 
 def _check(artefact: Artefact, device: str) -> None:

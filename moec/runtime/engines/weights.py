@@ -123,19 +123,18 @@ class Reader:
         ]
         self.copied: list[Any] = [torch.cuda.Event() for _ in self.buffers]  # type: ignore[no-untyped-call]
 
-    def __call__(self, entry: TensorEntry, to: Tensor, piece: Piece) -> None:
-        """Read a piece of `entry` into `to`, which has its size.
+    def __call__(self, entry: TensorEntry, to: Tensor, piece: Piece | None = None) -> None:
+        """Read `entry`, or a piece of it, into `to`, which has its size.
 
         On CUDA the copy may still be running afterwards; see `finish`.
         """
-        if not entry.nbytes:
+        if piece is None or to.numel() == entry.nbytes:
+            self._read(entry, 0, to)
             return
         size = entry.nbytes // math.prod(entry.shape)
         every, start, stop = (size * each for each in (piece.every, piece.start, piece.stop))
         own = stop - start
-        if own == every:
-            self._read(entry, 0, to)
-        elif own >= SHORT:
+        if own >= SHORT:
             for i in range(entry.nbytes // every):
                 self._read(entry, i * every + start, to[i * own : (i + 1) * own])
         else:

@@ -1,0 +1,254 @@
+"""Measure Scout and Maverick on the GPUs of one host, which share each model.
+
+    python benchmarks/several_gpus.py --gpus 2 [--parts sums,scout,maverick] [--layers 12]
+
+The command measures one GPU first, and then all of them. Weights are random and drawn on the GPUs;
+they run through an artefact of target torch. The limits are measured in the same run: a copy of 2
+GiB on one GPU, and the all-reduces of NCCL and of torch's symmetric memory. `sums` is the sum over
+ranks with residual, norm and FP8 quantisation, in a CUDA graph with work between the calls, checked
+against float32 on fresh input. Times of whole steps are wall-clock times of the slowest rank.
+`vllm_peer.py --gpus N` measures vLLM.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from moe_kernels import copy_rate, need_gpu
+from torch import Tensor
+
+import moec
+from moec.artefact.artefact import open_artefact
+from moec.runtime.engines.synthetic import synthetic
+from moec.runtime.engines.torch_program import torch_with
+from moec.runtime.open import artefact_session
+from moec.runtime.ranks.group import join, started_as
+from moec.runtime.session import Session
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+from moec.spec.sharding import Rank
+
+DIM, EPS, CONTEXT = PRESETS["scout"].text.dim, 1e-5, 1024
+
+
+def say(rank: Rank, *what: object) -> None:
+    if rank.index == 0:
+        print(*what, flush=True)
+
+
+def slowest(value: float) -> float:
+    """The largest of the ranks' values."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor([value], device="cuda")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def graph_us(step: Callable[[], object], count: int = 64, rounds: int = 30) -> float:
+    """Microseconds of a step that a CUDA graph repeats."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            step()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / count)
+    return slowest(statistics.median(times))
+
+
+def sums(rank: Rank) -> Iterator[str]:
+    """The fused sum, beside sums alone by torch and NCCL."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    from moec.kernels.torch import collectives
+
+    collectives.meet(DIM, rank)
+    gain = torch.randn(DIM, device="cuda", generator=_generator(7)).bfloat16()
+    mine = _generator(100 + rank.index)
+    for tokens in (1, 2, 4, 8, 16, 64):
+        part, skip = (torch.empty(tokens, DIM, device="cuda").bfloat16() for _ in range(2))
+        worst, off, same = 0.0, 0.0, True
+        for turn in range(20):
+            part.normal_(generator=mine)
+            skip.normal_(generator=_generator(turn))
+            codes, scale, total = collectives.all_reduce_norm_fp8(skip, part, gain, EPS)
+            parts = [torch.empty_like(part) for _ in range(rank.count)]
+            dist.all_gather(parts, part)
+            want = (sum(each.float() for each in parts) + skip.float()).bfloat16().float()
+            worst = max(worst, float((total.float() - want).norm() / want.norm()))
+            normed = want * torch.rsqrt(want.pow(2).mean(-1, keepdim=True) + EPS)
+            normed = normed.bfloat16().float() * gain.float()
+            found = codes.float() * scale[:, None]
+            off = max(off, float((found - normed).norm() / normed.norm()))
+            everyone = [torch.empty_like(total) for _ in range(rank.count)]
+            dist.all_gather(everyone, total)
+            same &= all(torch.equal(everyone[0], each) for each in everyone)
+        assert same and worst < 1e-6 and off < 0.04, (rank, same, worst, off)
+        total = torch.empty_like(part)
+
+        def work(part: Tensor = part, total: Tensor = total) -> None:
+            torch.mul(total, 0.5, out=part)
+
+        def fused(part: Tensor = part, skip: Tensor = skip) -> None:
+            collectives.all_reduce_norm_fp8(skip, part, gain, EPS)
+            work(part)
+
+        alone = graph_us(work)
+        took = graph_us(fused) - alone
+        shared = symmetric.empty(tokens, DIM, dtype=torch.bfloat16, device="cuda")
+        group = dist.group.WORLD
+        symmetric.rendezvous(shared, group)
+
+        def one_shot(shared: Tensor = shared) -> None:
+            torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", group.group_name)
+            work(shared)
+
+        def nccl(part: Tensor = part) -> None:
+            dist.all_reduce(part)
+            work(part)
+
+        theirs, by_nccl = graph_us(one_shot) - alone, graph_us(nccl) - alone
+        yield (
+            f"{tokens:3d} tokens: sum, residual, norm, codes {took:.2f} us; the sum alone: torch's "
+            f"one-shot {theirs:.2f}, NCCL {by_nccl:.2f}; equal on all ranks, off float32 "
+            f"{worst:.0e}, codes {off:.3f}"
+        )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+def opened(spec: ModelSpec, rank: Rank) -> tuple[Session, int]:
+    """A session on random weights, and their bytes on this rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "art"
+        artefact = open_artefact(moec.export(spec, target="torch", precision="fp8", out=out).path)
+        weights = synthetic(artefact.manifest.spec, 1, "cuda", rank=rank)
+        session = artefact_session(artefact, "cuda", engine=torch_with(weights, rank))
+    return session, sum(each.nbytes for each in weights.values())
+
+
+def decode_ms(session: Session, batch: int, steps: int = 48) -> tuple[float, int]:
+    """Milliseconds of a greedy step after `CONTEXT` tokens, and a sum that shows its tokens."""
+    ids = torch.randint(0, session.spec.text.vocab, (batch, CONTEXT), generator=_host(batch))
+    logits, cache = session.prefill(ids, capacity=CONTEXT + 2 * steps)
+    tokens, times = logits.argmax(-1).cuda(), []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps // 3):
+            tokens = session.decode(tokens, cache).argmax(-1)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start) / (steps // 3))
+    return slowest(statistics.median(times)), int(tokens.sum())
+
+
+def prefill_ms(session: Session, count: int) -> float:
+    ids, times = torch.randint(0, session.spec.text.vocab, (1, count), generator=_host(0)), []
+    for _ in range(4):
+        if dist.is_initialized():
+            dist.barrier()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        session.prefill(ids)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return slowest(min(times))
+
+
+def _host(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def model(name: str, layers: int, rank: Rank, copy: float) -> Iterator[str]:
+    """Decode and prefill of a model, in FP8."""
+    spec = PRESETS[name]
+    text = spec.text.model_copy(update={"layers": layers or spec.text.layers})
+    spec = ModelSpec(name=name, provenance="custom", dtype="bf16", text=text)
+    start = time.perf_counter()
+    session, size = opened(spec, rank)
+    torch.cuda.synchronize()
+    title = f"{name}, {text.layers} layers, {rank.count} GPU{'s' * (rank.count > 1)}"
+    yield f"{title}: {size / 1e9:.2f} GB of weights each; ready in {time.perf_counter() - start:.1f} s"
+    for batch in (1, 8, 64):
+        took, tokens = decode_ms(session, batch)
+        seen = torch.tensor([tokens], device="cuda")
+        read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes / rank.count
+        agree = "equal" if slowest(tokens) == -slowest(-tokens) else "DIFFERENT"
+        del seen
+        yield (
+            f"{title}: decode, batch {batch:2d}, 1k: {took:6.3f} ms, "
+            f"{100 * read / took * 1e3 / copy:.0f} % of the copy; tokens {agree}"
+        )
+    took = prefill_ms(session, 8192)
+    yield f"{title}: prefill of 8,192: {took:.1f} ms; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--gpus", type=int, default=2)
+    arguments.add_argument("--parts", default="sums,scout,maverick")
+    arguments.add_argument("--layers", type=int, default=0, help="of each model; 0: all of Scout")
+    given = arguments.parse_args()
+    rank = started_as()
+    if rank.count == 1 and given.gpus > 1:
+        need_gpu("benchmarks/several_gpus.py")
+        start(given)
+        return
+    if rank.count > 1:
+        join("cuda", rank)
+    copy = copy_rate()
+    say(rank, f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s")
+    rows: dict[str, Callable[[], Iterator[str]]] = {
+        "sums": lambda: sums(rank) if rank.count > 1 else iter(()),
+        "scout": lambda: model("scout", given.layers, rank, copy),
+        "maverick": lambda: model("maverick", given.layers or 12, rank, copy),
+    }
+    with torch.inference_mode():
+        for part in given.parts.split(","):
+            for line in rows[part]():
+                say(rank, line)
+            gc.collect()
+            torch.cuda.empty_cache()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(given: Any) -> None:
+    """Run this command on one GPU, and then on all."""
+    own = [__file__, "--parts", given.parts, "--layers", str(given.layers)]
+    one = [part for part in given.parts.split(",") if part not in ("sums", "maverick")]
+    if one:
+        own_one = [__file__, "--gpus", "1", "--parts", ",".join(one), "--layers", str(given.layers)]
+        subprocess.run([sys.executable, *own_one], check=True)
+    many = ["-m", "torch.distributed.run", "--nproc-per-node", str(given.gpus)]
+    own += ["--gpus", str(given.gpus)]
+    subprocess.run([sys.executable, *many, *own], check=True, env=dict(os.environ))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What ranks compute together, on CUDA: our kernel for few tokens, NCCL for many.
+
+`meet` is called once in each rank, by all together. It makes buffers that every rank's GPU can
+write into (torch's symmetric memory). Where GPUs cannot reach each other's memory, NCCL adds up all
+sums.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moec.graph_builder.ops.operands import MoeLayer
+from moec.graph_builder.ops.registry import implement
+from moec.kernels.launches import collectives
+from moec.kernels.launches.collectives import WORLDS, Sum
+from moec.kernels.sizes import MOST_TOKENS
+from moec.kernels.torch import ops
+from moec.kernels.torch.launch import overlaps, run
+from moec.spec.sharding import Rank
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """The buffers of this rank, and where those of all are; None: peers cannot be reached.
+
+    buffers  int64 [2, ranks, `MOST_TOKENS`, dim / 2]: what the peers write
+    peers    int64 [ranks]: the addresses of all ranks' buffers
+    calls    int32 [`MOST_TOKENS`]: the calls so far that had such a row
+    """
+
+    rank: Rank
+    buffers: Tensor | None
+    peers: Tensor | None
+    calls: Tensor | None
+
+
+#: the meeting of this process, by the width of the model
+_MEETINGS: dict[int, Meeting] = {}
+
+
+def meet(dim: int, rank: Rank) -> None:
+    """Make the buffers for sums of rows of `dim`, and let the ops of this process use them.
+
+    All ranks call this at the same time.
+    """
+    for function in (
+        embedding_part,
+        all_reduce,
+        all_reduce_norm,
+        all_reduce_norm_fp8,
+        moe_all_reduce_norm_fp8,
+        all_gather,
+    ):
+        if not _MEETINGS:
+            implement(function.__name__, function, "CUDA")
+    if dim not in _MEETINGS:
+        _MEETINGS[dim] = _met(dim, rank)
+
+
+def _met(dim: int, rank: Rank) -> Meeting:
+    device = torch.device("cuda", torch.cuda.current_device())
+    size = 2 * rank.count * MOST_TOKENS * dim // 2
+    pointers: list[int] | None = None
+    found = "no kernel for so many ranks" if rank.count not in WORLDS else ""
+    buffers = None
+    if not found:
+        try:
+            import torch.distributed._symmetric_memory as symmetric
+
+            buffers = symmetric.empty(size, dtype=torch.int64, device=device)
+            group = dist.group.WORLD
+            assert group is not None
+            pointers = list(symmetric.rendezvous(buffers, group).buffer_ptrs)
+        except RuntimeError as error:  # what torch raises depends on why
+            found = str(error).splitlines()[0]
+    everyone = torch.tensor([int(pointers is None)], device=device)
+    dist.all_reduce(everyone)
+    if int(everyone) or pointers is None or buffers is None:
+        if rank.index == 0:
+            warnings.warn(
+                f"{rank.count} GPUs add up through NCCL: {found or 'a peer has no such memory'}",
+                stacklevel=2,
+            )
+        return Meeting(rank, None, None, None)
+    buffers.zero_()
+    torch.cuda.synchronize()
+    dist.barrier()  # nobody writes into a buffer before its owner has filled it with zeros
+    peers = torch.tensor(pointers, dtype=torch.int64, device=device)
+    return Meeting(rank, buffers, peers, torch.zeros(MOST_TOKENS, dtype=torch.int32, device=device))
+
+
+def all_reduce(part: Tensor) -> Tensor:
+    return _sum(Sum(), part)["total"]
+
+
+def all_reduce_norm(x: Tensor, part: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    values = _sum(Sum(add=True, norm=True, eps=eps), part, x, weight)
+    return values["normed"], values["total"]
+
+
+def all_reduce_norm_fp8(
+    x: Tensor, part: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = _sum(Sum(add=True, norm=True, narrow=True, eps=eps), part, x, weight)
+    return values["codes"], values["scale"], values["total"]
+
+
+def moe_all_reduce_norm_fp8(
+    total: Tensor, normed: Tensor, eps: float, *layer_and_after: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    *layer, after = layer_and_after
+    if not _is_direct(normed):
+        return all_reduce_norm_fp8(total, ops.moe_layer(normed, *layer), after, eps)
+    parts = ops.moe_parts(MoeLayer(normed, *layer))
+    what = Sum(add=True, norm=True, narrow=True, parts=len(parts), eps=eps)
+    values = _sum(what, parts, total, after)
+    return values["codes"], values["scale"], values["total"]
+
+
+def embedding_part(ids: Tensor, table: Tensor, first: int, dtype: str) -> Tensor:
+    """The table and the result are bf16, the only dtype in which target torch computes."""
+    out = torch.empty(ids.numel(), table.shape[1], dtype=table.dtype, device=table.device)
+    vocab, dim = table.shape
+    launch = collectives.embedding_part(vocab, dim, ids.numel())
+    run(launch, {"ids": ids.contiguous(), "table": table, "out": out, "first": first})
+    return out
+
+
+def all_gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
+    widest = max(sizes)
+    room = part.contiguous()
+    if part.shape[-1] < widest:
+        room = torch.nn.functional.pad(part, (0, widest - part.shape[-1]))
+    found = room.new_empty(len(sizes), *room.shape)
+    dist.all_gather_into_tensor(found, room)
+    return torch.cat([each[..., :size] for each, size in zip(found, sizes, strict=True)], -1)
+
+
+def _is_direct(x: Tensor) -> bool:
+    """Whether our kernel adds up rows like those of `x`."""
+    return len(x) <= MOST_TOKENS and _MEETINGS[x.shape[-1]].peers is not None
+
+
+def _sum(
+    what: Sum, part: Tensor, x: Tensor | None = None, gain: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The sum over ranks of part, bf16 [tokens, dim] or float32 [parts, tokens, dim]."""
+    tokens, dim = part.shape[-2:]
+    meeting = _MEETINGS[dim]
+    if tokens > MOST_TOKENS or meeting.peers is None:
+        return _by_nccl(what, part, x, gain)
+    device, made = part.device, torch.bfloat16
+    found: dict[str, Tensor] = {"total": torch.empty(tokens, dim, dtype=made, device=device)}
+    if what.norm and what.narrow:
+        found |= ops.codes_like(tokens, dim, device)
+    elif what.norm:
+        found["normed"] = torch.empty_like(found["total"])
+    values: dict[str, Any] = {
+        "x": part if x is None else x,
+        "part": part.view(torch.int32 if what.parts == 1 else torch.int64),
+        "gain": part if gain is None else gain,
+        "normed": part,
+        "codes": part,
+        "scale": part,
+        "calls": meeting.calls,
+        "peers": meeting.peers,
+        "tokens": tokens,
+    } | found
+    for name in ("x", "gain", "total", "normed"):
+        values[name] = values[name].view(torch.int32)
+    values["codes"] = values["codes"].view(torch.int16)
+    run(collectives.all_reduce(dim, tokens, what, meeting.rank, overlaps(device)), values)
+    return found
+
+
+def _by_nccl(what: Sum, part: Tensor, x: Tensor | None, gain: Tensor | None) -> dict[str, Tensor]:
+    """What `_sum` gives; the ranks' sums are bf16, and so is their sum."""
+    whole = part.sum(0).bfloat16() if what.parts > 1 else part.clone()
+    dist.all_reduce(whole)
+    if x is None or gain is None:
+        return {"total": whole}
+    if what.narrow:
+        codes, scale, total = ops.skip_norm_fp8(x, whole, gain, what.eps)
+        return {"codes": codes, "scale": scale, "total": total}
+    normed, total = ops.skip_norm(x, whole, gain, what.eps)
+    return {"normed": normed, "total": total}

@@ -53,6 +53,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     plan: (
         "moec plan scout",
         "moec plan scout --precision fp8 --context 1000000 --device h200",
+        "moec plan maverick --precision fp8 --context 1000000 --device h200 --gpus 4",
     ),
     inspect: ("moec inspect build/tiny --verify",),
     bench: ("moec bench build/tiny --new-tokens 64",),

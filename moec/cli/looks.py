@@ -28,7 +28,7 @@ def plan(
     context: Annotated[int, typer.Option(help="The tokens in each sequence.")] = 8192,
     batch: Annotated[int, typer.Option(help="The number of sequences.")] = 1,
     device: Annotated[
-        str | None, typer.Option(help="The device that sets the time limits: h200.")
+        str | None, typer.Option(help="The device that sets the time limits: h200 or h100.")
     ] = None,
     tiles: Annotated[int, typer.Option(help="The image tiles in the prompts.")] = 0,
     scheme: Annotated[
@@ -38,6 +38,12 @@ def plan(
             "deepseek, or a file."
         ),
     ] = None,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            help="fp8 only: how many GPUs share the model. Costs are those of one of them."
+        ),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Print what a model costs before anyone builds it: memory, FLOPs, and time at best."""
@@ -52,6 +58,7 @@ def plan(
         device=device,
         tiles=tiles,
         scheme=scheme,
+        gpus=gpus,
     )
     if as_json:
         print_json(result.to_dict())

@@ -174,9 +174,8 @@ def _folded(checks: list[dict[str, Any]], most: int = 12) -> list[dict[str, Any]
 
 def plan_table(plan: Plan) -> None:
     """The costs of one setting."""
-    table = Table(
-        title=f"{plan.model}, {plan.precision}, batch {plan.batch}, context {plan.context:,}"
-    )
+    title = f"{plan.model}, {plan.precision}, batch {plan.batch}, context {plan.context:,}"
+    table = Table(title=title if plan.gpus == 1 else f"{title}, each of {plan.gpus} GPUs")
     table.add_column("")
     table.add_column("value", justify="right")
 
@@ -187,9 +186,7 @@ def plan_table(plan: Plan) -> None:
         "weights": size(plan.weights_bytes),
         "caches (rings on chunked layers)": size(plan.cache_bytes),
         "caches without rings": size(plan.full_cache_bytes),
-        f"fits {plan.device or 'the device'}": {None: "give --device", True: "yes", False: "no"}[
-            plan.fits
-        ],
+        f"fits {plan.device or 'the device'}": _fit(plan),
         **(
             {"experts read per MoE layer and step": f"{plan.experts_read:.2f}"}
             if plan.experts_read
@@ -201,6 +198,11 @@ def plan_table(plan: Plan) -> None:
         "prefill of one prompt": f"{plan.prefill_flops / 1e12:,.1f} TFLOP",
         "prefill, bound": bound(plan.prefill_ms),
     }
+    if plan.gpus > 1:
+        rows |= {
+            "sums and gathers per decode step": f"{plan.collectives}",
+            "sent to each other GPU per decode step": size(plan.collective_bytes),
+        }
     if plan.tiles:
         rows |= {
             "vision tower": size(plan.vision_bytes),
@@ -210,6 +212,15 @@ def plan_table(plan: Plan) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _fit(plan: Plan) -> str:
+    """Whether the model fits, and how many GPUs it needs where that is not one."""
+    verdict = {None: "give --device", True: "yes", False: "no"}[plan.fits]
+    least = plan.least_gpus
+    if least is None or plan.gpus == least == 1:
+        return verdict
+    return f"{verdict}: needs {least} GPU{'s' if least > 1 else ''}"
 
 
 def bench_table(rows: "Iterable[Timing]") -> None:

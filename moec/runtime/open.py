@@ -17,16 +17,18 @@ from moec.artefact.artefact import (
 )
 from moec.artefact.folder import held
 from moec.artefact.manifest import NAME
+from moec.artefact.parity import identity
 from moec.artefact.placement import INPUT_FILES
 from moec.artefact.session_options import EXACT, SETS
 from moec.artefact.targets import find_target, imported, targets
 from moec.runtime.engines.eager import eager_engine
 from moec.runtime.engines.engine import Engine, Run
+from moec.runtime.ranks.group import agree, from_first, join, started_as
 from moec.runtime.session import Session
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
-from moec.spec.sharding import local
+from moec.spec.sharding import Rank, local
 from moec.weights.name_map import read_model
 
 #: the name of the eager reference, which runs any artefact or checkpoint
@@ -42,6 +44,7 @@ def open_session(
     preset: str | None = None,
     weights_from: str | Path | None = None,
     trust_engines: bool = False,
+    gpus: int | None = None,
 ) -> Session:
     """Open a session on an artefact or on a checkpoint.
 
@@ -62,6 +65,9 @@ def open_session(
             an artefact from the folder that the artefact names.
         trust_engines: run TensorRT engines and plugins although this user did not build them here.
             They are native code, which can do anything.
+        gpus: how many GPUs of this host share the model, for artefacts of target torch with fused
+            programs. Each gets a process of its own, a rank; on device "cpu" they share the cores.
+            In a program that torchrun has started, each process is a rank already: leave it out.
 
     Raises:
         MoecError: `path` is not an artefact, it has no weights, a file has another size or header,
@@ -83,6 +89,14 @@ def open_session(
         if given not in known:
             expected = " or ".join(filter(None, known))
             refuse(f"{name} {given}", f"no such {name}", expected, "choose one of them")
+    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1):
+        refuse("gpus", repr(gpus)[:80], "1 or more", "correct gpus")
+    rank = started_as()
+    if gpus is not None and rank.count > 1 and gpus != rank.count:
+        found = f"a process that is one of {rank.count} ranks already"
+        refuse(f"gpus {gpus}", found, f"gpus={rank.count}", "leave gpus out")
+    if gpus is not None and gpus > 1 and rank.count == 1:
+        return _shared(path, device, engine, gpus, weights_from)
     if device == "cuda" and engine in (EAGER, "interpreter"):
         refuse(
             "device cuda",
@@ -116,6 +130,20 @@ def open_session(
     return session
 
 
+def _shared(
+    path: Path, device: str, engine: str | None, gpus: int, weights_from: Path | None
+) -> Session:
+    """A session of an artefact that `gpus` ranks share; what no rank could do is refused here."""
+    from moec.runtime.ranks.session import SharedSession  # which imports this
+
+    artefact = open_artefact(path, weights_from)
+    chosen = find_engine(artefact, engine).shared(Rank(0, gpus))
+    chosen.check(artefact, device)
+    chosen.limits(artefact, device)
+    named = {"device": device, "engine": engine, "weights_from": weights_from}
+    return SharedSession.open(gpus, path, artefact, **named)
+
+
 def files_of_sessions(artefact: Artefact) -> list[str]:
     """The files of an artefact that sessions read: all but those for other programs."""
     return [name for name in artefact.manifest.files if "/" not in name or name in INPUT_FILES]
@@ -142,7 +170,7 @@ def find_engine(artefact: Artefact, name: str | None = None) -> Engine:
             "leave engine out",
         )
     found: Engine = imported(place)
-    return found
+    return found.shared(started_as())
 
 
 def artefact_session(
@@ -159,10 +187,15 @@ def artefact_session(
     """
     chosen = engine if isinstance(engine, Engine) else find_engine(artefact, engine)
     limits = chosen.limits(artefact, device)
+    shared = chosen.rank.count > 1
+    if shared:
+        join(device)
+        agree("the artefact", identity(artefact))
 
     def opened(part: str, taps: Sequence[str] = ()) -> Run:
         run = chosen.open(artefact, part, device, options, taps)
-        return clear_errors(run, f"{artefact.path}: {part} on {chosen.title}")
+        run = clear_errors(run, f"{artefact.path}: {part} on {chosen.title}")
+        return from_first(run) if shared and part == "vision" else run
 
     return Session(
         artefact.manifest.spec,

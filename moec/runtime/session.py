@@ -1,5 +1,6 @@
 """A session runs a model: it has an engine, makes caches for it, and generates tokens."""
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.feeds import feeds
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, images_for
+from moec.runtime.ranks.group import same, started_as
 from moec.runtime.sampling import chooser, ends
 from moec.runtime.steps import steps
 from moec.spec import names
@@ -344,7 +346,9 @@ class Session:
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
-        asked = (temperature, top_k, top_p, seed, repetition_penalty)
+        # ranks that share the model draw the same tokens
+        seed = secrets.randbits(62) if seed is None and started_as().count > 1 else seed
+        asked = (temperature, top_k, top_p, same(seed), repetition_penalty)
         choose_after = chooser(self.spec, max_new_tokens, *asked)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)

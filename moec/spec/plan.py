@@ -13,8 +13,15 @@ from moec.spec import names
 from moec.spec.data import BYTES
 from moec.spec.errors import MoecError
 from moec.spec.files import load_scheme, load_spec
-from moec.spec.model import LayerSpec, ModelSpec
+from moec.spec.model import LayerSpec, ModelSpec, TextSpec
 from moec.spec.parameters import text_parameters, vision_parameters
+from moec.spec.plan_ranks import (
+    check_shared,
+    collective_bytes,
+    collectives,
+    largest,
+    least_gpus,
+)
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized, scale_shape
 
@@ -28,9 +35,11 @@ class Device:
     flops: dict[str, float]
 
 
-#: the rates were measured with large copies and large square matrix products
+#: the rates were measured with large copies and large square matrix products, the products on h200
+#: alone: an h100 has the same cores
 DEVICES = {
     "h200": Device(139 * 2**30, 4.3e12, {"bf16": 790e12, "fp16": 790e12, "fp8": 1500e12}),
+    "h100": Device(78 * 2**30, 3.0e12, {"bf16": 790e12, "fp16": 790e12, "fp8": 1500e12}),
 }
 
 #: bytes of one weight; integers include their share of a float32 scale for each block of 64
@@ -46,7 +55,8 @@ SCHEME = "dynamic"
 class Plan:
     """The costs of one setting: bytes, FLOPs, and lower bounds of times in milliseconds.
 
-    Times and `fits` are None if no device was named.
+    Times, `fits` and `least_gpus` are None if no device was named. If several GPUs share the model,
+    all costs are those of the GPU that needs most.
     """
 
     model: str
@@ -68,6 +78,10 @@ class Plan:
     vision_bytes: int
     vision_flops: int
     vision_ms: float | None
+    gpus: int = 1
+    collectives: int = 0
+    collective_bytes: int = 0
+    least_gpus: int | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The plan as plain data, for JSON."""
@@ -83,6 +97,7 @@ def plan(
     device: str | None = None,
     tiles: int = 0,
     scheme: str | Path | Scheme | None = None,
+    gpus: int = 1,
 ) -> Plan:
     """Compute the cost of the text model at `batch` sequences of `context` tokens.
 
@@ -102,9 +117,16 @@ def plan(
     counts the weights of the tower only if `tiles` is above 0. The tokens of the tiles are part of
     the context.
 
+    If several `gpus` share the model (`moec.spec.sharding`), the result is that of the GPU that
+    needs most; the tower is on all of them. `collectives` counts the sums and gathers over all GPUs
+    in a decode step, and `collective_bytes` is what a GPU sends to each other one for them. No time
+    includes these. `least_gpus` is the smallest of 1, 2, 4 and 8 GPUs that can share the model and
+    have room for it; None if there is none. Only FP8 models can be shared. A build asks for more
+    than a plan: target torch must have fused programs for the model and its scheme.
+
     Raises:
         MoecError: unknown precision or device; a size below 1; more image tokens than the contexts
-            hold; or tiles for a model without a vision tower.
+            hold; tiles for a model without a vision tower; or GPUs that cannot share the model.
     """
     spec = load_spec(spec)
     precision = precision or (spec.scheme.precision if spec.scheme else "bf16")
@@ -137,52 +159,53 @@ def plan(
     if spec.vision and tiles * spec.vision.tokens > context * batch:
         found = f"{tiles}, which are {tiles * spec.vision.tokens} tokens"
         raise _error("tiles", found, f"at most the {context * batch} tokens of all contexts")
+    check_shared(spec, precision, gpus)
+    whole, spec = spec, largest(spec, gpus)
     text = spec.text
     sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
-    width = {name: _width(name, precision) for name in sizes if not spec.scheme}
-    width = width or _own_widths(spec, sizes)
+    weights = _weights(spec, precision)
     count, k = (text.experts.count, text.experts.top_k) if text.experts else (1, 0)
     read = count * (1 - (1 - k / count) ** batch)
-    kept = [min(la.kept or context, context) for la in text.all_layers]
-    element = 4 if precision in ("fp32", "int8", "int4") else 2
-    if spec.scheme and spec.scheme.cache:
-        element = 1
-    per_key = sum(each.width for each in text.layer(0).caches) * element * batch
+    cache = _caches(spec, precision, context) * batch
 
     stepped = [name for name in sizes if text.tie_embeddings or name != names.EMBED_WEIGHT]
     share = {name: 1.0 if not names.is_routed(name) else read / count for name in stepped}
-    decode_read = sum(sizes[n] * width[n] * share[n] for n in stepped) + per_key * sum(kept)
+    decode_read = sum(weights[n] * share[n] for n in stepped) + cache
     active = sum(sizes[n] * (k / count if names.is_routed(n) else 1) for n in stepped)
     head = text.vocab * text.dim
-    decode_attention = text.pair_flops * sum(kept)
+    decode_attention = text.pair_flops * sum(_kept(text, context))
     decode_flops = batch * (2 * active + decode_attention)
 
     linear = 2 * (active - head) * context
     attention = sum(text.pair_flops * _pairs(context, la) for la in text.all_layers)
     chosen = count * (1 - (1 - k / count) ** context)
     prefill_read = sum(
-        sizes[n] * width[n] * (chosen / count if names.is_routed(n) else 1)
+        weights[n] * (chosen / count if names.is_routed(n) else 1)
         for n in stepped
         if n != names.HEAD_WEIGHT
     )
-    total = round(sum(sizes[n] * width[n] for n in sizes))
     tower = {"fp8": "bf16", "int8": "fp32", "int4": "fp32"}.get(precision, precision)
     vision_bytes = round(_BYTES[tower]) * sum(
         math.prod(s) for s in vision_parameters(spec).values()
     )
     vision_flops = tiles * _tile_flops(spec)
-    resident = total + per_key * sum(kept) + (vision_bytes if tiles else 0)
     on = DEVICES[device] if device else None
+    room = on.memory - (vision_bytes if tiles else 0) if on else 0
+
+    def fits(own: ModelSpec) -> bool:
+        caches = _caches(own, precision, context) * batch
+        return _total(_weights(own, precision)) + caches <= room
+
     return Plan(
         model=spec.name,
         precision=precision,
         batch=batch,
         context=context,
         device=device,
-        weights_bytes=total,
-        cache_bytes=per_key * sum(kept),
-        full_cache_bytes=per_key * context * text.layers,
-        fits=None if on is None else resident <= on.memory,
+        weights_bytes=_total(weights),
+        cache_bytes=cache,
+        full_cache_bytes=_per_key(spec, precision) * batch * context * text.layers,
+        fits=None if on is None else _total(weights) + cache <= room,
         experts_read=read,
         decode_read_bytes=round(decode_read),
         decode_flops=round(decode_flops),
@@ -203,7 +226,44 @@ def plan(
         vision_ms=None
         if on is None or not tiles
         else 1e3 * max(vision_flops / on.flops[tower], vision_bytes / on.bandwidth),
+        gpus=gpus,
+        collectives=collectives(text, gpus),
+        collective_bytes=collective_bytes(text, gpus, batch),
+        least_gpus=None if on is None else least_gpus(whole, precision, fits),
     )
+
+
+def _weights(spec: ModelSpec, precision: str) -> dict[str, float]:
+    """Bytes of each parameter of the text model, with its scales."""
+    sizes = {name: math.prod(shape) for name, shape in text_parameters(spec).items()}
+    if spec.scheme:
+        width = _own_widths(spec, sizes)
+    else:
+        width = {name: _width(name, precision) for name in sizes}
+    return {name: sizes[name] * width[name] for name in sizes}
+
+
+def _total(weights: dict[str, float]) -> int:
+    """Bytes of all weights of the text model."""
+    return round(sum(weights.values()))
+
+
+def _caches(spec: ModelSpec, precision: str, context: int) -> int:
+    """Bytes of the caches of one sequence."""
+    return _per_key(spec, precision) * sum(_kept(spec.text, context))
+
+
+def _per_key(spec: ModelSpec, precision: str) -> int:
+    """Bytes of what one layer's cache keeps of one token."""
+    element = 4 if precision in ("fp32", "int8", "int4") else 2
+    if spec.scheme and spec.scheme.cache:
+        element = 1
+    return sum(each.width for each in spec.text.layer(0).caches) * element
+
+
+def _kept(text: TextSpec, context: int) -> list[int]:
+    """How many of `context` tokens each layer's cache keeps."""
+    return [min(each.kept or context, context) for each in text.all_layers]
 
 
 def _tile_flops(spec: ModelSpec) -> int:

@@ -27,7 +27,7 @@ OPTIONS = {
     "generate": "artefact --prompt --ids --image --chat --system --messages --max-new-tokens "
     "--temperature --top-k --top-p --seed --repetition-penalty --engine --session-options "
     "--device --weights-from --trust-engines",
-    "plan": "model --precision --context --batch --device --tiles --scheme --json",
+    "plan": "model --precision --context --batch --device --tiles --scheme --gpus --json",
     "inspect": "artefact --verify --weights-from --json",
     "bench": "artefact --batch --prompt-tokens --new-tokens --rounds --device "
     "--weights-from --trust-engines --json",

@@ -151,6 +151,8 @@ def test_plan() -> None:
     plan = json.loads(_cli("plan", "scout", "--precision", "fp8", "--device", "h200", "--json"))
     assert plan["fits"] is True
     assert "decode step" in _cli("plan", "maverick")
+    printed = _cli("plan", "maverick", "--precision", "fp8", "--device", "h200", "--gpus", 2)
+    assert "each of 2 GPUs" in printed and "no: needs 4 GPUs" in printed and "98" in printed
     assert (
         json.loads(_cli("plan", "scout", "--precision", "int4", "--json"))["weights_bytes"] < 7e10
     )

@@ -62,6 +62,7 @@ class Engine:
             returns, for calls whose inputs "NAME.given" stand for the inner values `names`; None:
             the engine cannot do that.
         rank: which of the processes that share the model it runs in.
+        of_rank: the record of the engine in a rank; None: ranks cannot share its models.
     """
 
     name: str
@@ -75,6 +76,24 @@ class Engine:
     shown: Callable[[Artefact, str, Sequence[str]], list[str]] | None = None
     gives: Callable[[Artefact, str, str, str, Sequence[str], Sequence[str]], Run] | None = None
     rank: Rank = ALONE
+    of_rank: "Callable[[Rank], Engine] | None" = None
+
+    def shared(self, rank: Rank) -> "Engine":
+        """The record of the engine in `rank`; this one in a process alone.
+
+        Raises:
+            MoecError: ranks cannot share models of this engine.
+        """
+        if rank.count == 1:
+            return self
+        if self.of_rank is None:
+            refuse(
+                f"{rank.count} GPUs",
+                f"engine {self.name}",
+                "engine torch, whose fused programs several GPUs can share",
+                "leave gpus out, or moec build --target torch --precision fp8",
+            )
+        return self.of_rank(rank)
 
     def computes(self, artefact: Artefact) -> str:
         """The dtype in which it computes `artefact`: "fp32", "fp16" or "bf16"."""

@@ -213,16 +213,21 @@ def torch_with(weights: Mapping[str, Tensor] | None, rank: Rank = ALONE) -> Engi
         own = weights if part == "model" else None
         return torch_engine(artefact, device, taps, part, own, given, rank)
 
+    def limits(artefact: Artefact, device: str) -> Limits:
+        check_shared(artefact, rank)
+        return _limits(artefact, device)
+
     return Engine(
         "torch",
-        "torch",
+        "torch" if rank.count == 1 else f"torch, {rank.count} ranks",
         opened,
         _check,
-        _limits,
+        limits,
         queues=True,
         shown=partial(_shown, rank=rank),
         gives=opened,
         rank=rank,
+        of_rank=partial(torch_with, None),
     )
 
 

@@ -50,6 +50,7 @@ from moec.runtime.proof.source import (
     weights_against_source,
 )
 from moec.runtime.proof.under_test import ArtefactUnderTest
+from moec.runtime.ranks.group import same, started_as
 from moec.spec import names
 from moec.spec.errors import MoecError, refuse
 from moec.spec.hf.forms import checkpoint_folder
@@ -75,6 +76,7 @@ def validate(
     weights_from: str | Path | None = None,
     against: str | None = None,
     python: str | Path | None = None,
+    gpus: int | None = None,
 ) -> Report:
     """Compare an artefact, run by its engine, with the float32 eager reference on its weights.
 
@@ -105,6 +107,7 @@ def validate(
             compared with the eager reference; `tokens` and `seed` are as above, and the other
             arguments do not apply.
         python: the interpreter that has that engine; default the one that runs moec.
+        gpus: how many GPUs share the model, as in `open_session`.
 
     Raises:
         MoecError: `path` is not an artefact, its weights are missing or have changed, or a package
@@ -120,10 +123,16 @@ def validate(
             "1 token or more, a seed of 0 to 2^63",
             "correct --tokens or --seed",
         )
+    if gpus is not None and gpus > 1 and started_as().count == 1:
+        from moec.runtime.ranks.proof import shared_validate  # which imports this
+
+        named = {"tokens": tokens, "seed": seed, "reduced": reduced, "device": device}
+        named |= {"reference": reference, "rows": rows, "source": source}
+        return shared_validate(gpus, Path(path), progress, weights_from=weights_from, **named)
     if against is not None:
         return compare.against(path, against, tokens, seed, progress, python)
     artefact = open_artefact(path, weights_from)
-    seed = secrets.randbits(31) if seed is None else seed
+    seed = same(secrets.randbits(31) if seed is None else seed)
     unbound = artefact.manifest.weights.mode == "unbound"
     if source is not None and (unbound or reduced):
         refuse(

@@ -1,23 +1,28 @@
 """The process group of the ranks that share a model, in one rank.
 
 torchrun starts ranks, and so does `moec.runtime.ranks.start`. Both say in environment variables
-which rank a process is, and where all of them meet.
+which rank a process is, and where all of them meet. All ranks run the same calls in the same order:
+each computes its part, and all of them get the whole result.
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+import moec
 from moec.runtime.engines.gpu import check_device
 from moec.spec.errors import refuse
 from moec.spec.sharding import ALONE, Rank
 
-#: the environment variables that make a process a rank
-RANK, WORLD, LOCAL = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-#: seconds that a rank waits for the others before it gives up
-PATIENCE = 600
+T = TypeVar("T")
+#: the environment variables that make a process a rank; the last is a file where ranks meet
+RANK, WORLD, LOCAL, STORE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MOEC_RANKS_STORE"
+#: how long a rank waits for the others before it gives up
+PATIENCE = timedelta(minutes=10)
 
 
 def started_as() -> Rank:
@@ -27,8 +32,8 @@ def started_as() -> Rank:
     return Rank(int(os.environ[RANK]), int(os.environ[WORLD]))
 
 
-def join(device: str, rank: Rank) -> None:
-    """Join the process group, and on CUDA take the GPU whose number is the local rank.
+def join(device: str) -> Rank:
+    """Join the process group, if this process is a rank, and take the rank's GPU.
 
     A group that this program has joined already is used as it is.
 
@@ -36,34 +41,86 @@ def join(device: str, rank: Rank) -> None:
         MoecError: there are fewer GPUs than ranks, or the group has another number of ranks (exit
             code 3).
     """
+    rank = started_as()
+    if rank.count == 1:
+        return rank
+    own: torch.device | None = None
     if device == "cuda":
-        check_device(device, f"rank {rank.index}")
+        check_device(device, f"rank {rank.index} of {rank.count}")
         found, local = torch.cuda.device_count(), int(os.environ.get(LOCAL, rank.index))
         if local >= found:
             refuse(
                 f"rank {rank.index} of {rank.count}",
-                f"{found} GPUs on this host",
+                f"{found} {'GPU' if found == 1 else 'GPUs'} on this host",
                 "a GPU for each rank",
                 f"use --gpus {found}",
                 exit_code=3,
             )
         torch.cuda.set_device(local)
+        own = torch.device("cuda", local)
     if not dist.is_initialized():
-        both = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        place = os.environ.get(STORE)
         dist.init_process_group(
-            both,
+            "gloo" if own is None else "cpu:gloo,cuda:nccl",
+            init_method=f"file://{place}" if place else "env://",
             rank=rank.index,
             world_size=rank.count,
-            timeout=timedelta(seconds=PATIENCE),
-            device_id=torch.device("cuda", torch.cuda.current_device())
-            if device == "cuda"
-            else None,
+            timeout=PATIENCE,
+            device_id=own,
         )
     if dist.get_world_size() != rank.count:
         refuse(
             "torch's process group",
             f"{dist.get_world_size()} ranks",
-            f"{rank.count}",
-            f"open the session with gpus={dist.get_world_size()}",
+            str(rank.count),
+            f"start {rank.count} ranks",
             exit_code=3,
         )
+    return rank
+
+
+def agree(what: str, digest: str) -> None:
+    """Refuse ranks that have opened different things.
+
+    Args:
+        what: what they open, for the message.
+        digest: what must be the same on all of them.
+
+    Raises:
+        MoecError: versions or digests differ. All ranks raise it.
+    """
+    own = {"moec": moec.__version__, "torch": torch.__version__, what: digest}
+    found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, own)
+    for index, theirs in enumerate(found):
+        differs = [name for name in theirs if theirs.get(name) != found[0].get(name)]
+        differs += [name for name in found[0] if name not in theirs]
+        if differs:
+            name = differs[0]
+            refuse(
+                f"rank {index}: {name}",
+                theirs.get(name, "nothing"),
+                f"{found[0].get(name, 'nothing')}, as rank 0 has",
+                "start all ranks on the same artefact, with the same versions",
+            )
+
+
+def same(value: T) -> T:
+    """The `value` that rank 0 has; the value itself in a process alone."""
+    if started_as().count == 1 or not dist.is_initialized():
+        return value
+    held: list[T] = [value]
+    dist.broadcast_object_list(held, 0)
+    return held[0]
+
+
+def from_first(run: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
+    """`run`, whose results are those of rank 0 on all ranks, to the bit."""
+
+    def shared(*args: object) -> dict[str, torch.Tensor]:
+        found = run(*args)
+        for each in found.values():
+            dist.broadcast(each, 0)
+        return found
+
+    return shared

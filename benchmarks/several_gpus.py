@@ -119,11 +119,10 @@ def sums(rank: Rank) -> Iterator[str]:
         alone = graph_us(work)
         took = graph_us(fused) - alone
         shared = symmetric.empty(tokens, DIM, dtype=torch.bfloat16, device="cuda")
-        group = dist.group.WORLD
-        symmetric.rendezvous(shared, group)
+        symmetric.rendezvous(shared, dist.group.WORLD)
 
         def one_shot(shared: Tensor = shared) -> None:
-            torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", group.group_name)
+            torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", dist.group.WORLD.group_name)
             work(shared)
 
         def nccl(part: Tensor = part) -> None:
@@ -193,19 +192,19 @@ def model(name: str, layers: int, rank: Rank, copy: float) -> Iterator[str]:
     session, size = opened(spec, rank)
     torch.cuda.synchronize()
     title = f"{name}, {text.layers} layers, {rank.count} GPU{'s' * (rank.count > 1)}"
-    yield f"{title}: {size / 1e9:.2f} GB of weights each; ready in {time.perf_counter() - start:.1f} s"
+    took = time.perf_counter() - start
+    yield f"{title}: {size / 1e9:.2f} GB of weights each; ready in {took:.1f} s"
     for batch in (1, 8, 64):
         took, tokens = decode_ms(session, batch)
-        seen = torch.tensor([tokens], device="cuda")
         read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes / rank.count
         agree = "equal" if slowest(tokens) == -slowest(-tokens) else "DIFFERENT"
-        del seen
         yield (
             f"{title}: decode, batch {batch:2d}, 1k: {took:6.3f} ms, "
             f"{100 * read / took * 1e3 / copy:.0f} % of the copy; tokens {agree}"
         )
     took = prefill_ms(session, 8192)
-    yield f"{title}: prefill of 8,192: {took:.1f} ms; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    yield f"{title}: prefill of 8,192: {took:.1f} ms; peak {peak:.1f} GB"
 
 
 def main() -> None:
@@ -220,9 +219,12 @@ def main() -> None:
         start(given)
         return
     if rank.count > 1:
-        join("cuda", rank)
+        join("cuda")
     copy = copy_rate()
-    say(rank, f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s")
+    say(
+        rank,
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s",
+    )
     rows: dict[str, Callable[[], Iterator[str]]] = {
         "sums": lambda: sums(rank) if rank.count > 1 else iter(()),
         "scout": lambda: model("scout", given.layers, rank, copy),
@@ -243,8 +245,8 @@ def start(given: Any) -> None:
     own = [__file__, "--parts", given.parts, "--layers", str(given.layers)]
     one = [part for part in given.parts.split(",") if part not in ("sums", "maverick")]
     if one:
-        own_one = [__file__, "--gpus", "1", "--parts", ",".join(one), "--layers", str(given.layers)]
-        subprocess.run([sys.executable, *own_one], check=True)
+        few = [__file__, "--gpus", "1", "--parts", ",".join(one), "--layers", str(given.layers)]
+        subprocess.run([sys.executable, *few], check=True)
     many = ["-m", "torch.distributed.run", "--nproc-per-node", str(given.gpus)]
     own += ["--gpus", str(given.gpus)]
     subprocess.run([sys.executable, *many, *own], check=True, env=dict(os.environ))

@@ -7,6 +7,14 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Device = Annotated[str, typer.Option(help="The device to run on: cpu or cuda.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many GPUs of this host share the model (target torch, FP8). With --device cpu as "
+        "many processes share the cores.",
+    ),
+]
 Placement = Annotated[
     str | None,
     typer.Option(

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moec.cli.given import check_given, check_to_write
-from moec.cli.options import Device, Json, WeightsFrom
+from moec.cli.options import Device, Gpus, Json, WeightsFrom
 from moec.cli.output import bar, error_line, print_json
+from moec.cli.streams import is_quiet_rank
 from moec.spec.errors import MoecError, refuse
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def validate(
         Path | None,
         typer.Option(help="The Python interpreter that has the engine of --against."),
     ] = None,
+    gpus: Gpus = None,
     weights_from: WeightsFrom = None,
     as_json: Json = False,
 ) -> None:
@@ -83,6 +85,7 @@ def validate(
             "--reference": reference,
             "--eval": eval_file,
             "--reduced": reduced or None,
+            "--gpus": gpus,
             "--weights-from": weights_from,
         }
         for option, value in others.items():
@@ -102,6 +105,7 @@ def validate(
         eval_file,
         source,
         weights_from,
+        gpus,
     )
 
 
@@ -117,6 +121,7 @@ def prove(
     rows: Path | None = None,
     source: Path | None = None,
     weights_from: Path | None = None,
+    gpus: int | None = None,
 ) -> None:
     """Prove an artefact, print the report and store it in the artefact's manifest.
 
@@ -141,7 +146,10 @@ def prove(
             rows=rows,
             source=source,
             weights_from=weights_from,
+            gpus=gpus,
         )
+    if is_quiet_rank():  # rank 0 stores the report
+        return
     _show(report, as_json)
     try:
         record(artefact, report, weights_from)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from moec.cli.given import check_given
-from moec.cli.options import Device, Json, TrustEngines, WeightsFrom
+from moec.cli.options import Device, Gpus, Json, TrustEngines, WeightsFrom
 from moec.cli.output import error_line, print_json, write
 from moec.spec.errors import refuse
 
@@ -78,6 +78,7 @@ def generate(
         ),
     ] = "lean",
     device: Device = "cpu",
+    gpus: Gpus = None,
     weights_from: WeightsFrom = None,
     trust_engines: TrustEngines = False,
 ) -> None:
@@ -140,6 +141,7 @@ def generate(
         session_options=session_options,
         weights_from=weights_from,
         trust_engines=trust_engines,
+        gpus=gpus,
     )
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -79,15 +79,22 @@ def standard_streams() -> Iterator[None]:
     for stream in filter(None, before):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    nowhere = None if all(before) else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    quiet = is_quiet_rank()
+    needed = quiet or not all(before)
+    nowhere = open(os.devnull, "w", encoding="utf-8") if needed else None  # noqa: SIM115
     try:
-        sys.stdout = _Stream(before[0] or nowhere, stops=True)
+        sys.stdout = _Stream(nowhere if quiet else before[0] or nowhere, stops=True)
         sys.stderr = _Stream(before[1] or nowhere, stops=False)
         yield
     finally:
         sys.stdout, sys.stderr = before
         if nowhere:
             nowhere.close()
+
+
+def is_quiet_rank() -> bool:
+    """Whether torchrun started this process as a rank other than 0: it prints no results."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def check_stdout() -> None:

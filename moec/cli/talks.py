@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.cli.output import error_line, show_error, write
+from moec.cli.streams import is_quiet_rank
 from moec.spec.bounded.limits import TOKENS_TEXT
 from moec.spec.errors import MoecError, refuse
 
@@ -55,11 +56,13 @@ def _lines() -> Iterator[str]:
         sys.stdin.reconfigure(
             errors="surrogateescape"
         )  # refused with its message, where it is said
+    from moec.runtime.ranks.group import same  # imports torch
+
     while True:
         if sys.stdin.isatty():
             sys.stderr.write("> ")
             sys.stderr.flush()
-        line = sys.stdin.readline(TOKENS_TEXT + 1)
+        line = same("" if is_quiet_rank() else sys.stdin.readline(TOKENS_TEXT + 1))
         if len(line) > TOKENS_TEXT:
             found = f"a line of over {TOKENS_TEXT:,} characters"
             refuse("stdin", found, "a message in each line", "shorten the line")

@@ -28,7 +28,7 @@ from moec.runtime.session import Session
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
-from moec.spec.sharding import Rank, local
+from moec.spec.sharding import Rank
 from moec.weights.name_map import read_model
 
 #: the name of the eager reference, which runs any artefact or checkpoint
@@ -207,7 +207,7 @@ def artefact_session(
         limits,
         device,
         chosen.queues and device != "cpu",
-        own=local(artefact.manifest.spec, chosen.rank),
+        rank=chosen.rank,
     )
 
 

@@ -20,12 +20,13 @@ from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.feeds import feeds
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, images_for
-from moec.runtime.ranks.group import same, started_as
+from moec.runtime.ranks.group import same
 from moec.runtime.sampling import chooser, ends
 from moec.runtime.steps import steps
 from moec.spec import names
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.model import ModelSpec
+from moec.spec.sharding import ALONE, Rank, local
 from moec.weights.view import TORCH_DTYPES
 
 #: image tiles that go through the vision tower in one call at most, to bound its memory
@@ -58,7 +59,8 @@ class Session:
         device: "cpu" or "cuda".
         queues: whether a decode step on tokens on the GPU returns before the GPU has finished.
         checkpoint: the folder of the checkpoint that was opened, if no artefact was.
-        own: the sizes of the caches of this process: those of `spec`, or of a rank's part of it.
+        rank: which of the processes that share the model this is.
+        own: `spec` with the sizes that this process has, which its caches have too.
     """
 
     spec: ModelSpec
@@ -71,11 +73,11 @@ class Session:
     device: str = "cpu"
     queues: bool = False
     checkpoint: Path | None = None
-    own: ModelSpec = None  # type: ignore[assignment]
+    rank: Rank = ALONE
+    own: ModelSpec = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.own is None:
-            object.__setattr__(self, "own", self.spec)
+        object.__setattr__(self, "own", local(self.spec, self.rank))
 
     @overload
     def logits(
@@ -347,7 +349,7 @@ class Session:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
         # ranks that share the model draw the same tokens
-        seed = secrets.randbits(62) if seed is None and started_as().count > 1 else seed
+        seed = secrets.randbits(62) if seed is None and self.rank.count > 1 else seed
         asked = (temperature, top_k, top_p, same(seed), repetition_penalty)
         choose_after = chooser(self.spec, max_new_tokens, *asked)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)

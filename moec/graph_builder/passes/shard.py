@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from moec.graph_builder import ops
-from moec.graph_builder.builder import call, replace, stand_in
+from moec.graph_builder.builder import call, call_each, stand_in
 from moec.graph_builder.roles import Role, finder
 from moec.graph_builder.weights import weights_of
 from moec.spec.model import ModelSpec
@@ -68,8 +68,13 @@ def _sum(graph: fx.Graph, part: fx.Node, user: fx.Node) -> None:
     """Let `user` add up the partial sums of all ranks."""
     with graph.inserting_before(user):
         if user.target in _SUMS:
-            results: list[Any] = sorted(user.users, key=lambda each: each.args[1])
-            replace(graph, results, _SUMS[user.target], *user.args, name=user.meta["name"])
+            # a result that nobody uses has no node
+            results: dict[Any, fx.Node] = {each.args[1]: each for each in user.users}
+            name, places = str(user.meta["name"]), range(len(user.meta["type"]))
+            each = [results[i].meta["name"] if i in results else f"{name}.{i}" for i in places]
+            new = call_each(graph, _SUMS[user.target], *user.args, name=name, each=each)
+            for place, old in results.items():
+                stand_in(new[place], old)
             return
         whole = call(graph, ops.all_reduce, part, name=f"{part.meta['name']}.whole")
         user.replace_input_with(part, whole)

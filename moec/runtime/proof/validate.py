@@ -126,9 +126,19 @@ def validate(
     if gpus is not None and gpus > 1 and started_as().count == 1:
         from moec.runtime.ranks.proof import shared_validate  # which imports this
 
-        named = {"tokens": tokens, "seed": seed, "reduced": reduced, "device": device}
-        named |= {"reference": reference, "rows": rows, "source": source}
-        return shared_validate(gpus, Path(path), progress, weights_from=weights_from, **named)
+        return shared_validate(
+            gpus,
+            Path(path),
+            progress,
+            tokens=tokens,
+            seed=seed,
+            reduced=reduced,
+            device=device,
+            reference=reference,
+            rows=rows,
+            source=source,
+            weights_from=weights_from,
+        )
     if against is not None:
         return compare.against(path, against, tokens, seed, progress, python)
     artefact = open_artefact(path, weights_from)

@@ -6,17 +6,19 @@ each computes its part, and all of them get the whole result.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-import moec
+from moec.exporters.versions import versions
+from moec.runtime.engines.engine import Run
 from moec.runtime.engines.gpu import check_device
 from moec.spec.errors import refuse
-from moec.spec.sharding import ALONE, Rank
+from moec.spec.model import TextSpec
+from moec.spec.sharding import ALONE, Rank, span
 
 T = TypeVar("T")
 #: the environment variables that make a process a rank; the last is a file where ranks meet
@@ -89,7 +91,7 @@ def agree(what: str, digest: str) -> None:
     Raises:
         MoecError: versions or digests differ. All ranks raise it.
     """
-    own = {"moec": moec.__version__, "torch": torch.__version__, what: digest}
+    own = versions() | {what: digest}
     found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, own)
     for index, theirs in enumerate(found):
@@ -114,11 +116,23 @@ def same(value: T) -> T:
     return held[0]
 
 
-def from_first(run: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
+def all_heads(cache: torch.Tensor, text: TextSpec) -> torch.Tensor:
+    """A cache [B, heads, N, d] of all key/value heads, from the part that this rank has."""
+    rank = started_as()
+    parts: list[Any] = [None] * rank.count
+    dist.all_gather_object(parts, cache.cpu())
+    whole = torch.empty(len(cache), text.kv_heads, *cache.shape[2:], dtype=cache.dtype)
+    for index, part in enumerate(parts):
+        start, stop = span(text, "kv_heads", Rank(index, rank.count))
+        whole[:, start // text.head_dim : stop // text.head_dim] = part
+    return whole
+
+
+def from_first(run: Run) -> Run:
     """`run`, whose results are those of rank 0 on all ranks, to the bit."""
 
-    def shared(*args: object) -> dict[str, torch.Tensor]:
-        found = run(*args)
+    def shared(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = run(feeds)
         for each in found.values():
             dist.broadcast(each, 0)
         return found

@@ -49,7 +49,7 @@ class Held:
 
 
 class Channel:
-    """What a rank sends to its parent. Two threads send: that of calls, and that of signs of life."""
+    """What a rank sends to its parent, from the thread of calls and that of signs of life."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self.lock = connection, threading.Lock()
@@ -137,4 +137,6 @@ def _state(value: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    from moec.runtime.ranks.rank import main as run  # pickle finds classes by this module's name
+
+    run(int(sys.argv[1]))

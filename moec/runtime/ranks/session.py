@@ -6,7 +6,7 @@ It has the methods of `moec.runtime.session.Session`. Caches and conversations s
 import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from moec.spec.errors import refuse
 class SharedCache(Cache):
     """A cache in the ranks; it has no tensors here."""
 
-    held: Held = Held(-1)
+    held: Held = field(default_factory=lambda: Held(-1))
 
 
 class SharedSession(Session):
@@ -125,22 +125,23 @@ class SharedSession(Session):
     def _of(
         self,
         owner: Held,
-        name: str,
+        method: str,
         *given: Any,
         part: Callable[..., None] | None = None,
         **named: Any,
     ) -> Any:
-        caches = [each for each in given if isinstance(each, Cache)]
-        for each in caches:
-            if not isinstance(each, SharedCache):
-                refuse("cache", "a cache of another session", "one of this session", "prefill makes it")
+        for each in given:
+            if isinstance(each, Cache) and not isinstance(each, SharedCache):
+                found = "a cache of another session"
+                refuse("cache", found, "a cache of this session", "Session.prefill makes one")
+        caches = [each for each in given if isinstance(each, SharedCache)]
         sent = [each.held if isinstance(each, SharedCache) else each for each in given]
         if part:
             named["stream"] = PART
-        value, states = self.ranks.call(owner.number, name, *sent, part=part, **named)
+        value, states = self.ranks.call(owner.number, method, *sent, part=part, **named)
         for each in caches:
-            for field, now in states[each.held.number].items():
-                setattr(each, field, now)
+            for name, now in states[each.held.number].items():
+                setattr(each, name, now)
         return value
 
     def _cache(self, made: tuple[Held, dict[str, Any]]) -> SharedCache:

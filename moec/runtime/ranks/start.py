@@ -24,6 +24,7 @@ from moec.runtime.ranks.group import LOCAL, RANK, STORE, WORLD
 from moec.spec.errors import MoecError, refuse
 
 _ROOT = Path(__file__).parents[3]
+_COMMAND = (sys.executable, "-P", "-m", f"{__package__}.rank")
 #: seconds without a sign of life after which a rank counts as hung
 SILENCE = 20.0
 #: seconds that a call may take without giving anything
@@ -62,7 +63,13 @@ class Ranks:
                 with theirs, (folder / f"{index}.log").open("wb") as log:
                     self._processes.append(
                         subprocess.Popen(
-                            (sys.executable, "-P", "-m", f"{__package__}.rank", str(theirs.fileno())),
+                            (
+                                sys.executable,
+                                "-P",
+                                "-m",
+                                f"{__package__}.rank",
+                                str(theirs.fileno()),
+                            ),
                             stdin=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL,
                             stderr=log,
@@ -95,17 +102,15 @@ class Ranks:
     ) -> tuple[Any, dict[int, dict[str, Any]]]:
         """Run a call in all ranks; return what rank 0 gives, and the states of caches.
 
-        `owner` and `name` are as in `moec.runtime.ranks.rank`. `part` is called with each piece that
-        comes before the end.
+        `owner` and `name` are as in `moec.runtime.ranks.rank`. `part` is called with each piece
+        that comes before the end.
 
         Raises:
             MoecError: all ranks refused the call, and are as before; or a rank failed, and all have
                 ended (exit code 3).
         """
         if not self.alive:
-            refuse(
-                "ranks", "processes that have ended", "ranks that run", "open the session again"
-            )
+            refuse("ranks", "processes that have ended", "ranks that run", "open the session again")
         message = pickle.dumps((owner, name, given, named))
         try:
             for index, pipe in enumerate(self._pipes):
@@ -126,7 +131,7 @@ class Ranks:
             with contextlib.suppress(OSError):
                 pipe.send_bytes(pickle.dumps((number, "drop", (), {})))
 
-    def _answers(self, part: Callable[..., None] | None) -> Any:
+    def _answers(self, part: Callable[..., None] | None) -> tuple[Any, dict[int, dict[str, Any]]]:
         now = time.monotonic()
         seen, moved = dict.fromkeys(self._pipes, now), now
         done: dict[int, Any] = {}
@@ -164,16 +169,19 @@ class Ranks:
                 if now - seen[pipe] > SILENCE and index not in {*done, *refused, *failed}:
                     self._fail(index, f"no sign of life for {SILENCE:.0f} s")
             if now - moved > PATIENCE:
-                self._fail(min(set(range(self.count)) - set(done)), f"no answer in {PATIENCE:.0f} s")
-        if failed:
-            index, said = next(iter(failed.items()))
-            self._fail(index, said)
+                self._fail(
+                    min(set(range(self.count)) - set(done)), f"no answer in {PATIENCE:.0f} s"
+                )
         if refused:
             error = refused[min(refused)]
             if len(refused) < self.count:  # the others may wait for those that refused
                 self.close()
             raise error
-        return done[0]
+        if failed:
+            index, said = next(iter(failed.items()))
+            self._fail(index, said)
+        result: tuple[Any, dict[int, dict[str, Any]]] = done[0]
+        return result
 
     def _died(self, index: int) -> NoReturn:
         process = self._processes[index]

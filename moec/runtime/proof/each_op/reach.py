@@ -14,6 +14,7 @@ from moec.runtime.proof.each_op.watch import Watch
 from moec.runtime.session import Session
 from moec.spec import names
 from moec.spec.model import ModelSpec
+from moec.spec.sharding import span
 from moec.weights.view import STORED, TORCH_DTYPES
 
 #: positions and slots of the caches that `far_positions` makes
@@ -100,7 +101,8 @@ def _decode_far(seen: Watch, session: Session, past: Tensor, generator: torch.Ge
             feeds[name] = rows.to(dtype)
             if buffers:
                 moved = _in_order(feeds[name], past, held[kind], each.heads)
-                given[name] = moved.to(session.device)
+                own = slice(*(at // each.size for at in span(text, "kv_heads", session.rank)))
+                given[name] = moved[:, own].contiguous().to(session.device)
     for kind in held:
         given[names.last(kind)] = held[kind].int()
         given[names.total(kind)] = (held[kind].max() + 1).int()

@@ -1,7 +1,8 @@
 """Watch a session: compare every call that it makes op by op with the reference."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor, fx
 
@@ -12,6 +13,7 @@ from moec.runtime.engines.engine import Run
 from moec.runtime.proof.each_op.call import each_op
 from moec.runtime.proof.each_op.distance import Distance, worst
 from moec.runtime.proof.under_test import ArtefactUnderTest
+from moec.runtime.ranks.group import all_heads
 from moec.runtime.session import Session
 from moec.spec import names
 
@@ -25,12 +27,14 @@ class Watch:
         taps: the inner values that both this graph and the engine's have.
         found: the worst distance of each value, by name, in the order of the graph.
         only: the values to compare; None: all that a call returns.
+        whole: makes the whole of a cache from the part that a rank has.
     """
 
     graph: fx.GraphModule
     taps: list[str]
     found: dict[str, Distance] = field(default_factory=dict)
     only: Collection[str] | None = None
+    whole: Callable[[Tensor], Tensor] = Tensor.clone
 
     def on(self, session: Session, given: Mapping[str, Tensor] | None = None) -> Session:
         """`session`, whose calls are compared.
@@ -49,7 +53,7 @@ class Watch:
             here = {name: value[start:end] for name, value in given.items()}
             more = {names.given(name): value for name, value in here.items()}
             before = {
-                name: value.clone() if names.is_past(name) else value
+                name: self.whole(value) if names.is_past(name) else value
                 for name, value in feeds.items()
             }
             out = engine({**feeds, **more})
@@ -95,4 +99,7 @@ def watch(tested: ArtefactUnderTest, part: str = "model", file: str | None = Non
         and isinstance(node.meta["type"], TensorType)
         and node.meta["name"] not in outputs
     ]
-    return Watch(graph, tested.shown(file or part, inner))
+    seen = Watch(graph, tested.shown(file or part, inner))
+    if tested.engine.rank.count > 1:
+        seen.whole = partial(all_heads, text=spec.text)
+    return seen

@@ -1,12 +1,14 @@
 """Show where the time of a decode step goes: the kernel launches of one layer of Scout.
 
     python benchmarks/layer_timeline.py [--layers 8] [--batches 1,2,4,8,16]
+    python -m torch.distributed.run --nproc-per-node 2 benchmarks/layer_timeline.py
 
 The model has some of Scout's layers, its embedding and its head, in FP8 with random weights, and
 runs through an artefact of target torch. For each batch the script prints the wall-clock time of a
 step. For each launch of a layer it prints the microseconds from the end of the previous launch to
 its own end, from torch's profiler, as the mean over layers. Launches overlap. What a launch does
-before the previous one ends is not counted as its time.
+before the previous one ends is not counted as its time. Under torchrun the GPUs share the model; the
+launches are those of rank 0, and `all_reduce` is the sum over ranks.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from moec.artefact.artefact import open_artefact
 from moec.runtime.engines.synthetic import synthetic
 from moec.runtime.engines.torch_program import torch_with
 from moec.runtime.open import artefact_session
+from moec.runtime.ranks.group import join
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 
@@ -52,7 +55,7 @@ def first_launches(events: list[Any]) -> list[tuple[str, float]]:
 
 def measure(session: Session, batch: int) -> tuple[float, list[tuple[str, float]]]:
     """The milliseconds of a step with the choice of its token, and the launches of a layer."""
-    ids = torch.randint(0, TEXT.vocab, (batch, CONTEXT))
+    ids = torch.randint(0, TEXT.vocab, (batch, CONTEXT), generator=torch.Generator().manual_seed(1))
     logits, cache = session.prefill(ids, capacity=CONTEXT + 8 * STEPS)
     tokens, times = logits.argmax(-1).cuda(), []
     for _ in range(6):
@@ -77,19 +80,22 @@ def main() -> None:
     arguments.add_argument("--batches", default="1,2,4,8,16")
     given = arguments.parse_args()
     need_gpu("benchmarks/layer_timeline.py")
+    rank = join("cuda")
     rate = copy_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {rate / 1e12:.2f} TB/s")
+    say = print if rank.index == 0 else lambda *_, **__: None
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {rate / 1e12:.2f} TB/s")
     text = TEXT.model_copy(update={"layers": given.layers})
     spec = ModelSpec(name="layers", provenance="custom", dtype="bf16", text=text)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "layers"
         artefact = open_artefact(moec.export(spec, target="torch", precision="fp8", out=out).path)
-        weights = synthetic(artefact.manifest.spec, 1, "cuda")
-        session = artefact_session(artefact, "cuda", engine=torch_with(weights))
+        weights = synthetic(artefact.manifest.spec, 1, "cuda", rank=rank)
+        session = artefact_session(artefact, "cuda", engine=torch_with(weights, rank))
     for batch in map(int, given.batches.split(",")):
         took, launches = measure(session, batch)
         read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes
-        print(
+        read /= rank.count
+        say(
             f"batch {batch}: {took:.3f} ms, {100 * read / took * 1e3 / rate:.1f} % of the copy; "
             f"a layer {sum(each for _, each in launches):.1f} us: "
             + ", ".join(f"{name} {each:.1f}" for name, each in launches), flush=True,

@@ -6,7 +6,7 @@ sums.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,26 @@ def all_gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([each[..., :size] for each, size in zip(found, sizes, strict=True)], -1)
 
 
+def apart(target: Any, args: Sequence[Any]) -> tuple[Tensor, Callable[[], Any]] | None:
+    """An op on many tokens in two: a partial sum, and what the op does once that is whole.
+
+    None: the op adds up nothing.
+    """
+    name = target._schema.name.partition("::")[2]
+    if name == "all_reduce":
+        part = args[0]
+        return part, lambda: part
+    if name in ("all_reduce_norm", "all_reduce_norm_fp8"):
+        x, part, gain, eps = args
+        after = ops.skip_norm if name == "all_reduce_norm" else ops.skip_norm_fp8
+        return part, lambda: after(x, part, gain, eps)
+    if name == "moe_all_reduce_norm_fp8":
+        total, normed, eps, *layer, gain = args
+        part = ops.moe_layer(normed, *layer)
+        return part, lambda: ops.skip_norm_fp8(total, part, gain, eps)
+    return None
+
+
 def _is_direct(x: Tensor) -> bool:
     """Whether our kernel adds up rows like those of `x`."""
     return len(x) <= MOST_TOKENS and _MEETINGS[x.shape[-1]].peers is not None
@@ -179,8 +199,11 @@ def _sum(
 
 
 def _by_nccl(what: Sum, part: Tensor, x: Tensor | None, gain: Tensor | None) -> dict[str, Tensor]:
-    """What `_sum` gives; the ranks' sums are bf16, and so is their sum."""
-    whole = part.sum(0).bfloat16() if what.parts > 1 else part.clone()
+    """What `_sum` gives; the ranks' sums are bf16, and so is their sum.
+
+    It takes the place of `part`, which no other op uses.
+    """
+    whole = part.sum(0).bfloat16() if what.parts > 1 else part
     dist.all_reduce(whole)
     if x is None or gain is None:
         return {"total": whole}

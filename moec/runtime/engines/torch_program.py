@@ -26,6 +26,7 @@ from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
+from moec.runtime.engines.overlapped import Apart, halves, in_turns, joined, pays
 from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
@@ -98,7 +99,7 @@ def torch_engine(
         if port.name == names.IMAGE_FEATURES
     }
 
-    def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def taken_by(feeds: Mapping[str, Tensor]) -> list[Any]:
         own = list(values)  # a list that outlives the call would keep the caches alive
         for i, name in fed:
             value = feeds.get(name, defaults.get(name))
@@ -106,10 +107,22 @@ def torch_engine(
                 raise KeyError(name)
             # The host needs the number of slots in use, so that it stays on the CPU.
             own[i] = value if names.is_total(name) else value.to(device)
-        return tuple(graph(*own))
+        return own
+
+    def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        if apart and pays(feeds):
+            both = halves(feeds, artefact.manifest.spec.tokens.image)
+            results = in_turns(graph, [taken_by(half) for half in both], apart)
+            return (joined(feeds, [logits for (logits,) in results]),)
+        return tuple(graph(*taken_by(feeds)))
 
     replays = device == "cuda" and fused and part == "model" and not taps
     steps = Replays(call, MOVING) if replays else None
+    apart: Apart | None = None
+    if replays and rank.count > 1:
+        from moec.kernels.torch import collectives
+
+        apart = collectives.apart
 
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ The model has some of Scout's layers, its embedding and its head, in FP8 with ra
 runs through an artefact of target torch. For each batch the script prints the wall-clock time of a
 step. For each launch of a layer it prints the microseconds from the end of the previous launch to
 its own end, from torch's profiler, as the mean over layers. Launches overlap. What a launch does
-before the previous one ends is not counted as its time. Under torchrun the GPUs share the model; the
-launches are those of rank 0, and `all_reduce` is the sum over ranks.
+before the previous one ends is not counted as its time. Under torchrun the GPUs share the
+model; `all_reduce` is the sum over ranks, with the time that a GPU waits for the others.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from h200 import TEXT
 from moe_kernels import copy_rate, need_gpu
 from torch.autograd import DeviceType
@@ -93,13 +94,17 @@ def main() -> None:
         session = artefact_session(artefact, "cuda", engine=torch_with(weights, rank))
     for batch in map(int, given.batches.split(",")):
         took, launches = measure(session, batch)
-        read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes
-        read /= rank.count
-        say(
-            f"batch {batch}: {took:.3f} ms, {100 * read / took * 1e3 / rate:.1f} % of the copy; "
-            f"a layer {sum(each for _, each in launches):.1f} us: "
-            + ", ".join(f"{name} {each:.1f}" for name, each in launches), flush=True,
-        )  # fmt: skip
+        every = [launches]
+        if rank.count > 1:
+            every = [launches] * rank.count
+            dist.all_gather_object(every, launches)
+        read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes / rank.count
+        say(f"batch {batch}: {took:.3f} ms, {100 * read / took * 1e3 / rate:.1f} % of the copy")
+        for index, mine in enumerate(every):
+            layer = ", ".join(f"{name} {each:.1f}" for name, each in mine)
+            say(f"    GPU {index}: a layer {sum(each for _, each in mine):.1f} us: {layer}")
+    if rank.count > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

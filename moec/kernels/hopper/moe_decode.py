@@ -2,12 +2,14 @@
 
 Every program goes through all experts that a token chose: the shared expert first, whose weights
 can be copied before any token has chosen, then the routed ones. There is a slot for each token; a
-slot whose expert an earlier slot has already served is skipped.
+slot whose expert an earlier slot has already served is skipped. Where a layer is narrow, as the
+part of a rank is, two groups of programs share the experts of `gate_up`, so that all
+multiprocessors have work.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moec.kernels.hopper.pipeline import allocate, copy_first, copy_next, product, two_products
 
@@ -55,18 +57,28 @@ def _copy_gate_up(
     HIDDEN: gl.constexpr,
     EXPERTS: gl.constexpr,
     EXPERTS_2: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
     """The copying warp of `gate_up`."""
     row = gl.program_id(0) * pipe.w_tiles.shape[1]
-    copy_first(codes, weight, 0, EXPERTS * (2 * HIDDEN) + row, HIDDEN, 0, pipe, DIM)
-    step = DIM // pipe.x_tiles.shape[2]
+    group = gl.program_id(1)
+    step = 0
+    if group == 0:
+        copy_first(codes, weight, 0, EXPERTS * (2 * HIDDEN) + row, HIDDEN, 0, pipe, DIM)
+        step += DIM // pipe.x_tiles.shape[2]
+    else:
+        gdc_wait()
+        gdc_launch_dependents()
     chosen, _, token = _choose(logits, tokens, EXPERTS, EXPERTS_2, pipe.x_tiles.shape[1], 1)
+    turn = 1  # the shared expert was the first
     for slot in range(tokens):
         expert, live = _expert(chosen, token, slot)
         if live:
-            first = expert * (2 * HIDDEN) + row
-            copy_next(codes, weight, 0, first, HIDDEN, 0, step, pipe, DIM)
-            step += DIM // pipe.x_tiles.shape[2]
+            if turn % GROUPS == group:
+                first = expert * (2 * HIDDEN) + row
+                copy_next(codes, weight, 0, first, HIDDEN, 0, step, pipe, DIM)
+                step += DIM // pipe.x_tiles.shape[2]
+            turn += 1
 
 
 @gluon.jit
@@ -116,29 +128,47 @@ def _multiply_gate_up(
     HIDDEN: gl.constexpr,
     EXPERTS: gl.constexpr,
     EXPERTS_2: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
     """The multiplying warps of `gate_up`."""
     COLUMNS: gl.constexpr = pipe.x_tiles.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     token = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
     used = token < tokens
+    group = gl.program_id(1)
     gdc_wait()
     by_token = gl.load(scale + token, mask=used, other=0.0)
-    shared = EXPERTS * (2 * HIDDEN)
-    _swiglu(by_token, weight_scale, act, largest, used, tokens, shared, 0, pipe, SUMS, DIM, HIDDEN)
-    step = DIM // pipe.x_tiles.shape[2]
+    step = 0
+    if group == 0:
+        row = EXPERTS * (2 * HIDDEN)
+        _swiglu(by_token, weight_scale, act, largest, used, tokens, row, 0, pipe, SUMS, DIM, HIDDEN)
+        step += DIM // pipe.x_tiles.shape[2]
     chosen, best, order = _choose(logits, tokens, EXPERTS, EXPERTS_2, COLUMNS, 4)
     score = (1 / (1 + gl.exp(-best))).to(gl.bfloat16).to(gl.float32)
     by_token *= gl.convert_layout(score, gl.SliceLayout(0, SUMS))
     placed = gl.convert_layout(chosen, gl.SliceLayout(0, SUMS))
+    turn = 1
     for slot in range(tokens):
         expert, live = _expert(chosen, order, slot)
         if live:
-            served, row = placed == expert, expert * (2 * HIDDEN)
-            _swiglu(
-                by_token, weight_scale, act, largest, served, 0, row, step, pipe, SUMS, DIM, HIDDEN
-            )
-            step += DIM // pipe.x_tiles.shape[2]
+            if turn % GROUPS == group:
+                served, at = placed == expert, expert * (2 * HIDDEN)
+                _swiglu(
+                    by_token,
+                    weight_scale,
+                    act,
+                    largest,
+                    served,
+                    0,
+                    at,
+                    step,
+                    pipe,
+                    SUMS,
+                    DIM,
+                    HIDDEN,
+                )
+                step += DIM // pipe.x_tiles.shape[2]
+            turn += 1
 
 
 @gluon.jit(do_not_specialize=["tokens"])
@@ -159,10 +189,12 @@ def gate_up(
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
     """Like `gate_up` in `moec.kernels.triton.moe_decode_products`, for at most COLUMNS tokens.
 
-    Grid (hidden / ROWS). Descriptors: codes, weight.
+    Grid (hidden / ROWS, GROUPS). Descriptors: codes, weight. The first group has the shared expert;
+    the groups take the others in turns.
     """
     pipe = allocate(codes, weight, STAGES, COLUMNS, ROWS, DEPTH, 2)
     gl.warp_specialize(
@@ -181,9 +213,13 @@ def gate_up(
                     HIDDEN,
                     EXPERTS,
                     EXPERTS_2,
+                    GROUPS,
                 ),
             ),
-            (_copy_gate_up, (logits, codes, weight, tokens, pipe, DIM, HIDDEN, EXPERTS, EXPERTS_2)),
+            (
+                _copy_gate_up,
+                (logits, codes, weight, tokens, pipe, DIM, HIDDEN, EXPERTS, EXPERTS_2, GROUPS),
+            ),
         ],
         [1],
         [40],

@@ -62,6 +62,29 @@ def all_reduce(dim: int, tokens: int, what: Sum, rank: Rank, overlap: bool = Fal
     )
 
 
+def summed(dim: int, tokens: int, rows: int, eps: float | None, narrow: bool, rank: Rank) -> Launch:
+    """The sum of a rank's rows [tokens, dim] and those that have arrived, [ranks, rows, dim].
+
+    With `eps` a residual is added, and the RMS norm follows; quantised if `narrow`.
+    """
+    return Launch(
+        collectives.summed,
+        (tokens, 1, 1),
+        ("x", "part", "arrived", "gain", "total", "normed", "codes", "scale"),
+        {
+            "DIM": dim,
+            "DIM_2": power_of_2(dim),
+            "ROWS": rows,
+            "NORM": eps is not None,
+            "EPS": eps or 0.0,
+            "NARROW": narrow,
+            "RANK": rank.index,
+            "WORLD": rank.count,
+        },
+        max(1, min(16, power_of_2(dim) // 512)),
+    )
+
+
 def embedding_part(vocab: int, dim: int, tokens: int) -> Launch:
     """The rows of a table [vocab, dim] for the tokens that are in it."""
     return Launch(

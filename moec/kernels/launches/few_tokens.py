@@ -26,13 +26,15 @@ class Stages:
     """The stages of each product's pipeline, and the `split` of the inputs of `down` (split-k).
 
     A linear layer of at most `few_programs` programs takes all the shared memory that there is. One
-    of more leaves room for the attention kernel, which comes next.
+    of more leaves room for the attention kernel, which comes next. A `gate_up` of at most
+    `few_gate_up` programs has two groups of them.
     """
 
     linear: int = 14
     linear_few: int = 21
     few_programs: int = 96
     gate_up: int = 11
+    few_gate_up: int = 66
     down: int = 6
     split: int = 4
 
@@ -101,11 +103,13 @@ def _has_pipelines(sizes: Sizes, tokens: int, stages: Stages) -> bool:
 
 
 def _gate_up(sizes: Sizes, stages: Stages) -> Launch:
+    programs = sizes.hidden // ROWS
+    groups = 2 if programs <= stages.few_gate_up else 1
     return Launch(
         moe_decode_hopper.gate_up,
-        (sizes.hidden // ROWS, 1, 1),
+        (programs, groups, 1),
         ("logits", "codes", "scale", "gate_up", "gate_up_scale", "act", "largest", "tokens"),
-        {**_layer(sizes), **_tile(stages.gate_up)},
+        {**_layer(sizes), **_tile(stages.gate_up), "GROUPS": groups},
         warps=4,
         options=OPTIONS,
     )

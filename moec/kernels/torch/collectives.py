@@ -19,7 +19,8 @@ from moec.graph_builder.ops.registry import implement
 from moec.kernels.launches import collectives
 from moec.kernels.launches.collectives import WORLDS, Sum
 from moec.kernels.sizes import MOST_TOKENS
-from moec.kernels.torch import ops
+from moec.kernels.torch import copies, ops
+from moec.kernels.torch.copies import Norm
 from moec.kernels.torch.launch import overlaps, run
 from moec.spec.sharding import Rank
 
@@ -141,23 +142,23 @@ def all_gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([each[..., :size] for each, size in zip(found, sizes, strict=True)], -1)
 
 
-def apart(target: Any, args: Sequence[Any]) -> tuple[Tensor, Callable[[], Any]] | None:
-    """An op on many tokens in two: a partial sum, and what the op does once that is whole.
+def apart(target: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
+    """Start an op on many tokens that adds up partial sums; return what gives its result.
 
-    None: the op adds up nothing.
+    The host does not wait, and nor does the GPU until the result is asked for. None: the op adds up
+    nothing.
     """
     name = target._schema.name.partition("::")[2]
     if name == "all_reduce":
-        part = args[0]
-        return part, lambda: part
+        return copies.start(_MEETINGS[args[0].shape[-1]].rank, args[0])
     if name in ("all_reduce_norm", "all_reduce_norm_fp8"):
         x, part, gain, eps = args
-        after = ops.skip_norm if name == "all_reduce_norm" else ops.skip_norm_fp8
-        return part, lambda: after(x, part, gain, eps)
+        norm = Norm(x, gain, eps, name.endswith("fp8"))
+        return copies.start(_MEETINGS[part.shape[-1]].rank, part, norm)
     if name == "moe_all_reduce_norm_fp8":
         total, normed, eps, *layer, gain = args
         part = ops.moe_layer(normed, *layer)
-        return part, lambda: ops.skip_norm_fp8(total, part, gain, eps)
+        return copies.start(_MEETINGS[part.shape[-1]].rank, part, Norm(total, gain, eps, True))
     return None
 
 

@@ -12,6 +12,7 @@ The sums are in the order of the ranks, in float32, and rounded once: all ranks 
 import triton
 import triton.language as tl
 
+from moec.kernels.triton.norm import encode_row
 from moec.kernels.triton.overlap import next_may_start, wait
 
 #: PTX that writes a word into the memory of a peer, if the last operand is not 0
@@ -233,6 +234,54 @@ def all_reduce(
         else:
             tl.store(normed + row * HALF + at, _pair(low, high), mask=inside)
     tl.store(calls + row, call)
+
+
+@triton.jit
+def summed(
+    x,
+    part,
+    arrived,
+    gain,
+    total,
+    normed,
+    codes,
+    scale,
+    DIM: tl.constexpr,
+    DIM_2: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    NARROW: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+):
+    """total = the sum over ranks of rows; with NORM plus x, and its RMS norm times gain.
+
+    Grid (tokens). The rank's own rows are part, bf16 [tokens, dim]. Those of the others are in
+    arrived, bf16 [WORLD, ROWS, dim]. The norm is in normed, or with NARROW in codes and scale.
+    """
+    token, at = tl.program_id(0), tl.arange(0, DIM_2)
+    inside, start = at < DIM, token.to(tl.int64) * DIM
+    row = tl.zeros((DIM_2,), tl.float32)
+    for peer in tl.static_range(WORLD):
+        if peer == RANK:
+            more = tl.load(part + start + at, mask=inside, other=0.0)
+        else:
+            place = arrived + peer * ROWS * DIM + start
+            more = tl.load(place + at, mask=inside, other=0.0)
+        row += more.to(tl.float32)
+    if NORM:
+        row += tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
+    row = _rounded(row)
+    tl.store(total + start + at, row.to(tl.bfloat16), mask=inside)
+    if NORM:
+        factor = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+        root = tl.rsqrt(tl.sum(row * row, 0) / DIM + EPS)
+        row = _normed(row, root, factor)
+        if NARROW:
+            encode_row(row, at, inside, codes, scale, token, DIM)
+        else:
+            tl.store(normed + start + at, row.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first"])

@@ -9,7 +9,6 @@ from operator import getitem
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 
 from moec.spec import names
@@ -17,9 +16,9 @@ from moec.spec import names
 #: the fewest tokens of a call that runs as two halves: with fewer, products are short of tokens
 LEAST = 4096
 
-#: what takes an op apart: (op, arguments) -> a partial sum, and what the op does once it is whole;
-#: None: the op adds up nothing
-Apart = Callable[[Any, Sequence[Any]], tuple[Tensor, Callable[[], Any]] | None]
+#: what takes an op apart: (op, arguments) -> what waits for the sum over ranks, which has started,
+#: and gives the op's result; None: the op adds up nothing
+Apart = Callable[[Any, Sequence[Any]], Callable[[], Any] | None]
 
 
 def pays(feeds: Mapping[str, Tensor]) -> bool:
@@ -97,14 +96,11 @@ def _run(
         if node.op == "output":
             return tuple(args[0])
         assert node.op == "call_function"
-        both = None if node.target is getitem else apart(node.target, args)
-        if both is None:
+        rest = None if node.target is getitem else apart(node.target, args)
+        if rest is None:
             known[node] = node.target(*args)
         else:
-            part, rest = both
-            work = dist.all_reduce(part, async_op=True)
             yield
-            work.wait()  # the GPU waits, not the host
             known[node] = rest()
         for used in node.all_input_nodes:
             left[used] -= 1

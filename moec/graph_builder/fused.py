@@ -16,6 +16,7 @@ from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.fuse import fuse
 from moec.graph_builder.passes.fuse_neighbours import join_neighbours
 from moec.graph_builder.passes.fuse_quantisation import join_encodes
+from moec.graph_builder.passes.greedy import choose_best
 from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.shard import shard
 from moec.graph_builder.passes.skip_norm import join_skip_norms
@@ -31,6 +32,7 @@ def build_fused(
     taps: Sequence[str] = (),
     given: Sequence[str] = (),
     rank: Rank = ALONE,
+    greedy: bool = False,
 ) -> fx.GraphModule:
     """Build the decoder of `spec`, which computes in `precision`.
 
@@ -38,12 +40,14 @@ def build_fused(
     that become outputs. A fused op hides its router's logits and choice; the graph computes these
     again beside the op, from the op's own input. Inputs "NAME.given" replace the values `given`.
 
+    With `greedy` the output is `best`, the likeliest tokens int64 [batch, logits], and no logits.
     The graph is that of a `rank`, which has its part of the weights and of the caches.
 
     Raises:
         MoecError: the fused ops cannot express the model or its scheme; or ranks cannot share it.
     """
     own = local(spec, rank)
-    graph = join_skip_norms(keep_buffers(build_decoder(unquantised(own, precision), precision)))
+    decoder = build_decoder(unquantised(own, precision), precision)
+    graph = join_skip_norms(keep_buffers(choose_best(decoder) if greedy else decoder))
     graph = join_encodes(fuse(tap(inject(graph, given), taps), own))
     return join_neighbours(shard(graph, spec, rank))

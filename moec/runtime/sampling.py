@@ -82,12 +82,15 @@ def chooser(
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed, less)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 
-    def choose(logits: Tensor) -> Tensor:
-        # argmax runs where the logits are; sampling runs on the CPU.
-        given = logits.cpu() if temperature else logits
-        return sample(given, temperature, top_k, top_p, generator, min_p)
+    def draw(logits: Tensor) -> Tensor:
+        return sample(logits.cpu(), temperature, top_k, top_p, generator, min_p)
 
-    return partial(penalised, choose, less)
+    return partial(penalised, draw if temperature else likeliest, less)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The tokens with the largest logits, chosen where the logits are."""
+    return logits.argmax(-1)
 
 
 def penalised(choose: Choose, penalty: float, prompts: Sequence[Sequence[int]]) -> Choose:

@@ -203,10 +203,27 @@ class Session:
         `cache` is updated. The logits are on the session's device. If the tokens are on a GPU,
         engines "torch" and "tensorrt" neither wait for the step nor check the tokens.
         """
-        column = read_column(tokens)
-        if not self.queues:
-            column = column.cpu()
+        column = self._column(tokens)
         return self.extend(column, torch.ones(len(column), dtype=torch.int64), cache)
+
+    def likeliest(self, tokens: Ids, cache: Cache) -> Tensor:
+        """Append one token to each sequence, int64 [B]; return the likeliest next ones, int64 [B].
+
+        That is what `decode` and `argmax` give, but no logits leave the engine if it can choose.
+        """
+        if not self.limits.greedy:
+            return self.decode(tokens, cache).argmax(-1)
+        column = self._column(tokens)
+        count = torch.ones(len(column), dtype=torch.int64)
+        check_call(self.own, self.precision, self.limits.layout, column, count, cache)
+        if not column.is_cuda:
+            check_ids(column, self.spec.text.vocab)
+        ((_, _, out),) = self.walk(column, count, cache, every=False, greedy=True)
+        return out[names.BEST][:, 0]
+
+    def _column(self, tokens: Ids) -> Tensor:
+        column = read_column(tokens)
+        return column if self.queues else column.cpu()
 
     def extend(
         self, ids: Tensor, lengths: Tensor, cache: Cache, features: Tensor | None = None
@@ -239,11 +256,13 @@ class Session:
         cache: Cache,
         features: Tensor | None = None,
         every: bool = True,
+        greedy: bool = False,
     ) -> Iterator[tuple[slice, slice, dict[str, Tensor]]]:
         """Run ids [B, S] in calls of at most a prefill chunk; yield each call's results.
 
         Yields the rows and the columns of the call, and the outputs of the graph by name. Logits
-        are those of every token if `every`, else those of each row's last token in the call.
+        are those of every token if `every`, else those of each row's last token in the call; with
+        `greedy` there are the likeliest tokens instead.
         """
         width, chunk = ids.shape[1], self.spec.text.chunk
         needed = int((cache.lengths + lengths.clamp(min=1)).max())
@@ -267,9 +286,10 @@ class Session:
                 else (own - 1).clamp(min=0)[:, None]
             )
             here = None if features is None else features_within(features, images, rows, columns)
-            out = self.run(
-                feeds(self.spec, self.limits.layout, tokens, own, index, cache, rows, here)
-            )
+            given = feeds(self.spec, self.limits.layout, tokens, own, index, cache, rows, here)
+            if greedy:
+                given[names.GREEDY] = torch.empty(0)
+            out = self.run(given)
             if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
                     cache.tensors[name] = out[names.present_of(name)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moec.runtime.cache import Cache
 from moec.runtime.engines.gpu import on_host
+from moec.runtime.sampling import likeliest
 
 if TYPE_CHECKING:
     from moec.runtime.session import Session
@@ -35,12 +36,16 @@ def steps(
         ends: the tokens that end a sequence.
     """
     alive = torch.ones(len(cache.lengths), dtype=torch.bool)
+    following: Tensor | None = None  # tokens that the engine has chosen itself
     for step in range(most):
-        tokens = choose(logits)
+        tokens = choose(logits) if following is None else following
         arrived = on_host(tokens)
         # The GPU starts the next step while the host checks whether a sequence has ended.
         ahead = session.queues and bool(alive.all()) and step + 1 < most
-        if ahead:
+        following = None
+        if ahead and choose is likeliest:
+            following = session.likeliest(tokens, cache)
+        elif ahead:
             logits = session.decode(tokens, cache)
         tokens = arrived()
         new = [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]

@@ -221,6 +221,8 @@ def family(name: str) -> str:
 
 INPUT_IDS, PAST_LENGTHS, LENGTHS = "input_ids", "past_lengths", "lengths"
 LOGIT_INDEX, LOGITS = "logit_index", "logits"
+#: the likeliest tokens, which a graph can give in place of logits, and the input that asks for them
+BEST, GREEDY = "best", "greedy"
 IMAGE_FEATURES, PIXEL_VALUES = "image_features", "pixel_values"
 #: input of the graph for onnxruntime-genai
 ATTENTION_MASK = "attention_mask"

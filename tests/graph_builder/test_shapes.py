@@ -1,6 +1,7 @@
 """Our shape rules against torch itself: eager results and FakeTensor, on every node of a graph."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.spec.scheme import SCHEMES, Rule, Scheme
+from moec.spec.sharding import ALONE, Rank
 from moec.weights.joined import unquantised
 from moec.weights.view import TORCH_DTYPES
 from tests.routes import by
@@ -141,6 +143,13 @@ INT4 = Scheme(
 )
 
 
+def _fused(spec: ModelSpec, precision: str) -> Iterator[fx.GraphModule]:
+    """The fused decoder of a process alone and of a rank, with logits and with tokens."""
+    for rank in (ALONE, Rank(1, 2)):
+        for greedy in (False, True):
+            yield build_fused(spec, precision, rank=rank, greedy=greedy)
+
+
 @pytest.mark.full
 def test_the_vocabulary_is_what_graphs_use() -> None:
     used = {
@@ -159,7 +168,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             build_decoder(reduced(PRESETS["deepseek-v3"], 4)),
             build_decoder(CLIPPED),
             build_plain(CLIPPED),
-            *([build_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
+            *([*_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
         )
         for node in graph.graph.nodes
         if node.op == "call_function" and node.target.__name__ != "getitem"

@@ -60,18 +60,20 @@ def part_graph(
     given: Sequence[str] = (),
     dialect: str = FUSED,
     rank: Rank = ALONE,
+    greedy: bool = False,
 ) -> fx.GraphModule:
     """The graph of a part as target `torch` runs it in one of its dialects.
 
     In the dialect `FUSED` the decoder consists of fused FP8 ops, and the vision tower of plain ops
     without quantisation. In `PLAIN` both consist of plain ops, but for the MoE layers. `taps` names
     values that become further outputs. Inputs "NAME.given" replace the values `given`. A `rank` has
-    its part of a fused decoder, and the whole of the vision tower.
+    its part of a fused decoder, and the whole of the vision tower. With `greedy` a fused decoder
+    gives the likeliest tokens in place of logits.
     """
     if dialect == PLAIN:
         return build_plain(spec, precision, taps, given, part)
     if part == "model":
-        return build_fused(spec, precision, taps, given, rank)
+        return build_fused(spec, precision, taps, given, rank, greedy)
     graph = build_vision(unquantised(spec, precision), precision)
     return tap(inject(graph, given), taps)
 

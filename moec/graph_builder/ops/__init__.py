@@ -23,6 +23,8 @@ from moec.graph_builder.ops.fused.collectives import (
     all_reduce_norm,
     all_reduce_norm_fp8,
     embedding_part,
+    likeliest,
+    likeliest_part,
     moe_all_reduce_norm_fp8,
 )
 from moec.graph_builder.ops.fused.layers import (
@@ -51,7 +53,15 @@ from moec.graph_builder.ops.linear import (
 from moec.graph_builder.ops.moe import moe, ranks, route, separate_moe
 from moec.graph_builder.ops.registry import OPS, Op
 from moec.graph_builder.ops.rope import rope, rope_table
-from moec.graph_builder.ops.tokens import embedding, fuse, pack, positions, select, unpack
+from moec.graph_builder.ops.tokens import (
+    embedding,
+    fuse,
+    pack,
+    positions,
+    rows_like,
+    select,
+    unpack,
+)
 from moec.graph_builder.ops.vision import patch_rope_table, patches, pixel_shuffle, tile_tokens
 
 __all__ = [
@@ -89,6 +99,8 @@ __all__ = [
     "join_parts",
     "key_positions",
     "layer_norm",
+    "likeliest",
+    "likeliest_part",
     "linear",
     "moe",
     "moe_all_reduce_norm_fp8",
@@ -109,6 +121,7 @@ __all__ = [
     "rope_table",
     "route",
     "routed_layer",
+    "rows_like",
     "scale_queries",
     "select",
     "separate_moe",

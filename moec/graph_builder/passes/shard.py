@@ -48,13 +48,51 @@ def shard(graph: fx.GraphModule, spec: ModelSpec, rank: Rank) -> fx.GraphModule:
         stand_in(call(graph.graph, ops.all_reduce, part, name=name), embedding)
     each = [Rank(index, rank.count) for index in range(rank.count)]
     sizes = [length(span(spec.text, "vocab", one)) for one in each]
-    with graph.graph.inserting_after(head):
-        whole = call(graph.graph, ops.all_gather, head, sizes, name=f"{head.meta['name']}.whole")
-    head.replace_all_uses_with(whole, lambda user: user is not whole)
-    _widen(whole)
+    name = str(head.meta["name"])
+    for user in list(head.users):
+        if user.target == ops.likeliest.target:
+            with graph.graph.inserting_before(user):
+                args = (head, first)
+                best = call(graph.graph, ops.likeliest_part, *args, name=user.meta["name"])
+                stand_in(best, user)
+            graph.graph.erase_node(user)
+    if head.users and all(user.target != ops.likeliest_part.target for user in head.users):
+        with graph.graph.inserting_after(head):
+            whole = call(graph.graph, ops.all_gather, head, sizes, name=f"{name}.whole")
+        head.replace_all_uses_with(whole, lambda user: user is not whole)
+        _widen(whole)
+    _last_norm(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _last_norm(graph: fx.Graph) -> None:
+    """Let the norm before the head add up the tokens that get logits, and no others."""
+    for norm in list(graph.nodes):
+        if norm.target != ops.rms_norm.target:
+            continue
+        selected: Any = norm.args[0]
+        rows = selected.args[0] if selected.target == ops.select.target else selected
+        total = rows.args[0] if rows.target == ops.unpack.target else rows
+        if total.target != ops.add.target or len(total.users) > 1:
+            continue
+        x, whole = total.args
+        if whole.target != ops.all_reduce.target:
+            continue
+        _, gain, eps = norm.args
+        with graph.inserting_before(norm):
+            both = []
+            for value in (x, whole.args[0]):
+                name = f"{value.meta['name']}.selected"
+                packed = call(graph, ops.unpack, value, rows.args[1], name=f"{name}.rows")
+                both.append(call(graph, ops.select, packed, selected.args[1], name=name))
+            name = str(norm.meta["name"])
+            each = (name, f"{name}.total")
+            new, _ = call_each(
+                graph, ops.all_reduce_norm, *both, gain, eps, name=f"{name}.sum", each=each
+            )
+            stand_in(new, norm)
 
 
 def is_partial(node: fx.Node) -> bool:

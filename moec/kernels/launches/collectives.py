@@ -62,6 +62,26 @@ def all_reduce(dim: int, tokens: int, what: Sum, rank: Rank, overlap: bool = Fal
     )
 
 
+def likeliest(rows: int, first: int, rank: Rank) -> Launch:
+    """The token with the largest logit of all ranks; those of this rank begin with `first`."""
+    text, kinds = collectives.poll(rank.count - 1, 1)
+    return Launch(
+        collectives.likeliest,
+        (rows, 1, 1),
+        ("values", "tokens_in", "out", "calls", "peers"),
+        {
+            "FIRST": first,
+            "RANK": rank.index,
+            "WORLD": rank.count,
+            "ROWS": MOST_TOKENS,
+            "STORE": collectives.STORE,
+            "POLL": text,
+            "KINDS": kinds,
+        },
+        1,
+    )
+
+
 def summed(dim: int, tokens: int, rows: int, eps: float | None, narrow: bool, rank: Rank) -> Launch:
     """The sum of a rank's rows [tokens, dim] and those that have arrived, [ranks, rows, dim].
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moec.graph_builder.ops.fused import collectives as shared
 from moec.graph_builder.ops.operands import MoeLayer
 from moec.graph_builder.ops.registry import implement
 from moec.kernels.launches import collectives
@@ -29,7 +30,7 @@ from moec.spec.sharding import Rank
 class Meeting:
     """The buffers of this rank, and where those of all are; None: peers cannot be reached.
 
-    buffers  int64 [2, ranks, `MOST_TOKENS`, dim / 2]: what the peers write
+    buffers  int64 [2, ranks, `MOST_TOKENS`, width]: what the peers write
     peers    int64 [ranks]: the addresses of all ranks' buffers
     calls    int32 [`MOST_TOKENS`]: the calls so far that had such a row
     """
@@ -40,8 +41,9 @@ class Meeting:
     calls: Tensor | None
 
 
-#: the meeting of this process, by the width of the model
+#: the meetings of this process, by the width of what is added up; `_BEST`: of the likeliest tokens
 _MEETINGS: dict[int, Meeting] = {}
+_BEST = 0
 
 
 def meet(dim: int, rank: Rank) -> None:
@@ -56,16 +58,18 @@ def meet(dim: int, rank: Rank) -> None:
         all_reduce_norm_fp8,
         moe_all_reduce_norm_fp8,
         all_gather,
+        likeliest_part,
     ):
         if not _MEETINGS:
             implement(function.__name__, function, "CUDA")
-    if dim not in _MEETINGS:
-        _MEETINGS[dim] = _met(dim, rank)
+    for key, words in ((dim, dim // 2), (_BEST, 2)):
+        if key not in _MEETINGS:
+            _MEETINGS[key] = _met(words, rank)
 
 
-def _met(dim: int, rank: Rank) -> Meeting:
+def _met(words: int, rank: Rank) -> Meeting:
     device = torch.device("cuda", torch.cuda.current_device())
-    size = 2 * rank.count * MOST_TOKENS * dim // 2
+    size = 2 * rank.count * MOST_TOKENS * words
     pointers: list[int] | None = None
     found = "no kernel for so many ranks" if rank.count not in WORLDS else ""
     buffers = None
@@ -82,7 +86,7 @@ def _met(dim: int, rank: Rank) -> Meeting:
     everyone = torch.tensor([int(pointers is None)], device=device)
     dist.all_reduce(everyone)
     if int(everyone) or pointers is None or buffers is None:
-        if rank.index == 0:
+        if rank.index == 0 and words > 2:  # once
             warnings.warn(
                 f"{rank.count} GPUs add up through NCCL: {found or 'a peer has no such memory'}",
                 stacklevel=2,
@@ -140,6 +144,23 @@ def all_gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
     found = room.new_empty(len(sizes), *room.shape)
     dist.all_gather_into_tensor(found, room)
     return torch.cat([each[..., :size] for each, size in zip(found, sizes, strict=True)], -1)
+
+
+def likeliest_part(part: Tensor, first: int) -> Tensor:
+    rows = len(part)
+    best = part.argmax(-1)
+    values = part.gather(-1, best[:, None])[:, 0].float()
+    meeting = _MEETINGS[_BEST]
+    if rows > MOST_TOKENS or meeting.peers is None:
+        found: Tensor = shared.likeliest_part.eager(part, first)
+        return found
+    out = torch.empty_like(best)
+    given: dict[str, Any] = {"values": values, "tokens_in": best, "out": out}
+    run(
+        collectives.likeliest(rows, first, meeting.rank),
+        given | {"calls": meeting.calls, "peers": meeting.peers},
+    )
+    return out
 
 
 def apart(target: Any, args: Sequence[Any]) -> Callable[[], Any] | None:

@@ -97,8 +97,7 @@ def _push(
 
 
 @triton.jit
-def _gather(
-    mine,
+def _arrived(
     here,
     call,
     slot,
@@ -109,8 +108,8 @@ def _gather(
     KINDS: tl.constexpr,
     PACK: tl.constexpr,
 ):
-    """The sums over all ranks of pairs, in float32; `here` points at those of rank 0."""
-    want = call + tl.zeros(mine.shape, tl.int32)
+    """Wait for the pairs of each peer, in order; those of rank 0 would be at `here`."""
+    want = call + tl.zeros(here.shape, tl.int32)
     if WORLD == 2:
         got = (
             tl.inline_asm_elementwise(
@@ -139,6 +138,24 @@ def _gather(
             is_pure=False,
             pack=PACK,
         )
+    return got
+
+
+@triton.jit
+def _gather(
+    mine,
+    here,
+    call,
+    slot,
+    stride,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    POLL: tl.constexpr,
+    KINDS: tl.constexpr,
+    PACK: tl.constexpr,
+):
+    """The sums over all ranks of pairs of bf16, in float32."""
+    got = _arrived(here, call, slot, stride, RANK, WORLD, POLL, KINDS, PACK)
     low = tl.zeros(mine.shape, tl.float32)
     high = tl.zeros(mine.shape, tl.float32)
     for peer in tl.static_range(WORLD):
@@ -233,6 +250,50 @@ def all_reduce(
             tl.store(scale + row, step)
         else:
             tl.store(normed + row * HALF + at, _pair(low, high), mask=inside)
+    tl.store(calls + row, call)
+
+
+@triton.jit
+def likeliest(
+    values,
+    tokens_in,
+    out,
+    calls,
+    peers,
+    FIRST: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    STORE: tl.constexpr,
+    POLL: tl.constexpr,
+    KINDS: tl.constexpr,
+):
+    """The token with the largest logit of all ranks; of equal ones the first.
+
+    Grid (rows). values, float32 [rows], and tokens_in, int64 [rows], are the best of this rank's
+    part of the vocabulary, whose first token is FIRST. It writes out, int64 [rows]. calls and peers
+    are as in `all_reduce`; a buffer is int64 [2, WORLD, ROWS, 2].
+    """
+    row, at = tl.program_id(0), tl.arange(0, 2)
+    call = tl.load(calls + row) + 1
+    slot = (call & 1) * WORLD
+    stride: tl.constexpr = ROWS * 2
+    value = tl.load(values + row).to(tl.int32, bitcast=True)
+    token = (tl.load(tokens_in + row) + FIRST).to(tl.int32)
+    mine = tl.where(at == 0, value, token)
+    inside = at < 2
+    _push(mine, peers, (slot + RANK) * stride + row * 2 + at, inside, call, RANK, WORLD, STORE)
+    here = tl.load(peers + RANK).to(tl.pointer_type(tl.int64)) + row * 2 + at
+    got = _arrived(here, call, slot, stride, RANK, WORLD, POLL, KINDS, 1)
+    best = float("-inf")
+    chosen = 0
+    for peer in tl.static_range(WORLD):
+        both = mine if peer == RANK else got[peer if peer < RANK else peer - 1]
+        logit = tl.sum(tl.where(at == 0, both, 0), 0).to(tl.float32, bitcast=True)
+        other = tl.sum(tl.where(at == 1, both, 0), 0)
+        chosen = tl.where(logit > best, other, chosen)
+        best = tl.maximum(logit, best)
+    tl.store(out + row, chosen.to(tl.int64))
     tl.store(calls + row, call)
 
 

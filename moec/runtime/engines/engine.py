@@ -33,12 +33,15 @@ class Limits:
         prefill_chunk: the most tokens of a prompt in one call.
         context: the number of tokens in a cache that the engine was compiled for; None: any.
         batch: the most sequences in a decode step; None: any number.
+        greedy: whether a decode step with the input `greedy` gives the likeliest tokens, `best`,
+            in place of logits.
     """
 
     layout: Layout = "slots"
     prefill_chunk: int = PREFILL_CHUNK
     context: int | None = None
     batch: int | None = None
+    greedy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

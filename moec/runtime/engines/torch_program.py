@@ -6,11 +6,13 @@ On CUDA the fused FP8 ops run moec's kernels. On the CPU they run their eager co
 which gives the right numbers and is slow. Triton is imported only when a session on CUDA opens.
 Plain programs run torch's own operators on both devices, and moec's kernels for FP8 products on
 CUDA. Their calls return new caches, so that decode steps are no CUDA graphs.
+
+A fused decoder has two programs: one gives logits, and one the likeliest tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache as once
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +25,7 @@ from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.roles import WHOLE
 from moec.graph_builder.types import TensorType
 from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
+from moec.runtime.engines.bound import Bound
 from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
@@ -85,69 +88,50 @@ def torch_engine(
     with memory_for(f"weights of {artefact.path}"):
         given = load(artefact, device, part, rank) if weights is None else weights
     _check_file(artefact, part)
-    graph, outputs = _program(artefact, part, taps, set_values, rank)
-    flat = {_flat(name): each for name, each in given.items()}
     ports = artefact.manifest.ports(part).inputs
-    known = {_flat(port.name): port.name for port in ports}
-    known |= {_flat(names.given(name)): names.given(name) for name in set_values}
-    taken = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
-    values: list[Any] = [flat.get(name) for name in taken]
-    fed = [(i, known[name]) for i, name in enumerate(taken) if name not in flat]
+    known = {port.name for port in ports} | {names.given(name) for name in set_values}
     defaults = {
         port.name: torch.empty(0, port.shape[1], dtype=getattr(torch, port.dtype), device=device)  # type: ignore[arg-type]
         for port in ports
         if port.name == names.IMAGE_FEATURES
     }
-
-    def taken_by(feeds: Mapping[str, Tensor]) -> list[Any]:
-        own = list(values)  # a list that outlives the call would keep the caches alive
-        for i, name in fed:
-            value = feeds.get(name, defaults.get(name))
-            if value is None:
-                raise KeyError(name)
-            # The host needs the number of slots in use, so that it stays on the CPU.
-            own[i] = value if names.is_total(name) else value.to(device)
-        return own
-
-    def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        if apart and pays(feeds):
-            both = halves(feeds, artefact.manifest.spec.tokens.image)
-            results = in_turns(graph, [taken_by(half) for half in both], apart)
-            return (joined(feeds, [logits for (logits,) in results]),)
-        return tuple(graph(*taken_by(feeds)))
-
-    replays = device == "cuda" and fused and part == "model" and not taps
-    steps = Replays(call, MOVING) if replays else None
+    decoder = fused and part == "model" and not taps
     apart: Apart | None = None
-    if replays and rank.count > 1:
+    if device == "cuda" and decoder and rank.count > 1:
         from moec.kernels.torch import collectives
 
         apart = collectives.apart
 
+    def program(greedy: bool) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        graph = _graph(artefact, part, taps, set_values, rank, greedy)
+        outputs = list(graph.graph.nodes)[-1].meta["outputs"]
+        bound = Bound(lift_weights(graph), given, known, defaults, device)
+
+        def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            if apart and pays(feeds):
+                both = halves(feeds, artefact.manifest.spec.tokens.image)
+                results = in_turns(bound.graph, [bound.arguments(half) for half in both], apart)
+                return (joined(feeds, [logits for (logits,) in results]),)
+            return bound(feeds)
+
+        steps = Replays(call, MOVING) if device == "cuda" and decoder else None
+
+        def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            one = feeds[names.INPUT_IDS].shape[1] == 1 if steps else False
+            replays = one and names.IMAGE_FEATURES not in feeds
+            return dict(zip(outputs, (steps if steps and replays else call)(feeds), strict=True))
+
+        return run
+
+    logits, best = program(False), once(lambda: program(True))
+
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        decode = (
-            steps and feeds[names.INPUT_IDS].shape[1] == 1 and names.IMAGE_FEATURES not in feeds
-        )
         first = next(iter(feeds))
         with memory_for(f"a call with {first} {list(feeds[first].shape)}"):
-            results = steps(feeds) if steps and decode else call(feeds)
-        return dict(zip(outputs, results, strict=True))
+            return best()(feeds) if names.GREEDY in feeds else logits(feeds)
 
     return run
-
-
-def _program(
-    artefact: Artefact, part: str, taps: Sequence[str], given: Sequence[str], rank: Rank
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The program of a part, and the names of its outputs; `taps` are the last of these.
-
-    The program is built from the spec, as it was when the artefact was built. The part's file is
-    not loaded: torch would unpickle members of it, which runs any code that they hold.
-    """
-    graph = _graph(artefact, part, taps, given, rank)
-    outputs = list(graph.graph.nodes)[-1].meta["outputs"]
-    return lift_weights(graph), outputs
 
 
 def _graph(
@@ -156,9 +140,15 @@ def _graph(
     taps: Sequence[str] = (),
     given: Sequence[str] = (),
     rank: Rank = ALONE,
+    greedy: bool = False,
 ) -> fx.GraphModule:
+    """The program of a part; `taps` are the last of its outputs.
+
+    The program is built from the spec, as it was when the artefact was built. The part's file is
+    not loaded: torch would unpickle members of it, which runs any code that they hold.
+    """
     manifest = artefact.manifest
-    how = (taps, given, manifest.dialect, rank)
+    how = (taps, given, manifest.dialect, rank, greedy)
     return part_graph(manifest.spec, manifest.compute, part, *how)
 
 
@@ -184,10 +174,6 @@ def _check_file(artefact: Artefact, part: str) -> None:
             "build the artefact again",
             exit_code=1,
         )
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
 
 
 def check_shared(artefact: Artefact, rank: Rank) -> None:
@@ -284,7 +270,8 @@ def _check(artefact: Artefact, device: str) -> None:
 def _limits(artefact: Artefact, device: str) -> Limits:
     if not _is_fused(artefact):
         return Limits()
-    return Limits("buffers", GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK)
+    chunk = GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK
+    return Limits("buffers", chunk, greedy=True)
 
 
 ENGINE = torch_with(None)

@@ -97,6 +97,11 @@ class SharedSession(Session):
         found: Tensor = self._call("decode", tokens, cache)
         return found
 
+    def likeliest(self, tokens: Ids, cache: Cache) -> Tensor:
+        """As `Session.likeliest`; the tokens come to the host."""
+        found: Tensor = self._call("likeliest", tokens, cache)
+        return found
+
     def extend(
         self, ids: Tensor, lengths: Tensor, cache: Cache, features: Tensor | None = None
     ) -> Tensor:

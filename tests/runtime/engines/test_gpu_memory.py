@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
 from torch.nn import functional
 
 import moec
 from moec.runtime.engines import torch_program as torch_engine
+from moec.runtime.engines.bound import Bound
 from moec.runtime.engines.gpu import memory_for
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError
@@ -70,11 +70,7 @@ def test_caches_that_grow_can_be_used_further(art: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["prefill", "logits"])
 def test_calls(art: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        graph = fx.Graph()
-        __call__ = full
-
-    monkeypatch.setattr(torch_engine, "_program", lambda *given: (Full(), ()))
+    monkeypatch.setattr(Bound, "__call__", full)
     session: Session = moec.open_session(art)
     check(lambda: getattr(session, name)(torch.ones(1, 7, dtype=torch.int64)), "[1, 7]")
 

@@ -102,9 +102,9 @@ def test_generation_that_runs_ahead_is_one_that_waits(
     stop = (int(free[1][2][1] or 0),)  # what the shorter row says third
     waited = run(stop)
     steps = []
-    decode = Session.decode
+    likeliest = Session.likeliest
     ahead = replace(session, queues=True)
-    monkeypatch.setattr(Session, "decode", lambda *args: steps.append(1) or decode(*args))
+    monkeypatch.setattr(Session, "likeliest", lambda *args: steps.append(1) or likeliest(*args))
     assert run((), ahead) == free and len(steps) == 4
     assert run(stop, ahead) == waited and any(None in step for step in waited[1])
 

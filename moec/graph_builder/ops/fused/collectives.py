@@ -122,3 +122,26 @@ def all_gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
     room = torch.nn.functional.pad(part, (0, max(sizes) - part.shape[-1]))
     found = zip(gathered(room), sizes, strict=True)
     return torch.cat([each[..., :size] for each, size in found], -1)
+
+
+def _likeliest_rule(logits: TensorType) -> TensorType:
+    need(len(logits.shape) == 2, "likeliest", "logits", logits.shape, "[T, V]")
+    return TensorType(logits.shape[:1], torch.int64)
+
+
+@op("likeliest(Tensor logits) -> Tensor", _likeliest_rule)
+def likeliest(logits: Tensor) -> Tensor:
+    """logits [T, V] -> the token with the largest, int64 [T]; of equal ones the first."""
+    return logits.argmax(-1)
+
+
+@op(
+    "likeliest_part(Tensor part, int first) -> Tensor",
+    lambda part, first: _likeliest_rule(part),
+)
+def likeliest_part(part: Tensor, first: int) -> Tensor:
+    """`likeliest` of the logits of all ranks; those of this rank begin with token `first`."""
+    best = part.argmax(-1)
+    values = torch.stack(gathered(part.gather(-1, best[:, None])[:, 0].float()))  # [ranks, T]
+    tokens = torch.stack(gathered(best + first))
+    return tokens.gather(0, values.argmax(0, keepdim=True))[0]

@@ -11,6 +11,8 @@ from moec.spec.sharding import Rank
 WORLDS = (2, 4)
 #: warps of the program that adds up a token
 WARPS = 32
+#: logits in which one program looks for the largest
+BLOCK = 2048
 #: the most words of one peer that a thread waits for
 _MOST_WORDS = 8
 
@@ -62,46 +64,40 @@ def all_reduce(dim: int, tokens: int, what: Sum, rank: Rank, overlap: bool = Fal
     )
 
 
-def likeliest(rows: int, first: int, rank: Rank) -> Launch:
-    """The token with the largest logit of all ranks; those of this rank begin with `first`."""
+def blocks_of(vocab: int) -> int:
+    """How many programs look for the largest logit of a row."""
+    return -(-vocab // BLOCK)
+
+
+def likeliest(rows: int, vocab: int, first: int, rank: Rank) -> tuple[Launch, Launch]:
+    """The token with the largest logit of all ranks; the `vocab` of this one begin with `first`."""
     text, kinds = collectives.poll(rank.count - 1, 1)
-    return Launch(
-        collectives.likeliest,
-        (rows, 1, 1),
-        ("values", "tokens_in", "out", "calls", "peers"),
-        {
-            "FIRST": first,
-            "RANK": rank.index,
-            "WORLD": rank.count,
-            "ROWS": MOST_TOKENS,
-            "STORE": collectives.STORE,
-            "POLL": text,
-            "KINDS": kinds,
-        },
-        1,
-    )
-
-
-def summed(dim: int, tokens: int, rows: int, eps: float | None, narrow: bool, rank: Rank) -> Launch:
-    """The sum of a rank's rows [tokens, dim] and those that have arrived, [ranks, rows, dim].
-
-    With `eps` a residual is added, and the RMS norm follows; quantised if `narrow`.
-    """
-    return Launch(
-        collectives.summed,
-        (tokens, 1, 1),
-        ("x", "part", "arrived", "gain", "total", "normed", "codes", "scale"),
-        {
-            "DIM": dim,
-            "DIM_2": power_of_2(dim),
-            "ROWS": rows,
-            "NORM": eps is not None,
-            "EPS": eps or 0.0,
-            "NARROW": narrow,
-            "RANK": rank.index,
-            "WORLD": rank.count,
-        },
-        max(1, min(16, power_of_2(dim) // 512)),
+    blocks = blocks_of(vocab)
+    return (
+        Launch(
+            collectives.best_of_block,
+            (rows, blocks, 1),
+            ("logits", "values", "tokens_in"),
+            {"VOCAB": vocab, "BLOCK": BLOCK, "BLOCKS": blocks},
+            4,
+        ),
+        Launch(
+            collectives.likeliest,
+            (rows, 1, 1),
+            ("values", "tokens_in", "out", "calls", "peers"),
+            {
+                "FIRST": first,
+                "BLOCKS": blocks,
+                "BLOCKS_2": power_of_2(blocks),
+                "RANK": rank.index,
+                "WORLD": rank.count,
+                "ROWS": MOST_TOKENS,
+                "STORE": collectives.STORE,
+                "POLL": text,
+                "KINDS": kinds,
+            },
+            1,
+        ),
     )
 
 

@@ -6,7 +6,7 @@ sums.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ from moec.graph_builder.ops.registry import implement
 from moec.kernels.launches import collectives
 from moec.kernels.launches.collectives import WORLDS, Sum
 from moec.kernels.sizes import MOST_TOKENS
-from moec.kernels.torch import copies, ops
-from moec.kernels.torch.copies import Norm
+from moec.kernels.torch import ops
 from moec.kernels.torch.launch import overlaps, run
 from moec.spec.sharding import Rank
 
@@ -147,40 +146,25 @@ def all_gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def likeliest_part(part: Tensor, first: int) -> Tensor:
-    rows = len(part)
-    best = part.argmax(-1)
-    values = part.gather(-1, best[:, None])[:, 0].float()
+    rows, vocab = part.shape
     meeting = _MEETINGS[_BEST]
     if rows > MOST_TOKENS or meeting.peers is None:
         found: Tensor = shared.likeliest_part.eager(part, first)
         return found
-    out = torch.empty_like(best)
-    given: dict[str, Any] = {"values": values, "tokens_in": best, "out": out}
-    run(
-        collectives.likeliest(rows, first, meeting.rank),
-        given | {"calls": meeting.calls, "peers": meeting.peers},
-    )
-    return out
-
-
-def apart(target: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
-    """Start an op on many tokens that adds up partial sums; return what gives its result.
-
-    The host does not wait, and nor does the GPU until the result is asked for. None: the op adds up
-    nothing.
-    """
-    name = target._schema.name.partition("::")[2]
-    if name == "all_reduce":
-        return copies.start(_MEETINGS[args[0].shape[-1]].rank, args[0])
-    if name in ("all_reduce_norm", "all_reduce_norm_fp8"):
-        x, part, gain, eps = args
-        norm = Norm(x, gain, eps, name.endswith("fp8"))
-        return copies.start(_MEETINGS[part.shape[-1]].rank, part, norm)
-    if name == "moe_all_reduce_norm_fp8":
-        total, normed, eps, *layer, gain = args
-        part = ops.moe_layer(normed, *layer)
-        return copies.start(_MEETINGS[part.shape[-1]].rank, part, Norm(total, gain, eps, True))
-    return None
+    blocks = collectives.blocks_of(vocab)
+    device = part.device
+    values: dict[str, Any] = {
+        "logits": part,
+        "values": torch.empty(rows, blocks, dtype=torch.float32, device=device),
+        "tokens_in": torch.empty(rows, blocks, dtype=torch.int32, device=device),
+        "out": torch.empty(rows, dtype=torch.int64, device=device),
+        "calls": meeting.calls,
+        "peers": meeting.peers,
+    }
+    for launch in collectives.likeliest(rows, vocab, first, meeting.rank):
+        run(launch, values)
+    best: Tensor = values["out"]
+    return best
 
 
 def _is_direct(x: Tensor) -> bool:

@@ -12,7 +12,6 @@ The sums are in the order of the ranks, in float32, and rounded once: all ranks 
 import triton
 import triton.language as tl
 
-from moec.kernels.triton.norm import encode_row
 from moec.kernels.triton.overlap import next_may_start, wait
 
 #: PTX that writes a word into the memory of a peer, if the last operand is not 0
@@ -254,6 +253,28 @@ def all_reduce(
 
 
 @triton.jit
+def best_of_block(
+    logits,
+    values,
+    tokens_in,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The largest of BLOCK logits, bf16 [rows, VOCAB], and its place; of equal ones the first.
+
+    Grid (rows, BLOCKS). It writes values, float32 [rows, BLOCKS], and tokens_in, int32.
+    """
+    row, block = tl.program_id(0), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    start = row.to(tl.int64) * VOCAB
+    found = tl.load(logits + start + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
+    most, place = tl.max(found, 0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(values + row * BLOCKS + block, most)
+    tl.store(tokens_in + row * BLOCKS + block, block * BLOCK + place)
+
+
+@triton.jit
 def likeliest(
     values,
     tokens_in,
@@ -261,6 +282,8 @@ def likeliest(
     calls,
     peers,
     FIRST: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_2: tl.constexpr,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -270,17 +293,20 @@ def likeliest(
 ):
     """The token with the largest logit of all ranks; of equal ones the first.
 
-    Grid (rows). values, float32 [rows], and tokens_in, int64 [rows], are the best of this rank's
-    part of the vocabulary, whose first token is FIRST. It writes out, int64 [rows]. calls and peers
-    are as in `all_reduce`; a buffer is int64 [2, WORLD, ROWS, 2].
+    Grid (rows). values and tokens_in are what `best_of_block` found in the rank's own part of the
+    vocabulary, whose first token is FIRST. It writes out, int64 [rows]. calls and peers are as in
+    `all_reduce`; a buffer is int64 [2, WORLD, ROWS, 2].
     """
     row, at = tl.program_id(0), tl.arange(0, 2)
+    block = tl.arange(0, BLOCKS_2)
     call = tl.load(calls + row) + 1
     slot = (call & 1) * WORLD
     stride: tl.constexpr = ROWS * 2
-    value = tl.load(values + row).to(tl.int32, bitcast=True)
-    token = (tl.load(tokens_in + row) + FIRST).to(tl.int32)
-    mine = tl.where(at == 0, value, token)
+    known = block < BLOCKS
+    each = tl.load(values + row * BLOCKS + block, mask=known, other=float("-inf"))
+    own, place = tl.max(each, 0, return_indices=True, return_indices_tie_break_left=True)
+    token = FIRST + tl.load(tokens_in + row * BLOCKS + place)
+    mine = tl.where(at == 0, own.to(tl.int32, bitcast=True), token)
     inside = at < 2
     _push(mine, peers, (slot + RANK) * stride + row * 2 + at, inside, call, RANK, WORLD, STORE)
     here = tl.load(peers + RANK).to(tl.pointer_type(tl.int64)) + row * 2 + at
@@ -295,54 +321,6 @@ def likeliest(
         best = tl.maximum(logit, best)
     tl.store(out + row, chosen.to(tl.int64))
     tl.store(calls + row, call)
-
-
-@triton.jit
-def summed(
-    x,
-    part,
-    arrived,
-    gain,
-    total,
-    normed,
-    codes,
-    scale,
-    DIM: tl.constexpr,
-    DIM_2: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORM: tl.constexpr,
-    EPS: tl.constexpr,
-    NARROW: tl.constexpr,
-    RANK: tl.constexpr,
-    WORLD: tl.constexpr,
-):
-    """total = the sum over ranks of rows; with NORM plus x, and its RMS norm times gain.
-
-    Grid (tokens). The rank's own rows are part, bf16 [tokens, dim]. Those of the others are in
-    arrived, bf16 [WORLD, ROWS, dim]. The norm is in normed, or with NARROW in codes and scale.
-    """
-    token, at = tl.program_id(0), tl.arange(0, DIM_2)
-    inside, start = at < DIM, token.to(tl.int64) * DIM
-    row = tl.zeros((DIM_2,), tl.float32)
-    for peer in tl.static_range(WORLD):
-        if peer == RANK:
-            more = tl.load(part + start + at, mask=inside, other=0.0)
-        else:
-            place = arrived + peer * ROWS * DIM + start
-            more = tl.load(place + at, mask=inside, other=0.0)
-        row += more.to(tl.float32)
-    if NORM:
-        row += tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
-    row = _rounded(row)
-    tl.store(total + start + at, row.to(tl.bfloat16), mask=inside)
-    if NORM:
-        factor = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
-        root = tl.rsqrt(tl.sum(row * row, 0) / DIM + EPS)
-        row = _normed(row, root, factor)
-        if NARROW:
-            encode_row(row, at, inside, codes, scale, token, DIM)
-        else:
-            tl.store(normed + start + at, row.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first"])

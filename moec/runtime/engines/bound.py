@@ -27,15 +27,15 @@ class Bound:
         defaults: Mapping[str, Tensor],
         device: str,
     ) -> None:
-        self.graph, self._defaults, self._device = graph, defaults, device
+        self._graph, self._defaults, self._device = graph, defaults, device
         flat = {_flat(name): each for name, each in weights.items()}
         fed = {_flat(name): name for name in known}
         taken = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
         self._values: list[Any] = [flat.get(name) for name in taken]
         self._fed = [(i, fed[name]) for i, name in enumerate(taken) if name not in flat]
 
-    def arguments(self, feeds: Mapping[str, Tensor]) -> list[Any]:
-        """The inputs of a call, in order.
+    def __call__(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Run the graph on a call's inputs, by name.
 
         Raises:
             KeyError: an input is missing.
@@ -47,11 +47,7 @@ class Bound:
                 raise KeyError(name)
             # The host needs the number of slots in use, so that it stays on the CPU.
             own[i] = value if names.is_total(name) else value.to(self._device)
-        return own
-
-    def __call__(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Run the graph on a call's inputs, by name."""
-        return tuple(self.graph(*self.arguments(feeds)))
+        return tuple(self._graph(*own))
 
 
 def _flat(name: str) -> str:

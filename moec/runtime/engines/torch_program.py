@@ -29,7 +29,6 @@ from moec.runtime.engines.bound import Bound
 from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
-from moec.runtime.engines.overlapped import Apart, halves, in_turns, joined, pays
 from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
@@ -96,30 +95,17 @@ def torch_engine(
         if port.name == names.IMAGE_FEATURES
     }
     decoder = fused and part == "model" and not taps
-    apart: Apart | None = None
-    if device == "cuda" and decoder and rank.count > 1:
-        from moec.kernels.torch import collectives
-
-        apart = collectives.apart
 
     def program(greedy: bool) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
         graph = _graph(artefact, part, taps, set_values, rank, greedy)
         outputs = list(graph.graph.nodes)[-1].meta["outputs"]
         bound = Bound(lift_weights(graph), given, known, defaults, device)
-
-        def call(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            if apart and pays(feeds):
-                both = halves(feeds, artefact.manifest.spec.tokens.image)
-                results = in_turns(bound.graph, [bound.arguments(half) for half in both], apart)
-                return (joined(feeds, [logits for (logits,) in results]),)
-            return bound(feeds)
-
-        steps = Replays(call, MOVING) if device == "cuda" and decoder else None
+        steps = Replays(bound, MOVING) if device == "cuda" and decoder else None
 
         def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
             one = feeds[names.INPUT_IDS].shape[1] == 1 if steps else False
             replays = one and names.IMAGE_FEATURES not in feeds
-            return dict(zip(outputs, (steps if steps and replays else call)(feeds), strict=True))
+            return dict(zip(outputs, (steps if steps and replays else bound)(feeds), strict=True))
 
         return run
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache as once
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from moec.artefact.artefact import (
     Artefact,
@@ -89,13 +90,7 @@ def open_session(
         if given not in known:
             expected = " or ".join(filter(None, known))
             refuse(f"{name} {given}", f"no such {name}", expected, "choose one of them")
-    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1):
-        refuse("gpus", repr(gpus)[:80], "1 or more", "correct gpus")
-    rank = started_as()
-    if gpus is not None and rank.count > 1 and gpus != rank.count:
-        found = f"a process that is one of {rank.count} ranks already"
-        refuse(f"gpus {gpus}", found, f"gpus={rank.count}", "leave gpus out")
-    if gpus is not None and gpus > 1 and rank.count == 1:
+    if starts_ranks(gpus):
         return _shared(path, device, engine, gpus, weights_from)
     if device == "cuda" and engine in (EAGER, "interpreter"):
         refuse(
@@ -128,6 +123,23 @@ def open_session(
         # A field that cannot be right was refused before, by its name.
         check_digest(artefact)
     return session
+
+
+def starts_ranks(gpus: Any) -> TypeGuard[int]:
+    """Whether a call with `gpus` starts ranks: not in a rank, and not for one GPU.
+
+    Raises:
+        MoecError: `gpus` is no number of GPUs, or torchrun has started another number of ranks.
+    """
+    if gpus is None:
+        return False
+    if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
+        refuse("gpus", repr(gpus)[:80], "1 or more", "correct gpus")
+    rank = started_as()
+    if rank.count > 1 and gpus != rank.count:
+        found = f"a process that is one of {rank.count} ranks already"
+        refuse(f"gpus {gpus}", found, f"gpus={rank.count}", "leave gpus out")
+    return gpus > 1 and rank.count == 1
 
 
 def _shared(

@@ -193,5 +193,5 @@ def _refuse(rank: Rank, divided: str, found: object) -> None:
         f"{rank.count} ranks: text.{divided}",
         found,
         "a size that so many ranks can share",
-        "use fewer GPUs: --gpus 2, for example",
+        "use fewer GPUs; without --gpus, one has the whole model",
     )

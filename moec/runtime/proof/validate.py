@@ -20,6 +20,7 @@ from moec.artefact.parity import identity
 from moec.artefact.parity import record as record
 from moec.artefact.session_options import EXACT
 from moec.exporters.onnx.write import GENAI
+from moec.runtime.open import starts_ranks
 from moec.runtime.proof.against import compare
 from moec.runtime.proof.checks import cached_decode, generation, layer_by_layer
 from moec.runtime.proof.compare import FP8_NOISE, TOLERANCES
@@ -50,7 +51,7 @@ from moec.runtime.proof.source import (
     weights_against_source,
 )
 from moec.runtime.proof.under_test import ArtefactUnderTest
-from moec.runtime.ranks.group import same, started_as
+from moec.runtime.ranks.group import same
 from moec.spec import names
 from moec.spec.errors import MoecError, refuse
 from moec.spec.hf.forms import checkpoint_folder
@@ -123,7 +124,7 @@ def validate(
             "1 token or more, a seed of 0 to 2^63",
             "correct --tokens or --seed",
         )
-    if gpus is not None and gpus > 1 and started_as().count == 1:
+    if starts_ranks(gpus):
         from moec.runtime.ranks.proof import shared_validate  # which imports this
 
         return shared_validate(

@@ -1,9 +1,10 @@
 """One rank that `moec.runtime.ranks.start` has started: it runs the calls that its parent sends.
 
 All ranks get the same calls and run them in the same order. Messages are pickles between processes
-of one program. A call is (object, name, arguments, named arguments): the method `name` of an object
-that the ranks hold, or a function of `FUNCTIONS`. Sessions, caches and conversations stay in the
-ranks, and the parent has a `Held` for each; they are numbered in the same way in all ranks.
+of one program. A call is (numbers, object, name, arguments, named arguments): the method `name` of
+an object that the ranks hold, or a function of `FUNCTIONS`. Sessions, caches and conversations stay
+in the ranks, and the parent has a `Held` for each; they are numbered in the same way in all ranks.
+The numbers are of those that the ranks forget first, because the parent has let them go.
 
 A reply is (kind, value): "done" with what the call gave and the state of its caches, "refused" with
 a `MoecError`, or "failed" with the text of another error. Rank 0 also sends "part" for what a call
@@ -17,25 +18,26 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from torch import Tensor
 
+from moec.artefact.targets import imported
 from moec.runtime.cache import Cache
 from moec.runtime.conversation import Conversation
-from moec.runtime.open import open_session
-from moec.runtime.proof.validate import validate
 from moec.runtime.ranks.group import started_as
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError, understood
 
 #: seconds between two signs of life
 BEAT = 1.0
-#: functions that the parent calls by name
-FUNCTIONS: dict[str, Callable[..., Any]] = {"open_session": open_session, "validate": validate}
+#: functions that the parent calls by name, and where they are; sessions may not import proofs
+FUNCTIONS = {
+    "open_session": "moec.runtime.open:open_session",
+    "validate": "moec.runtime.proof.validate:validate",
+}
 #: a named argument that stands for a function which sends its arguments to the parent
 PART = "moec.part"
 _KEPT = (Session, Cache, Conversation)
@@ -73,17 +75,16 @@ def main(number: int) -> None:
     held: dict[int, Any] = {}
     while True:
         try:
-            owner, name, given, named = pickle.loads(connection.recv_bytes())
+            dropped, owner, name, given, named = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)
-        if name == "drop":
-            held.pop(owner, None)
-            continue
+        for each in dropped:
+            held.pop(each, None)
         caches = [each.number for each in (*given, *named.values()) if isinstance(each, Held)]
         try:
             arguments = [_own(each, held, channel, first) for each in given]
             by_name = {key: _own(each, held, channel, first) for key, each in named.items()}
-            found = FUNCTIONS[name] if owner is None else getattr(held[owner], name)
+            found = imported(FUNCTIONS[name]) if owner is None else getattr(held[owner], name)
             value = found(*arguments, **by_name) if callable(found) else found
             result = _kept(value, held)
             states = {each: _state(held[each]) for each in caches}

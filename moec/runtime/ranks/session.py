@@ -27,6 +27,7 @@ class SharedCache(Cache):
     """A cache in the ranks; it has no tensors here."""
 
     held: Held = field(default_factory=lambda: Held(-1))
+    ranks: Ranks | None = None
 
 
 class SharedSession(Session):
@@ -136,7 +137,7 @@ class SharedSession(Session):
         **named: Any,
     ) -> Any:
         for each in given:
-            if isinstance(each, Cache) and not isinstance(each, SharedCache):
+            if isinstance(each, Cache) and getattr(each, "ranks", None) is not self.ranks:
                 found = "a cache of another session"
                 refuse("cache", found, "a cache of this session", "Session.prefill makes one")
         caches = [each for each in given if isinstance(each, SharedCache)]
@@ -151,7 +152,7 @@ class SharedSession(Session):
 
     def _cache(self, made: tuple[Held, dict[str, Any]]) -> SharedCache:
         held, state = made
-        cache = SharedCache(tensors={}, held=held, **state)
+        cache = SharedCache(tensors={}, held=held, ranks=self.ranks, **state)
         weakref.finalize(cache, self.ranks.drop, held.number)
         return cache
 

@@ -5,7 +5,6 @@ own, `moec.runtime.ranks.rank`. A rank that dies, raises, or shows no sign of li
 at once and by their process ids, since a GPU may wait for a peer that no longer comes.
 """
 
-import contextlib
 import os
 import pickle
 import signal
@@ -47,6 +46,7 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="moec-ranks-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
+        self._dropped: list[int] = []
         self._end = weakref.finalize(self, _kill, self._processes, self._pipes, self._folder)
         folder, cores = Path(self._folder.name), os.cpu_count() or 1
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -111,7 +111,8 @@ class Ranks:
         """
         if not self.alive:
             refuse("ranks", "processes that have ended", "ranks that run", "open the session again")
-        message = pickle.dumps((owner, name, given, named))
+        dropped, self._dropped = self._dropped, []
+        message = pickle.dumps((dropped, owner, name, given, named))
         try:
             for index, pipe in enumerate(self._pipes):
                 try:
@@ -126,10 +127,12 @@ class Ranks:
             raise
 
     def drop(self, number: int) -> None:
-        """Let the ranks forget an object that they hold."""
-        for pipe in self._pipes if self.alive else ():
-            with contextlib.suppress(OSError):
-                pipe.send_bytes(pickle.dumps((number, "drop", (), {})))
+        """Let the ranks forget an object that they hold, before the next call.
+
+        The garbage collector may call this at any moment, also while a call is sent. The ranks
+        number what they hold, so that all of them must forget it between the same calls.
+        """
+        self._dropped.append(number)
 
     def _answers(self, part: Callable[..., None] | None) -> tuple[Any, dict[int, dict[str, Any]]]:
         now = time.monotonic()
@@ -173,9 +176,13 @@ class Ranks:
                     min(set(range(self.count)) - set(done)), f"no answer in {PATIENCE:.0f} s"
                 )
         if refused:
-            error = refused[min(refused)]
+            index = min(refused)
+            error = refused[index]
             if len(refused) < self.count:  # the others may wait for those that refused
                 self.close()
+                where = f"rank {index} of {self.count}: {error.where}"
+                parts = error.found, error.expected, error.next_step
+                refuse(where, *parts, exit_code=error.exit_code)
             raise error
         if failed:
             index, said = next(iter(failed.items()))

@@ -1,0 +1,168 @@
+"""A rank's graph: who adds up partial sums, how often ranks meet, and the types of all values."""
+
+from collections import Counter
+from operator import getitem
+from typing import Any
+
+import pytest
+from torch import fx
+
+from moec.graph_builder import ops
+from moec.graph_builder.fused import build_fused
+from moec.graph_builder.ops.registry import OPS
+from moec.graph_builder.passes.shard import is_partial
+from moec.graph_builder.weights import weights_of
+from moec.spec.files import load_scheme
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
+from moec.spec.reduced import reduced
+from moec.spec.sharding import ALONE, Rank, local
+from moec.weights.joined import joined_tensors
+from moec.weights.view import STORED
+
+#: ops that add up partial sums of all ranks, whatever else they do
+SUMS = {
+    ops.all_reduce.target,
+    ops.all_reduce_norm.target,
+    ops.all_reduce_norm_fp8.target,
+    ops.moe_all_reduce_norm_fp8.target,
+}
+KEPT = ("name", "type", "role", "outputs")
+#: weights whose inputs are divided; a product with one is a partial sum
+PARTIAL = ("attn.o.weight", "ffn.down.weight", "moe.down")
+
+
+def in_fp8(preset: str) -> ModelSpec:
+    return PRESETS[preset].model_copy(update={"scheme": load_scheme("dynamic")})
+
+
+def with_sizes(spec: ModelSpec, **text: int) -> ModelSpec:
+    return spec.model_copy(update={"text": spec.text.model_copy(update=text)})
+
+
+#: dense and MoE layers alternate in Maverick
+MODELS = {
+    "scout": reduced(in_fp8("scout"), 5),
+    "repeated heads": with_sizes(reduced(in_fp8("scout"), 4), heads=8),
+    "maverick": reduced(in_fp8("maverick"), 4),
+    "dense at the end": reduced(in_fp8("maverick"), 3),
+    "uneven": with_sizes(in_fp8("tiny-scout"), heads=6, kv_heads=3, vocab=4095),
+}
+CASES = [
+    pytest.param(spec, Rank(index, count), id=f"{name}, {index} of {count}")
+    for name, spec in MODELS.items()
+    for index, count in ([(3, 4)] if name == "repeated heads" else [(0, 2), (1, 2)])
+]
+
+
+@pytest.fixture(params=["bf16", "fp32"])
+def precision(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def calls(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("spec, rank", CASES)
+def test_partial_sums_reach_only_ops_that_add_them_up(
+    spec: ModelSpec, rank: Rank, precision: str
+) -> None:
+    graph = build_fused(spec, precision, rank=rank)
+    partial = {
+        node: set(node.users)
+        for node in calls(graph)
+        if any(name.endswith(PARTIAL) for each in node.all_input_nodes for name in weights_of(each))
+    }
+    inside = {node for node in partial if node.target == ops.moe_all_reduce_norm_fp8.target}
+    for node in partial.keys() - inside:
+        assert is_partial(node)
+        assert node.users and {user.target for user in node.users} <= SUMS, node
+        for user in node.users:  # and not as the part that is whole already
+            assert user.args[0 if user.target == ops.all_reduce.target else 1] is node
+    assert len(partial) == 2 * spec.text.layers
+    for node in calls(graph):
+        if node.target in SUMS - {ops.moe_all_reduce_norm_fp8.target}:
+            part: Any = node.args[0 if node.target == ops.all_reduce.target else 1]
+            assert part in partial or part.target == ops.embedding_part.target, "nothing adds twice"
+
+
+@pytest.mark.parametrize("spec, rank", CASES)
+def test_ranks_meet_once_for_tokens_twice_a_layer_and_once_for_logits(
+    spec: ModelSpec, rank: Rank, precision: str
+) -> None:
+    nodes = calls(build_fused(spec, precision, rank=rank))
+    count = Counter(node.target for node in nodes)
+    assert sum(count[each] for each in SUMS) == 1 + 2 * spec.text.layers
+    assert count[ops.embedding_part.target] == count[ops.all_gather.target] == 1
+    assert not count[ops.embedding.target]
+    (rows,) = (node for node in nodes if node.target == ops.embedding_part.target)
+    assert {user.target for user in rows.users} == {ops.all_reduce.target}
+    (gather,) = (node for node in nodes if node.target == ops.all_gather.target)
+    each = [local(spec, Rank(index, rank.count)).text.vocab for index in range(rank.count)]
+    assert gather.args[1] == each and sum(each) == spec.text.vocab
+    assert rows.args[2] == sum(each[: rank.index])
+    # no op adds to the residual stream what is not yet a sum.
+    assert not count[ops.skip_norm.target] + count[ops.skip_norm_fp8.target]
+    assert not count[ops.norm_moe.target] + count[ops.norm_moe_norm_fp8.target]
+
+
+@pytest.mark.parametrize("spec, rank", CASES)
+def test_types_are_those_of_the_shape_rules(spec: ModelSpec, rank: Rank, precision: str) -> None:
+    for node in calls(build_fused(spec, precision, rank=rank)):
+        if node.target is getitem:
+            source: Any = node.args[0]
+            found = source.meta["type"][node.args[1]]
+        else:
+            given = fx.map_arg(node.args, lambda each: each.meta["type"])
+            found = OPS[node.target._schema.name.partition("::")[2]].rule(*given)  # type: ignore[union-attr]
+        assert node.meta["type"] == found, node.meta["name"]
+
+
+@pytest.mark.parametrize("spec, rank", CASES)
+def test_results_have_the_names_and_sizes_of_the_whole_program(
+    spec: ModelSpec, rank: Rank, precision: str
+) -> None:
+    whole, own = (build_fused(spec, precision, rank=each) for each in (ALONE, rank))
+    results = [list(graph.graph.nodes)[-1] for graph in (whole, own)]
+    for node in results:
+        assert node.meta["outputs"] == ("logits",)
+    types = [node.args[0][0].meta["type"] for node in results]  # type: ignore[index,union-attr]
+    assert types[0] == types[1] and types[0].shape[-1] == spec.text.vocab
+    names = [[n.meta["name"] for n in g.graph.nodes if n.op == "placeholder"] for g in (whole, own)]
+    assert names[0] == names[1], "all ranks take the same inputs"
+    residual = {f"layers.{i}.attn.residual" for i in range(spec.text.layers)} | {"embed"}
+    assert residual <= {node.meta.get("name") for node in own.graph.nodes}
+
+
+@pytest.mark.parametrize("spec, rank", CASES)
+def test_weights_are_those_of_the_rank(spec: ModelSpec, rank: Rank, precision: str) -> None:
+    graph = build_fused(spec, precision, rank=rank)
+    found = {name: (tuple(each.shape), each.dtype) for name, each in graph.named_parameters()}
+    joined = joined_tensors(local(spec, rank), precision)
+    assert found == {name: (each.shape, STORED[each.dtype]) for name, each in joined.items()}
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
+def test_a_process_alone_has_the_graph_that_it_has_without_the_pass(
+    spec: ModelSpec, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = build_fused(spec, precision, rank=Rank(0, 1))
+    monkeypatch.setattr("moec.graph_builder.fused.shard", lambda graph, *_: graph)
+    plain = build_fused(spec, precision)
+    assert str(alone.graph) == str(plain.graph)
+    for mine, other in zip(alone.graph.nodes, plain.graph.nodes, strict=True):
+        assert [mine.meta.get(key) for key in KEPT] == [other.meta.get(key) for key in KEPT]
+    together = SUMS | {ops.embedding_part.target, ops.all_gather.target}
+    assert not together & {node.target for node in calls(alone)}
+
+
+def test_a_value_that_is_a_sum_keeps_its_name_as_a_tap() -> None:
+    """Whoever looks at inner values sees those of all ranks together."""
+    spec, rank = MODELS["maverick"], Rank(1, 2)
+    taps = ["embed", "layers.0.out", "layers.1.out", "layers.1.attn.residual", "layers.3.out"]
+    graph = build_fused(spec, "fp32", taps, rank=rank)
+    output: Any = list(graph.graph.nodes)[-1]
+    assert output.meta["outputs"] == ("logits", *taps)
+    for node in output.args[0]:
+        assert not is_partial(node) and node.target != ops.embedding_part.target

@@ -24,6 +24,8 @@ from moec.spec.errors import MoecError, refuse
 
 _ROOT = Path(__file__).parents[3]
 _COMMAND = (sys.executable, "-P", "-m", f"{__package__}.rank")
+#: the variables that say which network the libraries of the ranks use
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 #: seconds without a sign of life after which a rank counts as hung
 SILENCE = 20.0
 #: seconds that a call may take without giving anything
@@ -56,6 +58,8 @@ class Ranks:
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
         }
+        if Path("/sys/class/net/lo").exists():  # one host: nothing listens on its network
+            shared |= {name: os.environ.get(name, "lo") for name in _INTERFACES}
         try:
             for index in range(count):
                 ours, theirs = Pipe()

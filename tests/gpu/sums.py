@@ -1,0 +1,114 @@
+"""Run by torchrun: what ranks add up and choose on GPUs, against float32. Prints "right" once."""
+
+import itertools
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moec.kernels.torch import collectives
+from moec.runtime.ranks.group import join
+
+EPS = 1e-5
+
+
+def everyone(x: Tensor) -> list[Tensor]:
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x.contiguous())
+    return found
+
+
+def same(x: Tensor) -> bool:
+    bits = everyone(x.view(torch.uint8))
+    return all(torch.equal(bits[0], each) for each in bits)
+
+
+def near(found: Tensor, expected: Tensor, limit: float) -> None:
+    error = float((found.float() - expected).norm() / expected.norm())
+    assert error <= limit, (error, limit)
+
+
+def normed(total: Tensor, gain: Tensor) -> Tensor:
+    root = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS)
+    return (total * root).bfloat16().float() * gain.float()
+
+
+def check(dim: int, tokens: int, mine: torch.Generator, shared: torch.Generator) -> None:
+    part = torch.randn(tokens, dim, device="cuda", generator=mine).bfloat16()
+    x = torch.randn(tokens, dim, device="cuda", generator=shared).bfloat16()
+    gain = torch.randn(dim, device="cuda", generator=shared).bfloat16()
+    parts = sum(each.float() for each in everyone(part))
+    limit = 1e-6 if tokens <= 64 else 1e-2  # NCCL adds up in bf16
+    near(collectives.all_reduce(part.clone()), parts.bfloat16().float(), limit)
+    total = (parts + x.float()).bfloat16().float()
+    found, sums = collectives.all_reduce_norm(x, part.clone(), gain, EPS)
+    near(sums, total, limit)
+    near(found, normed(total, gain), 1e-2)
+    assert same(found) and same(sums)
+    codes, scale, sums = collectives.all_reduce_norm_fp8(x, part.clone(), gain, EPS)
+    near(codes.float() * scale[:, None], normed(total, gain), 4e-2)
+    assert same(codes) and same(scale) and same(sums)
+    if tokens <= 64:
+        wide = torch.randn(3, tokens, dim, device="cuda", generator=mine)
+        what = collectives.Sum(add=True, norm=True, narrow=True, parts=3, eps=EPS)
+        found = collectives._sum(what, wide, x, gain)["total"]
+        own = sum(each.float() for each in everyone(wide.sum(0).bfloat16()))
+        near(found, (own + x.float()).bfloat16().float(), 1e-3)
+
+
+def tokens_of_all(rows: int, vocab: int, mine: torch.Generator) -> None:
+    rank = dist.get_rank()
+    part = torch.randn(rows, vocab, device="cuda", generator=mine).bfloat16()  # has ties
+    whole = torch.cat(everyone(part), -1)
+    found = collectives.likeliest_part(part, rank * vocab)
+    assert torch.equal(whole.gather(-1, found[:, None])[:, 0], whole.max(-1).values)
+    first = torch.stack([(row == row.max()).nonzero()[0, 0] for row in whole])
+    assert rows > 64 or torch.equal(found, first)
+    assert same(found)
+
+
+def graphs(dim: int, mine: torch.Generator) -> None:
+    """Replays of a CUDA graph, with one rank behind the others, are the calls by themselves."""
+    part, x = (torch.randn(2, dim, device="cuda", generator=mine).bfloat16() for _ in range(2))
+    dist.broadcast(x, 0)
+    gain = torch.ones(dim, device="cuda").bfloat16()
+
+    def step() -> Tensor:
+        total = x
+        for _ in range(5):
+            total = collectives.all_reduce_norm(total, part.clone(), gain, EPS)[1]
+        return total
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for turn in range(20):
+        if turn % dist.get_world_size() == dist.get_rank():
+            torch.cuda._sleep(2_000_000)
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+def main() -> None:
+    rank = join("cuda")
+    mine = torch.Generator("cuda").manual_seed(100 + rank.index)
+    shared = torch.Generator("cuda").manual_seed(7)
+    for dim in (5120, 1536, 640, 128):
+        collectives.meet(dim, rank)
+        for tokens in (1, 2, 7, 16, 64, 65, 300):
+            check(dim, tokens, mine, shared)
+        graphs(dim, mine)
+    for rows, vocab in itertools.product((1, 8, 64, 70), (101056, 2048, 96)):
+        tokens_of_all(rows, vocab, mine)
+    dist.barrier()
+    if rank.index == 0:
+        print("right")
+    sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

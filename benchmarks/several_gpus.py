@@ -1,18 +1,22 @@
 """Measure Scout and Maverick on the GPUs of one host, which share each model.
 
-    python benchmarks/several_gpus.py --gpus 2 [--parts sums,scout,maverick] [--layers 12]
+    python benchmarks/several_gpus.py --gpus 2 [--parts sums,tokens,scout,maverick] [--layers 12]
 
-The command measures one GPU first, and then all of them. Weights are random and drawn on the GPUs;
-they run through an artefact of target torch. The limits are measured in the same run: a copy of 2
-GiB on one GPU, and the all-reduces of NCCL and of torch's symmetric memory. `sums` is the sum over
-ranks with residual, norm and FP8 quantisation, in a CUDA graph with work between the calls, checked
-against float32 on fresh input. Times of whole steps are wall-clock times of the slowest rank.
-`vllm_peer.py --gpus N` measures vLLM.
+The command measures Scout on one GPU first, and then all parts on all GPUs. Weights are random and
+drawn on the GPUs; they run through an artefact of target torch. The limits are measured in the same
+run: a copy of 2 GiB on one GPU, and the all-reduces of NCCL and of torch's symmetric memory.
+
+`sums` is the sum over ranks with residual, norm and FP8 quantisation, in a CUDA graph with work
+between the calls, checked against float32 on fresh input. `tokens` compares the tokens of the
+trained example with those of one GPU. A step is a greedy decode step with the choice of its token.
+Times are wall-clock times of the slowest rank. With --vllm-python, vLLM's tensor parallelism is
+measured too, as in `vllm_peer.py`.
 """
 
 import argparse
 import gc
-import os
+import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,7 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from moe_kernels import copy_rate, need_gpu
+from safetensors.torch import load_file
 from torch import Tensor
+from vllm_peer import measured, need_vllm, vllm_config
 
 import moec
 from moec.artefact.artefact import open_artefact
@@ -36,8 +42,9 @@ from moec.runtime.ranks.group import join, started_as
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
-from moec.spec.sharding import Rank
+from moec.spec.sharding import ALONE, Rank
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-scout"
 DIM, EPS, CONTEXT = PRESETS["scout"].text.dim, 1e-5, 1024
 
 
@@ -88,8 +95,8 @@ def sums(rank: Rank) -> Iterator[str]:
     collectives.meet(DIM, rank)
     gain = torch.randn(DIM, device="cuda", generator=_generator(7)).bfloat16()
     mine = _generator(100 + rank.index)
-    for tokens in (1, 2, 4, 8, 16, 64):
-        part, skip = (torch.empty(tokens, DIM, device="cuda").bfloat16() for _ in range(2))
+    for count in (2, 1, 2, 4, 8, 16, 64):
+        part, skip = (torch.empty(count, DIM, device="cuda").bfloat16() for _ in range(2))
         worst, off, same = 0.0, 0.0, True
         for turn in range(20):
             part.normal_(generator=mine)
@@ -118,7 +125,7 @@ def sums(rank: Rank) -> Iterator[str]:
 
         alone = graph_us(work)
         took = graph_us(fused) - alone
-        shared = symmetric.empty(tokens, DIM, dtype=torch.bfloat16, device="cuda")
+        shared = symmetric.empty(count, DIM, dtype=torch.bfloat16, device="cuda")
         symmetric.rendezvous(shared, dist.group.WORLD)
 
         def one_shot(shared: Tensor = shared) -> None:
@@ -131,10 +138,40 @@ def sums(rank: Rank) -> Iterator[str]:
 
         theirs, by_nccl = graph_us(one_shot) - alone, graph_us(nccl) - alone
         yield (
-            f"{tokens:3d} tokens: sum, residual, norm, codes {took:.2f} us; the sum alone: torch's "
+            f"{count:3d} tokens: sum, residual, norm, codes {took:.2f} us; the sum alone: torch's "
             f"one-shot {theirs:.2f}, NCCL {by_nccl:.2f}; equal on all ranks, off float32 "
             f"{worst:.0e}, codes {off:.3f}"
         )
+    many = symmetric.empty(8192, DIM, dtype=torch.bfloat16, device="cuda")
+    symmetric.rendezvous(many, dist.group.WORLD)
+    name = dist.group.WORLD.group_name
+    by_nccl = graph_us(lambda: dist.all_reduce(many), 4, 10)
+    theirs = graph_us(lambda: torch.ops.symm_mem.two_shot_all_reduce_(many, "sum", name), 4, 10)
+    yield f"8,192 tokens: the sum alone: NCCL {by_nccl:.0f} us, torch's two-shot {theirs:.0f} us"
+
+
+def tokens(rank: Rank) -> Iterator[str]:
+    """The likeliest tokens after each token of a text, beside those of one GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = moec.export(EXAMPLE, target="torch", out=Path(folder) / "art").path
+        artefact = open_artefact(path)
+        one, all_ = (
+            artefact_session(artefact, "cuda", engine=torch_with(None, each))
+            for each in (ALONE, rank)
+        )
+        ids = load_file(EXAMPLE / "golden.safetensors")["input_ids"]
+        alone, found = one.logits(ids), all_.logits(ids)
+    noise = float((found - alone).square().mean().sqrt())
+    best = alone.topk(2, -1).values
+    near = best[..., 0] - best[..., 1] <= 2 * noise
+    differ = alone.argmax(-1) != found.argmax(-1)
+    repeats = torch.equal(found, all_.logits(ids))
+    share, ties = (100 * float(each.float().mean()) for each in (differ, near))
+    yield (
+        f"tiny-scout: {differ.numel()} steps, {share:.1f} % with another token than one GPU, "
+        f"{int((differ & ~near).sum())} of them where two logits are not within {2 * noise:.3f} "
+        f"(as in {ties:.1f} % of all steps); {'repeats' if repeats else 'DIFFERS'}"
+    )
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -210,7 +247,8 @@ def model(name: str, layers: int, rank: Rank, copy: float) -> Iterator[str]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--gpus", type=int, default=2)
-    arguments.add_argument("--parts", default="sums,scout,maverick")
+    arguments.add_argument("--parts", default="sums,tokens,scout,maverick")
+    arguments.add_argument("--vllm-python", help="the Python that has vLLM")
     arguments.add_argument("--layers", type=int, default=0, help="of each model; 0: all of Scout")
     given = arguments.parse_args()
     rank = started_as()
@@ -227,6 +265,7 @@ def main() -> None:
     )
     rows: dict[str, Callable[[], Iterator[str]]] = {
         "sums": lambda: sums(rank) if rank.count > 1 else iter(()),
+        "tokens": lambda: tokens(rank) if rank.count > 1 else iter(()),
         "scout": lambda: model("scout", given.layers, rank, copy),
         "maverick": lambda: model("maverick", given.layers or 12, rank, copy),
     }
@@ -237,19 +276,30 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
     if dist.is_initialized():
+        gc.collect()  # NCCL waits for CUDA graphs that use it
         dist.destroy_process_group()
 
 
 def start(given: Any) -> None:
-    """Run this command on one GPU, and then on all."""
-    own = [__file__, "--parts", given.parts, "--layers", str(given.layers)]
-    one = [part for part in given.parts.split(",") if part not in ("sums", "maverick")]
-    if one:
-        few = [__file__, "--gpus", "1", "--parts", ",".join(one), "--layers", str(given.layers)]
-        subprocess.run([sys.executable, *few], check=True)
-    many = ["-m", "torch.distributed.run", "--nproc-per-node", str(given.gpus)]
-    own += ["--gpus", str(given.gpus)]
-    subprocess.run([sys.executable, *many, *own], check=True, env=dict(os.environ))
+    """Run this command on one GPU, then on all, and vLLM on all if it is there."""
+    command = [sys.executable, __file__, "--layers", str(given.layers)]
+    if "scout" in given.parts:
+        subprocess.run([*command, "--gpus", "1", "--parts", "scout"], check=True)
+    many = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(given.gpus)]
+    own = ["--gpus", str(given.gpus), "--parts", given.parts]
+    subprocess.run([*many, *command[1:], *own], check=True)
+    if given.vllm_python:
+        python = shlex.split(given.vllm_python)
+        need_vllm(python)
+        with tempfile.TemporaryDirectory() as folder:
+            at = Path(folder)
+            (at / "config.json").write_text(json.dumps(vllm_config()))
+            file, script = at / "vllm.json", str(Path(__file__).parent / "vllm_decoder.py")
+            found = measured([*python, script, folder, str(file), "--gpus", str(given.gpus)], file)
+        for row in found["rows"]:
+            print(
+                f"vLLM {found['vllm']}, {given.gpus} GPUs: {row['name']}: {row['us'] / 1e3:.2f} ms"
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Time decode and prefill in vLLM on one GPU: the part of `vllm_peer.py` that does not need moec.
+"""Time decode and prefill in vLLM on the GPUs of one host; this needs no moec.
 
-    python benchmarks/vllm_decoder.py MODEL_FOLDER FILE
+    python benchmarks/vllm_decoder.py MODEL_FOLDER FILE [--gpus 1]
 
 MODEL_FOLDER holds a config.json; the weights are random. The script writes the times to FILE as
 JSON, under the row names of `h200.py`. vLLM runs with its usual settings: compiled, with CUDA
@@ -27,7 +27,7 @@ REPEATS = 3
 class Model:
     """vLLM's engine on random weights, and requests of random tokens."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, gpus: int) -> None:
         self.vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
         self.generator = torch.Generator().manual_seed(1)
         self.engine = vllm.LLM(
@@ -37,6 +37,7 @@ class Model:
             skip_tokenizer_init=True,
             generation_config="vllm",
             dtype="bfloat16",
+            tensor_parallel_size=gpus,
             max_model_len=PREFILL + LONG,
             max_num_batched_tokens=PREFILL,
             max_num_seqs=max(BATCHES),
@@ -80,8 +81,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("file", type=Path)
+    arguments.add_argument("--gpus", type=int, default=1)
     given = arguments.parse_args()
-    model = Model(given.folder)
+    model = Model(given.folder, given.gpus)
     times = {f"Scout: decode, batch {batch}, 1k": model.step_us(batch) for batch in BATCHES}
     times[f"Scout: prefill, {PREFILL} tokens"] = model.prefill_us()
     run = {"vllm": vllm.__version__, "torch": torch.__version__}

@@ -86,6 +86,7 @@ def graph_us(step: Callable[[], object], count: int = 64, rounds: int = 30) -> f
     return slowest(statistics.median(times))
 
 
+@torch.inference_mode()
 def sums(rank: Rank) -> Iterator[str]:
     """The fused sum, beside sums alone by torch and NCCL."""
     import torch.distributed._symmetric_memory as symmetric
@@ -220,6 +221,7 @@ def _host(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@torch.inference_mode()
 def model(name: str, layers: int, rank: Rank, copy: float) -> Iterator[str]:
     """Decode and prefill of a model, in FP8."""
     spec = PRESETS[name]
@@ -269,12 +271,11 @@ def main() -> None:
         "scout": lambda: model("scout", given.layers, rank, copy),
         "maverick": lambda: model("maverick", given.layers or 12, rank, copy),
     }
-    with torch.inference_mode():
-        for part in given.parts.split(","):
-            for line in rows[part]():
-                say(rank, line)
-            gc.collect()
-            torch.cuda.empty_cache()
+    for part in given.parts.split(","):
+        for line in rows[part]():
+            say(rank, line)
+        gc.collect()
+        torch.cuda.empty_cache()
     if dist.is_initialized():
         gc.collect()  # NCCL waits for CUDA graphs that use it
         dist.destroy_process_group()

@@ -225,7 +225,9 @@ def _shown(artefact: Artefact, part: str, wanted: Sequence[str], rank: Rank = AL
         if node.op == "call_function" and (not fused or _is_the_decoders(node))
         if rank.count == 1 or _is_whole(node)
     }
-    for layer in artefact.manifest.spec.text.all_layers:
+    layers = artefact.manifest.spec.text.all_layers
+    known.add(names.out(layers[-1].index))  # a rank's graph has it where it is tapped
+    for layer in layers:
         if layer.moe:  # see `build_fused` and `build_plain`
             known |= {names.router(layer.index), layer.ranked_by, names.chosen(layer.index)}
     return [name for name in wanted if name in known]

@@ -13,12 +13,12 @@ from torch import fx
 
 from moec.graph_builder.decoder import build_decoder
 from moec.graph_builder.passes.buffers import keep_buffers
-from moec.graph_builder.passes.fuse import fuse
-from moec.graph_builder.passes.fuse_neighbours import join_neighbours
-from moec.graph_builder.passes.fuse_quantisation import join_encodes
-from moec.graph_builder.passes.greedy import choose_best
+from moec.graph_builder.passes.fused.fuse import fuse
+from moec.graph_builder.passes.fused.greedy import choose_best
+from moec.graph_builder.passes.fused.neighbours import join_neighbours
+from moec.graph_builder.passes.fused.quantisation import join_encodes
+from moec.graph_builder.passes.fused.shard import shard
 from moec.graph_builder.passes.inject import inject
-from moec.graph_builder.passes.shard import shard
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.tap import tap
 from moec.spec.model import ModelSpec

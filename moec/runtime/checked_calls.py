@@ -46,6 +46,38 @@ def check_capacity(capacity: Any, batch: Any) -> None:
             _refuse(name, repr(given)[:200], "an integer, 0 or more")
 
 
+def check_batch(most: int | None, batch: int) -> None:
+    """Refuse more sequences than the `most` that an engine takes; None: it takes any number.
+
+    Otherwise only the first decode step would fail.
+
+    Raises:
+        MoecError: the message says how to build for more.
+    """
+    if most is not None and batch > most:
+        refuse(
+            f"{batch} rows",
+            f"an engine for a batch of {most}",
+            f"{most} or fewer",
+            f"give it fewer at once, or build with --batch {batch}",
+        )
+
+
+def check_context(context: int | None, positions: int) -> None:
+    """Refuse more positions than the `context` that an engine was compiled for; None: any.
+
+    Raises:
+        MoecError: the message says how to build for more.
+    """
+    if context is not None and positions > context:
+        refuse(
+            f"{positions} positions",
+            f"an engine for a context of {context}",
+            f"{context} or fewer",
+            f"build with --context {positions}",
+        )
+
+
 def check_call(
     spec: ModelSpec, precision: str, layout: Layout, ids: Any, lengths: Any, cache: Any
 ) -> None:

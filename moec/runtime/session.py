@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
+from moec.runtime import checked_calls
 from moec.runtime.batching import buffered_calls, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache
-from moec.runtime.checked_calls import check_call, check_capacity, read_column
 from moec.runtime.conversation import Conversation
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.feeds import feeds
@@ -23,14 +23,12 @@ from moec.runtime.inputs.image_tokens import check_tiles, features_within, image
 from moec.runtime.ranks.group import same
 from moec.runtime.sampling import chooser, ends
 from moec.runtime.steps import steps
+from moec.runtime.tower import TILES, features_of
 from moec.spec import names
-from moec.spec.errors import clear_errors, refuse
+from moec.spec.errors import clear_errors
 from moec.spec.model import ModelSpec
 from moec.spec.sharding import ALONE, Rank, local
 from moec.weights.view import TORCH_DTYPES
-
-#: image tiles that go through the vision tower in one call at most, to bound its memory
-TILES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,35 +137,18 @@ class Session:
         Raises:
             MoecError: the engine takes fewer sequences or tokens, or there is too little memory.
         """
-        check_capacity(capacity, batch)
-        most = self.limits.batch
-        if most is not None and batch > most:  # else only the first decode step would fail
-            refuse(
-                f"{batch} rows",
-                f"an engine for a batch of {most}",
-                f"{most} or fewer",
-                f"give it fewer at once, or build with --batch {batch}",
-            )
+        checked_calls.check_capacity(capacity, batch)
+        checked_calls.check_batch(self.limits.batch, batch)
         return self._new_cache(batch, capacity, prompt)
 
     def _new_cache(self, batch: int, capacity: int, prompt: int | None = None) -> Cache:
         context = self.limits.context
         if context is not None:
-            self._check_context(capacity)
+            checked_calls.check_context(context, capacity)
             capacity, prompt = context, None
         return new_cache(
             self.own, self.precision, batch, capacity, self.limits.layout, self.device, prompt
         )
-
-    def _check_context(self, positions: int) -> None:
-        context = self.limits.context
-        if context is not None and positions > context:
-            refuse(
-                f"{positions} positions",
-                f"an engine for a context of {context}",
-                f"{context} or fewer",
-                f"build with --context {positions}",
-            )
 
     def prefill(
         self,
@@ -215,14 +196,14 @@ class Session:
             return self.decode(tokens, cache).argmax(-1)
         column = self._column(tokens)
         count = torch.ones(len(column), dtype=torch.int64)
-        check_call(self.own, self.precision, self.limits.layout, column, count, cache)
+        checked_calls.check_call(self.own, self.precision, self.limits.layout, column, count, cache)
         if not column.is_cuda:
             check_ids(column, self.spec.text.vocab)
         ((_, _, out),) = self.walk(column, count, cache, every=False, greedy=True)
         return out[names.BEST][:, 0]
 
     def _column(self, tokens: Ids) -> Tensor:
-        column = read_column(tokens)
+        column = checked_calls.read_column(tokens)
         return column if self.queues else column.cpu()
 
     def extend(
@@ -237,7 +218,7 @@ class Session:
         Raises:
             MoecError: ids, lengths and cache do not fit each other, or the session.
         """
-        check_call(self.own, self.precision, self.limits.layout, ids, lengths, cache)
+        checked_calls.check_call(self.own, self.precision, self.limits.layout, ids, lengths, cache)
         if not ids.is_cuda:
             check_ids(ids, self.spec.text.vocab)
         if ids.shape[1] == 1 and bool(lengths.all()):  # a decode step copies nothing
@@ -266,7 +247,7 @@ class Session:
         """
         width, chunk = ids.shape[1], self.spec.text.chunk
         needed = int((cache.lengths + lengths.clamp(min=1)).max())
-        self._check_context(needed)
+        checked_calls.check_context(self.limits.context, needed)
         if cache.capacity and needed > cache.capacity:
             grow(self.own, cache, needed, self.limits.layout)
         if features is not None:
@@ -415,6 +396,4 @@ class Session:
     def _see(self, tiles: Tensor) -> Tensor:
         assert self.vision is not None
         options = self.artefact and self.artefact.manifest.options
-        pieces = torch.split(tiles, min(TILES, options.tiles) if options else TILES)
-        shown = (self.vision()({names.PIXEL_VALUES: piece}) for piece in pieces)
-        return torch.cat([each[names.IMAGE_FEATURES].cpu() for each in shown])
+        return features_of(self.vision(), tiles, options.tiles if options else TILES)

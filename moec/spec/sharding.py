@@ -8,8 +8,8 @@ A rank is one of several processes, each with a GPU of its own. `PLAN` says what
     o, down                   the inputs that are the rank's own part of the above
 
 All else is on every rank: norms, routers, positions. A product with parts of its inputs gives a
-partial sum, which the ranks add up (`moec.graph_builder.passes.shard`). So every rank has the same
-residual stream, to the bit, and its router chooses the same experts.
+partial sum, which the ranks add up (`moec.graph_builder.passes.fused.shard`). So every rank has the
+same residual stream, to the bit, and its router chooses the same experts.
 
 Parts are as equal as the sizes allow. If there are fewer key/value heads than ranks, some ranks
 have the same ones.

@@ -23,10 +23,10 @@ OPTIONS = {
     "calibrate": "checkpoint --tokens --out --percentile",
     "quantize": "checkpoint --scheme --out --scales --weights-from --adapter",
     "validate": "artefact --tokens --seed --reduced --html --device --reference --eval "
-    "--source --against --python --weights-from --json",
+    "--source --against --python --gpus --weights-from --json",
     "generate": "artefact --prompt --ids --image --chat --system --messages --max-new-tokens "
     "--temperature --top-k --top-p --seed --repetition-penalty --engine --session-options "
-    "--device --weights-from --trust-engines",
+    "--device --gpus --weights-from --trust-engines",
     "plan": "model --precision --context --batch --device --tiles --scheme --gpus --json",
     "inspect": "artefact --verify --weights-from --json",
     "bench": "artefact --batch --prompt-tokens --new-tokens --rounds --device "

@@ -19,9 +19,9 @@ from torch import fx
 from moec.exporters.precision import in_precision
 from moec.graph_builder.decoder import build_decoder
 from moec.graph_builder.passes.buffers import keep_buffers
-from moec.graph_builder.passes.fuse import fuse
-from moec.graph_builder.passes.fuse_neighbours import join_neighbours
-from moec.graph_builder.passes.fuse_quantisation import join_encodes
+from moec.graph_builder.passes.fused.fuse import fuse
+from moec.graph_builder.passes.fused.neighbours import join_neighbours
+from moec.graph_builder.passes.fused.quantisation import join_encodes
 from moec.graph_builder.passes.genai import genai_inputs
 from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.skip_norm import join_skip_norms

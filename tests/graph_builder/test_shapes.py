@@ -17,8 +17,8 @@ from moec.graph_builder.decoder import build_decoder
 from moec.graph_builder.fused import build_fused
 from moec.graph_builder.parts import build_parts
 from moec.graph_builder.passes.buffers import keep_buffers
-from moec.graph_builder.passes.fuse import fuse
-from moec.graph_builder.passes.fuse_quantisation import join_encodes
+from moec.graph_builder.passes.fused.fuse import fuse
+from moec.graph_builder.passes.fused.quantisation import join_encodes
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.static import make_static
 from moec.graph_builder.plain import build_plain

@@ -1,6 +1,7 @@
 """A rank's graph: who adds up partial sums, how often ranks meet, and the types of all values."""
 
 from collections import Counter
+from collections.abc import Iterator
 from operator import getitem
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import fx
 from moec.graph_builder import ops
 from moec.graph_builder.fused import build_fused
 from moec.graph_builder.ops.registry import OPS
-from moec.graph_builder.passes.shard import is_partial
+from moec.graph_builder.passes.fused.shard import is_partial
 from moec.graph_builder.weights import weights_of
 from moec.spec.files import load_scheme
 from moec.spec.model import ModelSpec
@@ -30,6 +31,8 @@ SUMS = {
 KEPT = ("name", "type", "role", "outputs")
 #: weights whose inputs are divided; a product with one is a partial sum
 PARTIAL = ("attn.o.weight", "ffn.down.weight", "moe.down")
+#: ops that select rows of a value, partial sum or not
+CARRIERS = {ops.unpack.target, ops.select.target}
 
 
 def in_fp8(preset: str) -> ModelSpec:
@@ -64,6 +67,20 @@ def calls(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node.op == "call_function"]
 
 
+def users_of(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The ops that use a value, or rows of it that were selected, and what each of them gets."""
+    for user in node.users:
+        if user.target in CARRIERS:
+            yield from users_of(user)
+        else:
+            yield user, node
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """What the rows of `node` were selected from."""
+    return source_of(node.args[0]) if node.target in CARRIERS else node  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("spec, rank", CASES)
 def test_partial_sums_reach_only_ops_that_add_them_up(
     spec: ModelSpec, rank: Rank, precision: str
@@ -77,13 +94,14 @@ def test_partial_sums_reach_only_ops_that_add_them_up(
     inside = {node for node in partial if node.target == ops.moe_all_reduce_norm_fp8.target}
     for node in partial.keys() - inside:
         assert is_partial(node)
-        assert node.users and {user.target for user in node.users} <= SUMS, node
-        for user in node.users:  # and not as the part that is whole already
-            assert user.args[0 if user.target == ops.all_reduce.target else 1] is node
+        assert node.users and {user.target for user, _ in users_of(node)} <= SUMS, node
+        for user, part in users_of(node):  # and not as the part that is whole already
+            assert user.args[0 if user.target == ops.all_reduce.target else 1] is part
     assert len(partial) == 2 * spec.text.layers
     for node in calls(graph):
         if node.target in SUMS - {ops.moe_all_reduce_norm_fp8.target}:
-            part: Any = node.args[0 if node.target == ops.all_reduce.target else 1]
+            given: Any = node.args[0 if node.target == ops.all_reduce.target else 1]
+            part = source_of(given)
             assert part in partial or part.target == ops.embedding_part.target, "nothing adds twice"
 
 

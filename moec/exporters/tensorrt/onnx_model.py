@@ -16,7 +16,7 @@ from moec.exporters.tensorrt.support import wants_plugin
 from moec.graph_builder.decoder import build_decoder
 from moec.graph_builder.parts import build_graph, parts_of
 from moec.graph_builder.passes.buffers import keep_buffers
-from moec.graph_builder.passes.fuse import fuse_experts
+from moec.graph_builder.passes.fused.fuse import fuse_experts
 from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.static import make_static
 from moec.spec import names

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from moec.artefact.artefact import Artefact, file_of
 from moec.exporters.builder import builder_for
 from moec.exporters.torch.program import part_graph
-from moec.graph_builder.passes.shard import is_partial
+from moec.graph_builder.passes.fused.shard import is_partial
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.roles import WHOLE
 from moec.graph_builder.types import TensorType

@@ -5,6 +5,7 @@ which rank a process is, and where all of them meet. All ranks run the same call
 each computes its part, and all of them get the whole result.
 """
 
+import atexit
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -70,6 +71,10 @@ def join(device: str) -> Rank:
             timeout=PATIENCE,
             device_id=own,
         )
+        if own is None:
+            # A rank that ends with an open group may abort when another one has gone. NCCL would
+            # wait for CUDA graphs that use it, and needs no end.
+            atexit.register(_leave)
     if dist.get_world_size() != rank.count:
         refuse(
             "torch's process group",
@@ -79,6 +84,11 @@ def join(device: str) -> Rank:
             exit_code=3,
         )
     return rank
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def agree(what: str, digest: str) -> None:

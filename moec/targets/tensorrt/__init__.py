@@ -12,7 +12,7 @@ TARGET = Target(
     },
     builder="moec.targets.tensorrt.build:BUILDER",
     engines={
-        "tensorrt": "moec.runtime.engines.tensorrt:ENGINE",
+        "tensorrt": "moec.runtime.engines.tensorrt.engine:ENGINE",
         "interpreter": "moec.runtime.engines.interpreter:ENGINE",
     },
     proof="interpreter",

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.full
 
 IDS = [7, 8, 9, 10, 11, 12]
 GENERATE = ("--ids", ",".join(map(str, IDS)), "--max-new-tokens", 8)
+#: what a test replaces if no rank may start
+NO_RANKS = ("moec.runtime.ranks.start.Ranks.__init__", None)
 
 #: each rank opens an artefact of its own
 OTHERS = """
@@ -100,7 +102,7 @@ def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_ranks_cannot_share_is_refused_before_they_start(
     run: Any, fixture: str, gpus: int, names: str, request: pytest.FixtureRequest, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("moec.runtime.ranks.start.Ranks.__init__", None)
+    monkeypatch.setattr(*NO_RANKS)
     refusal(lambda: run(request.getfixturevalue(fixture), gpus=gpus), names)
 
 
@@ -116,7 +118,8 @@ def test_the_eager_reference_is_not_shared(art: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["generate", "validate"])
-def test_gpus_that_are_not_there_are_refused(art: Path, command: str) -> None:
+def test_gpus_that_are_not_there_are_refused(art: Path, command: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(*NO_RANKS)
     options = GENERATE if command == "generate" else ()
     code, out, err = run_command(command, art, *options, "--gpus", 2, "--device", "cuda")
     assert (code, out.strip()) == (3, "")

@@ -27,7 +27,7 @@ from moec.artefact.manifest import Engine as Recorded
 from moec.exporters.tensorrt.build import job_of
 from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.runtime.engines.interpreter import interpreter
-from moec.runtime.engines.tensorrt_fit import KINDS
+from moec.runtime.engines.tensorrt.fit import KINDS
 from moec.spec.names import is_input, is_present
 from moec.weights.view import view
 

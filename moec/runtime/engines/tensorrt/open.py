@@ -26,7 +26,7 @@ from moec.artefact.opening.native import check_native
 from moec.exporters.tensorrt.api import add_plugins
 from moec.exporters.tensorrt.callbacks import new_log
 from moec.exporters.tensorrt.weight_inputs import weights_of
-from moec.runtime.engines.tensorrt_fit import (
+from moec.runtime.engines.tensorrt.fit import (
     KINDS,
     Io,
     Spans,
@@ -35,7 +35,7 @@ from moec.runtime.engines.tensorrt_fit import (
     engine_of,
     ios_of,
 )
-from moec.runtime.engines.tensorrt_weights import load_bindings
+from moec.runtime.engines.tensorrt.weights import load_bindings
 from moec.spec.errors import MoecError, refuse
 from moec.weights.packed.hashed import file_sha256
 
@@ -81,7 +81,7 @@ def open_engine(trt: Any, artefact: Artefact, part: str, device: str) -> OpenEng
     """Load the TensorRT engine of a part of `artefact`, and the weights that it takes as inputs.
 
     Raises:
-        MoecError: see `moec.runtime.engines.tensorrt.tensorrt_engine`.
+        MoecError: see `moec.runtime.engines.tensorrt.engine.tensorrt_engine`.
     """
     recorded, manifest = engine_of(artefact, part), artefact.manifest
     check_native(artefact, (recorded.file, *recorded.plugins))

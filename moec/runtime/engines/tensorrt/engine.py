@@ -16,14 +16,14 @@ from moec.exporters.tensorrt.api import load
 from moec.runtime.engines.cuda_graphs import Replays
 from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
 from moec.runtime.engines.gpu import memory_for
-from moec.runtime.engines.tensorrt_fit import (
+from moec.runtime.engines.tensorrt.fit import (
     check_gpu,
     check_version,
     engine_of,
     fits,
     no_profile,
 )
-from moec.runtime.engines.tensorrt_open import ALIGNED, OpenEngine, open_engine
+from moec.runtime.engines.tensorrt.open import ALIGNED, OpenEngine, open_engine
 from moec.runtime.engines.torch_program import MOVING
 from moec.spec.errors import refuse
 from moec.spec.names import IMAGE_FEATURES, INPUT_IDS, past_of

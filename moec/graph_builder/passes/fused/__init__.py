@@ -1,0 +1,1 @@
+"""Passes that make fused programs of target `torch`."""

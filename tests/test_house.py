@@ -149,3 +149,16 @@ def test_messages_name_the_installed_command() -> None:
 
 def test_the_formatter_is_rarely_switched_off() -> None:
     assert len(found := lines_with("fmt: skip")) <= MOST_SKIPS, "\n".join(found)
+
+
+def test_other_libraries_get_folders_through_one_check() -> None:
+    """A folder may hold more than weights, such as an adapter whose config names code."""
+    scripts = MOEC / "runtime" / "proof" / "against"  # they import nothing of moec
+    callers = {}
+    for path, tree in trees():
+        calls = {called(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        if calls & {"from_pretrained", "LLM", "run_other"}:
+            callers[path.relative_to(MOEC).as_posix()] = "for_others" in calls
+    inside = {path.relative_to(MOEC).as_posix() for path in scripts.glob("run_*.py")}
+    assert {name for name, asks in callers.items() if not asks} == inside
+    assert len(callers) > len(inside)

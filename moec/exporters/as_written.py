@@ -15,6 +15,7 @@ from torch import fx
 
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
+from moec.artefact.manifest import NAME, Ports
 from moec.artefact.placement import Bound
 from moec.exporters.beside import beside
 from moec.exporters.builder import Wanted, builder_for, turned_experts
@@ -29,9 +30,10 @@ _SMALL = 1 << 26
 def other_files(artefact: Artefact) -> dict[str, str]:
     """The files that are not what the exporter writes now, and the first difference of each.
 
-    The files are written again from the manifest, at full size; no weights are read. The result is
-    empty if every file has the same bytes, or says the same. Whatever is not compared here by name,
-    such as annotations that this version of onnx does not know, is a difference.
+    Of the manifest, this is what it says of the graphs: inputs, outputs and opset. The files are
+    written again from the manifest, at full size; no weights are read. The result is empty if every
+    file has the same bytes, or says the same. Whatever is not compared here by name, such as
+    annotations that this version of onnx does not know, is a difference.
     """
     with tempfile.TemporaryDirectory(prefix="moec-graphs-") as folder:
         found: dict[str, str | None] = {}
@@ -90,12 +92,35 @@ def _write(artefact: Artefact, folder: Path, found: dict[str, str | None]) -> di
         if bound:
             builder.save_bound(model, file, bound.seen_from(part), options)
         files[file.relative_to(folder).as_posix()] = file
+        if part in ("model", "vision"):
+            found[NAME] = found.get(NAME) or _other_ports(
+                manifest.ports(part), builder.ports(model)
+            )
+    if manifest.opset != builder.opset:
+        found[NAME] = f"opset: {manifest.opset}, expected {builder.opset}"
     if builder.beside and builder.session_options:
         quantized = any(packing.bits for packing in manifest.packings.values())
         own = builder.session_options(quantized, bool(manifest.spec.scheme))
         ours = manifest.model_copy(update={"presets": own})
         builder.beside(folder, artefact.path, ours, artefact.companion)
     return files
+
+
+def _other_ports(said: Ports, expected: Ports) -> str | None:
+    """The first input or output of a graph that the manifest tells otherwise; None: there is none.
+
+    Sessions and other programs read there what they must feed.
+    """
+    for kind in ("inputs", "outputs"):
+        mine, right = ({x.name: x for x in getattr(each, kind)} for each in (said, expected))
+        for name in (*right, *mine):
+            found, wanted = mine.get(name), right.get(name)
+            if found != wanted:
+                shown = (f"{x.dtype} {list(x.shape)}" if x else "none" for x in (found, wanted))
+                return "{}.{}: {}, expected {}".format(kind, name[:100], *shown)
+        if [*mine] != [*right] or len(mine) != len(getattr(said, kind)):
+            return f"{kind}: another order, or one name twice"
+    return None
 
 
 def _is_small(file: Path) -> bool:

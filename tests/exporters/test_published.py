@@ -14,10 +14,12 @@ from transformers import CompressedTensorsConfig, Llama4ForCausalLM
 import moec
 from moec.artefact import placement
 from moec.artefact.artefact import file_of, open_artefact, verify_files
+from moec.artefact.placement import COMPANIONS
 from moec.exporters import precision
 from moec.exporters.model_card import add_proof
 from moec.runtime.proof.published import published_folder
 from moec.spec.errors import MoecError
+from moec.spec.hf.forms import INDEX
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.spec.scheme import Rule, Scheme
@@ -318,8 +320,12 @@ def rewrite(art: Path, name: str, change: Callable[[dict[str, Any]], object]) ->
     values = json.loads((art / name).read_text())
     change(values)
     (art / name).write_text(json.dumps(values))
+    rewrite_manifest(art, lambda m: m["files"].update({name: file_of(art / name).model_dump()}))
+
+
+def rewrite_manifest(art: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((art / "manifest.json").read_text())
-    manifest["files"][name] = file_of(art / name).model_dump()
+    change(manifest)
     del manifest["digest"]
     (art / "manifest.json").write_text(json.dumps(manifest))
 
@@ -349,6 +355,132 @@ def test_a_proof_sees_weights_that_other_engines_would_load(llama4: Path, tmp_pa
     shutil.copy(art / "model.safetensors", art / "model-00001-of-00001.safetensors")
     (check,) = published_folder(open_artefact(art), None)
     assert not check.passed and "none of the artefact" in check.detail
+
+
+def link(name: str) -> Callable[[Path], None]:
+    return lambda art: (art / name).symlink_to("model.safetensors")
+
+
+def text(name: str, raw: str = "{}") -> Callable[[Path], None]:
+    def write(art: Path) -> None:
+        (art / name).parent.mkdir(exist_ok=True)
+        (art / name).write_text(raw)
+
+    return write
+
+
+#: what a stranger adds to a sound folder, for other engines to read
+ADDED: dict[str, Callable[[Path], None]] = {
+    "adapter_config.json": text("adapter_config.json", '{"peft_type": "LORA"}'),
+    "adapter_model.safetensors": link("adapter_model.safetensors"),
+    "consolidated.safetensors": link("consolidated.safetensors"),
+    "params.json": text("params.json"),
+    "pytorch_model.bin": text("pytorch_model.bin"),
+    "pytorch_model.bin.index.json": text("pytorch_model.bin.index.json"),
+    "model.gguf": text("model.gguf"),
+    "last.pt": text("last.pt"),
+    "model.safetensors.index.json": text("model.safetensors.index.json", '{"weight_map": {}}'),
+    "additional_chat_templates/default.jinja": text("additional_chat_templates/default.jinja"),
+    "additional_chat_templates/.x.jinja": text("additional_chat_templates/.x.jinja"),
+    "additional_chat_templates": lambda art: (art / "additional_chat_templates").symlink_to(".."),
+    "chat_template.jinja": text("chat_template.jinja", "EVIL"),
+    "vocab.json": text("vocab.json"),
+    "merges.txt": text("merges.txt"),
+    "tokenizer.model": text("tokenizer.model"),
+    "added_tokens.json": text("added_tokens.json"),
+    "special_tokens_map.json": text("special_tokens_map.json"),
+    "preprocessor_config.json": text("preprocessor_config.json"),
+    "video_preprocessor_config.json": text("video_preprocessor_config.json"),
+    "modeling_llama4.py": text("modeling_llama4.py"),
+    "custom_generate/generate.py": text("custom_generate/generate.py"),
+    "generation_config.JSON": text("generation_config.JSON"),
+    ".evil.safetensors": link(".evil.safetensors"),
+    "original/params.json": text("original/params.json"),
+}
+#: a build may have copied these: the check "text" compares them with the source's
+COPIED = {*COMPANIONS, INDEX}
+#: what users keep beside a model, and engines do not read
+KEPT = (
+    "NOTES.md", "LICENSE", "LICENSE.txt", "report.html", "images/scores.png", ".gitattributes",
+    ".gitignore", ".git/config", ".git/hooks/x.py", ".cache/huggingface/download/x.metadata",
+    ".DS_Store", "trtexec/model.engine",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound artefact whose folder is a checkpoint, beside its source."""
+    world = tmp_path_factory.mktemp("plain")
+    write_random_checkpoint(LLAMA4, world / "wide", seed=3)
+    return moec.export(world / "wide", "onnx", "fp8", world / "art").path
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [*((name, False) for name in ADDED), *((name, True) for name in ADDED if name not in COPIED)],
+)
+def test_a_proof_names_files_that_other_engines_would_read(
+    name: str, listed: bool, plain: Path, tmp_path: Path
+) -> None:
+    """Whoever adds a file can list it in the manifest too; a text that may be a build's cannot."""
+    art = shutil.copytree(plain, tmp_path / "art")
+    ADDED[name](art)
+    if listed and (art / name).is_file():
+        rewrite_manifest(art, lambda m: m["files"].update({name: file_of(art / name).model_dump()}))
+    for source in (None, plain.parent / "wide"):
+        checks = list(published_folder(open_artefact(art), source))
+        assert not any(check.passed for check in checks)
+        assert any(name in check.detail for check in checks), [each.detail for each in checks]
+
+
+def test_a_proof_names_a_shard_that_is_only_listed(plain: Path, tmp_path: Path) -> None:
+    art = shutil.copytree(plain, tmp_path / "art")
+    link("adapter_model.safetensors")(art)
+    rewrite_manifest(
+        art,
+        lambda m: m["weights"]["shards"].update(
+            {"adapter_model.safetensors": m["weights"]["shards"]["model.safetensors"]}
+        ),
+    )
+    checks = list(published_folder(open_artefact(art), None))
+    assert checks and not any(check.passed for check in checks)
+
+
+def test_files_that_no_engine_reads_may_lie_beside_a_model(plain: Path, tmp_path: Path) -> None:
+    art = shutil.copytree(plain, tmp_path / "art")
+    for name in KEPT:
+        (art / name).parent.mkdir(parents=True, exist_ok=True)
+        (art / name).write_text("x")
+    (art / "empty").mkdir()
+    with (art / "README.md").open("a") as card:
+        card.write("\n## Mine\n")
+    (check,) = published_folder(open_artefact(art), None)
+    assert check.passed, check.detail
+
+
+def test_text_of_the_source_may_be_copied_beside_a_model(plain: Path, tmp_path: Path) -> None:
+    """An engine may need a tokenizer that moec does not read; the source's own is no lie."""
+    art = shutil.copytree(plain, tmp_path / "art")
+    source = shutil.copytree(plain.parent / "wide", tmp_path / "wide")
+    for folder in (art, source):
+        for name in ("tokenizer.model", "vocab.json", "adapter_config.json"):
+            (folder / name).write_text("{}")
+    (check,) = published_folder(open_artefact(art), source)
+    assert "adapter_config.json" in check.detail, "another engine applies it, and moec does not"
+    (art / "adapter_config.json").unlink()
+    (check,) = published_folder(open_artefact(art), source)
+    assert check.passed
+    (art / "vocab.json").write_text("[]")
+    (check,) = published_folder(open_artefact(art), source)
+    assert not check.passed and "vocab.json" in check.detail
+
+
+def test_a_proof_names_the_first_of_many_files(plain: Path, tmp_path: Path) -> None:
+    art = shutil.copytree(plain, tmp_path / "art")
+    for number in range(30):
+        (art / f"{number:02}.py").write_text("")
+    checks = list(published_folder(open_artefact(art), None))
+    assert len(checks) == 9 and "22 more" in checks[-1].detail
 
 
 def test_a_proof_sees_an_index_that_leads_elsewhere(

@@ -30,10 +30,15 @@ def foreign_file(folder: Path) -> str | None:
     folder without a manifest of moec holds nothing else. Links count as files and are not followed.
     """
     listed = _listed(folder / NAME)
-    found = sorted(_files(folder))
+    found = files_below(folder)
     if listed is None:
         return found[0] if found else None
-    return next((name for name in found if name not in listed and not _LEFT.fullmatch(name)), None)
+    return next((name for name in found if name not in listed and not is_left(name)), None)
+
+
+def is_left(name: str) -> bool:
+    """Whether moec may have left the file `name` in an artefact without listing it."""
+    return _LEFT.fullmatch(name) is not None
 
 
 def is_artefact(folder: Path) -> bool:
@@ -41,8 +46,8 @@ def is_artefact(folder: Path) -> bool:
     return _listed(folder / NAME) is not None
 
 
-def _files(folder: Path) -> list[str]:
-    """Every file and link below `folder`, and every empty folder, by relative name."""
+def files_below(folder: Path) -> list[str]:
+    """Every file and link below `folder`, and every empty folder, by relative name, sorted."""
     found = []
     for at, folders, files in os.walk(folder):
         place = Path(at).relative_to(folder)
@@ -50,7 +55,7 @@ def _files(folder: Path) -> list[str]:
         found += [(place / name).as_posix() for name in (*files, *links)]
         if not files and not folders and at != str(folder):
             found.append(place.as_posix())
-    return found
+    return sorted(found)
 
 
 def _listed(path: Path) -> set[str] | None:

@@ -88,12 +88,17 @@ def program_of(graph: fx.GraphModule) -> Program:
 
     Every process with this version of torch makes the same bytes.
     """
-    nodes = list(graph.graph.nodes)
-    inputs = _ports([n for n in nodes if n.op == "placeholder"])
-    outputs = _ports(nodes[-1].args[0], nodes[-1].meta["outputs"])
+    ports = ports_of(graph)
     file = io.BytesIO()
     torch.export.save(_export(lift_weights(graph)), file)
-    return Program(canonical(file.getvalue()), Ports(inputs=inputs, outputs=outputs))
+    return Program(canonical(file.getvalue()), ports)
+
+
+def ports_of(graph: fx.GraphModule) -> Ports:
+    """The inputs and outputs of `graph`, whose weights are no inputs."""
+    nodes = list(graph.graph.nodes)
+    inputs = _ports([n for n in nodes if n.op == "placeholder"])
+    return Ports(inputs=inputs, outputs=_ports(nodes[-1].args[0], nodes[-1].meta["outputs"]))
 
 
 def load(artefact: Artefact, part: str) -> Program:

@@ -25,7 +25,6 @@ from moec.runtime.bench.transformers import ENGINES as PEERS
 from moec.runtime.bench.transformers import open_transformers
 from moec.runtime.open import find_engine, open_session
 from moec.spec.errors import MoecError
-from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.plan import plan
 
 
@@ -309,9 +308,8 @@ def open_lane(lane: Lane) -> Engine:
     """Open the engine of a lane."""
     if lane.engine in PEERS:
         artefact = open_artefact(lane.path, lane.weights_from)
-        source = artefact.checkpoint or ""
-        folder, dtype = checkpoint_folder(source) or "", artefact.manifest.compute
-        return open_transformers(folder, lane.engine, dtype, lane.device)
+        source, dtype = artefact.checkpoint or "", artefact.manifest.compute
+        return open_transformers(source, lane.engine, dtype, lane.device)
     return open_session(
         lane.path,
         lane.device,

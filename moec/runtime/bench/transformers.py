@@ -10,6 +10,7 @@ from torch import Tensor
 from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 from moec.spec.errors import refuse
 from moec.spec.files import load_spec
+from moec.spec.hf.forms import for_others
 from moec.weights.view import TORCH_DTYPES
 
 #: eager PyTorch, and the same model through torch.compile
@@ -66,8 +67,10 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
     `engine` is one of `ENGINES`.
 
     Raises:
-        MoecError: transformers is not installed (exit code 3).
+        MoecError: transformers would read more there than the weights, or is not installed (exit
+            code 3).
     """
+    folder = for_others(checkpoint)
     declare_torchvision_ops()
     try:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -82,7 +85,7 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
     images = load_spec(checkpoint).vision is not None
     kind: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     model: Any = kind.from_pretrained(
-        checkpoint,
+        folder,
         dtype=TORCH_DTYPES[dtype],
         use_safetensors=True,  # other files of weights are pickles
         local_files_only=True,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from moec.artefact.artefact import Artefact, file_of
+from moec.artefact.manifest import NAME, Port, Ports
 from moec.exporters.builder import builder_for
-from moec.exporters.torch.program import part_graph
+from moec.exporters.torch.program import part_graph, ports_of
 from moec.graph_builder.passes.fused.shard import is_partial
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.roles import WHOLE
@@ -87,19 +88,14 @@ def torch_engine(
     with memory_for(f"weights of {artefact.path}"):
         given = load(artefact, device, part, rank) if weights is None else weights
     _check_file(artefact, part)
-    ports = artefact.manifest.ports(part).inputs
-    known = {port.name for port in ports} | {names.given(name) for name in set_values}
-    defaults = {
-        port.name: torch.empty(0, port.shape[1], dtype=getattr(torch, port.dtype), device=device)  # type: ignore[arg-type]
-        for port in ports
-        if port.name == names.IMAGE_FEATURES
-    }
     decoder = fused and part == "model" and not taps
 
     def program(greedy: bool) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        graph = _graph(artefact, part, taps, set_values, rank, greedy)
-        outputs = list(graph.graph.nodes)[-1].meta["outputs"]
-        bound = Bound(lift_weights(graph), given, known, defaults, device)
+        graph, ports = _program(artefact, part, taps, set_values, rank, greedy)
+        outputs = [port.name for port in ports.outputs]
+        optional = (port for port in ports.inputs if port.name == names.IMAGE_FEATURES)
+        defaults = {each.name: _nothing(each, device) for each in optional}
+        bound = Bound(graph, given, {port.name for port in ports.inputs}, defaults, device)
         steps = Replays(bound, MOVING) if device == "cuda" and decoder else None
 
         def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,6 +116,45 @@ def torch_engine(
     return run
 
 
+def _nothing(port: Port, device: str) -> Tensor:
+    """An input of no rows."""
+    width = port.shape[1]
+    assert isinstance(width, int)
+    return torch.empty(0, width, dtype=getattr(torch, port.dtype), device=device)
+
+
+def _program(
+    artefact: Artefact,
+    part: str,
+    taps: Sequence[str],
+    given: Sequence[str],
+    rank: Rank,
+    greedy: bool,
+) -> tuple[fx.GraphModule, Ports]:
+    """The program of a part, and its inputs and outputs; `taps` are the last outputs.
+
+    The program is built from the spec, as it was when the artefact was built. The part's file is
+    not loaded: torch would unpickle members of it, which runs any code that they hold.
+
+    Raises:
+        MoecError: the manifest names other inputs and outputs (exit code 1).
+    """
+    graph = _graph(artefact, part, taps, given, rank, greedy)
+    ports, added = ports_of(graph), {*taps, *map(names.given, given)}
+    said = artefact.manifest.ports(part)
+    for kind in ("inputs",) if greedy else ("inputs", "outputs"):
+        here, named = ({x.name for x in getattr(each, kind)} for each in (ports, said))
+        if odd := [*sorted(here - named - added), *sorted(named - here)]:
+            refuse(
+                f"{artefact.path / NAME}: {kind} of {part}, {odd[0]}",
+                "none in the manifest" if odd[0] in here else "none in the program",
+                "the names of the program",
+                "build the artefact again",
+                exit_code=1,
+            )
+    return lift_weights(graph), ports
+
+
 def _graph(
     artefact: Artefact,
     part: str,
@@ -128,11 +163,6 @@ def _graph(
     rank: Rank = ALONE,
     greedy: bool = False,
 ) -> fx.GraphModule:
-    """The program of a part; `taps` are the last of its outputs.
-
-    The program is built from the spec, as it was when the artefact was built. The part's file is
-    not loaded: torch would unpickle members of it, which runs any code that they hold.
-    """
     manifest = artefact.manifest
     how = (taps, given, manifest.dialect, rank, greedy)
     return part_graph(manifest.spec, manifest.compute, part, *how)

@@ -1,15 +1,26 @@
 """Compare the checkpoint that an artefact's folder is with the artefact.
 
 Other engines read the folder by its config.json and generation_config.json, which no session of
-moec reads. So an artefact may be right, and the same folder wrong as a checkpoint.
+moec reads, and look for more: adapters, templates, tokenizers, weights of other names, code. So an
+artefact may be right, and the same folder wrong as a checkpoint.
 """
 
+import filecmp
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from moec.artefact.artefact import Artefact, file_of
+from moec.artefact.card import CARD
+from moec.artefact.engine_job import ENGINES
+from moec.artefact.manifest import NAME
+from moec.artefact.opening.foreign import files_below, is_left
+from moec.artefact.placement import COMPANIONS
+from moec.exporters.onnx.genai import FOLDER
 from moec.exporters.publish import config_of, generation_of, told_of
 from moec.runtime.proof.report import Check
+from moec.spec.bounded.own import find_own
 from moec.spec.errors import MoecError
 from moec.spec.fields import read_own_json, shown
 from moec.spec.files import diff
@@ -17,9 +28,26 @@ from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.hf.forms import INDEX
 from moec.weights.name_map import read_model
 
-_FILES = ("config.json", "generation_config.json", INDEX)
-#: ends of files that other engines load as weights
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+#: the files besides shards that a build makes a checkpoint of
+_FILES = (*COMPANIONS, INDEX)
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+#: files of text and images that other engines read. Somebody may have copied those that moec does
+#: not read from the checkpoint.
+_TEXT = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template|vocab|tekken"
+    r"|(video_|audio_)?pre?processor_config|processor_config)\.json"
+    r"|merges\.txt|vocab\.txt|tokenizer\.model|[^/]*\.tiktoken"
+    r"|chat_template\.jinja|additional_chat_templates/[^/]*\.jinja"
+)
+#: files that no engine reads: pages, pictures, licences, what tools of version control and of
+#: downloads keep. A hidden file may not have the name of what engines read.
+_UNREAD = re.compile(
+    r".*\.(md|html|pdf|png|jpe?g|gif|svg|webp)|(LICEN[CS]E|NOTICE|COPYING)[^/.]*(\.txt)?"
+    r"|\.[^/]*/.*|\.(?![^/]*\.(safetensors|bin|pth?|gguf|py|json|jinja|model)$)[^/]*",
+    re.DOTALL,
+)
+#: how many such files a report names
+_MOST = 8
 #: fields of a spec that say nothing of what an engine computes
 _APART = ("provenance", "name", "notes")
 
@@ -32,10 +60,11 @@ def published_folder(artefact: Artefact, source: Path | None) -> Iterator[Check]
     """
     if not artefact.manifest.weights.published:
         return
+    odd = list[str]()
     try:
-        odd = list(_differences(artefact, source))
+        odd.extend(_differences(artefact, source))
     except MoecError as error:
-        odd = [f"{error.where}: {error.found}, expected {error.expected}"]
+        odd.append(f"{error.where}: {error.found}, expected {error.expected}")
     for what in odd:
         yield Check("as a checkpoint", "agreement", 0.0, 1.0, what[:300])
     if not odd:
@@ -49,6 +78,11 @@ def _differences(artefact: Artefact, source: Path | None) -> Iterator[str]:
         written = manifest.files.get(name)
         if written and file_of(folder / name) != written:
             yield f"{name}: other bytes than the build wrote"
+    more = [os.fsencode(name).decode(errors="replace") for name in _more_files(artefact, source)]
+    for name in more[:_MOST]:
+        yield f"{name}: none of the artefact's files, and another engine may read it: remove it"
+    if more[_MOST:]:
+        yield f"{more[_MOST]}: {len(more) - _MOST} more such files"
     expected, config = told_of(manifest)
     found, _, entries = read_model(folder)
     shards = {(folder / name).resolve() for name in manifest.weights.shards}
@@ -56,9 +90,10 @@ def _differences(artefact: Artefact, source: Path | None) -> Iterator[str]:
         if not {each.resolve() for each in entry.files} <= shards:
             yield f"{name}: in {entry.file.name}, which is no shard of the artefact"
             break
-    for each in sorted(folder.iterdir()):
-        if each.suffix in _WEIGHTS and each.resolve() not in shards:
-            yield f"{each.name}: weights that are none of the artefact"
+    read = {file.resolve() for entry in entries.values() for file in entry.files}
+    for name in manifest.weights.shards:
+        if (folder / name).resolve() not in read or not _SHARD.fullmatch(name):
+            yield f"{name}: a shard in manifest.json, and none of the checkpoint"
     for path, mine, right in diff(found, expected):
         if not path.startswith(_APART):
             yield f"{path}: {shown(mine)}, expected {shown(right)}"
@@ -76,3 +111,28 @@ def _differences(artefact: Artefact, source: Path | None) -> Iterator[str]:
     wanted = generation_of(theirs, expected)
     if values != (own if wanted is None else wanted):
         yield f"generation_config.json: other fields than those in {source}"
+
+
+def _more_files(artefact: Artefact, source: Path | None) -> Iterator[str]:
+    """The files of the folder that an engine may read, and that no build of moec puts there.
+
+    The manifest alone does not decide: who adds a file can list it. Graphs, and the files for
+    onnxruntime-genai, are compared with what the exporter writes: `graph_files`.
+    """
+    folder, manifest = artefact.path, artefact.manifest
+    engines = {name for engine in manifest.engines.values() for name in engine.files}
+    engines = {name for name in engines if name.startswith(f"{ENGINES}/")}
+    ours = {NAME, CARD, *manifest.weights.shards, *artefact.graphs, *engines}
+    ours |= manifest.files.keys() & {*_FILES}
+    for name in files_below(folder):
+        path = folder / name
+        if name in ours or is_left(name) or _UNREAD.fullmatch(name):
+            continue
+        if name.startswith(f"{FOLDER}/"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            continue  # it is empty
+        theirs = find_own(source, name) if source and _TEXT.fullmatch(name) else None
+        own = find_own(folder, name) if theirs else None
+        if not (own and theirs and filecmp.cmp(own, theirs, shallow=False)):
+            yield name

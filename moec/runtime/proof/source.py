@@ -71,12 +71,14 @@ def check_same_model(
     """Refuse a checkpoint of another model than the artefact's; the rest is what was read of it.
 
     Raises:
-        MoecError: names the first field that differs.
+        MoecError: names the first field that differs, or says that one side is quantised and the
+            other not, so that their bytes have nothing in common.
     """
+    _check_same_form(artefact, folder, spec)
     wanted = artefact.manifest.spec
     if not spec.scheme or (wanted.scheme and not wanted.scheme.cache):
         wanted = wanted.model_copy(update={"scheme": spec.scheme})
-    same = as_stored(artefact, spec, entries)[0]
+    same, stored = as_stored(artefact, spec, entries)
     odd = other_model(same, wanted, "scheme")  # `schemes` compares that
     if odd:
         refuse(
@@ -85,6 +87,33 @@ def check_same_model(
             f"{odd[0][2]}, as in {artefact.path}",
             "name the checkpoint of the same model; do not use the artefact if this one is its own",
         )
+    known = {packing.source for packing in artefact.manifest.packings.values()}
+    known |= artefact.manifest.weights.tensors.keys()
+    if more := next((name for name in stored if name not in known), None):
+        refuse(
+            f"--source {folder}: {more}",
+            "a tensor that the artefact was not built from, such as a scale of another scheme",
+            f"the tensors that {artefact.path} was built from",
+            "name the checkpoint that it was built from, or leave --source out",
+        )
+
+
+def _check_same_form(artefact: Artefact, folder: Path, spec: ModelSpec) -> None:
+    """Refuse wide weights where the artefact was built from quantised ones, or the other way."""
+    scheme, packings = artefact.manifest.spec.scheme, artefact.manifest.packings.values()
+    own = any(packing.fp8 for packing in packings)  # moec quantised wide weights
+    built_from = None if own else scheme
+    if (spec.scheme is None) == (built_from is None):
+        return
+    expected = built_from.shown if built_from else "wide weights"
+    refuse(
+        f"--source {folder}",
+        spec.scheme.shown if spec.scheme else "wide weights",
+        f"the wide weights that moec quantised for {artefact.path}"
+        if own
+        else f"{expected}, which {artefact.path} was built from",
+        "name the checkpoint that it was built from, or leave --source out",
+    )
 
 
 def as_stored(
@@ -194,6 +223,8 @@ def _wrong_rows(wanted: tuple[Tensor, ...], found: list[Tensor]) -> Tensor:
     off = torch.zeros(rows, dtype=torch.bool)
     for right, mine in zip(wanted, found, strict=True):
         left, other = (x.contiguous().view(-1).view(torch.uint8) for x in (right, mine))
+        if len(left) != len(other):  # such as scales of blocks, and of outputs
+            return torch.ones_like(off)
         differs = left != other
         off |= differs.view(rows, -1).any(1) if right.numel() % rows == 0 else differs.any()
     return off

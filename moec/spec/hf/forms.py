@@ -46,6 +46,37 @@ def checkpoint_folder(source: str | Path) -> Path | None:
     return path.parent if path.name in LISTS and is_regular(path) else None
 
 
+def for_others(source: str | Path) -> str:
+    """The folder of the checkpoint `source`, for another library to read as a checkpoint.
+
+    Whatever gives a folder to another library asks here first. An adapter beside the weights would
+    change the model, and its config may name code that peft imports; of two sets of weights the
+    other library would choose one itself.
+
+    Raises:
+        MoecError: another library would read more there than the weights that moec reads.
+    """
+    folder = checkpoint_folder(source)
+    if folder is None:
+        refuse(source, "no folder", "the folder of a checkpoint", "name the folder")
+    if os.path.lexists(folder / ADAPTER):
+        refuse(
+            folder / ADAPTER,
+            "an adapter beside the weights, which other engines apply",
+            "the weights alone, or merged with it",
+            f"move it, or moec quantize {quote(str(folder))} --adapter {quote(str(folder))}",
+        )
+    named = split_list(Path(source))[1]
+    if named and (other := next((x for x in LISTS if x != named and (folder / x).exists()), None)):
+        refuse(
+            folder / other,
+            f"weights beside those of {named}, of which other engines choose one",
+            "one set of weights",
+            f"move {other} out of the folder",
+        )
+    return str(folder.resolve())
+
+
 def refuse_other_form(source: str | Path) -> None:
     """Refuse `source` if it is a model in a form that moec knows by name but does not read.
 

@@ -10,7 +10,6 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from moec.runtime.proof.each_op.static_scales import static_scales
 from moec.runtime.proof.report import Check, Report
 from moec.spec import names
 from moec.spec.errors import refuse
-from moec.spec.hf.forms import ADAPTER
+from moec.spec.hf.forms import for_others
 from moec.spec.model import ModelSpec
 from moec.weights.name_map import read_model
 from moec.weights.shard import TensorEntry
@@ -70,25 +69,18 @@ def against(
         theirs: the folder that the other engine reads; default `folder`.
 
     Raises:
-        MoecError: the checkpoint is broken, or too short; or, with exit code 3, the engine is
-            missing.
+        MoecError: the checkpoint is broken, or has an adapter beside its weights; a prompt would be
+            too short or too long; or, with exit code 3, the engine is missing.
     """
     other = find_other(engine)
     if not os.path.isdir(folder):
         refuse(folder, "no folder", "the folder of a checkpoint", "name the folder")
     spec, _, entries = read_model(folder)
-    if os.path.lexists(Path(folder) / ADAPTER):
-        refuse(
-            Path(folder) / ADAPTER,
-            "an adapter beside the weights, which other engines apply",
-            "the weights alone, or merged with it",
-            f"move it, or moec quantize {quote(str(folder))} --adapter {quote(str(folder))}",
-        )
     seed = secrets.randbits(31) if seed is None else seed
     prompts = draw_prompts(spec, tokens, seed)
     scheme = spec.scheme
     job = {
-        "folder": str(Path(theirs or folder).resolve()),
+        "folder": for_others(theirs or folder),
         "prompts": prompts,
         "new_tokens": NEW_TOKENS,
         "images": spec.vision is not None,

@@ -163,4 +163,5 @@ def test_what_is_no_engine_or_interpreter_is_refused(scout: Path, tmp_path: Path
     shutil.copytree(scout, tmp_path / "both")
     (tmp_path / "both/adapter_config.json").write_text("{}")
     refusal(lambda: moec.validate(tmp_path / "both", against="vllm"), "an adapter beside")
+    refusal(lambda: against(scout, "vllm", theirs=tmp_path / "both"), "an adapter beside")
     assert any("Left aside: the adapter" in each for each in read_model(tmp_path / "both")[0].notes)

@@ -6,7 +6,8 @@ sums.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ class Meeting:
 #: the meetings of this process, by the width of what is added up; `_BEST`: of the likeliest tokens
 _MEETINGS: dict[int, Meeting] = {}
 _BEST = 0
+#: whether ops skip what ranks do together, as in `alone`
+_alone = False
 
 
 def meet(dim: int, rank: Rank) -> None:
@@ -98,6 +101,21 @@ def _met(words: int, rank: Rank) -> Meeting:
     return Meeting(rank, buffers, peers, torch.zeros(MOST_TOKENS, dtype=torch.int32, device=device))
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let the ops of a block skip all that ranks do together; their results are of no use.
+
+    A rank that captures a CUDA graph runs its calls once before. The other ranks may do so in
+    another step, since that depends on the addresses of caches: nobody would answer.
+    """
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def all_reduce(part: Tensor) -> Tensor:
     return _sum(Sum(), part)["total"]
 
@@ -141,12 +159,15 @@ def all_gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
     if part.shape[-1] < widest:
         room = torch.nn.functional.pad(part, (0, widest - part.shape[-1]))
     found = room.new_empty(len(sizes), *room.shape)
-    dist.all_gather_into_tensor(found, room)
+    if not _alone:
+        dist.all_gather_into_tensor(found, room)
     return torch.cat([each[..., :size] for each, size in zip(found, sizes, strict=True)], -1)
 
 
 def likeliest_part(part: Tensor, first: int) -> Tensor:
     rows, vocab = part.shape
+    if _alone:
+        return part.argmax(-1)
     meeting = _MEETINGS[_BEST]
     if rows > MOST_TOKENS or meeting.peers is None:
         found: Tensor = shared.likeliest_part.eager(part, first)
@@ -178,7 +199,7 @@ def _sum(
     """The sum over ranks of part, bf16 [tokens, dim] or float32 [parts, tokens, dim]."""
     tokens, dim = part.shape[-2:]
     meeting = _MEETINGS[dim]
-    if tokens > MOST_TOKENS or meeting.peers is None:
+    if _alone or tokens > MOST_TOKENS or meeting.peers is None:
         return _by_nccl(what, part, x, gain)
     device, made = part.device, torch.bfloat16
     found: dict[str, Tensor] = {"total": torch.empty(tokens, dim, dtype=made, device=device)}
@@ -210,7 +231,8 @@ def _by_nccl(what: Sum, part: Tensor, x: Tensor | None, gain: Tensor | None) -> 
     It takes the place of `part`, which no other op uses.
     """
     whole = part.sum(0).bfloat16() if what.parts > 1 else part
-    dist.all_reduce(whole)
+    if not _alone:
+        dist.all_reduce(whole)
     if x is None or gain is None:
         return {"total": whole}
     if what.narrow:

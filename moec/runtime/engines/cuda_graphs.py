@@ -11,6 +11,7 @@ and the second one is captured.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,10 +29,17 @@ class Replays:
     `moving` names the inputs whose values and addresses change with each call; they are integers
     for each sequence. All other feeds on CUDA must keep their addresses. All other feeds on the
     host keep the values that they had when the graph was captured.
+
+    Before a capture, `call` runs once in the block `rehearsal`, which may change what it does.
     """
 
-    def __init__(self, call: Call, moving: tuple[str, ...]) -> None:
-        self.call, self.moving = call, moving
+    def __init__(
+        self,
+        call: Call,
+        moving: tuple[str, ...],
+        rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.call, self.moving, self.rehearsal = call, moving, rehearsal
         self.graphs: OrderedDict[
             object,
             tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor], tuple[Tensor, ...]],
@@ -87,7 +95,10 @@ class Replays:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(side):  # lets libraries set up what they need for a stream
+        with (
+            torch.cuda.stream(side),
+            self.rehearsal(),
+        ):  # lets libraries set up what they need for a stream
             step()
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph, pool=self.pool):

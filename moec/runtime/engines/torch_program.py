@@ -11,6 +11,7 @@ A fused decoder has two programs: one gives logits, and one the likeliest tokens
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache as once
 from functools import partial
 
@@ -74,6 +75,7 @@ def torch_engine(
     _check(artefact, device)
     check_shared(artefact, rank)
     fused, narrow = _is_fused(artefact), artefact.manifest.spec.fp8 is not None
+    rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext
     if device == "cuda" and narrow:
         from moec.kernels.sizes import check_sizes
         from moec.kernels.torch.ops import register
@@ -82,9 +84,10 @@ def torch_engine(
             check_sizes(local(artefact.manifest.spec, rank))
         register()
         if rank.count > 1 and part == "model":
-            from moec.kernels.torch.collectives import meet
+            from moec.kernels.torch import collectives
 
-            meet(artefact.manifest.spec.text.dim, rank)
+            collectives.meet(artefact.manifest.spec.text.dim, rank)
+            rehearsal = collectives.alone
     with memory_for(f"weights of {artefact.path}"):
         given = load(artefact, device, part, rank) if weights is None else weights
     _check_file(artefact, part)
@@ -96,7 +99,7 @@ def torch_engine(
         optional = (port for port in ports.inputs if port.name == names.IMAGE_FEATURES)
         defaults = {each.name: _nothing(each, device) for each in optional}
         bound = Bound(graph, given, {port.name for port in ports.inputs}, defaults, device)
-        steps = Replays(bound, MOVING) if device == "cuda" and decoder else None
+        steps = Replays(bound, MOVING, rehearsal) if device == "cuda" and decoder else None
 
         def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
             one = feeds[names.INPUT_IDS].shape[1] == 1 if steps else False

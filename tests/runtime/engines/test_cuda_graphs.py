@@ -69,6 +69,26 @@ def cache() -> Tensor:
     return torch.ones(3, dtype=torch.int64).as_subclass(OnGpu)
 
 
+def test_only_the_run_before_a_capture_is_a_rehearsal(gpu: type[Graph]) -> None:
+    """Ranks may capture at different steps: a rehearsal must not wait for the others."""
+    rehearsing, seen = [False], list[bool]()
+
+    @contextmanager
+    def rehearsal() -> Iterator[None]:
+        rehearsing[0] = True
+        yield
+        rehearsing[0] = False
+
+    def watched(given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        seen.append(rehearsing[0])
+        return call(given)
+
+    steps, one = Replays(watched, ("input_ids",), rehearsal), cache()
+    for token in (5, 6, 7):
+        steps(feeds(token, one))
+    assert seen == [False, True, False]  # alone, before the capture, in the capture
+
+
 def test_a_graph_is_captured_at_the_second_call_and_replayed_from_then_on(gpu: type[Graph]) -> None:
     steps, one = Replays(call, ("input_ids",)), cache()
     for token, captured in ((5, 0), (6, 1), (7, 1), (8, 1)):

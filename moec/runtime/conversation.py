@@ -29,6 +29,7 @@ from moec.runtime.inputs.image_places import (
 )
 from moec.runtime.inputs.prompt import filled
 from moec.runtime.inputs.text import Text, open_text
+from moec.runtime.ranks.group import same_seed
 from moec.runtime.sampling import chooser, ends
 from moec.runtime.steps import steps
 from moec.spec.errors import clear_errors, refuse
@@ -159,7 +160,7 @@ class Conversation:
                 have more tokens than the model is made for. Nothing has been computed then.
         """
         session, spec, state = self._session, self._session.spec, self._state
-        asked = (temperature, top_k, top_p, seed, repetition_penalty)
+        asked = (temperature, top_k, top_p, same_seed(seed), repetition_penalty)
         choose_after = chooser(spec, max_new_tokens, *asked)
         ending = ends(stop, spec.tokens.eos)
         words = self._words = _alive(self._words, self._source)

@@ -1,6 +1,5 @@
 """A session runs a model: it has an engine, makes caches for it, and generates tokens."""
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.feeds import feeds
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, images_for
-from moec.runtime.ranks.group import same
+from moec.runtime.ranks.group import same_seed
 from moec.runtime.sampling import chooser, ends
 from moec.runtime.steps import steps
 from moec.runtime.tower import TILES, features_of
@@ -196,15 +195,18 @@ class Session:
             return self.decode(tokens, cache).argmax(-1)
         column = self._column(tokens)
         count = torch.ones(len(column), dtype=torch.int64)
-        checked_calls.check_call(self.own, self.precision, self.limits.layout, column, count, cache)
-        if not column.is_cuda:
-            check_ids(column, self.spec.text.vocab)
+        self._check(column, count, cache)
         ((_, _, out),) = self.walk(column, count, cache, every=False, greedy=True)
         return out[names.BEST][:, 0]
 
     def _column(self, tokens: Ids) -> Tensor:
         column = checked_calls.read_column(tokens)
         return column if self.queues else column.cpu()
+
+    def _check(self, ids: Tensor, lengths: Tensor, cache: Cache) -> None:
+        checked_calls.check_call(self.own, self.precision, self.limits.layout, ids, lengths, cache)
+        if not ids.is_cuda:
+            check_ids(ids, self.spec.text.vocab)
 
     def extend(
         self, ids: Tensor, lengths: Tensor, cache: Cache, features: Tensor | None = None
@@ -218,9 +220,7 @@ class Session:
         Raises:
             MoecError: ids, lengths and cache do not fit each other, or the session.
         """
-        checked_calls.check_call(self.own, self.precision, self.limits.layout, ids, lengths, cache)
-        if not ids.is_cuda:
-            check_ids(ids, self.spec.text.vocab)
+        self._check(ids, lengths, cache)
         if ids.shape[1] == 1 and bool(lengths.all()):  # a decode step copies nothing
             ((_, _, out),) = self.walk(ids, lengths, cache, features, every=False)
             return out["logits"][:, 0]
@@ -349,9 +349,7 @@ class Session:
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
-        # ranks that share the model draw the same tokens
-        seed = secrets.randbits(62) if seed is None and self.rank.count > 1 else seed
-        asked = (temperature, top_k, top_p, same(seed), repetition_penalty)
+        asked = (temperature, top_k, top_p, same_seed(seed), repetition_penalty)
         choose_after = chooser(self.spec, max_new_tokens, *asked)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)
@@ -370,6 +368,9 @@ class Session:
         longest = max(map(len, rows))
         pad = self.spec.tokens.padding
         return like(input_ids, torch.tensor([row + [pad] * (longest - len(row)) for row in rows]))
+
+    def close(self) -> None:
+        """End the processes of a session on several GPUs; any other session has none."""
 
     def conversation(
         self, *, system: str | None = None, tools: Sequence[Mapping[str, Any]] | None = None

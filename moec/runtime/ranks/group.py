@@ -7,6 +7,7 @@ each computes its part, and all of them get the whole result.
 
 import atexit
 import os
+import secrets
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -124,6 +125,13 @@ def same(value: T) -> T:
     held: list[T] = [value]
     dist.broadcast_object_list(held, 0)
     return held[0]
+
+
+def same_seed(seed: int | None) -> int | None:
+    """A seed with which all ranks draw the same; `seed` itself in a process alone."""
+    if started_as().count == 1:
+        return seed
+    return same(secrets.randbits(62) if seed is None else seed)
 
 
 def all_heads(cache: torch.Tensor, text: TextSpec) -> torch.Tensor:

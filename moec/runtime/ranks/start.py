@@ -5,6 +5,7 @@ own, `moec.runtime.ranks.rank`. A rank that dies, raises, or shows no sign of li
 at once and by their process ids, since a GPU may wait for a peer that no longer comes.
 """
 
+import contextlib
 import os
 import pickle
 import signal
@@ -30,6 +31,8 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SILENCE = 20.0
 #: seconds that a call may take without giving anything
 PATIENCE = 1800.0
+#: seconds to wait for a process that was killed
+KILLED = 10.0
 #: seconds to wait for a better reason once a rank has failed
 GRACE = 2.0
 
@@ -173,7 +176,9 @@ class Ranks:
             if since is not None and now - since > GRACE:
                 break
             for index, pipe in enumerate(self._pipes):
-                if now - seen[pipe] > SILENCE and index not in {*done, *refused, *failed}:
+                # what came during a slow `part` has not been read yet
+                silent = now - seen[pipe] > SILENCE and not pipe.poll()
+                if silent and index not in {*done, *refused, *failed}:
                     self._fail(index, f"no sign of life for {SILENCE:.0f} s")
             if now - moved > PATIENCE:
                 self._fail(
@@ -231,7 +236,8 @@ def _kill(
     for process in processes:
         process.kill()
     for process in processes:
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for long
+            process.wait(timeout=KILLED)
     for pipe in pipes:
         pipe.close()
     folder.cleanup()

@@ -89,6 +89,20 @@ def test_a_rank_that_hangs_is_found(
     none_is_left(session, mark)
 
 
+def test_a_slow_stream_is_no_hang(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks sent meanwhile has arrived, although nobody has read it."""
+    monkeypatch.setattr(start, "SILENCE", 1.5)
+    seen: list[object] = []
+
+    def slow(step: object) -> None:
+        seen.append(step)
+        if len(seen) == 1:
+            time.sleep(3)
+
+    session.generate([[5, 6]], max_new_tokens=40, stop=(), stream=slow)
+    assert len(seen) == 40
+
+
 def test_a_rank_without_memory_says_so(session: Any, mark: str) -> None:
     pid = pids(session)[1]
     used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()

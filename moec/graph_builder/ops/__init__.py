@@ -26,6 +26,7 @@ from moec.graph_builder.ops.fused.collectives import (
     likeliest,
     likeliest_part,
     moe_all_reduce_norm_fp8,
+    rows_like,
 )
 from moec.graph_builder.ops.fused.layers import (
     encode,
@@ -58,7 +59,6 @@ from moec.graph_builder.ops.tokens import (
     fuse,
     pack,
     positions,
-    rows_like,
     select,
     unpack,
 )

@@ -47,23 +47,6 @@ def unpack(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(*like.shape[:2], x.shape[1]).clone()
 
 
-def _rows_rule(x: TensorType, like: TensorType) -> TensorType:
-    need(
-        x.shape == (times(*like.shape),),
-        "rows_like",
-        "x",
-        x.shape,
-        f"an element for each of {like.shape}",
-    )
-    return x.like(*like.shape)
-
-
-@op("rows_like(Tensor x, Tensor like) -> Tensor", _rows_rule)
-def rows_like(x: Tensor, like: Tensor) -> Tensor:
-    """x [B*L], like [B, L] -> [B, L]."""
-    return x.reshape(like.shape).clone()
-
-
 def _pack_rule(x: TensorType) -> TensorType:
     need(len(x.shape) == 3, "pack", "x", x.shape, "[B, S, N]")
     return x.like(times(*x.shape[:2]), x.shape[2])

@@ -11,7 +11,7 @@ from typing import Any
 from moec.artefact.artefact import open_artefact
 from moec.runtime.open import find_engine
 from moec.runtime.proof.report import Report
-from moec.runtime.ranks.rank import PART
+from moec.runtime.ranks.rank import Part
 from moec.runtime.ranks.start import Ranks
 from moec.spec.sharding import Rank
 
@@ -32,7 +32,7 @@ def shared_validate(
     seed = secrets.randbits(31) if named["seed"] is None else named["seed"]
     ranks = Ranks(count)
     try:
-        named |= {"seed": seed, "progress": PART}
+        named |= {"seed": seed, "progress": Part()}
         report, _ = ranks.call(None, "validate", path, part=progress, **named)
     finally:
         ranks.close()

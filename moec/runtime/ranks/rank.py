@@ -1,10 +1,11 @@
 """One rank that `moec.runtime.ranks.start` has started: it runs the calls that its parent sends.
 
 All ranks get the same calls and run them in the same order. Messages are pickles between processes
-of one program. A call is (numbers, object, name, arguments, named arguments): the method `name` of
-an object that the ranks hold, or a function of `FUNCTIONS`. Sessions, caches and conversations stay
-in the ranks, and the parent has a `Held` for each; they are numbered in the same way in all ranks.
-The numbers are of those that the ranks forget first, because the parent has let them go.
+of one program. A call is (numbers, folder, object, name, arguments, named arguments): the method
+`name` of an object that the ranks hold, or a function of `FUNCTIONS`. Sessions, caches and
+conversations stay in the ranks, and the parent has a `Held` for each; they are numbered in the same
+way in all ranks. The numbers are of those that the ranks forget first, because the parent has let
+them go. The folder is the parent's current one, in which ranks look for files too.
 
 A reply is (kind, value): "done" with what the call gave and the state of its caches, "refused" with
 a `MoecError`, or "failed" with the text of another error. Rank 0 also sends "part" for what a call
@@ -18,6 +19,7 @@ import threading
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -38,8 +40,6 @@ FUNCTIONS = {
     "open_session": "moec.runtime.open:open_session",
     "validate": "moec.runtime.proof.validate:validate",
 }
-#: a named argument that stands for a function which sends its arguments to the parent
-PART = "moec.part"
 _KEPT = (Session, Cache, Conversation)
 
 
@@ -48,6 +48,11 @@ class Held:
     """Stands for an object that the ranks hold."""
 
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Stands for a function that sends its arguments to the parent."""
 
 
 class Channel:
@@ -75,11 +80,14 @@ def main(number: int) -> None:
     held: dict[int, Any] = {}
     while True:
         try:
-            dropped, owner, name, given, named = pickle.loads(connection.recv_bytes())
+            dropped, folder, owner, name, given, named = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)
         for each in dropped:
             held.pop(each, None)
+        if folder is not None:  # the program may have changed its own
+            with suppress(OSError):
+                os.chdir(folder)
         caches = [each.number for each in (*given, *named.values()) if isinstance(each, Held)]
         try:
             arguments = [_own(each, held, channel, first) for each in given]
@@ -109,7 +117,7 @@ def _own(value: Any, held: dict[int, Any], channel: Channel, first: bool) -> Any
     """An argument as this rank uses it."""
     if isinstance(value, Held):
         return held[value.number]
-    if isinstance(value, str) and value == PART:
+    if isinstance(value, Part):
         return lambda *part: channel.send("part", part) if first else None
     return value
 

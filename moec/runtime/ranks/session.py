@@ -16,7 +16,7 @@ from moec.artefact.artefact import Artefact
 from moec.runtime.cache import Cache
 from moec.runtime.conversation import Conversation
 from moec.runtime.inputs.arrays import Ids, Pixels
-from moec.runtime.ranks.rank import PART, Held
+from moec.runtime.ranks.rank import Held, Part
 from moec.runtime.ranks.start import Ranks
 from moec.runtime.session import Session
 from moec.spec.errors import refuse
@@ -143,7 +143,7 @@ class SharedSession(Session):
         caches = [each for each in given if isinstance(each, SharedCache)]
         sent = [each.held if isinstance(each, SharedCache) else each for each in given]
         if part:
-            named["stream"] = PART
+            named["stream"] = Part()
         value, states = self.ranks.call(owner.number, method, *sent, part=part, **named)
         for each in caches:
             for name, now in states[each.held.number].items():

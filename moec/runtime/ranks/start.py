@@ -52,6 +52,7 @@ class Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
         self._dropped: list[int] = []
+        self._busy = False
         self._end = weakref.finalize(self, _kill, self._processes, self._pipes, self._folder)
         folder, cores = Path(self._folder.name), os.cpu_count() or 1
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -118,8 +119,21 @@ class Ranks:
         """
         if not self.alive:
             refuse("ranks", "processes that have ended", "ranks that run", "open the session again")
+        if self._busy:
+            refuse(
+                f"{name} on {self.count} ranks",
+                "a call within a call, such as from a stream",
+                "one call at a time",
+                "make it when the first one has returned",
+            )
         dropped, self._dropped = self._dropped, []
-        message = pickle.dumps((dropped, owner, name, given, named))
+        try:
+            message = pickle.dumps((dropped, _here(), owner, name, given, named))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            self._dropped += dropped
+            expected = "numbers, text, lists, arrays, tensors: what other processes can get"
+            refuse(name, f"{error}"[:200], expected, "convert the argument")
+        self._busy = True
         try:
             for index, pipe in enumerate(self._pipes):
                 try:
@@ -127,11 +141,13 @@ class Ranks:
                 except OSError:
                     self._died(index)
             return self._answers(part)
-        except MoecError:
-            raise
+        except _RefusedError as refusal:  # by all ranks, which wait for the next call
+            raise refusal.error from None
         except BaseException:  # Ctrl-C, or an error in `part`: the ranks are within a call
             self.close()
             raise
+        finally:
+            self._busy = False
 
     def drop(self, number: int) -> None:
         """Let the ranks forget an object that they hold, before the next call.
@@ -192,7 +208,7 @@ class Ranks:
                 where = f"rank {index} of {self.count}: {error.where}"
                 parts = error.found, error.expected, error.next_step
                 refuse(where, *parts, exit_code=error.exit_code)
-            raise error
+            raise _RefusedError(error)
         if failed:
             index, said = next(iter(failed.items()))
             self._fail(index, said)
@@ -226,6 +242,22 @@ class Ranks:
             "run it again; moec plan --gpus prints the memory that each rank needs",
             exit_code=3,
         )
+
+
+class _RefusedError(Exception):
+    """All ranks refused a call, and are as they were before."""
+
+    def __init__(self, error: MoecError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _here() -> str | None:
+    """The current folder, in which ranks look for files too; None if it was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
 
 
 def _kill(

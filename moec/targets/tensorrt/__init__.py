@@ -12,7 +12,7 @@ TARGET = Target(
     },
     builder="moec.targets.tensorrt.build:BUILDER",
     engines={
-        "tensorrt": "moec.runtime.engines.tensorrt.engine:ENGINE",
+        "tensorrt": "moec.runtime.engines.tensorrt.run:ENGINE",
         "interpreter": "moec.runtime.engines.interpreter:ENGINE",
     },
     proof="interpreter",

@@ -25,12 +25,12 @@ ROOT = Path(moec.__file__).parent
 SCRIPT = Path(__file__).with_name("bindings.py")
 NEAR = (
     *(ROOT / "exporters" / "tensorrt").rglob("*.py"),
-    *(ROOT / "runtime" / "engines").glob("tensorrt*.py"),
+    *(ROOT / "runtime" / "engines" / "tensorrt").glob("*.py"),
 )
 #: the sources that touch the API
 TOUCHING = {
-    "api.py", "callbacks.py", "checks.py", "child.py", "parse.py", "tensorrt.py",
-    "tensorrt_open.py",
+    "api.py", "callbacks.py", "checks.py", "child.py", "parse.py", "run.py",
+    "opening.py",
 }  # fmt: skip
 SOURCES = [path for path in sorted(NEAR) if path.name in TOUCHING]
 Api = dict[str, dict[str, str]]
@@ -52,7 +52,7 @@ OBJECTS = {
     "runtime": "Runtime",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
-    "tensorrt_open.py:config": "IRuntimeConfig",
+    "opening.py:config": "IRuntimeConfig",
 }
 #: variables of other things, of which TensorRT could have an attribute of that name
 OTHERS = {

@@ -123,6 +123,23 @@ def test_an_error_in_a_stream_ends_the_ranks(session: Any, mark: str) -> None:
     none_is_left(session, mark)
 
 
+def test_a_refusal_in_a_stream_ends_the_ranks_too(session: Any, mark: str) -> None:
+    """The ranks go on with the call: the next one would get its answer."""
+
+    def refused(step: object) -> None:
+        raise moec.MoecError("a stream", "no", "yes", "try again")
+
+    with pytest.raises(moec.MoecError, match="a stream"):
+        session.generate([[5, 6]], max_new_tokens=2000, stop=(), stream=refused)
+    none_is_left(session, mark)
+
+
+def test_a_call_within_a_call_is_refused(session: Any, mark: str) -> None:
+    with pytest.raises(moec.MoecError, match="a call within a call"):
+        session.generate([[5, 6]], stream=lambda step: session.logits([[5]]))
+    none_is_left(session, mark)
+
+
 def test_a_session_that_nobody_has_ends_its_ranks(art: Path, mark: str) -> None:
     session: Any = moec.open_session(art, gpus=2)
     cache = session.new_cache(1, 8)

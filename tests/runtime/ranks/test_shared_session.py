@@ -1,6 +1,7 @@
 """A session that two ranks share does what a session of one process does."""
 
 import gc
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,15 @@ def test_a_conversation_stays_in_the_ranks(session: Any, one: Session) -> None:
     assert turn or found.tokens == expected.tokens, "the first turn is no near tie"
 
 
+def test_files_are_looked_for_where_the_program_is_now(
+    session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(PHOTO, tmp_path / "photo.jpg")
+    talk = session.conversation()
+    monkeypatch.chdir(tmp_path)
+    assert talk.say("moec.part", ["photo.jpg"], 2).tokens
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -177,6 +187,7 @@ def test_a_conversation_stays_in_the_ranks(session: Any, one: Session) -> None:
         (lambda s: s.logits([[5, 6]], torch.zeros(2, 3, 5, 5)), "[2, 3, 5, 5]"),
         (lambda s: s.decode([5], "no cache"), "found:    str"),
         (lambda s: s.new_cache(1, -1), "-1"),
+        (lambda s: s.generate([[5]], stop=(each for each in [1])), "generator"),
     ],
 )
 def test_a_mistake_is_refused_and_the_session_goes_on(session: Any, call: Any, named: str) -> None:

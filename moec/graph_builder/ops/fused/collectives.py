@@ -1,5 +1,7 @@
 """Ops that ranks compute together: each gives the same result on all of them, to the bit.
 
+Beside these are the ops that choose the likeliest tokens, of one process or of all ranks.
+
 A rank is one of the processes that share a model (`moec.spec.sharding`). They form torch's default
 process group, and all run the same ops in the same order. Sums are in the order of the ranks, in
 float32, and are rounded once: results repeat to the bit.
@@ -16,7 +18,7 @@ from moec.graph_builder.ops.fused.layers import encode, moe_layer
 from moec.graph_builder.ops.linear import rms_norm, skip_norm
 from moec.graph_builder.ops.registry import need, op
 from moec.graph_builder.ops.tokens import embedding
-from moec.graph_builder.types import TensorType, widened
+from moec.graph_builder.types import TensorType, times, widened
 
 Pair = tuple[TensorType, TensorType]
 Triple = tuple[TensorType, TensorType, TensorType]
@@ -145,3 +147,20 @@ def likeliest_part(part: Tensor, first: int) -> Tensor:
     values = torch.stack(gathered(part.gather(-1, best[:, None])[:, 0].float()))  # [ranks, T]
     tokens = torch.stack(gathered(best + first))
     return tokens.gather(0, values.argmax(0, keepdim=True))[0]
+
+
+def _rows_rule(x: TensorType, like: TensorType) -> TensorType:
+    need(
+        x.shape == (times(*like.shape),),
+        "rows_like",
+        "x",
+        x.shape,
+        f"an element for each of {like.shape}",
+    )
+    return x.like(*like.shape)
+
+
+@op("rows_like(Tensor x, Tensor like) -> Tensor", _rows_rule)
+def rows_like(x: Tensor, like: Tensor) -> Tensor:
+    """x [B*L], like [B, L] -> [B, L]."""
+    return x.reshape(like.shape).clone()

@@ -11,8 +11,8 @@ import pytest
 import moec
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
-from moec.runtime.engines.tensorrt import open as tensorrt_open
-from moec.runtime.engines.tensorrt.engine import ENGINE, tensorrt_engine
+from moec.runtime.engines.tensorrt import opening as tensorrt_open
+from moec.runtime.engines.tensorrt.run import ENGINE, tensorrt_engine
 from moec.runtime.open import artefact_session, eager_session
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
@@ -47,7 +47,7 @@ def built(
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory on the CPU is aligned to less."""
     monkeypatch.setattr(tensorrt_open, "ALIGNED", ALIGNED)
-    monkeypatch.setattr("moec.runtime.engines.tensorrt.engine.ALIGNED", ALIGNED)
+    monkeypatch.setattr("moec.runtime.engines.tensorrt.run.ALIGNED", ALIGNED)
 
 
 @pytest.fixture(scope="session")

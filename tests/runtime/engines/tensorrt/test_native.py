@@ -8,7 +8,7 @@ import pytest
 
 from moec.artefact.artefact import Artefact, file_of
 from moec.artefact.opening.native import check_native
-from moec.runtime.engines.tensorrt.engine import tensorrt_engine
+from moec.runtime.engines.tensorrt.run import tensorrt_engine
 from moec.weights.trust import records
 from tests.refusals import refusal
 from tests.runtime.engines.tensorrt.fake import Package, with_engines

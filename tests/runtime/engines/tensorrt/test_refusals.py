@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moec.artefact.artefact import Artefact
-from moec.runtime.engines.tensorrt.engine import tensorrt_engine
+from moec.runtime.engines.tensorrt.run import tensorrt_engine
 from moec.runtime.open import artefact_session
 from moec.runtime.session import Session
 from tests.refusals import refusal

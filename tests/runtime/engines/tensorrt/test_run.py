@@ -124,7 +124,7 @@ def test_a_call_writes_the_caches_that_it_is_given(
 def test_caches_where_tensorrt_takes_none_are_written_too(
     session: Session, reference: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moec.runtime.engines.tensorrt.engine.ALIGNED", 1 << 40)
+    monkeypatch.setattr("moec.runtime.engines.tensorrt.run.ALIGNED", 1 << 40)
     rows = [_row(6), _row(9, 1)]
     for found, expected in zip(session.prefill(rows)[0], reference.prefill(rows)[0], strict=True):
         assert (found - expected).abs().max() < EXACT

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
-from moec.runtime.engines.tensorrt import engine as tensorrt_engine
-from moec.runtime.engines.tensorrt.open import OpenEngine, open_engine
+from moec.runtime.engines.tensorrt import run as tensorrt_engine
+from moec.runtime.engines.tensorrt.opening import OpenEngine, open_engine
 from moec.runtime.session import Session
 from tests.runtime.engines.tensorrt.conftest import opening, session_of
 from tests.runtime.engines.tensorrt.fake import Package

@@ -23,7 +23,7 @@ from moec.runtime.engines.tensorrt.fit import (
     fits,
     no_profile,
 )
-from moec.runtime.engines.tensorrt.open import ALIGNED, OpenEngine, open_engine
+from moec.runtime.engines.tensorrt.opening import ALIGNED, OpenEngine, open_engine
 from moec.runtime.engines.torch_program import MOVING
 from moec.spec.errors import refuse
 from moec.spec.names import IMAGE_FEATURES, INPUT_IDS, past_of

@@ -81,7 +81,7 @@ def open_engine(trt: Any, artefact: Artefact, part: str, device: str) -> OpenEng
     """Load the TensorRT engine of a part of `artefact`, and the weights that it takes as inputs.
 
     Raises:
-        MoecError: see `moec.runtime.engines.tensorrt.engine.tensorrt_engine`.
+        MoecError: see `moec.runtime.engines.tensorrt.run.tensorrt_engine`.
     """
     recorded, manifest = engine_of(artefact, part), artefact.manifest
     check_native(artefact, (recorded.file, *recorded.plugins))

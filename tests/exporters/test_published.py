@@ -401,9 +401,9 @@ ADDED: dict[str, Callable[[Path], None]] = {
 COPIED = {*COMPANIONS, INDEX}
 #: what users keep beside a model, and engines do not read
 KEPT = (
-    "NOTES.md", "LICENSE", "LICENSE.txt", "report.html", "images/scores.png", ".gitattributes",
-    ".gitignore", ".git/config", ".git/hooks/x.py", ".cache/huggingface/download/x.metadata",
-    ".DS_Store", "trtexec/model.engine",
+    "NOTES.md", "LICENSE", "LICENSE.txt", "report.html", "report-3.json", "images/scores.png",
+    ".gitattributes", ".gitignore", ".git/config", ".git/hooks/x.py", ".DS_Store",
+    ".cache/huggingface/download/x.metadata", "trtexec/model.engine",
 )  # fmt: skip
 
 

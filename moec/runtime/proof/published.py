@@ -35,14 +35,15 @@ _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 #: not read from the checkpoint.
 _TEXT = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template|vocab|tekken"
-    r"|(video_|audio_)?pre?processor_config|processor_config)\.json"
+    r"|(video_|audio_)?preprocessor_config|processor_config)\.json"
     r"|merges\.txt|vocab\.txt|tokenizer\.model|[^/]*\.tiktoken"
     r"|chat_template\.jinja|additional_chat_templates/[^/]*\.jinja"
 )
-#: files that no engine reads: pages, pictures, licences, what tools of version control and of
-#: downloads keep. A hidden file may not have the name of what engines read.
+#: files that no engine reads: pages, pictures, reports, licences, what tools of version control and
+#: of downloads keep. A hidden file may not have the name of what engines read.
 _UNREAD = re.compile(
-    r".*\.(md|html|pdf|png|jpe?g|gif|svg|webp)|(LICEN[CS]E|NOTICE|COPYING)[^/.]*(\.txt)?"
+    r".*\.(md|html|pdf|png|jpe?g|gif|svg|webp|csv|log)|report[^/]*\.json"
+    r"|(LICEN[CS]E|NOTICE|COPYING)[^/.]*(\.txt)?"
     r"|\.[^/]*/.*|\.(?![^/]*\.(safetensors|bin|pth?|gguf|py|json|jinja|model)$)[^/]*",
     re.DOTALL,
 )

@@ -95,16 +95,24 @@ class ArtefactUnderTest:
         )
 
     def reference_from(
-        self, ids: Tensor, lengths: Tensor, given: Mapping[str, Tensor], taps: Sequence[str]
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        given: Mapping[str, Tensor],
+        taps: Sequence[str],
+        codes: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Run the reference on ids [B, S] with some inner values replaced by `given`.
 
         The reference computes each stretch of the graph from the given values before it. So the
-        stretches are compared one by one, and their errors do not add up. Values are
+        stretches are compared one by one, and their errors do not add up. `codes` are values in FP8
+        that count where a rounding decides, as in `eager_engine`. Values are
         [tokens, ...] without padding, as `Session.trace` returns them.
         """
-        spec = self.artefact.manifest.spec
-        run = eager_engine(spec, self.entries(), "fp32", taps, given=tuple(given))
+        spec, codes = self.artefact.manifest.spec, codes or {}
+        run = eager_engine(
+            spec, self.entries(), "fp32", taps, given=tuple(given), codes=tuple(codes)
+        )
         own = torch.arange(ids.shape[1]) < lengths[:, None]
         cache = new_cache(spec, "fp32", len(ids), 0)
         feeds = {
@@ -118,6 +126,10 @@ class ArtefactUnderTest:
             padded = torch.zeros(own.numel(), *rows.shape[1:])
             padded[own.flatten()] = rows.float()
             feeds[names.given(name)] = padded
+        for name, rows in codes.items():
+            bytes_ = torch.zeros(own.numel(), *rows.shape[1:], dtype=torch.uint8)
+            bytes_[own.flatten()] = rows.view(torch.uint8)
+            feeds[names.given(name)] = bytes_.view(rows.dtype)
         found = run(feeds)
         found["logits"] = found["logits"].flatten(0, 1)
         return {name: found[name][own.flatten()] for name in (*taps, "logits")}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moec.graph_builder.passes.follow_codes import quantised_tokens
 from moec.runtime.proof.compare import Tolerance
 from moec.runtime.proof.each_op.reach import (
     each_expert,
@@ -44,12 +45,16 @@ def every_op(
     The calls are: sequences of different length that pass a chunk border; single tokens at
     positions up to the last; image features in text; tokens of the whole vocabulary; and tokens
     for each expert. `notes` gets a remark on what was reached. The values of ids [B, S] in one
-    call, [tokens, ...] without padding, are left in `traced` by name.
+    call, [tokens, ...] without padding, are left in `traced` by name; of FP8 also what
+    attention adds and the quantised inputs of products, as far as the engine shows them.
     """
     spec = tested.artefact.manifest.spec
     seen = watch(tested)
     session = tested.session(seen.taps)
-    traced |= session.trace(ids, lengths, shown_layers(spec))
+    after = [names.attention(layer.index, "o") for layer in spec.text.all_layers]
+    fp8 = [*after, *quantised_tokens(seen.graph)] if spec.fp8 else []
+    more = [name for name in fp8 if name in seen.taps]
+    traced |= session.trace(ids, lengths, [*shown_layers(spec), *more])
     ring_wrap(seen.on(session), session.limits.context or 2 * ids.shape[1], generator)
     last = far_positions(seen, session, generator)
     if spec.vision:

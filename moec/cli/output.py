@@ -38,6 +38,12 @@ def error_line(text: str, style: str | None = None) -> None:
     errors.print(text, style=style, soft_wrap=True)
 
 
+def note_cpu(device: str, gpus: int | None) -> None:
+    """Say that `gpus` processes share the processor, for a user who forgot the device."""
+    if gpus is not None and gpus > 1 and device == "cpu":
+        error_line(f"note: {gpus} processes share the cores of this machine; GPUs: --device cuda")
+
+
 def show_error(error: MoecError) -> None:
     """Print a refusal to stderr, a line for each of its parts."""
     for line in f"error: {error}".split("\n"):

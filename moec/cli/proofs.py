@@ -7,7 +7,7 @@ import typer
 
 from moec.cli.given import check_given, check_to_write
 from moec.cli.options import Device, Gpus, Json, WeightsFrom
-from moec.cli.output import bar, error_line, print_json
+from moec.cli.output import bar, error_line, note_cpu, print_json
 from moec.cli.streams import is_quiet_rank
 from moec.spec.errors import MoecError, refuse
 
@@ -134,6 +134,7 @@ def prove(
     import moec
     from moec.artefact.parity import record
 
+    note_cpu(device, gpus)
     with bar(quiet=as_json) as progress:
         report = moec.validate(
             artefact,

@@ -7,7 +7,7 @@ import typer
 
 from moec.cli.given import check_given
 from moec.cli.options import Device, Gpus, Json, TrustEngines, WeightsFrom
-from moec.cli.output import error_line, print_json, write
+from moec.cli.output import error_line, note_cpu, print_json, write
 from moec.spec.errors import refuse
 
 
@@ -134,6 +134,7 @@ def generate(
         if token is not None:
             write(stream.send(token) if stream else f"{token} ")
 
+    note_cpu(device, gpus)
     session = moec.open_session(
         artefact,
         device,

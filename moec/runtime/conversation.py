@@ -160,7 +160,7 @@ class Conversation:
                 have more tokens than the model is made for. Nothing has been computed then.
         """
         session, spec, state = self._session, self._session.spec, self._state
-        asked = (temperature, top_k, top_p, same_seed(seed), repetition_penalty)
+        asked = (temperature, top_k, top_p, same_seed(seed, self._session.rank), repetition_penalty)
         choose_after = chooser(spec, max_new_tokens, *asked)
         ending = ends(stop, spec.tokens.eos)
         words = self._words = _alive(self._words, self._source)

@@ -24,12 +24,12 @@ from moec.artefact.session_options import EXACT, SETS
 from moec.artefact.targets import find_target, imported, targets
 from moec.runtime.engines.eager import eager_engine
 from moec.runtime.engines.engine import Engine, Run
-from moec.runtime.ranks.group import agree, from_first, join, started_as
+from moec.runtime.ranks.group import agree, counted, from_first, join, started_as
 from moec.runtime.session import Session
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
-from moec.spec.sharding import Rank
+from moec.spec.sharding import ALONE, Rank
 from moec.weights.name_map import read_model
 
 #: the name of the eager reference, which runs any artefact or checkpoint
@@ -68,7 +68,8 @@ def open_session(
             They are native code, which can do anything.
         gpus: how many GPUs of this host share the model, for artefacts of target torch with fused
             programs. Each gets a process of its own, a rank; on device "cpu" they share the cores.
-            In a program that torchrun has started, each process is a rank already: leave it out.
+            In a program that torchrun has started, each process is a rank already: leave it out,
+            or give 1 to have the whole model in this process.
 
     Raises:
         MoecError: `path` is not an artefact, it has no weights, a file has another size or header,
@@ -119,7 +120,8 @@ def open_session(
             stored = artefact.entries()
             session = eager_session(manifest.spec, stored, manifest.compute, artefact)
         else:
-            session = artefact_session(artefact, device, session_options, engine=engine)
+            chosen = find_engine(artefact, engine, ALONE if gpus == 1 else None)
+            session = artefact_session(artefact, device, session_options, engine=chosen)
         # A field that cannot be right was refused before, by its name.
         check_digest(artefact)
     return session
@@ -136,9 +138,9 @@ def starts_ranks(gpus: Any) -> TypeGuard[int]:
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
         refuse("gpus", repr(gpus)[:80], "1 or more", "correct gpus")
     rank = started_as()
-    if rank.count > 1 and gpus != rank.count:
+    if rank.count > 1 and gpus not in (1, rank.count):
         found = f"a process that is one of {rank.count} ranks already"
-        refuse(f"gpus {gpus}", found, f"gpus={rank.count}", "leave gpus out")
+        refuse(f"gpus {gpus}", found, f"gpus={rank.count}, or 1", "leave gpus out")
     return gpus > 1 and rank.count == 1
 
 
@@ -148,6 +150,12 @@ def _shared(
     """A session of an artefact that `gpus` ranks share; what no rank could do is refused here."""
     from moec.runtime.ranks.session import SharedSession  # which imports this
 
+    if engine in (EAGER, "interpreter"):
+        refuse(f"{gpus} GPUs", f"engine {engine}", "engine torch", "leave gpus out, or engine")
+    folder = checkpoint_folder(path)
+    if folder and not (folder / NAME).is_file() and (folder / "config.json").is_file():
+        build = f"moec build --checkpoint {path} --target torch --precision fp8 --out DIR"
+        refuse(path, "a checkpoint", "an artefact of target torch, for several GPUs", build)
     artefact = open_artefact(path, weights_from)
     chosen = find_engine(artefact, engine).shared(Rank(0, gpus))
     chosen.check(artefact, device)
@@ -166,8 +174,11 @@ def engines() -> tuple[str, ...]:
     return (*dict.fromkeys(name for each in targets().values() for name in each.engines), EAGER)
 
 
-def find_engine(artefact: Artefact, name: str | None = None) -> Engine:
+def find_engine(artefact: Artefact, name: str | None = None, rank: Rank | None = None) -> Engine:
     """Engine `name` of the artefact's target, by default the first.
+
+    It is that of `rank`, by default the rank that this process was started as. An engine whose
+    models ranks cannot share runs in each of them by itself.
 
     Raises:
         MoecError: the target has no such engine.
@@ -182,7 +193,7 @@ def find_engine(artefact: Artefact, name: str | None = None) -> Engine:
             "leave engine out",
         )
     found: Engine = imported(place)
-    return found.shared(started_as())
+    return found.shared(rank or started_as()) if found.of_rank else found
 
 
 def artefact_session(
@@ -207,7 +218,9 @@ def artefact_session(
     def opened(part: str, taps: Sequence[str] = ()) -> Run:
         run = chosen.open(artefact, part, device, options, taps)
         run = clear_errors(run, f"{artefact.path}: {part} on {chosen.title}")
-        return from_first(run) if shared and part == "vision" else run
+        if not shared:
+            return run
+        return counted(from_first(run) if part == "vision" else run)
 
     return Session(
         artefact.manifest.spec,

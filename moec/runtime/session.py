@@ -349,7 +349,7 @@ class Session:
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
         """
-        asked = (temperature, top_k, top_p, same_seed(seed), repetition_penalty)
+        asked = (temperature, top_k, top_p, same_seed(seed, self.rank), repetition_penalty)
         choose_after = chooser(self.spec, max_new_tokens, *asked)
         ids, counts = read_ids(input_ids, lengths, self.spec.text.vocab)
         features = self._features(ids, counts, pixel_values)

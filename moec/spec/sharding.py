@@ -154,7 +154,7 @@ def _heads(text: TextSpec, rank: Rank) -> dict[Divided, tuple[int, int]]:
     """
     group = text.heads // text.kv_heads
     if text.kv_heads >= rank.count:
-        start, stop = _share("kv_heads", text.kv_heads, rank)
+        start, stop = _share("kv_heads", text.kv_heads, rank, unit=1)
         return {"heads": (start * group, stop * group), "kv_heads": (start, stop)}
     sharing, rest = divmod(rank.count, text.kv_heads)
     if rest or group % sharing:
@@ -164,20 +164,23 @@ def _heads(text: TextSpec, rank: Rank) -> dict[Divided, tuple[int, int]]:
     return {"heads": (start, start + each), "kv_heads": (head, head + 1)}
 
 
-def _share(divided: Divided, size: int, rank: Rank) -> tuple[int, int]:
-    """A rank's part of `size`: as much as all others have, or else a unit more than some."""
+def _share(divided: Divided, size: int, rank: Rank, unit: int = UNIT) -> tuple[int, int]:
+    """A rank's part of `size`: as much as all others have, or else some units more.
+
+    Units are as large as they can be, up to `unit`.
+    """
     if size < rank.count:
         _refuse(rank, divided, size)
-    units = [each for each in _units(size) if size // each >= rank.count]
+    units = [each for each in _units(size, unit) if size // each >= rank.count]
     unit = next((each for each in units if size // each % rank.count == 0), units[0])
     whole, more = divmod(size // unit, rank.count)
     start = rank.index * whole + min(rank.index, more)
     return start * unit, (start + whole + (rank.index < more)) * unit
 
 
-def _units(size: int) -> Iterator[int]:
-    """The powers of 2 that divide `size`, up to `UNIT`, the largest first; 1 is the last."""
-    unit = min(UNIT, size & -size)
+def _units(size: int, most: int) -> Iterator[int]:
+    """The powers of 2 that divide `size`, up to `most`, the largest first; 1 is the last."""
+    unit = min(most, size & -size)
     while unit:
         yield unit
         unit //= 2

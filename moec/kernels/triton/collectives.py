@@ -249,6 +249,8 @@ def all_reduce(
             tl.store(scale + row, step)
         else:
             tl.store(normed + row * HALF + at, _pair(low, high), mask=inside)
+    else:
+        tl.debug_barrier()  # all warps have read the number of the call; a norm waits for them too
     tl.store(calls + row, call)
 
 
@@ -271,7 +273,8 @@ def best_of_block(
     found = tl.load(logits + start + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
     most, place = tl.max(found, 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(values + row * BLOCKS + block, most)
-    tl.store(tokens_in + row * BLOCKS + block, block * BLOCK + place)
+    # a place among NaNs is of no use, but it must be one
+    tl.store(tokens_in + row * BLOCKS + block, tl.minimum(block * BLOCK + place, VOCAB - 1))
 
 
 @triton.jit
@@ -305,7 +308,7 @@ def likeliest(
     known = block < BLOCKS
     each = tl.load(values + row * BLOCKS + block, mask=known, other=float("-inf"))
     own, place = tl.max(each, 0, return_indices=True, return_indices_tie_break_left=True)
-    token = FIRST + tl.load(tokens_in + row * BLOCKS + place)
+    token = FIRST + tl.load(tokens_in + row * BLOCKS + tl.minimum(place, BLOCKS - 1))
     mine = tl.where(at == 0, own.to(tl.int32, bitcast=True), token)
     inside = at < 2
     _push(mine, peers, (slot + RANK) * stride + row * 2 + at, inside, call, RANK, WORLD, STORE)

@@ -20,7 +20,7 @@ from moec.artefact.parity import identity
 from moec.artefact.parity import record as record
 from moec.artefact.session_options import EXACT
 from moec.exporters.onnx.write import GENAI
-from moec.runtime.open import starts_ranks
+from moec.runtime.open import find_engine, starts_ranks
 from moec.runtime.proof.against import compare
 from moec.runtime.proof.checks import cached_decode, generation, layer_by_layer
 from moec.runtime.proof.compare import FP8_NOISE, TOLERANCES
@@ -51,7 +51,7 @@ from moec.runtime.proof.source import (
     weights_against_source,
 )
 from moec.runtime.proof.under_test import ArtefactUnderTest
-from moec.runtime.ranks.group import same
+from moec.runtime.ranks.group import join, same
 from moec.spec import names
 from moec.spec.errors import MoecError, refuse
 from moec.spec.hf.forms import checkpoint_folder
@@ -124,6 +124,8 @@ def validate(
             "1 token or more, a seed of 0 to 2^63",
             "correct --tokens or --seed",
         )
+    if gpus is not None and against is not None:
+        refuse("against", f"{against}, with gpus {gpus}", "one of them", "leave gpus out")
     if starts_ranks(gpus):
         from moec.runtime.ranks.proof import shared_validate  # which imports this
 
@@ -143,7 +145,10 @@ def validate(
     if against is not None:
         return compare.against(path, against, tokens, seed, progress, python)
     artefact = open_artefact(path, weights_from)
-    seed = same(secrets.randbits(31) if seed is None else seed)
+    seed = secrets.randbits(31) if seed is None else seed
+    if find_engine(artefact).rank.count > 1:  # in a rank: all of them draw the same tokens
+        join(device)
+        seed = same(seed)
     unbound = artefact.manifest.weights.mode == "unbound"
     if source is not None and (unbound or reduced):
         refuse(

@@ -18,22 +18,27 @@ import torch.distributed as dist
 from moec.exporters.versions import versions
 from moec.runtime.engines.engine import Run
 from moec.runtime.engines.gpu import check_device
-from moec.spec.errors import refuse
+from moec.spec.errors import MoecError, refuse
 from moec.spec.model import TextSpec
 from moec.spec.sharding import ALONE, Rank, span
 
 T = TypeVar("T")
 #: the environment variables that make a process a rank; the last is a file where ranks meet
 RANK, WORLD, LOCAL, STORE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MOEC_RANKS_STORE"
-#: how long a rank waits for the others before it gives up
-PATIENCE = timedelta(minutes=10)
+#: how long a rank waits for the others: longer than a user thinks. Whoever started the ranks ends
+#: them when one dies.
+PATIENCE = timedelta(days=1)
 
 
 def started_as() -> Rank:
     """The rank as which this process was started; alone without the environment variables."""
-    if RANK not in os.environ or WORLD not in os.environ:
+    said = [os.environ.get(name, "") for name in (RANK, WORLD)]
+    if "" in said:
         return ALONE
-    return Rank(int(os.environ[RANK]), int(os.environ[WORLD]))
+    if not all(each.isdecimal() for each in said) or int(said[0]) >= int(said[1]):
+        found = " ".join(f"{name}={each}" for name, each in zip((RANK, WORLD), said, strict=True))
+        refuse("environment", found, "a rank, and how many there are", "start it by torchrun")
+    return Rank(int(said[0]), int(said[1]))
 
 
 def join(device: str) -> Rank:
@@ -119,17 +124,15 @@ def agree(what: str, digest: str) -> None:
 
 
 def same(value: T) -> T:
-    """The `value` that rank 0 has; the value itself in a process alone."""
-    if started_as().count == 1 or not dist.is_initialized():
-        return value
+    """The `value` that rank 0 has, in all ranks; they must have joined their group."""
     held: list[T] = [value]
     dist.broadcast_object_list(held, 0)
     return held[0]
 
 
-def same_seed(seed: int | None) -> int | None:
+def same_seed(seed: int | None, rank: Rank) -> int | None:
     """A seed with which all ranks draw the same; `seed` itself in a process alone."""
-    if started_as().count == 1:
+    if rank.count == 1:
         return seed
     return same(secrets.randbits(62) if seed is None else seed)
 
@@ -144,6 +147,30 @@ def all_heads(cache: torch.Tensor, text: TextSpec) -> torch.Tensor:
         start, stop = span(text, "kv_heads", Rank(index, rank.count))
         whole[:, start // text.head_dim : stop // text.head_dim] = part
     return whole
+
+
+class LostError(MoecError):
+    """An engine's call failed in a rank: other ranks may have got further, or wait for it."""
+
+
+#: engine calls that this rank has made
+calls = 0
+
+
+def counted(run: Run) -> Run:
+    """`run`, whose calls are counted, and whose refusals are a `LostError`."""
+
+    def shared(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        global calls
+        try:
+            return run(feeds)
+        except MoecError as error:
+            parts = error.where, error.found, error.expected, error.next_step
+            raise LostError(*parts, error.exit_code) from error
+        finally:
+            calls += 1
+
+    return shared
 
 
 def from_first(run: Run) -> Run:

@@ -7,9 +7,10 @@ conversations stay in the ranks, and the parent has a `Held` for each; they are 
 way in all ranks. The numbers are of those that the ranks forget first, because the parent has let
 them go. The folder is the parent's current one, in which ranks look for files too.
 
-A reply is (kind, value): "done" with what the call gave and the state of its caches, "refused" with
-a `MoecError`, or "failed" with the text of another error. Rank 0 also sends "part" for what a call
-gives piece by piece, and "note" for a warning. Every rank sends "alive" each second.
+A reply is (kind, value): "done" with what the call gave and the state of its caches; "refused" with
+a `MoecError`; "lost" with one after which ranks may be out of step; or "failed" with the text of
+another error. Rank 0 also sends "part" for what a call gives piece by piece, and "note" for a
+warning. Every rank sends "alive" each second, with the number of calls of its engine so far.
 """
 
 import os
@@ -29,7 +30,7 @@ from torch import Tensor
 from moec.artefact.targets import imported
 from moec.runtime.cache import Cache
 from moec.runtime.conversation import Conversation
-from moec.runtime.ranks.group import started_as
+from moec.runtime.ranks import group
 from moec.runtime.session import Session
 from moec.spec.errors import MoecError, understood
 
@@ -74,13 +75,13 @@ class Channel:
 def main(number: int) -> None:
     """Answer the calls that come on file descriptor `number`, until the parent closes it."""
     connection = Connection(number)
-    channel, first = Channel(connection), started_as().index == 0
+    channel, first = Channel(connection), group.started_as().index == 0
     threading.Thread(target=_beat, args=(channel,), daemon=True).start()
     warnings.showwarning = lambda text, *_, **__: channel.send("note", str(text)) if first else None
     held: dict[int, Any] = {}
     while True:
         try:
-            dropped, folder, owner, name, given, named = pickle.loads(connection.recv_bytes())
+            dropped, folder, *call = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)
         for each in dropped:
@@ -88,28 +89,39 @@ def main(number: int) -> None:
         if folder is not None:  # the program may have changed its own
             with suppress(OSError):
                 os.chdir(folder)
-        caches = [each.number for each in (*given, *named.values()) if isinstance(each, Held)]
-        try:
-            arguments = [_own(each, held, channel, first) for each in given]
-            by_name = {key: _own(each, held, channel, first) for key, each in named.items()}
-            found = imported(FUNCTIONS[name]) if owner is None else getattr(held[owner], name)
-            value = found(*arguments, **by_name) if callable(found) else found
-            result = _kept(value, held)
-            states = {each: _state(held[each]) for each in caches}
-            channel.send("done", (result, states) if first else None)
-        except MoecError as error:
-            channel.send("refused", error)
-        except BaseException as error:
-            traceback.print_exc()
-            clear = understood(error, name)
-            said = next(iter(str(error).strip().splitlines()), "")
-            kind = "refused" if clear else "failed"
-            channel.send(kind, clear or f"{type(error).__name__}: {said}")
+        channel.send(*_answer(call, held, channel, first))
+
+
+def _answer(
+    call: list[Any], held: dict[int, Any], channel: Channel, first: bool
+) -> tuple[str, object]:
+    """Run a call; return the reply. Nothing of the call outlives it here but what is `held`."""
+    owner, name, given, named = call
+    caches = [each.number for each in (*given, *named.values()) if isinstance(each, Held)]
+    try:
+        arguments = [_own(each, held, channel, first) for each in given]
+        by_name = {key: _own(each, held, channel, first) for key, each in named.items()}
+        found = imported(FUNCTIONS[name]) if owner is None else getattr(held[owner], name)
+        value = found(*arguments, **by_name) if callable(found) else found
+        result = _kept(value, held)
+        states = {each: _state(held[each]) for each in caches}
+        return "done", (result, states) if first else None
+    except group.LostError as error:
+        return "lost", MoecError(
+            error.where, error.found, error.expected, error.next_step, error.exit_code
+        )
+    except MoecError as error:
+        return "refused", error
+    except BaseException as error:
+        traceback.print_exc()
+        clear = understood(error, name)
+        said = next(iter(str(error).strip().splitlines()), "")
+        return ("lost", clear) if clear else ("failed", f"{type(error).__name__}: {said}")
 
 
 def _beat(channel: Channel) -> None:
     while True:
-        channel.send("alive")
+        channel.send("alive", group.calls)
         time.sleep(BEAT)
 
 

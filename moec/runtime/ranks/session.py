@@ -7,6 +7,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,12 @@ class SharedSession(Session):
     ) -> Any:
         for each in given:
             if isinstance(each, Cache) and getattr(each, "ranks", None) is not self.ranks:
-                found = "a cache of another session"
-                refuse("cache", found, "a cache of this session", "Session.prefill makes one")
+                other = "a cache of another session"
+                refuse("cache", other, "a cache of this session", "Session.prefill makes one")
+        kind = Session if owner == self.held else Conversation
+        found = getattr(kind, method)
+        if callable(found):  # a wrong argument is the caller's error, and no rank hears of it
+            signature(found).bind(None, *given, **named)
         caches = [each for each in given if isinstance(each, SharedCache)]
         sent = [each.held if isinstance(each, SharedCache) else each for each in given]
         if part:

@@ -27,10 +27,11 @@ _ROOT = Path(__file__).parents[3]
 _COMMAND = (sys.executable, "-P", "-m", f"{__package__}.rank")
 #: the variables that say which network the libraries of the ranks use
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-#: seconds without a sign of life after which a rank counts as hung
-SILENCE = 20.0
-#: seconds that a call may take without giving anything
-PATIENCE = 1800.0
+#: seconds without a sign of life after which a rank counts as hung, and for the first sign, which
+#: waits for imports
+SILENCE, STARTUP = 20.0, 300.0
+#: seconds in which no rank finishes a call of its engine, or gives anything, before a call has hung
+PATIENCE = 3600.0
 #: seconds to wait for a process that was killed
 KILLED = 10.0
 #: seconds to wait for a better reason once a rank has failed
@@ -53,6 +54,7 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._dropped: list[int] = []
         self._busy = False
+        self._heard: set[int] = set()
         self._end = weakref.finalize(self, _kill, self._processes, self._pipes, self._folder)
         folder, cores = Path(self._folder.name), os.cpu_count() or 1
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -71,13 +73,7 @@ class Ranks:
                 with theirs, (folder / f"{index}.log").open("wb") as log:
                     self._processes.append(
                         subprocess.Popen(
-                            (
-                                sys.executable,
-                                "-P",
-                                "-m",
-                                f"{__package__}.rank",
-                                str(theirs.fileno()),
-                            ),
+                            (*_COMMAND, str(theirs.fileno())),
                             stdin=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL,
                             stderr=log,
@@ -163,6 +159,8 @@ class Ranks:
         done: dict[int, Any] = {}
         refused: dict[int, MoecError] = {}
         failed: dict[int, str] = {}
+        lost: set[int] = set()
+        steps: dict[int, int] = {}
         since: float | None = None
         while len(done) + len(refused) + len(failed) < self.count:
             for pipe in wait(self._pipes, 0.5):
@@ -173,17 +171,21 @@ class Ranks:
                     kind, value = pickle.loads(pipe.recv_bytes())
                 except (EOFError, OSError):
                     self._died(index)
-                if kind == "alive":
+                self._heard.add(index)
+                if kind == "alive" and steps.get(index) == value:
                     continue
                 moved = seen[pipe]
+                if kind == "alive":
+                    steps[index] = value
                 if kind == "part" and part:
                     part(*value)
                 elif kind == "note":
                     warnings.warn(value, stacklevel=4)
                 elif kind == "done":
                     done[index] = value
-                elif kind == "refused":
+                elif kind in ("refused", "lost"):
                     refused[index] = value
+                    lost |= {index} if kind == "lost" else set()
                 elif kind == "failed":
                     failed[index] = value
             now = time.monotonic()
@@ -193,9 +195,10 @@ class Ranks:
                 break
             for index, pipe in enumerate(self._pipes):
                 # what came during a slow `part` has not been read yet
-                silent = now - seen[pipe] > SILENCE and not pipe.poll()
+                limit = SILENCE if index in self._heard else STARTUP
+                silent = now - seen[pipe] > limit and not pipe.poll()
                 if silent and index not in {*done, *refused, *failed}:
-                    self._fail(index, f"no sign of life for {SILENCE:.0f} s")
+                    self._fail(index, f"no sign of life for {limit:.0f} s")
             if now - moved > PATIENCE:
                 self._fail(
                     min(set(range(self.count)) - set(done)), f"no answer in {PATIENCE:.0f} s"
@@ -208,6 +211,9 @@ class Ranks:
                 where = f"rank {index} of {self.count}: {error.where}"
                 parts = error.found, error.expected, error.next_step
                 refuse(where, *parts, exit_code=error.exit_code)
+            if lost:
+                self.close()
+                raise error
             raise _RefusedError(error)
         if failed:
             index, said = next(iter(failed.items()))

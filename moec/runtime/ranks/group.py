@@ -124,7 +124,9 @@ def agree(what: str, digest: str) -> None:
 
 
 def same(value: T) -> T:
-    """The `value` that rank 0 has, in all ranks; they must have joined their group."""
+    """The `value` that rank 0 has, in all ranks, which have joined their group by then."""
+    if started_as().count == 1:
+        return value
     held: list[T] = [value]
     dist.broadcast_object_list(held, 0)
     return held[0]

@@ -170,7 +170,8 @@ def test_ctrl_c_leaves_nothing(art: Path, mark: str, tmp_path: Path, monkeypatch
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=5)
     assert process.returncode == 2
-    assert err.startswith("stopped") and len(err.splitlines()) == 1, err
+    note, stopped = err.splitlines()
+    assert note.startswith("note: 2 processes") and stopped.startswith("stopped"), err
     assert not marked(mark) and not list(tmp_path.iterdir()), "neither processes nor folders"
 
 

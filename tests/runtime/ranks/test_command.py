@@ -32,6 +32,17 @@ except MoecError as error:
 """
 
 
+OWN = """
+import os, sys
+import moec
+
+if os.environ["RANK"] == "0":
+    for path, gpus in ((sys.argv[1], 1), (sys.argv[2], None)):
+        session = moec.open_session(path, gpus=gpus)
+        print(len(session.generate([[5, 6, 7]], max_new_tokens=4, stop=())[0]))
+"""
+
+
 @pytest.fixture(scope="module")
 def alone(art: Path) -> list[int]:
     """What one process prints."""
@@ -63,6 +74,14 @@ def test_torchrun_prints_one_output(art: Path, alone: list[int]) -> None:
     ran = torchrun(2, "-m", "moec", "generate", art, *GENERATE)
     assert ran.returncode == 0, ran.stderr
     assert_tied(art, list(map(int, ran.stdout.split())), alone)
+
+
+def test_a_rank_may_have_models_of_its_own(art: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """Only rank 0 runs them: nothing waits for the other rank."""
+    script = tmp_path / "own.py"
+    script.write_text(OWN)
+    ran = torchrun(2, script, art, tiny_onnx)
+    assert ran.returncode == 0 and ran.stdout.split() == ["7", "7"], ran.stderr
 
 
 def test_ranks_that_open_different_artefacts_refuse(

@@ -7,7 +7,6 @@ import pytest
 
 import moec
 from moec.artefact.artefact import open_artefact
-from tests.conftest import run_command
 from tests.proofs import assert_passed
 from tests.ranks import torchrun
 
@@ -65,11 +64,13 @@ def test_a_part_that_one_rank_has_wrong_is_found(shared: dict[str, Path], tmp_pa
         assert not passed and faults[fault] in failed, (fault, failed)
 
 
-def test_the_command_records_one_proof(shared: dict[str, Path]) -> None:
+def test_torchrun_proves_on_tokens_that_all_ranks_draw_and_records_one_report(
+    shared: dict[str, Path],
+) -> None:
     art = shared["maverick"]
-    code, out, err = run_command("validate", art, "--gpus", 4, "--tokens", 20, "--json")
-    assert code == 0, err
-    report = json.loads(out)
+    ran = torchrun(4, "-m", "moec", "validate", art, "--tokens", 20, "--json")
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
     assert_passed(report)
     assert report["engine"] == "torch, 4 ranks"
     assert open_artefact(art).manifest.parity == report

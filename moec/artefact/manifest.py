@@ -253,6 +253,9 @@ class Manifest(Frozen):
         target = targets().get(self.target)
         if target and self.precision not in target.precisions:
             raise ValueError(f"precision {self.precision!r} is none of {self.target}")
+        packed = self._packed_as()
+        if packed and packed != self.precision:
+            raise ValueError(f"precision {self.precision!r}, and weights that are {packed}")
         for name, ports in ((INPUT_IDS, self.inputs), (LOGITS, self.outputs)):
             if ports and name not in {port.name for port in ports}:
                 raise ValueError(f"the decoder has no {name}")
@@ -261,6 +264,13 @@ class Manifest(Frozen):
         if odd is not None:
             raise ValueError(f"{odd!r} is packed, and is no parameter of the spec")
         return self
+
+    def _packed_as(self) -> str | None:
+        """The precision that the narrowest packed weights stand for; None: they are all wide."""
+        packings = self.packings.values()
+        found = {f"int{each.bits}" for each in packings if each.bits}
+        found |= {"fp8" for each in packings if each.fp8}
+        return next((each for each in ("fp8", "int4", "int8") if each in found), None)
 
     @property
     def engine(self) -> str:

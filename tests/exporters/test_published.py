@@ -357,6 +357,18 @@ def test_a_proof_sees_weights_that_other_engines_would_load(llama4: Path, tmp_pa
     assert not check.passed and "none of the artefact" in check.detail
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00001.safetensors"])
+def test_weights_beside_those_of_our_own_names_are_seen(
+    name: str, llama4: Path, tmp_path: Path
+) -> None:
+    """config.json names the model there too: another engine would load them."""
+    sound = open_artefact(moec.export(llama4, "torch", "bf16", tmp_path / "art").path)
+    assert not sound.manifest.weights.published and not list(published_folder(sound, None))
+    shutil.copy(sound.path / "weights.safetensors", sound.path / name)
+    (check,) = published_folder(sound, None)
+    assert not check.passed and name in check.detail
+
+
 def link(name: str) -> Callable[[Path], None]:
     return lambda art: (art / name).symlink_to("model.safetensors")
 

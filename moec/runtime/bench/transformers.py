@@ -11,6 +11,7 @@ from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 from moec.spec.errors import refuse
 from moec.spec.files import load_spec
 from moec.spec.hf.forms import for_others
+from moec.weights.name_map import read_model
 from moec.weights.view import TORCH_DTYPES
 
 #: eager PyTorch, and the same model through torch.compile
@@ -71,6 +72,7 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
             code 3).
     """
     folder = for_others(checkpoint)
+    read_model(Path(folder))  # refuses an index and links that lead out of the folder, and pipes
     declare_torchvision_ops()
     try:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

@@ -47,6 +47,11 @@ _UNREAD = re.compile(
     r"|\.[^/]*/.*|\.(?![^/]*\.(safetensors|bin|pth?|gguf|py|json|jinja|model)$)[^/]*",
     re.DOTALL,
 )
+#: weights, and what changes them, of the names that other engines look for
+_WEIGHTS = re.compile(
+    r"(model|consolidated|adapter|pytorch_model|diffusion)[^/]*\.(safetensors|bin|pth?|gguf)"
+    r"|[^/]*\.(gguf|py)|[^/]*\.index\.json|adapter_config\.json|params\.json"
+)
 #: how many such files a report names
 _MOST = 8
 #: fields of a spec that say nothing of what an engine computes
@@ -60,6 +65,9 @@ def published_folder(artefact: Artefact, source: Path | None) -> Iterator[Check]
     does not read.
     """
     if not artefact.manifest.weights.published:
+        for name in _other_weights(artefact):
+            what = f"{name}: the artefact does not use it, and another engine may: remove it"
+            yield Check("as a checkpoint", "agreement", 0.0, 1.0, what[:300])
         return
     odd = list[str]()
     try:
@@ -71,6 +79,20 @@ def published_folder(artefact: Artefact, source: Path | None) -> Iterator[Check]
     if not odd:
         of = "the source's fields" if source else "the fields that moec reads"
         yield Check("as a checkpoint", "agreement", 1.0, 1.0, f"config.json and others, {of}")
+
+
+def _other_weights(artefact: Artefact) -> Iterator[str]:
+    """Files of an artefact with weights of moec's own names that would make it a checkpoint.
+
+    Its config.json names the model, and other engines look beside that for weights of their names.
+    """
+    if artefact.manifest.weights.mode == "unbound":
+        return
+    used = {file.resolve() for entry in artefact.stored().values() for file in entry.files}
+    for name in files_below(artefact.path):
+        path = artefact.path / name
+        if _WEIGHTS.fullmatch(name) and not is_left(name) and path.resolve() not in used:
+            yield os.fsencode(name).decode(errors="replace")
 
 
 def _differences(artefact: Artefact, source: Path | None) -> Iterator[str]:

@@ -294,9 +294,14 @@ def text_against_source(artefact: Artefact, source: ModelSpec, folder: Path) -> 
         for name, value in found.items()
         if value != wanted[name]
     }
-    read = {name: artefact.companion(name) for name in INPUT_FILES}
+    # another engine reads a published folder, and knows of no other
+    published = artefact.manifest.weights.published
+    read = {
+        name: find_own(artefact.path, name) if published else artefact.companion(name)
+        for name in INPUT_FILES
+    }
     copies = sum(own is not None for own in read.values())
-    needed = copies or artefact.manifest.weights.mode != "in-place"
+    needed = published or copies or artefact.manifest.weights.mode != "in-place"
     for name, own in read.items():
         theirs = find_own(folder, name)
         if own and theirs is None:

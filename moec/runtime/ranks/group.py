@@ -69,6 +69,11 @@ def join(device: str) -> Rank:
         own = torch.device("cuda", local)
     if not dist.is_initialized():
         place = os.environ.get(STORE)
+        if place is None and "MASTER_ADDR" not in os.environ:
+            missing = f"{RANK} and {WORLD}, and no MASTER_ADDR where ranks meet"
+            refuse(
+                "environment", missing, "what torchrun sets", f"unset {RANK} {WORLD}, or torchrun"
+            )
         dist.init_process_group(
             "gloo" if own is None else "cpu:gloo,cuda:nccl",
             init_method=f"file://{place}" if place else "env://",

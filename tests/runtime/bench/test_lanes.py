@@ -1,6 +1,7 @@
 """Timing beside other libraries: what they may read of a checkpoint."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import moec
 from moec.runtime.bench.bench import Lane, open_lane
 from moec.runtime.bench.transformers import ENGINES, open_transformers
+from moec.spec.errors import MoecError
 from moec.weights.checkpoint import read_checkpoint
 from moec.weights.random import write_random_checkpoint
 from tests.damage import SPEC
@@ -33,6 +35,21 @@ def test_transformers_gets_no_folder_with_an_adapter(
     refusal(lambda: open_lane(Lane(str(art), kind)), "an adapter beside")
     assert not (tmp_path / "mark").exists()
     open_lane(Lane(str(art), "onnxruntime", "lean"))
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "pipe.safetensors"])
+def test_transformers_gets_no_index_that_moec_would_refuse(
+    shard: str, model: Path, tmp_path: Path
+) -> None:
+    """It would open a file outside of the folder, or wait for a pipe for ever."""
+    keys = read_checkpoint(model).tensors
+    shutil.copy(model / "model.safetensors", tmp_path / "outside.safetensors")
+    os.mkfifo(model / "pipe.safetensors")
+    index = {"weight_map": dict.fromkeys(keys, shard)}
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MoecError):
+        open_transformers(model, ENGINES[0], "fp32", "cpu")
 
 
 def test_transformers_does_not_choose_between_two_sets_of_weights(

@@ -49,6 +49,18 @@ def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return moec.export(out.parent / "wide", request.param, precision, out).path
 
 
+@pytest.mark.parametrize(
+    ("precision", "said"), [("int4", "fp32"), ("int8", "int4"), ("fp8", "int8")]
+)
+def test_a_manifest_does_not_say_another_precision_than_its_weights_have(
+    precision: str, said: str, tiny: Path, tmp_path: Path
+) -> None:
+    """A report would say PASSED of a precision that the numbers do not have."""
+    sound = moec.export(tiny, "ort", precision, tmp_path / "sound").path
+    art = changed(sound, tmp_path, lambda m: m.update(precision=said))
+    refusal(lambda: open_artefact(art), said)
+
+
 def changed(sound: Path, folder: Path, change: Change) -> Path:
     art = shutil.copytree(sound, folder / "art")
     manifest = json.loads((art / "manifest.json").read_text())

@@ -76,7 +76,10 @@ def join(device: str) -> Rank:
             )
         dist.init_process_group(
             "gloo" if own is None else "cpu:gloo,cuda:nccl",
-            init_method=f"file://{place}" if place else "env://",
+            init_method=None if place else "env://",
+            store=dist.FileStore(place, rank.count)  # type: ignore[attr-defined]
+            if place
+            else None,
             rank=rank.index,
             world_size=rank.count,
             timeout=PATIENCE,

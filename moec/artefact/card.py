@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from moec.spec.bounded.own import is_regular, put
 CARD = "README.md"
 #: the heading below which a card says what a proof found
 PROOF = "## Proof\n"
+#: what moec writes below that heading; whatever follows is somebody else's
+_OURS = re.compile(r"\n*(Not run yet: [^\n]*\n?|(PASSED|FAILED): [^\n]*\n?(\n(\|[^\n]*\n?)*)?)?\n*")
 
 
 class Card(NamedTuple):
@@ -39,8 +42,9 @@ def read_card(folder: Path) -> Card | None:
     before, found, rest = text.partition(f"\n{PROOF}")
     if not found:
         return None
-    proof, heading, after = rest.partition("\n## ")
-    return Card(before + found, proof + "\n" * bool(heading), heading.removeprefix("\n") + after)
+    ours = _OURS.match(rest)
+    assert ours is not None  # it matches nothing, too
+    return Card(before + found, ours[0], rest[ours.end() :])
 
 
 def write_proof(folder: Path, card: Card, proof: str) -> None:

@@ -270,6 +270,21 @@ def test_a_manifest_cannot_call_other_weights_published(llama4: Path, tmp_path: 
         moec.open_session(art.path)
 
 
+@pytest.mark.parametrize(
+    "text", ["# My evaluation\n71.3\n", "## Mine\n", "three weeks of work\n", "| my | table |\n"]
+)
+def test_a_proof_keeps_what_somebody_wrote_below_it(
+    text: str, llama4: Path, tmp_path: Path
+) -> None:
+    art = moec.export(llama4, "onnx", "fp8", tmp_path / "art").path
+    with (art / "README.md").open("a") as card:
+        card.write(f"\n{text}")
+    for passed in (True, False, True):
+        add_proof(art, "one against the other", passed, [("logits", "0", "1", "")])
+        card_now = (art / "README.md").read_text()
+        assert card_now.endswith(f"\n{text}") and card_now.count("against the other") == 1
+
+
 def test_a_proof_in_the_card_leaves_the_artefact_whole(llama4: Path, tmp_path: Path) -> None:
     art = moec.export(llama4, "onnx", "fp8", tmp_path / "art")
     card = art.path / "README.md"

@@ -108,7 +108,7 @@ def _wait(command: list[str], log: Path, other: Other) -> int:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # closed by whatever ends this process
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -123,6 +123,8 @@ def _wait(command: list[str], log: Path, other: Other) -> int:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # workers too
         process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def _first_errors(log: Path) -> str:

@@ -101,8 +101,7 @@ def open_session(
             "leave engine out",
             exit_code=3,
         )
-    folder = checkpoint_folder(path)
-    if folder and not (folder / NAME).is_file() and (folder / "config.json").is_file():
+    if _is_checkpoint(path):
         if engine not in (None, EAGER):
             refuse(
                 path,
@@ -144,6 +143,14 @@ def starts_ranks(gpus: Any) -> TypeGuard[int]:
     return gpus > 1 and rank.count == 1
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a checkpoint, and no artefact that is one too."""
+    folder = checkpoint_folder(path)
+    return (
+        folder is not None and not (folder / NAME).is_file() and (folder / "config.json").is_file()
+    )
+
+
 def _shared(
     path: Path, device: str, engine: str | None, gpus: int, weights_from: Path | None
 ) -> Session:
@@ -152,8 +159,7 @@ def _shared(
 
     if engine in (EAGER, "interpreter"):
         refuse(f"{gpus} GPUs", f"engine {engine}", "engine torch", "leave gpus out, or engine")
-    folder = checkpoint_folder(path)
-    if folder and not (folder / NAME).is_file() and (folder / "config.json").is_file():
+    if _is_checkpoint(path):
         build = f"moec build --checkpoint {path} --target torch --precision fp8 --out DIR"
         refuse(path, "a checkpoint", "an artefact of target torch, for several GPUs", build)
     artefact = open_artefact(path, weights_from)

@@ -39,7 +39,7 @@ def sample(
             code 1).
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return likeliest(logits)
     if not logits.isfinite().all():
         refuse(
             "logits",

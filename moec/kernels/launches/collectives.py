@@ -37,7 +37,6 @@ def all_reduce(dim: int, tokens: int, what: Sum, rank: Rank, overlap: bool = Fal
     padded = power_of_2(dim // 2)
     warps = max(1, min(WARPS, padded // 32))
     words = max(1, min(_MOST_WORDS, padded // (32 * warps)))
-    text, kinds = collectives.poll(rank.count - 1, words)
     return Launch(
         collectives.all_reduce,
         (tokens, 1, 1),
@@ -50,18 +49,26 @@ def all_reduce(dim: int, tokens: int, what: Sum, rank: Rank, overlap: bool = Fal
             "NORM": what.norm,
             "NARROW": what.narrow,
             "PARTS": what.parts,
-            "RANK": rank.index,
-            "WORLD": rank.count,
-            "ROWS": MOST_TOKENS,
-            "STORE": collectives.STORE,
-            "POLL": text,
-            "KINDS": kinds,
+            **_peers(rank, words),
             "PACK": words,
             "OVERLAP": overlap,
         },
         warps,
         options=early(overlap),
     )
+
+
+def _peers(rank: Rank, words: int) -> dict[str, int | str]:
+    """Constants of a kernel whose threads wait for `words` words of each peer."""
+    text, kinds = collectives.poll(rank.count - 1, words)
+    return {
+        "RANK": rank.index,
+        "WORLD": rank.count,
+        "ROWS": MOST_TOKENS,
+        "STORE": collectives.STORE,
+        "POLL": text,
+        "KINDS": kinds,
+    }
 
 
 def blocks_of(vocab: int) -> int:
@@ -71,7 +78,6 @@ def blocks_of(vocab: int) -> int:
 
 def likeliest(rows: int, vocab: int, first: int, rank: Rank) -> tuple[Launch, Launch]:
     """The token with the largest logit of all ranks; the `vocab` of this one begin with `first`."""
-    text, kinds = collectives.poll(rank.count - 1, 1)
     blocks = blocks_of(vocab)
     return (
         Launch(
@@ -89,12 +95,7 @@ def likeliest(rows: int, vocab: int, first: int, rank: Rank) -> tuple[Launch, La
                 "FIRST": first,
                 "BLOCKS": blocks,
                 "BLOCKS_2": power_of_2(blocks),
-                "RANK": rank.index,
-                "WORLD": rank.count,
-                "ROWS": MOST_TOKENS,
-                "STORE": collectives.STORE,
-                "POLL": text,
-                "KINDS": kinds,
+                **_peers(rank, 1),
             },
             1,
         ),

@@ -48,19 +48,16 @@ def shard(graph: fx.GraphModule, spec: ModelSpec, rank: Rank) -> fx.GraphModule:
         stand_in(call(graph.graph, ops.all_reduce, part, name=name), embedding)
     each = [Rank(index, rank.count) for index in range(rank.count)]
     sizes = [length(span(spec.text, "vocab", one)) for one in each]
-    name = str(head.meta["name"])
-    for user in list(head.users):
-        if user.target == ops.likeliest.target:
-            with graph.graph.inserting_before(user):
-                args = (head, first)
-                best = call(graph.graph, ops.likeliest_part, *args, name=user.meta["name"])
-                stand_in(best, user)
-            graph.graph.erase_node(user)
-    if head.users and all(user.target != ops.likeliest_part.target for user in head.users):
-        with graph.graph.inserting_after(head):
-            whole = call(graph.graph, ops.all_gather, head, sizes, name=f"{name}.whole")
-        head.replace_all_uses_with(whole, lambda user: user is not whole)
-        _widen(whole)
+    best = next((user for user in head.users if user.target == ops.likeliest.target), None)
+    with graph.graph.inserting_after(head):
+        if best is None:
+            name = f"{head.meta['name']}.whole"
+            whole = call(graph.graph, ops.all_gather, head, sizes, name=name)
+            head.replace_all_uses_with(whole, lambda user: user is not whole)
+            _widen(whole)
+        else:
+            name = str(best.meta["name"])
+            stand_in(call(graph.graph, ops.likeliest_part, head, first, name=name), best)
     _last_norm(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()

@@ -12,6 +12,7 @@ model; `all_reduce` is the sum over ranks, with the time that a GPU waits for th
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -104,6 +105,8 @@ def main() -> None:
             layer = ", ".join(f"{name} {each:.1f}" for name, each in mine)
             say(f"    GPU {index}: a layer {sum(each for _, each in mine):.1f} us: {layer}")
     if rank.count > 1:
+        del session
+        gc.collect()  # NCCL waits for CUDA graphs that use it
         dist.destroy_process_group()
 
 

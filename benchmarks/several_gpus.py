@@ -1,30 +1,35 @@
 """Measure Scout and Maverick on the GPUs of one host, which share each model.
 
-    python benchmarks/several_gpus.py --gpus 2 [--parts sums,tokens,scout,maverick] [--layers 12]
+    python benchmarks/several_gpus.py --gpus 2 [--parts sums,tokens,scout,maverick,proof]
 
 The command measures Scout on one GPU first, and then all parts on all GPUs. Weights are random and
-drawn on the GPUs; they run through an artefact of target torch. The limits are measured in the same
-run: a copy of 2 GiB on one GPU, and the all-reduces of NCCL and of torch's symmetric memory.
+drawn on the GPUs; they run through an artefact of target torch. Scout has all its layers; Maverick
+has 12 of its 48 on fewer than four GPUs, which do not hold more. The limits are measured in the
+same run: a copy of 2 GiB on one GPU, and the all-reduces of NCCL and of torch's symmetric memory.
 
 `sums` is the sum over ranks with residual, norm and FP8 quantisation, in a CUDA graph with work
 between the calls, checked against float32 on fresh input. `tokens` compares the tokens of the
-trained example with those of one GPU. A step is a greedy decode step with the choice of its token.
-Times are wall-clock times of the slowest rank. With --vllm-python, vLLM's tensor parallelism is
-measured too, as in `vllm_peer.py`.
+trained example with those of one GPU; on more than two GPUs those of a wider model with random
+weights. `proof` runs `moec validate` on that model, and on two layers of Scout's widths. A step is
+a greedy decode step with the choice of its token. Times are wall-clock times of the slowest rank.
+With --vllm-python, vLLM's tensor parallelism is measured too, as in `vllm_peer.py`.
 """
 
 import argparse
 import gc
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -35,14 +40,16 @@ from vllm_peer import measured, need_vllm, vllm_config
 
 import moec
 from moec.artefact.artefact import open_artefact
+from moec.kernels.torch.moe import DecodeMoe
 from moec.runtime.engines.synthetic import synthetic
 from moec.runtime.engines.torch_program import torch_with
 from moec.runtime.open import artefact_session
-from moec.runtime.ranks.group import join, started_as
+from moec.runtime.ranks.group import join, same, started_as
 from moec.runtime.session import Session
 from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.sharding import ALONE, Rank
+from moec.weights.random import write_random_checkpoint
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-scout"
 DIM, EPS, CONTEXT = PRESETS["scout"].text.dim, 1e-5, 1024
@@ -96,7 +103,7 @@ def sums(rank: Rank) -> Iterator[str]:
     collectives.meet(DIM, rank)
     gain = torch.randn(DIM, device="cuda", generator=_generator(7)).bfloat16()
     mine = _generator(100 + rank.index)
-    for count in (2, 1, 2, 4, 8, 16, 64):
+    for count in (2, 1, 2, 4, 8, 16, 32, 64):
         part, skip = (torch.empty(count, DIM, device="cuda").bfloat16() for _ in range(2))
         worst, off, same = 0.0, 0.0, True
         for turn in range(20):
@@ -151,17 +158,32 @@ def sums(rank: Rank) -> Iterator[str]:
     yield f"8,192 tokens: the sum alone: NCCL {by_nccl:.0f} us, torch's two-shot {theirs:.0f} us"
 
 
+def small(gpus: int, folder: Path) -> Path:
+    """The trained example; or a random one in `folder`, with experts wide enough for more GPUs."""
+    if gpus <= 2:
+        return EXAMPLE
+    spec = PRESETS["tiny-scout"]
+    experts = spec.text.experts.model_copy(update={"hidden": 256, "shared_hidden": 256})
+    text = spec.text.model_copy(update={"experts": experts})
+    write_random_checkpoint(spec.model_copy(update={"text": text}), folder, seed=1)
+    return folder
+
+
 def tokens(rank: Rank) -> Iterator[str]:
     """The likeliest tokens after each token of a text, beside those of one GPU."""
     with tempfile.TemporaryDirectory() as folder:
-        path = moec.export(EXAMPLE, target="torch", out=Path(folder) / "art").path
-        artefact = open_artefact(path)
+        out = Path(same(folder))  # rank 0 makes what all of them open
+        if rank.index == 0:
+            moec.export(small(rank.count, out / "wide"), target="torch", out=out / "art")
+        dist.barrier()
+        artefact = open_artefact(out / "art")
         one, all_ = (
             artefact_session(artefact, "cuda", engine=torch_with(None, each))
             for each in (ALONE, rank)
         )
         ids = load_file(EXAMPLE / "golden.safetensors")["input_ids"]
         alone, found = one.logits(ids), all_.logits(ids)
+        dist.barrier()
     noise = float((found - alone).square().mean().sqrt())
     best = alone.topk(2, -1).values
     near = best[..., 0] - best[..., 1] <= 2 * noise
@@ -169,7 +191,7 @@ def tokens(rank: Rank) -> Iterator[str]:
     repeats = torch.equal(found, all_.logits(ids))
     share, ties = (100 * float(each.float().mean()) for each in (differ, near))
     yield (
-        f"tiny-scout: {differ.numel()} steps, {share:.1f} % with another token than one GPU, "
+        f"small model: {differ.numel()} steps, {share:.1f} % have another token than on one GPU, "
         f"{int((differ & ~near).sum())} of them where two logits are not within {2 * noise:.3f} "
         f"(as in {ties:.1f} % of all steps); {'repeats' if repeats else 'DIFFERS'}"
     )
@@ -189,11 +211,30 @@ def opened(spec: ModelSpec, rank: Rank) -> tuple[Session, int]:
     return session, sum(each.nbytes for each in weights.values())
 
 
-def decode_ms(session: Session, batch: int, steps: int = 48) -> tuple[float, int]:
-    """Milliseconds of a greedy step after `CONTEXT` tokens, and a sum that shows its tokens."""
+@contextmanager
+def choices(counts: list[int]) -> Iterator[None]:
+    """Add to `counts` how many routed experts each MoE layer chooses in a block."""
+    run = DecodeMoe.run
+
+    def counted(self: DecodeMoe, values: dict[str, Any]) -> dict[str, Any]:
+        found = run(self, values)
+        counts.append(len(found["logits"].argmax(-1).unique()))
+        return found
+
+    with mock.patch.object(DecodeMoe, "run", counted):
+        yield
+
+
+def decode_ms(session: Session, batch: int, steps: int = 48) -> tuple[float, int, float]:
+    """Milliseconds of a greedy step after `CONTEXT` tokens.
+
+    Also a sum that shows its tokens, and how many experts a layer chose in the first step.
+    """
     ids = torch.randint(0, session.spec.text.vocab, (batch, CONTEXT), generator=_host(batch))
     logits, cache = session.prefill(ids, capacity=CONTEXT + 2 * steps)
-    tokens, times = logits.argmax(-1).cuda(), []
+    tokens, times, counts = logits.argmax(-1).cuda(), list[float](), list[int]()
+    with choices(counts):  # the first step with a cache is no CUDA graph
+        tokens = session.likeliest(tokens, cache)
     for _ in range(3):
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -201,7 +242,7 @@ def decode_ms(session: Session, batch: int, steps: int = 48) -> tuple[float, int
             tokens = session.likeliest(tokens, cache)
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start) / (steps // 3))
-    return slowest(statistics.median(times)), int(tokens.sum())
+    return slowest(statistics.median(times)), int(tokens.sum()), statistics.mean(counts)
 
 
 def prefill_ms(session: Session, count: int) -> float:
@@ -234,24 +275,59 @@ def model(name: str, layers: int, rank: Rank, copy: float) -> Iterator[str]:
     took = time.perf_counter() - start
     yield f"{title}: {size / 1e9:.2f} GB of weights each; ready in {took:.1f} s"
     for batch in (1, 8, 64):
-        took, tokens = decode_ms(session, batch)
+        took, tokens, chosen = decode_ms(session, batch)
         read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes / rank.count
         agree = "equal" if slowest(tokens) == -slowest(-tokens) else "DIFFERENT"
         yield (
             f"{title}: decode, batch {batch:2d}, 1k: {took:6.3f} ms, "
-            f"{100 * read / took * 1e3 / copy:.0f} % of the copy; tokens {agree}"
+            f"{100 * read / took * 1e3 / copy:.0f} % of the copy; tokens {agree}; "
+            f"{chosen:.1f} of {text.experts.count} experts a layer"
         )
     took = prefill_ms(session, 8192)
     peak = torch.cuda.max_memory_allocated() / 1e9
     yield f"{title}: prefill of 8,192: {took:.1f} ms; peak {peak:.1f} GB"
+    planned = moec.plan(spec, "fp8", context=CONTEXT, gpus=rank.count)
+    full = moec.plan(spec, "fp8", context=2**20, gpus=rank.count, device="h200")
+    needed = (full.weights_bytes + full.cache_bytes) / 1e9
+    yield (
+        f"{title}: weights of {size / 1e9:.2f} GB, planned {planned.weights_bytes / 1e9:.2f}; with "
+        f"a context of 1,048,576 tokens {needed:.1f} GB planned, which an H200 "
+        f"{'holds' if full.fits else 'does not hold'}"
+    )
+
+
+def proof(gpus: int) -> None:
+    """`moec validate` of the trained example, and of two layers of Scout's widths."""
+    text = PRESETS["scout"].text
+    experts = text.experts.model_copy(update={"count": 4})
+    small = {"layers": 2, "vocab": 4096, "chunk": 64, "experts": experts}
+    kinds = {"attention": "LG", "rope": "RN", "qk_norm": "Q-", "temperature": "-T", "ffn": "MM"}
+    text = text.model_copy(update=small | kinds)
+    two = ModelSpec(name="two", provenance="custom", dtype="bf16", text=text)
+    with tempfile.TemporaryDirectory() as folder:
+        wide = Path(folder) / "wide"
+        write_random_checkpoint(two, wide, seed=1)
+        for name, checkpoint in (
+            ("a small model", small(gpus, Path(folder) / "small")),
+            ("two layers of Scout's widths", wide),
+        ):
+            path = moec.export(checkpoint, target="torch", out=Path(folder) / "art").path
+            start = time.perf_counter()
+            report = moec.validate(path, device="cuda", gpus=gpus, tokens=160)
+            took = time.perf_counter() - start
+            said = "PASSED" if report.passed else f"FAILED: {report.first_divergence}"
+            print(f"{name}, {report.engine}, moec validate: {said}, in {took:.0f} s", flush=True)
+            for check in report.checks:
+                print(f"    {check}", flush=True)
+            shutil.rmtree(path)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--gpus", type=int, default=2)
-    arguments.add_argument("--parts", default="sums,tokens,scout,maverick")
+    arguments.add_argument("--parts", default="sums,tokens,scout,maverick,proof")
     arguments.add_argument("--vllm-python", help="the Python that has vLLM")
-    arguments.add_argument("--layers", type=int, default=0, help="of each model; 0: all of Scout")
+    arguments.add_argument("--layers", type=int, default=0, help="of each model; 0: as above")
     given = arguments.parse_args()
     rank = started_as()
     if rank.count == 1 and given.gpus > 1:
@@ -269,7 +345,10 @@ def main() -> None:
         "sums": lambda: sums(rank) if rank.count > 1 else iter(()),
         "tokens": lambda: tokens(rank) if rank.count > 1 else iter(()),
         "scout": lambda: model("scout", given.layers, rank, copy),
-        "maverick": lambda: model("maverick", given.layers or 12, rank, copy),
+        "maverick": lambda: model(
+            "maverick", given.layers or (12 if rank.count < 4 else 0), rank, copy
+        ),
+        "proof": lambda: iter(()),  # it starts ranks of its own
     }
     for part in given.parts.split(","):
         for line in rows[part]():
@@ -289,6 +368,8 @@ def start(given: Any) -> None:
     many = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(given.gpus)]
     own = ["--gpus", str(given.gpus), "--parts", given.parts]
     subprocess.run([*many, *command[1:], *own], check=True)
+    if "proof" in given.parts:
+        proof(given.gpus)
     if given.vllm_python:
         python = shlex.split(given.vllm_python)
         need_vllm(python)

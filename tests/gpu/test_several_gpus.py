@@ -1,4 +1,4 @@
-"""Two GPUs that share a model: sums, sessions, the proof, and a rank that dies."""
+"""Two and four GPUs that share a model: sums, sessions, the proof, and a rank that dies."""
 
 import os
 import signal
@@ -16,50 +16,76 @@ import moec
 from moec.runtime.proof.compare import FP8_NOISE
 from moec.runtime.ranks.session import SharedSession
 from moec.spec.errors import MoecError
+from moec.spec.presets import PRESETS
+from moec.weights.random import write_random_checkpoint
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SUMS = Path(__file__).parent / "sums.py"
+on_two_and_four = pytest.mark.parametrize(
+    "gpus",
+    [
+        2,
+        pytest.param(
+            4,
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs"),
+        ),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
-def art(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("several") / "art"
-    return moec.export(tiny, target="torch", out=out).path
+def arts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Artefacts by number of GPUs: the trained model, and a random one with wider experts."""
+    folder = tmp_path_factory.mktemp("several")
+    spec = PRESETS["tiny-scout"]
+    experts = spec.text.experts.model_copy(update={"hidden": 256, "shared_hidden": 256})
+    text = spec.text.model_copy(update={"experts": experts})
+    write_random_checkpoint(spec.model_copy(update={"text": text}), folder / "wide", seed=1)
+    return {
+        gpus: moec.export(checkpoint, target="torch", out=folder / str(gpus)).path
+        for gpus, checkpoint in ((2, tiny), (4, folder / "wide"))
+    }
 
 
-def test_sums_are_right_and_equal_on_all_gpus() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SUMS)]
+@on_two_and_four
+def test_sums_are_right_and_equal_on_all_gpus(gpus: int) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
+    command = [*start, str(SUMS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.split() == ["right"], done.stderr[-3000:]
 
 
-def test_two_gpus_are_one_but_for_noise(art: Path, golden: dict[str, Tensor]) -> None:
+@on_two_and_four
+def test_gpus_are_one_but_for_noise(
+    gpus: int, arts: dict[int, Path], golden: dict[str, Tensor]
+) -> None:
     ids = golden["input_ids"]
     rows = [ids[0, :150].tolist(), ids[1, :1].tolist(), ids[1, :131].tolist()]
-    with_two = moec.open_session(art, "cuda", gpus=2)
-    one = moec.open_session(art, "cuda")
-    found, expected = (each.logits(ids[:2, :200]) for each in (with_two, one))
+    shared = moec.open_session(arts[gpus], "cuda", gpus=gpus)
+    one = moec.open_session(arts[gpus], "cuda")
+    found, expected = (each.logits(ids[:2, :200]) for each in (shared, one))
     # Each rank quantises its own part of a token: that is noise of FP8.
     assert (found - expected).norm() < 2 * FP8_NOISE.error * expected.norm()
-    first, again = (with_two.generate(rows, max_new_tokens=24, stop=()) for _ in range(2))
+    first, again = (shared.generate(rows, max_new_tokens=24, stop=()) for _ in range(2))
     assert np.array_equal(first, again)
-    _, cache = with_two.prefill(ids[:2, :100])
-    logits, theirs = with_two.prefill(ids[:2, :100])
+    _, cache = shared.prefill(ids[:2, :100])
+    logits, theirs = shared.prefill(ids[:2, :100])
     tokens = logits.argmax(-1)
     for _ in range(40):
-        best = with_two.likeliest(tokens, cache)
-        assert torch.equal(best, with_two.decode(tokens, theirs).argmax(-1))
+        best = shared.likeliest(tokens, cache)
+        assert torch.equal(best, shared.decode(tokens, theirs).argmax(-1))
         tokens = best
 
 
-def test_the_proof_passes(art: Path) -> None:
-    report = moec.validate(art, device="cuda", gpus=2, tokens=160)
+@on_two_and_four
+def test_the_proof_passes(gpus: int, arts: dict[int, Path]) -> None:
+    report = moec.validate(arts[gpus], device="cuda", gpus=gpus, tokens=160)
     assert report.passed, [check for check in report.checks if not check.passed]
-    assert "2 ranks" in report.engine
+    assert f"{gpus} ranks" in report.engine
 
 
-def test_a_rank_that_dies_ends_the_run_and_frees_the_gpus(art: Path) -> None:
-    session = moec.open_session(art, "cuda", gpus=2)
+def test_a_rank_that_dies_ends_the_run_and_frees_the_gpus(arts: dict[int, Path]) -> None:
+    session = moec.open_session(arts[2], "cuda", gpus=2)
     assert isinstance(session, SharedSession)
     session.generate([[5, 6, 7]], max_new_tokens=4, stop=())
     processes, start = session.ranks._processes, time.monotonic()

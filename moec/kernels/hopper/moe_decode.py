@@ -3,15 +3,22 @@
 Every program goes through all experts that a token chose: the shared expert first, whose weights
 can be copied before any token has chosen, then the routed ones. There is a slot for each token; a
 slot whose expert an earlier slot has already served is skipped. Where a layer is narrow, as the
-part of a rank is, two groups of programs share the experts of `gate_up`, so that all
-multiprocessors have work.
+part of a rank is, a program of `gate_up` has 32 outputs and not 64, and two groups of programs may
+share the experts, so that all multiprocessors have work.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moec.kernels.hopper.pipeline import allocate, copy_first, copy_next, product, two_products
+from moec.kernels.hopper.pipeline import (
+    allocate,
+    copy_first,
+    copy_next,
+    halved_product,
+    product,
+    two_products,
+)
 
 
 @gluon.jit
@@ -92,20 +99,27 @@ def _swiglu(
     row,
     step,
     pipe,
-    SUMS: gl.constexpr,
+    LAID: gl.constexpr,
     DIM: gl.constexpr,
     HIDDEN: gl.constexpr,
 ):
     """Write the SwiGLU of one expert for the tokens that it serves, and its largest magnitudes.
 
     The expert's weights start at row `row`; the result of token t goes to row first + t of act.
+    `LAID` is the layout of the result, [ROWS, COLUMNS]; scale and served are laid as its columns.
     """
     ROWS: gl.constexpr = pipe.w_tiles.shape[1]
-    out = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-    token = gl.arange(0, pipe.x_tiles.shape[1], gl.SliceLayout(0, SUMS))
+    out = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAID))
+    token = gl.arange(0, pipe.x_tiles.shape[1], gl.SliceLayout(0, LAID))
     gate_scale = gl.load(weight_scale + row + out)
     up_scale = gl.load(weight_scale + row + HIDDEN + out)
-    gate, up = two_products(step, pipe, SUMS, DIM)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, pipe.x_tiles.shape[1], 32])
+    if ROWS == 64:
+        gate, up = two_products(step, pipe, SUMS, DIM)
+    else:
+        PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 2], [8, 4, 1], [4, 1, 1], [2, 1, 0])
+        gate, up = halved_product(step, pipe, SUMS, PAIRS, DIM)
+        gate, up = gl.convert_layout(gate, LAID), gl.convert_layout(up, LAID)
     gate = gate * gate_scale[:, None] * scale[None, :]
     up = up * up_scale[:, None] * scale[None, :]
     done = (gate / (1 + gl.exp(-gate)) * up).to(gl.bfloat16)
@@ -132,8 +146,11 @@ def _multiply_gate_up(
 ):
     """The multiplying warps of `gate_up`."""
     COLUMNS: gl.constexpr = pipe.x_tiles.shape[1]
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
-    token = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
+    if pipe.w_tiles.shape[1] == 64:
+        LAID: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    else:
+        LAID: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+    token = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAID))
     used = token < tokens
     group = gl.program_id(1)
     gdc_wait()
@@ -141,12 +158,12 @@ def _multiply_gate_up(
     step = 0
     if group == 0:
         row = EXPERTS * (2 * HIDDEN)
-        _swiglu(by_token, weight_scale, act, largest, used, tokens, row, 0, pipe, SUMS, DIM, HIDDEN)
+        _swiglu(by_token, weight_scale, act, largest, used, tokens, row, 0, pipe, LAID, DIM, HIDDEN)
         step += DIM // pipe.x_tiles.shape[2]
     chosen, best, order = _choose(logits, tokens, EXPERTS, EXPERTS_2, COLUMNS, 4)
     score = (1 / (1 + gl.exp(-best))).to(gl.bfloat16).to(gl.float32)
-    by_token *= gl.convert_layout(score, gl.SliceLayout(0, SUMS))
-    placed = gl.convert_layout(chosen, gl.SliceLayout(0, SUMS))
+    by_token *= gl.convert_layout(score, gl.SliceLayout(0, LAID))
+    placed = gl.convert_layout(chosen, gl.SliceLayout(0, LAID))
     turn = 1
     for slot in range(tokens):
         expert, live = _expert(chosen, order, slot)
@@ -163,7 +180,7 @@ def _multiply_gate_up(
                     at,
                     step,
                     pipe,
-                    SUMS,
+                    LAID,
                     DIM,
                     HIDDEN,
                 )
@@ -193,8 +210,8 @@ def gate_up(
 ):
     """Like `gate_up` in `moec.kernels.triton.moe_decode_products`, for at most COLUMNS tokens.
 
-    Grid (hidden / ROWS, GROUPS). Descriptors: codes, weight. The first group has the shared expert;
-    the groups take the others in turns.
+    Grid (hidden / ROWS, GROUPS), ROWS 64 or 32. Descriptors: codes, weight. The first group has the
+    shared expert; the groups take the others in turns.
     """
     pipe = allocate(codes, weight, STAGES, COLUMNS, ROWS, DEPTH, 2)
     gl.warp_specialize(

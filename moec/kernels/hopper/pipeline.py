@@ -47,6 +47,7 @@ def allocate(
     EACH: gl.constexpr,
 ):
     """A pipeline for the descriptors x and weight, with EACH tiles of weights per step."""
+    gl.static_assert(STAGES >= 4, "`product` holds four slots at once")
     x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, COLUMNS, DEPTH], x.layout)
     w_tiles = gl.allocate_shared_memory(weight.dtype, [EACH * STAGES, ROWS, DEPTH], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -114,47 +115,94 @@ def copy_next(x, weight, token, row, second, begin, step, pipe, INPUTS: gl.const
 
 
 @gluon.jit
+def _start(tile, step, pipe, SUMS: gl.constexpr):
+    """Start to multiply the weights `tile` of a step with its inputs, once both have arrived."""
+    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
+    EACH: gl.constexpr = pipe.w_tiles.shape[0] // STAGES
+    ROWS: gl.constexpr = pipe.w_tiles.shape[1]
+    COLUMNS: gl.constexpr = pipe.x_tiles.shape[1]
+    slot = step % STAGES
+    mbarrier.wait(pipe.full.index(slot), step // STAGES & 1)
+    x = pipe.x_tiles.index(slot).permute((1, 0))
+    weights = pipe.w_tiles.index(EACH * slot + tile)
+    none = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
+    return warpgroup_mma(weights, x, none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _end(sums, step, pipe, WAITING: gl.constexpr):
+    """The sums of a step after which WAITING products were started; its slot is empty then."""
+    found = warpgroup_mma_wait(WAITING, deps=(sums,))
+    mbarrier.arrive(pipe.empty.index(step % pipe.x_tiles.shape[0]))
+    return found
+
+
+@gluon.jit
 def product(step, pipe, SUMS: gl.constexpr, INPUTS: gl.constexpr):
     """The sums over INPUTS inputs, float32 [ROWS, COLUMNS], from step number `step` on.
 
     Every step's sums are added in float32: the tensor core accumulates FP8 products in fewer bits.
+    A few steps are started together, so that only the last one's result is waited for.
     """
-    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
     ROWS: gl.constexpr = pipe.w_tiles.shape[1]
     COLUMNS: gl.constexpr = pipe.x_tiles.shape[1]
-    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
+    STEPS: gl.constexpr = INPUTS // pipe.x_tiles.shape[2]
     total = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
-    part = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
-    for k in range(INPUTS // DEPTH):
-        slot = (step + k) % STAGES
-        mbarrier.wait(pipe.full.index(slot), (step + k) // STAGES & 1)
-        x = pipe.x_tiles.index(slot).permute((1, 0))
-        part = warpgroup_mma(pipe.w_tiles.index(slot), x, part, use_acc=False, is_async=True)
-        part = warpgroup_mma_wait(0, deps=(part,))
-        mbarrier.arrive(pipe.empty.index(slot))
-        total += part
+    for k in range(STEPS // 4):
+        at = step + 4 * k
+        one = _start(0, at, pipe, SUMS)
+        two = _start(0, at + 1, pipe, SUMS)
+        three = _start(0, at + 2, pipe, SUMS)
+        four = _start(0, at + 3, pipe, SUMS)
+        total += _end(one, at, pipe, 3)
+        total += _end(two, at + 1, pipe, 2)
+        total += _end(three, at + 2, pipe, 1)
+        total += _end(four, at + 3, pipe, 0)
+    for k in range(STEPS - STEPS % 4, STEPS):
+        total += _end(_start(0, step + k, pipe, SUMS), step + k, pipe, 0)
     return total
 
 
 @gluon.jit
 def two_products(step, pipe, SUMS: gl.constexpr, INPUTS: gl.constexpr):
     """Like `product`, with both tiles of weights of each step: two results."""
+    ROWS: gl.constexpr = pipe.w_tiles.shape[1]
+    COLUMNS: gl.constexpr = pipe.x_tiles.shape[1]
+    STEPS: gl.constexpr = INPUTS // pipe.x_tiles.shape[2]
+    left = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
+    right = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
+    for k in range(STEPS // 2):
+        at = step + 2 * k
+        one = _start(0, at, pipe, SUMS)
+        two = _start(1, at, pipe, SUMS)
+        three = _start(0, at + 1, pipe, SUMS)
+        four = _start(1, at + 1, pipe, SUMS)
+        left += warpgroup_mma_wait(3, deps=(one,))
+        right += _end(two, at, pipe, 2)
+        left += warpgroup_mma_wait(1, deps=(three,))
+        right += _end(four, at + 1, pipe, 0)
+    if STEPS % 2:
+        last = step + STEPS - 1
+        one = _start(0, last, pipe, SUMS)
+        two = _start(1, last, pipe, SUMS)
+        left += warpgroup_mma_wait(1, deps=(one,))
+        right += _end(two, last, pipe, 0)
+    return left, right
+
+
+@gluon.jit
+def halved_product(step, pipe, SUMS: gl.constexpr, PAIRS: gl.constexpr, INPUTS: gl.constexpr):
+    """Like `two_products`, with both tiles of a step as the halves of one: [ROWS, COLUMNS] each.
+
+    So each tile needs just 32 rows, half of what the tensor core takes. PAIRS is a layout for
+    [ROWS, COLUMNS, 2] whose threads have both values of a pair.
+    """
     STAGES: gl.constexpr = pipe.x_tiles.shape[0]
     ROWS: gl.constexpr = pipe.w_tiles.shape[1]
     COLUMNS: gl.constexpr = pipe.x_tiles.shape[1]
     DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
-    left = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
-    right = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
-    one = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
-    two = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
-    for k in range(INPUTS // DEPTH):
-        slot = (step + k) % STAGES
-        mbarrier.wait(pipe.full.index(slot), (step + k) // STAGES & 1)
-        x = pipe.x_tiles.index(slot).permute((1, 0))
-        one = warpgroup_mma(pipe.w_tiles.index(2 * slot), x, one, use_acc=False, is_async=True)
-        two = warpgroup_mma(pipe.w_tiles.index(2 * slot + 1), x, two, use_acc=False, is_async=True)
-        one, two = warpgroup_mma_wait(0, deps=(one, two))
-        mbarrier.arrive(pipe.empty.index(slot))
-        left += one
-        right += two
-    return left, right
+    tiles = pipe.w_tiles
+    whole = tiles._reinterpret(tiles.dtype, [STAGES, 2 * ROWS, DEPTH], tiles.layout)
+    both = product(step, Pipeline(pipe.x_tiles, whole, pipe.full, pipe.empty), SUMS, INPUTS)
+    pairs = both.reshape((2, ROWS, COLUMNS)).permute((1, 2, 0))
+    return gl.convert_layout(pairs, PAIRS).split()

@@ -15,6 +15,8 @@ WARPS = 32
 BLOCK = 2048
 #: the most words of one peer that a thread waits for
 _MOST_WORDS = 8
+#: with so many rows or more, on more than two GPUs, each row has an owner that adds it up
+OWNED_ROWS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,19 @@ class Sum:
     eps: float = 0.0
 
 
-def all_reduce(dim: int, tokens: int, what: Sum, rank: Rank, overlap: bool = False) -> Launch:
+def all_reduce(
+    dim: int,
+    tokens: int,
+    what: Sum,
+    rank: Rank,
+    overlap: bool = False,
+    owned_rows: int = OWNED_ROWS,
+) -> Launch:
     """The sum over ranks of rows [tokens, dim], for at most `MOST_TOKENS` rows."""
     padded = power_of_2(dim // 2)
     warps = max(1, min(WARPS, padded // 32))
     words = max(1, min(_MOST_WORDS, padded // (32 * warps)))
+    one, kinds = collectives.poll(1, words)
     return Launch(
         collectives.all_reduce,
         (tokens, 1, 1),
@@ -49,7 +59,10 @@ def all_reduce(dim: int, tokens: int, what: Sum, rank: Rank, overlap: bool = Fal
             "NORM": what.norm,
             "NARROW": what.narrow,
             "PARTS": what.parts,
+            "OWNED": rank.count > 2 and tokens >= owned_rows,
             **_peers(rank, words),
+            "POLL_ONE": one,
+            "KINDS_ONE": kinds,
             "PACK": words,
             "OVERLAP": overlap,
         },

@@ -26,14 +26,16 @@ class Stages:
     """The stages of each product's pipeline, and the `split` of the inputs of `down` (split-k).
 
     A linear layer of at most `few_programs` programs takes all the shared memory that there is. One
-    of more leaves room for the attention kernel, which comes next. A `gate_up` of at most
-    `few_gate_up` programs has two groups of them.
+    of more leaves room for the attention kernel, which comes next. A `gate_up` that would have at
+    most `few_gate_up` programs has `gate_up_few` stages, with tiles of half the height; and if even
+    these are as few, two groups of programs.
     """
 
     linear: int = 14
     linear_few: int = 21
     few_programs: int = 96
     gate_up: int = 11
+    gate_up_few: int = 20
     few_gate_up: int = 66
     down: int = 6
     split: int = 4
@@ -103,13 +105,16 @@ def _has_pipelines(sizes: Sizes, tokens: int, stages: Stages) -> bool:
 
 
 def _gate_up(sizes: Sizes, stages: Stages) -> Launch:
-    programs = sizes.hidden // ROWS
+    few = sizes.hidden // ROWS <= stages.few_gate_up
+    rows = ROWS // 2 if few else ROWS
+    programs = sizes.hidden // rows
     groups = 2 if programs <= stages.few_gate_up else 1
+    tile = _tile(stages.gate_up_few if few else stages.gate_up) | {"ROWS": rows}
     return Launch(
         moe_decode_hopper.gate_up,
         (programs, groups, 1),
         ("logits", "codes", "scale", "gate_up", "gate_up_scale", "act", "largest", "tokens"),
-        {**_layer(sizes), **_tile(stages.gate_up), "GROUPS": groups},
+        {**_layer(sizes), **tile, "GROUPS": groups},
         warps=4,
         options=OPTIONS,
     )

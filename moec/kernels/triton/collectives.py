@@ -7,6 +7,10 @@ for one trip. Two buffers take turns: a rank can be one call ahead of another, n
 every call needs all ranks. Calls are counted in device memory, so that CUDA graphs can replay them.
 
 The sums are in the order of the ranks, in float32, and rounded once: all ranks get the same bits.
+
+With many rows on four GPUs, what is sent takes longer than a trip. Then each row has an owner: the
+others send it their parts, and it sends them the sum (two-shot). That is half of what all ranks
+would send to all.
 """
 
 import triton
@@ -77,22 +81,50 @@ def _own(part, inside, stride, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _push_to(peer, mine, peers, place, inside, call, STORE: tl.constexpr):
+    """Write the pairs `mine` of this rank into the memory of a peer."""
+    word = (call.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
+    there = tl.load(peers + peer).to(tl.pointer_type(tl.int64)) + place
+    tl.inline_asm_elementwise(
+        STORE,
+        "=r,l,l,r",
+        [there, word, inside.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _push(
     mine, peers, place, inside, call, RANK: tl.constexpr, WORLD: tl.constexpr, STORE: tl.constexpr
 ):
     """Write the pairs `mine` of this rank into the memory of all its peers."""
-    word = (call.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
     for peer in tl.static_range(WORLD):
         if peer != RANK:
-            there = tl.load(peers + peer).to(tl.pointer_type(tl.int64)) + place
-            tl.inline_asm_elementwise(
-                STORE,
-                "=r,l,l,r",
-                [there, word, inside.to(tl.int32)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            _push_to(peer, mine, peers, place, inside, call, STORE)
+
+
+@triton.jit
+def _arrived_from(
+    peer,
+    here,
+    call,
+    slot,
+    stride,
+    POLL: tl.constexpr,
+    KINDS: tl.constexpr,
+    PACK: tl.constexpr,
+):
+    """Wait for the pairs of one peer; those of rank 0 would be at `here`."""
+    return tl.inline_asm_elementwise(
+        POLL,
+        KINDS,
+        [here + (slot + peer) * stride, call + tl.zeros(here.shape, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=PACK,
+    )
 
 
 @triton.jit
@@ -108,19 +140,10 @@ def _arrived(
     PACK: tl.constexpr,
 ):
     """Wait for the pairs of each peer, in order; those of rank 0 would be at `here`."""
-    want = call + tl.zeros(here.shape, tl.int32)
     if WORLD == 2:
-        got = (
-            tl.inline_asm_elementwise(
-                POLL,
-                KINDS,
-                [here + (slot + 1 - RANK) * stride, want],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=PACK,
-            ),
-        )
+        got = (_arrived_from(1 - RANK, here, call, slot, stride, POLL, KINDS, PACK),)
     else:
+        want = call + tl.zeros(here.shape, tl.int32)
         first: tl.constexpr = 1 if RANK == 0 else 0
         second: tl.constexpr = 2 if RANK <= 1 else 1
         third: tl.constexpr = 3 if RANK <= 2 else 2
@@ -199,12 +222,15 @@ def all_reduce(
     NORM: tl.constexpr,
     NARROW: tl.constexpr,
     PARTS: tl.constexpr,
+    OWNED: tl.constexpr,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     ROWS: tl.constexpr,
     STORE: tl.constexpr,
     POLL: tl.constexpr,
     KINDS: tl.constexpr,
+    POLL_ONE: tl.constexpr,
+    KINDS_ONE: tl.constexpr,
     PACK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -214,7 +240,7 @@ def all_reduce(
     is pairs of float32, as int64 [PARTS, tokens, dim / 2]. The norm is in normed, or with NARROW
     quantised, in codes (pairs, int16) and scale (float32 [tokens]). calls, int32 [ROWS], counts the
     calls that had a row. peers, int64 [WORLD], are the addresses of the ranks' buffers, int64 [2,
-    WORLD, ROWS, dim / 2].
+    WORLD, ROWS, dim / 2]. With OWNED a row has an owner, which alone adds it up.
     """
     HALF: tl.constexpr = DIM // 2
     row, column = tl.program_id(0), tl.arange(0, HALF_2)
@@ -228,15 +254,25 @@ def all_reduce(
     slot = (call & 1) * WORLD
     stride: tl.constexpr = ROWS * HALF
     mine = _own(part + row * HALF + at, inside, tokens * HALF, PARTS)
-    _push(mine, peers, (slot + RANK) * stride + row * HALF + at, inside, call, RANK, WORLD, STORE)
-    if ADD:
-        skip = tl.load(x + row * HALF + at, mask=inside, other=0)
-    low, high = _gather(mine, here + at, call, slot, stride, RANK, WORLD, POLL, KINDS, PACK)
-    if ADD:
-        one, other = _halves(skip)
-        low, high = low + one, high + other
-    low, high = _rounded(low), _rounded(high)
-    tl.store(total + row * HALF + at, _pair(low, high), mask=inside)
+    place = (slot + RANK) * stride + row * HALF + at
+    owner = row % WORLD
+    if OWNED and owner != RANK:
+        _push_to(owner, mine, peers, place, inside, call, STORE)
+        mine = _arrived_from(owner, here + at, call, slot, stride, POLL_ONE, KINDS_ONE, PACK)
+    else:
+        if not OWNED:
+            _push(mine, peers, place, inside, call, RANK, WORLD, STORE)
+        if ADD:
+            skip = tl.load(x + row * HALF + at, mask=inside, other=0)
+        low, high = _gather(mine, here + at, call, slot, stride, RANK, WORLD, POLL, KINDS, PACK)
+        if ADD:
+            one, other = _halves(skip)
+            low, high = low + one, high + other
+        mine = _pair(_rounded(low), _rounded(high))
+        if OWNED:
+            _push(mine, peers, place, inside, call, RANK, WORLD, STORE)
+    low, high = _halves(mine)
+    tl.store(total + row * HALF + at, mine, mask=inside)
     if NORM:
         squares = tl.where(inside, low * low + high * high, 0.0)
         factor = tl.rsqrt(tl.sum(squares, 0) / DIM + EPS)

@@ -109,7 +109,7 @@ def sums(rank: Rank) -> Iterator[str]:
         for turn in range(20):
             part.normal_(generator=mine)
             skip.normal_(generator=_generator(turn))
-            codes, scale, total = collectives.all_reduce_norm_fp8(skip, part, gain, EPS)
+            codes, scale, total = collectives.all_reduce_norm_fp8(skip, part, gain, EPS, True)
             parts = [torch.empty_like(part) for _ in range(rank.count)]
             dist.all_gather(parts, part)
             want = (sum(each.float() for each in parts) + skip.float()).bfloat16().float()
@@ -128,7 +128,7 @@ def sums(rank: Rank) -> Iterator[str]:
             torch.mul(total, 0.5, out=part)
 
         def fused(part: Tensor = part, skip: Tensor = skip) -> None:
-            collectives.all_reduce_norm_fp8(skip, part, gain, EPS)
+            collectives.all_reduce_norm_fp8(skip, part, gain, EPS, True)
             work(part)
 
         alone = graph_us(work)

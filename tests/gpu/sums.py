@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moec.kernels.launches.collectives import PREFILL_ROWS
 from moec.kernels.torch import collectives
 from moec.runtime.ranks.group import join
 
@@ -39,22 +40,31 @@ def check(dim: int, tokens: int, mine: torch.Generator, shared: torch.Generator)
     x = torch.randn(tokens, dim, device="cuda", generator=shared).bfloat16()
     gain = torch.randn(dim, device="cuda", generator=shared).bfloat16()
     parts = sum(each.float() for each in everyone(part))
-    limit = 1e-6 if tokens <= 64 else 1e-2  # NCCL adds up in bf16
+    by_nccl = 1e-2  # NCCL adds up in bf16
+    limit = 1e-6 if tokens <= 64 else by_nccl
     near(collectives.all_reduce(part.clone()), parts.bfloat16().float(), limit)
     total = (parts + x.float()).bfloat16().float()
-    found, sums = collectives.all_reduce_norm(x, part.clone(), gain, EPS)
-    near(sums, total, limit)
-    near(found, normed(total, gain), 1e-2)
-    assert same(found) and same(sums)
-    codes, scale, sums = collectives.all_reduce_norm_fp8(x, part.clone(), gain, EPS)
-    near(codes.float() * scale[:, None], normed(total, gain), 4e-2)
-    assert same(codes) and same(scale) and same(sums)
+    limit = 1e-6 if tokens <= PREFILL_ROWS else by_nccl
+    own = slice(None)
+    for whole in (True, False):
+        if not whole and 64 < tokens <= PREFILL_ROWS:
+            share = -(-tokens // dist.get_world_size())
+            own = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+        kept, sums = collectives.all_reduce_norm(x, part.clone(), gain, EPS, whole)
+        found = kept.clone()  # the next sum may write into it
+        near(sums[own], total[own], limit)
+        near(found, normed(total, gain), 1e-2)
+        codes, scale, more = collectives.all_reduce_norm_fp8(x, part.clone(), gain, EPS, whole)
+        near(codes.float() * scale[:, None], normed(total, gain), 4e-2)
+        near(more[own], total[own], limit)
+        assert same(found) and same(codes) and same(scale)
+        assert not whole or (same(sums) and same(more) and torch.equal(kept, found))
     if tokens <= 64:
         wide = torch.randn(3, tokens, dim, device="cuda", generator=mine)
         what = collectives.Sum(add=True, norm=True, narrow=True, parts=3, eps=EPS)
         found = collectives._sum(what, wide, x, gain)["total"]
-        own = sum(each.float() for each in everyone(wide.sum(0).bfloat16()))
-        near(found, (own + x.float()).bfloat16().float(), 1e-3)
+        all_ = sum(each.float() for each in everyone(wide.sum(0).bfloat16()))
+        near(found, (all_ + x.float()).bfloat16().float(), 1e-3)
 
 
 def tokens_of_all(rows: int, vocab: int, mine: torch.Generator) -> None:
@@ -79,7 +89,9 @@ def graphs(dim: int, mine: torch.Generator) -> None:
         for turn in range(5):  # a call that met another one would add other values
             rows = part[: 1 + turn % 2] * (turn + 1)
             total = total.clone()
-            total[: len(rows)] = collectives.all_reduce_norm(total[: len(rows)], rows, gain, EPS)[1]
+            total[: len(rows)] = collectives.all_reduce_norm(
+                total[: len(rows)], rows, gain, EPS, True
+            )[1]
         return total
 
     expected = step()
@@ -100,7 +112,7 @@ def main() -> None:
     shared = torch.Generator("cuda").manual_seed(7)
     for dim in (5120, 1536, 640, 128):
         collectives.meet(dim, rank)
-        for tokens in (1, 2, 7, 16, 64, 65, 300):
+        for tokens in (1, 2, 7, 16, 64, 65, 301, PREFILL_ROWS, PREFILL_ROWS + 1):
             check(dim, tokens, mine, shared)
         graphs(dim, mine)
     for rows, vocab in itertools.product((1, 8, 64, 70), (101056, 2048, 96)):

@@ -125,6 +125,45 @@ def test_ranks_meet_once_for_tokens_twice_a_layer_and_once_for_logits(
     assert not count[ops.norm_moe.target] + count[ops.norm_moe_norm_fp8.target]
 
 
+#: sums that say, in the argument of this number, whether their total is needed whole
+WHOLE = {
+    ops.all_reduce_norm.target: 4,
+    ops.all_reduce_norm_fp8.target: 4,
+    ops.moe_all_reduce_norm_fp8.target: 3,
+}
+
+
+def results(node: fx.Node) -> dict[int, fx.Node]:
+    return {each.args[1]: each for each in node.users}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("spec, rank", CASES)
+def test_a_total_that_more_than_the_next_sum_uses_is_whole(
+    spec: ModelSpec, rank: Rank, precision: str
+) -> None:
+    graph = build_fused(spec, precision, rank=rank)
+    apart = []
+    for node in calls(graph):
+        if node.target in WHOLE and not node.args[WHOLE[node.target]]:
+            apart.append(node)
+            total = results(node).get(len(node.meta["type"]) - 1)
+            for user in total.users if total else ():
+                assert user.target in WHOLE and user.args[0] is total
+                assert user.all_input_nodes.count(total) == 1
+    # the last norm adds to selected rows of the total before it
+    assert len(apart) == 2 * spec.text.layers - 1
+
+
+def test_a_total_that_somebody_looks_at_is_whole() -> None:
+    name = "layers.1.out"
+    graph = build_fused(MODELS["scout"], "bf16", taps=[name], rank=Rank(0, 2))
+    (value,) = (node for node in graph.graph.nodes if node.meta.get("name") == name)
+    source = value
+    while source.target not in WHOLE:
+        source = source.all_input_nodes[0]
+    assert source.args[WHOLE[source.target]]
+
+
 @pytest.mark.parametrize("spec, rank", CASES)
 def test_types_are_those_of_the_shape_rules(spec: ModelSpec, rank: Rank, precision: str) -> None:
     for node in calls(build_fused(spec, precision, rank=rank)):

@@ -71,7 +71,7 @@ def _copy_gate_up(
     group = gl.program_id(1)
     step = 0
     if group == 0:
-        copy_first(codes, weight, 0, EXPERTS * (2 * HIDDEN) + row, HIDDEN, 0, pipe, DIM)
+        copy_first(codes, weight, 0, EXPERTS * (2 * HIDDEN) + row, 0, pipe, DIM, HIDDEN)
         step += DIM // pipe.x_tiles.shape[2]
     else:
         gdc_wait()
@@ -83,7 +83,7 @@ def _copy_gate_up(
         if live:
             if turn % GROUPS == group:
                 first = expert * (2 * HIDDEN) + row
-                copy_next(codes, weight, 0, first, HIDDEN, 0, step, pipe, DIM)
+                copy_next(codes, weight, 0, first, 0, step, pipe, DIM, HIDDEN)
                 step += DIM // pipe.x_tiles.shape[2]
             turn += 1
 
@@ -260,13 +260,13 @@ def _copy_down(
     INPUTS: gl.constexpr = HIDDEN // SPLIT
     row = gl.program_id(0) * pipe.w_tiles.shape[1]
     begin = gl.program_id(1) * INPUTS
-    copy_first(act_codes, weight, tokens, EXPERTS * DIM + row, 0, begin, pipe, INPUTS)
+    copy_first(act_codes, weight, tokens, EXPERTS * DIM + row, begin, pipe, INPUTS)
     step = INPUTS // pipe.x_tiles.shape[2]
     chosen, _, token = _choose(logits, tokens, EXPERTS, EXPERTS_2, pipe.x_tiles.shape[1], 1)
     for slot in range(tokens):
         expert, live = _expert(chosen, token, slot)
         if live:
-            copy_next(act_codes, weight, 0, expert * DIM + row, 0, begin, step, pipe, INPUTS)
+            copy_next(act_codes, weight, 0, expert * DIM + row, begin, step, pipe, INPUTS)
             step += INPUTS // pipe.x_tiles.shape[2]
 
 

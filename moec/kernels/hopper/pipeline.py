@@ -27,11 +27,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 class Pipeline(NamedTuple):
     """STAGES slots of shared memory; each holds the tiles of one step along the inputs.
 
-    One step multiplies one tile of weights, or two: of gate and of up.
+    One step multiplies one tile of weights, or two: of gate and of up. A slot may have room for
+    more tiles than a step has.
     """
 
     x_tiles: gl.shared_memory_descriptor  # quantised inputs [STAGES, COLUMNS, DEPTH]
-    w_tiles: gl.shared_memory_descriptor  # weights [tiles per step * STAGES, ROWS, DEPTH]
+    w_tiles: gl.shared_memory_descriptor  # weights [tiles per slot * STAGES, ROWS, DEPTH]
     full: gl.shared_memory_descriptor  # a barrier per slot: its tiles have arrived
     empty: gl.shared_memory_descriptor  # a barrier per slot: its tiles have been multiplied
 
@@ -46,7 +47,7 @@ def allocate(
     DEPTH: gl.constexpr,
     EACH: gl.constexpr,
 ):
-    """A pipeline for the descriptors x and weight, with EACH tiles of weights per step."""
+    """A pipeline for the descriptors x and weight, with EACH tiles of weights per slot."""
     gl.static_assert(STAGES >= 4, "`product` holds four slots at once")
     x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, COLUMNS, DEPTH], x.layout)
     w_tiles = gl.allocate_shared_memory(weight.dtype, [EACH * STAGES, ROWS, DEPTH], weight.layout)
@@ -60,34 +61,35 @@ def allocate(
 
 
 @gluon.jit
-def _copy_weights(weight, row, second, k, slot, pipe):
+def _copy_weights(weight, row, k, slot, pipe, SECOND: gl.constexpr):
     """Ask for the weights of one step; the slot is full when its inputs have arrived too."""
     EACH: gl.constexpr = pipe.w_tiles.shape[0] // pipe.x_tiles.shape[0]
-    ROWS: gl.constexpr = pipe.x_tiles.shape[1] + EACH * pipe.w_tiles.shape[1]
+    TILES: gl.constexpr = 2 if SECOND else 1
+    ROWS: gl.constexpr = pipe.x_tiles.shape[1] + TILES * pipe.w_tiles.shape[1]
     ready = pipe.full.index(slot)
     mbarrier.expect(ready, ROWS * pipe.x_tiles.shape[2])
     tma.async_copy_global_to_shared(weight, [row, k], ready, pipe.w_tiles.index(EACH * slot))
-    if EACH > 1:
+    if SECOND:
         tma.async_copy_global_to_shared(
-            weight, [row + second, k], ready, pipe.w_tiles.index(EACH * slot + 1)
+            weight, [row + SECOND, k], ready, pipe.w_tiles.index(EACH * slot + 1)
         )
 
 
 @gluon.jit
-def _copy_step(x, weight, token, row, second, k, step, pipe):
+def _copy_step(x, weight, token, row, k, step, pipe, SECOND: gl.constexpr):
     """Wait until the slot of `step` is empty, then ask for all its tiles."""
     STAGES: gl.constexpr = pipe.x_tiles.shape[0]
     slot = step % STAGES
     mbarrier.wait(pipe.empty.index(slot), (step // STAGES & 1) ^ 1)
-    _copy_weights(weight, row, second, k, slot, pipe)
+    _copy_weights(weight, row, k, slot, pipe, SECOND)
     tma.async_copy_global_to_shared(x, [token, k], pipe.full.index(slot), pipe.x_tiles.index(slot))
 
 
 @gluon.jit
-def copy_first(x, weight, token, row, second, begin, pipe, INPUTS: gl.constexpr):
+def copy_first(x, weight, token, row, begin, pipe, INPUTS: gl.constexpr, SECOND: gl.constexpr = 0):
     """Copy the first product's tiles: INPUTS inputs from `begin`, of the rows from `token`.
 
-    The weights are the rows from `row`, and where a step has two tiles, those from row + second.
+    The weights are the rows from `row`, and with SECOND also those from row + SECOND: two tiles.
     As many weights as fit are asked for before the wait for the previous launch.
     """
     STAGES: gl.constexpr = pipe.x_tiles.shape[0]
@@ -95,7 +97,7 @@ def copy_first(x, weight, token, row, second, begin, pipe, INPUTS: gl.constexpr)
     STEPS: gl.constexpr = INPUTS // DEPTH
     EARLY: gl.constexpr = STAGES if STAGES < STEPS else STEPS
     for step in range(EARLY):
-        _copy_weights(weight, row, second, begin + step * DEPTH, step, pipe)
+        _copy_weights(weight, row, begin + step * DEPTH, step, pipe, SECOND)
     gdc_wait()
     gdc_launch_dependents()  # not earlier: the next launch would take room from those before it
     for step in range(EARLY):
@@ -103,15 +105,17 @@ def copy_first(x, weight, token, row, second, begin, pipe, INPUTS: gl.constexpr)
             x, [token, begin + step * DEPTH], pipe.full.index(step), pipe.x_tiles.index(step)
         )
     for step in range(EARLY, STEPS):
-        _copy_step(x, weight, token, row, second, begin + step * DEPTH, step, pipe)
+        _copy_step(x, weight, token, row, begin + step * DEPTH, step, pipe, SECOND)
 
 
 @gluon.jit
-def copy_next(x, weight, token, row, second, begin, step, pipe, INPUTS: gl.constexpr):
+def copy_next(
+    x, weight, token, row, begin, step, pipe, INPUTS: gl.constexpr, SECOND: gl.constexpr = 0
+):
     """Copy the tiles of a further product, whose first step is number `step`."""
     DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
     for k in range(INPUTS // DEPTH):
-        _copy_step(x, weight, token, row, second, begin + k * DEPTH, step + k, pipe)
+        _copy_step(x, weight, token, row, begin + k * DEPTH, step + k, pipe, SECOND)
 
 
 @gluon.jit
@@ -191,18 +195,25 @@ def two_products(step, pipe, SUMS: gl.constexpr, INPUTS: gl.constexpr):
 
 
 @gluon.jit
+def joined(pipe):
+    """The pipeline whose tiles are all those of a slot together, one below the other."""
+    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
+    ROWS: gl.constexpr = pipe.w_tiles.shape[0] // STAGES * pipe.w_tiles.shape[1]
+    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
+    tiles = pipe.w_tiles
+    whole = tiles._reinterpret(tiles.dtype, [STAGES, ROWS, DEPTH], tiles.layout)
+    return Pipeline(pipe.x_tiles, whole, pipe.full, pipe.empty)
+
+
+@gluon.jit
 def halved_product(step, pipe, SUMS: gl.constexpr, PAIRS: gl.constexpr, INPUTS: gl.constexpr):
     """Like `two_products`, with both tiles of a step as the halves of one: [ROWS, COLUMNS] each.
 
     So each tile needs just 32 rows, half of what the tensor core takes. PAIRS is a layout for
     [ROWS, COLUMNS, 2] whose threads have both values of a pair.
     """
-    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
     ROWS: gl.constexpr = pipe.w_tiles.shape[1]
     COLUMNS: gl.constexpr = pipe.x_tiles.shape[1]
-    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
-    tiles = pipe.w_tiles
-    whole = tiles._reinterpret(tiles.dtype, [STAGES, 2 * ROWS, DEPTH], tiles.layout)
-    both = product(step, Pipeline(pipe.x_tiles, whole, pipe.full, pipe.empty), SUMS, INPUTS)
+    both = product(step, joined(pipe), SUMS, INPUTS)
     pairs = both.reshape((2, ROWS, COLUMNS)).permute((1, 2, 0))
     return gl.convert_layout(pairs, PAIRS).split()

@@ -3,14 +3,18 @@
 from dataclasses import dataclass
 
 from moec.kernels.launches.launch import Launch, early, power_of_2
+from moec.kernels.peers import prefill, sums, tokens, words
 from moec.kernels.sizes import MOST_TOKENS
-from moec.kernels.triton import collectives
 from moec.spec.sharding import Rank
 
 #: numbers of ranks for which there is a kernel; others add up through NCCL
 WORLDS = (2, 4)
 #: warps of the program that adds up a token
 WARPS = 32
+#: the most rows of a sum in prefill that the kernels take: those of a prefill chunk on a GPU
+PREFILL_ROWS = 8192
+#: warps of a program that treats a row in prefill
+PREFILL_WARPS = 8
 #: logits in which one program looks for the largest
 BLOCK = 2048
 #: the most words of one peer that a thread waits for
@@ -36,20 +40,20 @@ class Sum:
 
 def all_reduce(
     dim: int,
-    tokens: int,
+    rows: int,
     what: Sum,
     rank: Rank,
     overlap: bool = False,
     owned_rows: int = OWNED_ROWS,
 ) -> Launch:
-    """The sum over ranks of rows [tokens, dim], for at most `MOST_TOKENS` rows."""
+    """The sum over ranks of `rows` of `dim`, at most `MOST_TOKENS`."""
     padded = power_of_2(dim // 2)
     warps = max(1, min(WARPS, padded // 32))
-    words = max(1, min(_MOST_WORDS, padded // (32 * warps)))
-    one, kinds = collectives.poll(1, words)
+    count = max(1, min(_MOST_WORDS, padded // (32 * warps)))
+    one, kinds = words.poll(1, count)
     return Launch(
-        collectives.all_reduce,
-        (tokens, 1, 1),
+        sums.all_reduce,
+        (rows, 1, 1),
         ("x", "part", "gain", "total", "normed", "codes", "scale", "calls", "peers", "tokens"),
         {
             "DIM": dim,
@@ -59,11 +63,11 @@ def all_reduce(
             "NORM": what.norm,
             "NARROW": what.narrow,
             "PARTS": what.parts,
-            "OWNED": rank.count > 2 and tokens >= owned_rows,
-            **_peers(rank, words),
+            "OWNED": rank.count > 2 and rows >= owned_rows,
+            **_peers(rank, count),
             "POLL_ONE": one,
             "KINDS_ONE": kinds,
-            "PACK": words,
+            "PACK": count,
             "OVERLAP": overlap,
         },
         warps,
@@ -71,14 +75,57 @@ def all_reduce(
     )
 
 
-def _peers(rank: Rank, words: int) -> dict[str, int | str]:
-    """Constants of a kernel whose threads wait for `words` words of each peer."""
-    text, kinds = collectives.poll(rank.count - 1, words)
+def share_of(rows: int, rank: Rank) -> int:
+    """How many of `rows` a rank owns in prefill; the last ranks may own fewer."""
+    return -(-rows // rank.count)
+
+
+def shared_words(dim: int, rank: Rank) -> int:
+    """Words of four bytes of the memory that peers write into in prefill."""
+    return share_of(PREFILL_ROWS, rank) * rank.count * (3 * dim // 2 + 1)
+
+
+def prefill_sum(
+    dim: int, rows: int, what: Sum, rank: Rank, whole: bool = False
+) -> tuple[Launch, Launch]:
+    """The sum over ranks of `rows` of `dim`, at most `PREFILL_ROWS`, and its norm.
+
+    The ranks meet at a barrier after each launch. With `whole` all ranks get all sums.
+    """
+    share = share_of(rows, rank)
+    constants = {
+        "DIM": dim,
+        "HALF_2": power_of_2(dim // 2),
+        "SHARE_MOST": share_of(PREFILL_ROWS, rank),
+        "RANK": rank.index,
+        "WORLD": rank.count,
+    }
+    return (
+        Launch(
+            prefill.send_parts,
+            (share * (rank.count - 1), 1, 1),
+            ("part", "peers", "tokens", "share"),
+            constants,
+            PREFILL_WARPS,
+        ),
+        Launch(
+            prefill.add_owned,
+            (share, 1, 1),
+            ("x", "part", "gain", "total", "peers", "tokens", "share"),
+            {**constants, "EPS": what.eps, "NARROW": what.narrow, "WHOLE": whole},
+            PREFILL_WARPS,
+        ),
+    )
+
+
+def _peers(rank: Rank, count: int) -> dict[str, int | str]:
+    """Constants of a kernel whose threads wait for `count` words of each peer."""
+    text, kinds = words.poll(rank.count - 1, count)
     return {
         "RANK": rank.index,
         "WORLD": rank.count,
         "ROWS": MOST_TOKENS,
-        "STORE": collectives.STORE,
+        "STORE": words.STORE,
         "POLL": text,
         "KINDS": kinds,
     }
@@ -94,14 +141,14 @@ def likeliest(rows: int, vocab: int, first: int, rank: Rank) -> tuple[Launch, La
     blocks = blocks_of(vocab)
     return (
         Launch(
-            collectives.best_of_block,
+            tokens.best_of_block,
             (rows, blocks, 1),
             ("logits", "values", "tokens_in"),
             {"VOCAB": vocab, "BLOCK": BLOCK, "BLOCKS": blocks},
             4,
         ),
         Launch(
-            collectives.likeliest,
+            tokens.likeliest,
             (rows, 1, 1),
             ("values", "tokens_in", "out", "calls", "peers"),
             {
@@ -115,11 +162,11 @@ def likeliest(rows: int, vocab: int, first: int, rank: Rank) -> tuple[Launch, La
     )
 
 
-def embedding_part(vocab: int, dim: int, tokens: int) -> Launch:
-    """The rows of a table [vocab, dim] for the tokens that are in it."""
+def embedding_part(vocab: int, dim: int, count: int) -> Launch:
+    """The rows of a table [vocab, dim] for those of `count` tokens that are in it."""
     return Launch(
-        collectives.embedding_part,
-        (tokens, 1, 1),
+        tokens.embedding_part,
+        (count, 1, 1),
         ("ids", "table", "out", "first"),
         {"VOCAB": vocab, "DIM": dim, "DIM_2": power_of_2(dim)},
         4,

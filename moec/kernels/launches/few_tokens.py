@@ -26,9 +26,9 @@ class Stages:
     """The stages of each product's pipeline, and the `split` of the inputs of `down` (split-k).
 
     A linear layer of at most `few_programs` programs takes all the shared memory that there is. One
-    of more leaves room for the attention kernel, which comes next. A `gate_up` that would have at
-    most `few_gate_up` programs has `gate_up_few` stages, with tiles of half the height; and if even
-    these are as few, two groups of programs.
+    of more leaves room for the attention kernel, which comes next. A layer that would have at most
+    `half_programs` programs has tiles of half the height, and so twice as many programs; such a
+    `gate_up` has `gate_up_few` stages, and if even these are as few, two groups of programs.
     """
 
     linear: int = 14
@@ -36,7 +36,7 @@ class Stages:
     few_programs: int = 96
     gate_up: int = 11
     gate_up_few: int = 20
-    few_gate_up: int = 66
+    half_programs: int = 66
     down: int = 6
     split: int = 4
 
@@ -52,7 +52,8 @@ def few_linear(
     few = tokens <= MOST_COLUMNS and architecture == HOPPER
     if not few or width % ROWS or dim % DEPTH:
         return step.linear(width, dim, tokens, architecture >= HOPPER, shared_of(architecture))
-    programs = width // ROWS
+    rows = _rows(width // ROWS, stages)
+    programs = width // rows
     return Launch(
         linear_hopper.linear,
         (programs, 1, 1),
@@ -60,7 +61,7 @@ def few_linear(
         {
             "WIDTH": width,
             "DIM": dim,
-            **_tile(stages.linear_few if programs <= stages.few_programs else stages.linear),
+            **_tile(stages.linear_few if programs <= stages.few_programs else stages.linear, rows),
         },
         warps=4,
         options=OPTIONS,
@@ -105,11 +106,10 @@ def _has_pipelines(sizes: Sizes, tokens: int, stages: Stages) -> bool:
 
 
 def _gate_up(sizes: Sizes, stages: Stages) -> Launch:
-    few = sizes.hidden // ROWS <= stages.few_gate_up
-    rows = ROWS // 2 if few else ROWS
+    rows = _rows(sizes.hidden // ROWS, stages)
     programs = sizes.hidden // rows
-    groups = 2 if programs <= stages.few_gate_up else 1
-    tile = _tile(stages.gate_up_few if few else stages.gate_up) | {"ROWS": rows}
+    groups = 2 if programs <= stages.half_programs else 1
+    tile = _tile(stages.gate_up if rows == ROWS else stages.gate_up_few, rows)
     return Launch(
         moe_decode_hopper.gate_up,
         (programs, groups, 1),
@@ -140,5 +140,10 @@ def _layer(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def _tile(stages: int) -> dict[str, int]:
-    return {"COLUMNS": MOST_COLUMNS, "ROWS": ROWS, "DEPTH": DEPTH, "STAGES": stages}
+def _rows(programs: int, stages: Stages) -> int:
+    """Outputs of a program, of a layer that would have so many programs with `ROWS` each."""
+    return ROWS // 2 if programs <= stages.half_programs else ROWS
+
+
+def _tile(stages: int, rows: int = ROWS) -> dict[str, int]:
+    return {"COLUMNS": MOST_COLUMNS, "ROWS": rows, "DEPTH": DEPTH, "STAGES": stages}

@@ -1,15 +1,15 @@
-"""What ranks compute together, on CUDA: our kernel for few tokens, NCCL for many.
+"""What ranks compute together, on CUDA, by our kernels and by NCCL.
 
 `meet` is called once in each rank, by all together. It makes buffers that every rank's GPU can
 write into (torch's symmetric memory). Where GPUs cannot reach each other's memory, NCCL adds up all
-sums.
+sums. It also adds up more rows than a prefill chunk has, and those that no norm follows.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,19 +26,32 @@ from moec.kernels.torch.launch import overlaps, run
 from moec.spec.sharding import Rank
 
 
+class Reached(NamedTuple):
+    """Memory of this rank that its peers write into, and that of all of them.
+
+    own      what the peers write
+    peers    int64 [ranks]: the addresses of all ranks' memory
+    handle   torch's record of that memory, which has a barrier
+    """
+
+    own: Tensor
+    peers: Tensor
+    handle: Any
+
+
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """The buffers of this rank, and where those of all are; None: peers cannot be reached.
+    """What this rank shares with its peers; None: they cannot be reached.
 
-    buffers  int64 [2, ranks, `MOST_TOKENS`, width]: what the peers write
-    peers    int64 [ranks]: the addresses of all ranks' buffers
+    few      int64 [2, ranks, `MOST_TOKENS`, width], for few tokens
     calls    int32 [`MOST_TOKENS`]: the calls so far that had such a row
+    many     for prefill, as `moec.kernels.peers.prefill` says
     """
 
     rank: Rank
-    buffers: Tensor | None
-    peers: Tensor | None
-    calls: Tensor | None
+    few: Reached | None
+    calls: Tensor
+    many: Reached | None = None
 
 
 #: the meetings of this process, by the width of what is added up; `_BEST`: of the likeliest tokens
@@ -66,39 +79,43 @@ def meet(dim: int, rank: Rank) -> None:
             implement(function.__name__, function, "CUDA")
     for key, words in ((dim, dim // 2), (_BEST, 2)):
         if key not in _MEETINGS:
-            _MEETINGS[key] = _met(words, rank)
+            few = _reached(2 * rank.count * MOST_TOKENS * words, torch.int64, rank)
+            many = None
+            if key != _BEST and few:
+                many = _reached(collectives.shared_words(dim, rank), torch.int32, rank)
+            calls = torch.zeros(MOST_TOKENS, dtype=torch.int32, device="cuda")
+            _MEETINGS[key] = Meeting(rank, few, calls, many)
 
 
-def _met(words: int, rank: Rank) -> Meeting:
+def _reached(size: int, dtype: torch.dtype, rank: Rank) -> Reached | None:
+    """Memory of `size` elements that all peers can write into, filled with zeros."""
     device = torch.device("cuda", torch.cuda.current_device())
-    size = 2 * rank.count * MOST_TOKENS * words
-    pointers: list[int] | None = None
+    handle, own = None, None
     found = "no kernel for so many ranks" if rank.count not in WORLDS else ""
-    buffers = None
     if not found:
         try:
             import torch.distributed._symmetric_memory as symmetric
 
-            buffers = symmetric.empty(size, dtype=torch.int64, device=device)
+            own = symmetric.empty(size, dtype=dtype, device=device)
             group = dist.group.WORLD
             assert group is not None
-            pointers = list(symmetric.rendezvous(buffers, group).buffer_ptrs)
+            handle = symmetric.rendezvous(own, group)
         except RuntimeError as error:  # what torch raises depends on why
             found = str(error).splitlines()[0]
-    everyone = torch.tensor([int(pointers is None)], device=device)
+    everyone = torch.tensor([int(handle is None)], device=device)
     dist.all_reduce(everyone)
-    if int(everyone) or pointers is None or buffers is None:
-        if rank.index == 0 and words > 2:  # once
+    if int(everyone) or handle is None or own is None:
+        if rank.index == 0:
             warnings.warn(
                 f"{rank.count} GPUs add up through NCCL: {found or 'a peer has no such memory'}",
                 stacklevel=2,
             )
-        return Meeting(rank, None, None, None)
-    buffers.zero_()
+        return None
+    own.zero_()
     torch.cuda.synchronize()
-    dist.barrier()  # nobody writes into a buffer before its owner has filled it with zeros
-    peers = torch.tensor(pointers, dtype=torch.int64, device=device)
-    return Meeting(rank, buffers, peers, torch.zeros(MOST_TOKENS, dtype=torch.int32, device=device))
+    dist.barrier()  # nobody writes into a rank's memory before it has filled that with zeros
+    peers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+    return Reached(own, peers, handle)
 
 
 @contextmanager
@@ -120,24 +137,26 @@ def all_reduce(part: Tensor) -> Tensor:
     return _sum(Sum(), part)["total"]
 
 
-def all_reduce_norm(x: Tensor, part: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    values = _sum(Sum(add=True, norm=True, eps=eps), part, x, weight)
+def all_reduce_norm(
+    x: Tensor, part: Tensor, weight: Tensor, eps: float, whole: bool
+) -> tuple[Tensor, Tensor]:
+    values = _sum(Sum(add=True, norm=True, eps=eps), part, x, weight, whole)
     return values["normed"], values["total"]
 
 
 def all_reduce_norm_fp8(
-    x: Tensor, part: Tensor, weight: Tensor, eps: float
+    x: Tensor, part: Tensor, weight: Tensor, eps: float, whole: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values = _sum(Sum(add=True, norm=True, narrow=True, eps=eps), part, x, weight)
+    values = _sum(Sum(add=True, norm=True, narrow=True, eps=eps), part, x, weight, whole)
     return values["codes"], values["scale"], values["total"]
 
 
 def moe_all_reduce_norm_fp8(
-    total: Tensor, normed: Tensor, eps: float, *layer_and_after: Tensor
+    total: Tensor, normed: Tensor, eps: float, whole: bool, *layer_and_after: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     *layer, after = layer_and_after
     if not _is_direct(normed):
-        return all_reduce_norm_fp8(total, ops.moe_layer(normed, *layer), after, eps)
+        return all_reduce_norm_fp8(total, ops.moe_layer(normed, *layer), after, eps, whole)
     parts = ops.moe_parts(MoeLayer(normed, *layer))
     what = Sum(add=True, norm=True, narrow=True, parts=len(parts), eps=eps)
     values = _sum(what, parts, total, after)
@@ -169,7 +188,7 @@ def likeliest_part(part: Tensor, first: int) -> Tensor:
     if _alone:
         return part.argmax(-1)
     meeting = _MEETINGS[_BEST]
-    if rows > MOST_TOKENS or meeting.peers is None:
+    if rows > MOST_TOKENS or meeting.few is None:
         found: Tensor = shared.likeliest_part.eager(part, first)
         return found
     blocks = collectives.blocks_of(vocab)
@@ -180,7 +199,7 @@ def likeliest_part(part: Tensor, first: int) -> Tensor:
         "tokens_in": torch.empty(rows, blocks, dtype=torch.int32, device=device),
         "out": torch.empty(rows, dtype=torch.int64, device=device),
         "calls": meeting.calls,
-        "peers": meeting.peers,
+        "peers": meeting.few.peers,
     }
     for launch in collectives.likeliest(rows, vocab, first, meeting.rank):
         run(launch, values)
@@ -190,16 +209,27 @@ def likeliest_part(part: Tensor, first: int) -> Tensor:
 
 def _is_direct(x: Tensor) -> bool:
     """Whether our kernel adds up rows like those of `x`."""
-    return len(x) <= MOST_TOKENS and _MEETINGS[x.shape[-1]].peers is not None
+    return len(x) <= MOST_TOKENS and _MEETINGS[x.shape[-1]].few is not None
 
 
 def _sum(
-    what: Sum, part: Tensor, x: Tensor | None = None, gain: Tensor | None = None
+    what: Sum,
+    part: Tensor,
+    x: Tensor | None = None,
+    gain: Tensor | None = None,
+    whole: bool = True,
 ) -> dict[str, Tensor]:
-    """The sum over ranks of part, bf16 [tokens, dim] or float32 [parts, tokens, dim]."""
+    """The sum over ranks of part, bf16 [tokens, dim] or float32 [parts, tokens, dim].
+
+    In prefill, unless `whole`, a rank has its own rows of the sum alone, and the results last until
+    the next sum.
+    """
     tokens, dim = part.shape[-2:]
     meeting = _MEETINGS[dim]
-    if _alone or tokens > MOST_TOKENS or meeting.peers is None:
+    many = None if _alone or tokens > collectives.PREFILL_ROWS else meeting.many
+    if tokens > MOST_TOKENS and many and x is not None and gain is not None:
+        return _in_prefill(what, part, x, gain, whole, meeting.rank, many)
+    if _alone or tokens > MOST_TOKENS or meeting.few is None:
         return _by_nccl(what, part, x, gain)
     device, made = part.device, torch.bfloat16
     found: dict[str, Tensor] = {"total": torch.empty(tokens, dim, dtype=made, device=device)}
@@ -215,7 +245,7 @@ def _sum(
         "codes": part,
         "scale": part,
         "calls": meeting.calls,
-        "peers": meeting.peers,
+        "peers": meeting.few.peers,
         "tokens": tokens,
     } | found
     for name in ("x", "gain", "total", "normed"):
@@ -223,6 +253,37 @@ def _sum(
     values["codes"] = values["codes"].view(torch.int16)
     run(collectives.all_reduce(dim, tokens, what, meeting.rank, overlaps(device)), values)
     return found
+
+
+def _in_prefill(
+    what: Sum, part: Tensor, x: Tensor, gain: Tensor, whole: bool, rank: Rank, shared: Reached
+) -> dict[str, Tensor]:
+    """What `_sum` gives, for the rows of a prefill chunk, bf16."""
+    rows, dim = part.shape
+    total = torch.empty_like(part)
+    values = {
+        "x": x.view(torch.int32),
+        "part": part.view(torch.int32),
+        "gain": gain.view(torch.int32),
+        "total": total.view(torch.int32),
+        "peers": shared.peers,
+        "tokens": rows,
+        "share": collectives.share_of(rows, rank),
+    }
+    for launch in collectives.prefill_sum(dim, rows, what, rank, whole):
+        run(launch, values)
+        shared.handle.barrier(channel=0)
+    size = (shared.own.numel() // (3 * dim // 2 + 1)) * dim // 2
+    _, result, totals = shared.own[: 3 * size].view(3, size)
+    found = {"total": total}
+    if whole:
+        found["total"] = totals.view(torch.bfloat16)[: rows * dim].view(rows, dim)
+    if what.narrow:
+        found["codes"] = result.view(torch.float8_e4m3fn)[: rows * dim].view(rows, dim)
+        found["scale"] = shared.own[3 * size :].view(torch.float32)[:rows]
+    else:
+        found["normed"] = result.view(torch.bfloat16)[: rows * dim].view(rows, dim)
+    return {name: each.clone() for name, each in found.items()} if whole else found
 
 
 def _by_nccl(what: Sum, part: Tensor, x: Tensor | None, gain: Tensor | None) -> dict[str, Tensor]:

@@ -59,57 +59,70 @@ def all_reduce(part: Tensor) -> Tensor:
     return _summed(part).to(part.dtype)
 
 
-def _norm_rule(x: TensorType, part: TensorType, weight: TensorType, eps: float) -> Pair:
+def _norm_rule(
+    x: TensorType, part: TensorType, weight: TensorType, eps: float, whole: bool
+) -> Pair:
     return skip_norm.rule(x, part, weight, eps)  # type: ignore[return-value]
 
 
 @op(
-    "all_reduce_norm(Tensor x, Tensor part, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "all_reduce_norm(Tensor x, Tensor part, Tensor weight, float eps, bool whole) "
+    "-> (Tensor, Tensor)",
     _norm_rule,
 )
-def all_reduce_norm(x: Tensor, part: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """rms_norm of x plus the ranks' partial sums [T, D]; and that total."""
+def all_reduce_norm(
+    x: Tensor, part: Tensor, weight: Tensor, eps: float, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """rms_norm of x plus the ranks' partial sums [T, D]; and that total.
+
+    Unless `whole`, only the next sum uses the total, and the results are not used after it. Then a
+    rank may have only those rows of the total that the next sum takes from it.
+    """
     total = (widened(x) + _summed(part)).to(x.dtype)
     return rms_norm.eager(total, weight, eps), total
 
 
-def _fp8_rule(x: TensorType, part: TensorType, weight: TensorType, eps: float) -> Triple:
-    _norm_rule(x, part, weight, eps)
+def _fp8_rule(
+    x: TensorType, part: TensorType, weight: TensorType, eps: float, whole: bool
+) -> Triple:
+    _norm_rule(x, part, weight, eps, whole)
     codes, scale = encode.rule(x)  # type: ignore[misc]
     return codes, scale, x
 
 
 @op(
-    "all_reduce_norm_fp8(Tensor x, Tensor part, Tensor weight, float eps) "
+    "all_reduce_norm_fp8(Tensor x, Tensor part, Tensor weight, float eps, bool whole) "
     "-> (Tensor, Tensor, Tensor)",
     _fp8_rule,
 )
 def all_reduce_norm_fp8(
-    x: Tensor, part: Tensor, weight: Tensor, eps: float
+    x: Tensor, part: Tensor, weight: Tensor, eps: float, whole: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`all_reduce_norm` as quantised values [T, D] and scale [T]; and the total."""
-    normed, total = all_reduce_norm.eager(x, part, weight, eps)
+    normed, total = all_reduce_norm.eager(x, part, weight, eps, whole)
     return *encode.eager(normed), total
 
 
-def _moe_rule(total: TensorType, normed: TensorType, eps: float, *layer: TensorType) -> Triple:
+def _moe_rule(
+    total: TensorType, normed: TensorType, eps: float, whole: bool, *layer: TensorType
+) -> Triple:
     *weights, after = layer
     part: TensorType = moe_layer.rule(normed, *weights)  # type: ignore[assignment]
-    return _fp8_rule(total, part, after, eps)
+    return _fp8_rule(total, part, after, eps, whole)
 
 
 @op(
-    "moe_all_reduce_norm_fp8(Tensor total, Tensor normed, float eps, Tensor router, "
+    "moe_all_reduce_norm_fp8(Tensor total, Tensor normed, float eps, bool whole, Tensor router, "
     "Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale, Tensor after) "
     "-> (Tensor, Tensor, Tensor)",
     _moe_rule,
 )
 def moe_all_reduce_norm_fp8(
-    total: Tensor, normed: Tensor, eps: float, *layer: Tensor
+    total: Tensor, normed: Tensor, eps: float, whole: bool, *layer: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`moe_layer` of normed, each rank's part; then `all_reduce_norm_fp8` by `after`."""
     *weights, after = layer
-    return all_reduce_norm_fp8.eager(total, moe_layer.eager(normed, *weights), after, eps)
+    return all_reduce_norm_fp8.eager(total, moe_layer.eager(normed, *weights), after, eps, whole)
 
 
 def _gather_rule(part: TensorType, sizes: Sequence[int]) -> TensorType:

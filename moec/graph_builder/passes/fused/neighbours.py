@@ -36,9 +36,9 @@ def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
                 _join(graph.graph, node, ops.norm_moe, args, [node, total])
     for node in list(graph.graph.nodes):
         if node.target == ops.all_reduce_norm_fp8.target:
-            total, layer, after, eps = node.args
+            total, layer, after, eps, whole = node.args
             if layer.target == ops.moe_layer.target and len(layer.users) == 1:
-                args = (total, layer.args[0], eps, *layer.args[1:], after)
+                args = (total, layer.args[0], eps, whole, *layer.args[1:], after)
                 _join(graph.graph, node, ops.moe_all_reduce_norm_fp8, args, list(node.users))
         if node.target == ops.skip_norm_fp8.target:
             total, out, after, eps = node.args

@@ -22,6 +22,7 @@ _SUMS = {
     ops.skip_norm.target: ops.all_reduce_norm,
     ops.skip_norm_fp8.target: ops.all_reduce_norm_fp8,
 }
+_SUM_TARGETS = {each.target for each in _SUMS.values()}
 
 
 def shard(graph: fx.GraphModule, spec: ModelSpec, rank: Rank) -> fx.GraphModule:
@@ -60,6 +61,9 @@ def shard(graph: fx.GraphModule, spec: ModelSpec, rank: Rank) -> fx.GraphModule:
             stand_in(call(graph.graph, ops.likeliest_part, head, first, name=name), best)
     _last_norm(graph.graph)
     graph.graph.eliminate_dead_code()
+    for node in graph.graph.nodes:
+        if node.target in _SUM_TARGETS:
+            node.update_arg(4, _is_kept(node))
     graph.recompile()
     return graph
 
@@ -87,7 +91,7 @@ def _last_norm(graph: fx.Graph) -> None:
             name = str(norm.meta["name"])
             each = (name, f"{name}.total")
             new, _ = call_each(
-                graph, ops.all_reduce_norm, *both, gain, eps, name=f"{name}.sum", each=each
+                graph, ops.all_reduce_norm, *both, gain, eps, True, name=f"{name}.sum", each=each
             )
             stand_in(new, norm)
 
@@ -99,6 +103,18 @@ def is_partial(node: fx.Node) -> bool:
     return node.op == "call_function" and any(cut.axis == -1 for cut in cuts)
 
 
+def _is_kept(node: fx.Node) -> bool:
+    """Whether more than the next sum uses the total of a sum, or something keeps a result."""
+    last = len(node.meta["type"]) - 1
+    return any(
+        (user.target not in _SUM_TARGETS or user.args[0] is not result)
+        if result.args[1] == last
+        else user.op == "output"
+        for result in node.users
+        for user in result.users
+    )
+
+
 def _sum(graph: fx.Graph, part: fx.Node, user: fx.Node) -> None:
     """Let `user` add up the partial sums of all ranks."""
     with graph.inserting_before(user):
@@ -107,7 +123,7 @@ def _sum(graph: fx.Graph, part: fx.Node, user: fx.Node) -> None:
             results: dict[Any, fx.Node] = {each.args[1]: each for each in user.users}
             name, places = str(user.meta["name"]), range(len(user.meta["type"]))
             each = [results[i].meta["name"] if i in results else f"{name}.{i}" for i in places]
-            new = call_each(graph, _SUMS[user.target], *user.args, name=name, each=each)
+            new = call_each(graph, _SUMS[user.target], *user.args, True, name=name, each=each)
             for place, old in results.items():
                 stand_in(new[place], old)
             return

@@ -27,12 +27,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 class Pipeline(NamedTuple):
     """STAGES slots of shared memory; each holds the tiles of one step along the inputs.
 
-    One step multiplies one tile of weights, or two: of gate and of up. A slot may have room for
-    more tiles than a step has.
+    One step multiplies one tile of weights, or two: of gate and of up.
     """
 
     x_tiles: gl.shared_memory_descriptor  # quantised inputs [STAGES, COLUMNS, DEPTH]
-    w_tiles: gl.shared_memory_descriptor  # weights [tiles per slot * STAGES, ROWS, DEPTH]
+    w_tiles: gl.shared_memory_descriptor  # weights [tiles per step * STAGES, ROWS, DEPTH]
     full: gl.shared_memory_descriptor  # a barrier per slot: its tiles have arrived
     empty: gl.shared_memory_descriptor  # a barrier per slot: its tiles have been multiplied
 
@@ -47,7 +46,7 @@ def allocate(
     DEPTH: gl.constexpr,
     EACH: gl.constexpr,
 ):
-    """A pipeline for the descriptors x and weight, with EACH tiles of weights per slot."""
+    """A pipeline for the descriptors x and weight, with EACH tiles of weights per step."""
     gl.static_assert(STAGES >= 4, "`product` holds four slots at once")
     x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, COLUMNS, DEPTH], x.layout)
     w_tiles = gl.allocate_shared_memory(weight.dtype, [EACH * STAGES, ROWS, DEPTH], weight.layout)
@@ -195,25 +194,18 @@ def two_products(step, pipe, SUMS: gl.constexpr, INPUTS: gl.constexpr):
 
 
 @gluon.jit
-def joined(pipe):
-    """The pipeline whose tiles are all those of a slot together, one below the other."""
-    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
-    ROWS: gl.constexpr = pipe.w_tiles.shape[0] // STAGES * pipe.w_tiles.shape[1]
-    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
-    tiles = pipe.w_tiles
-    whole = tiles._reinterpret(tiles.dtype, [STAGES, ROWS, DEPTH], tiles.layout)
-    return Pipeline(pipe.x_tiles, whole, pipe.full, pipe.empty)
-
-
-@gluon.jit
 def halved_product(step, pipe, SUMS: gl.constexpr, PAIRS: gl.constexpr, INPUTS: gl.constexpr):
     """Like `two_products`, with both tiles of a step as the halves of one: [ROWS, COLUMNS] each.
 
     So each tile needs just 32 rows, half of what the tensor core takes. PAIRS is a layout for
     [ROWS, COLUMNS, 2] whose threads have both values of a pair.
     """
+    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
     ROWS: gl.constexpr = pipe.w_tiles.shape[1]
     COLUMNS: gl.constexpr = pipe.x_tiles.shape[1]
-    both = product(step, joined(pipe), SUMS, INPUTS)
+    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
+    tiles = pipe.w_tiles
+    whole = tiles._reinterpret(tiles.dtype, [STAGES, 2 * ROWS, DEPTH], tiles.layout)
+    both = product(step, Pipeline(pipe.x_tiles, whole, pipe.full, pipe.empty), SUMS, INPUTS)
     pairs = both.reshape((2, ROWS, COLUMNS)).permute((1, 2, 0))
     return gl.convert_layout(pairs, PAIRS).split()

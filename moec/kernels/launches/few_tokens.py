@@ -26,9 +26,9 @@ class Stages:
     """The stages of each product's pipeline, and the `split` of the inputs of `down` (split-k).
 
     A linear layer of at most `few_programs` programs takes all the shared memory that there is. One
-    of more leaves room for the attention kernel, which comes next. A layer that would have at most
-    `half_programs` programs has tiles of half the height, and so twice as many programs; such a
-    `gate_up` has `gate_up_few` stages, and if even these are as few, two groups of programs.
+    of more leaves room for the attention kernel, which comes next. A `gate_up` that would have at
+    most `half_programs` programs has tiles of half the height in `gate_up_few` stages, and so twice
+    as many programs; if even these are as few, it has two groups of them.
     """
 
     linear: int = 14
@@ -52,8 +52,7 @@ def few_linear(
     few = tokens <= MOST_COLUMNS and architecture == HOPPER
     if not few or width % ROWS or dim % DEPTH:
         return step.linear(width, dim, tokens, architecture >= HOPPER, shared_of(architecture))
-    rows = _rows(width // ROWS, stages)
-    programs = width // rows
+    programs = width // ROWS
     return Launch(
         linear_hopper.linear,
         (programs, 1, 1),
@@ -61,7 +60,7 @@ def few_linear(
         {
             "WIDTH": width,
             "DIM": dim,
-            **_tile(stages.linear_few if programs <= stages.few_programs else stages.linear, rows),
+            **_tile(stages.linear_few if programs <= stages.few_programs else stages.linear),
         },
         warps=4,
         options=OPTIONS,
@@ -106,7 +105,7 @@ def _has_pipelines(sizes: Sizes, tokens: int, stages: Stages) -> bool:
 
 
 def _gate_up(sizes: Sizes, stages: Stages) -> Launch:
-    rows = _rows(sizes.hidden // ROWS, stages)
+    rows = ROWS // 2 if sizes.hidden // ROWS <= stages.half_programs else ROWS
     programs = sizes.hidden // rows
     groups = 2 if programs <= stages.half_programs else 1
     tile = _tile(stages.gate_up if rows == ROWS else stages.gate_up_few, rows)
@@ -138,11 +137,6 @@ def _layer(sizes: Sizes) -> dict[str, int]:
         "EXPERTS": sizes.experts,
         "EXPERTS_2": max(16, power_of_2(sizes.experts)),
     }
-
-
-def _rows(programs: int, stages: Stages) -> int:
-    """Outputs of a program, of a layer that would have so many programs with `ROWS` each."""
-    return ROWS // 2 if programs <= stages.half_programs else ROWS
 
 
 def _tile(stages: int, rows: int = ROWS) -> dict[str, int]:

@@ -80,7 +80,7 @@ def add_owned(
     """
     HALF: tl.constexpr = DIM // 2
     PARTS: tl.constexpr = WORLD * SHARE_MOST * HALF
-    place, at = tl.program_id(0), tl.arange(0, HALF_2)
+    place, at, each = tl.program_id(0), tl.arange(0, HALF_2), tl.arange(0, 2 * HALF_2)
     row, inside = RANK * share + place, at < HALF
     if row < tokens:
         start = row.to(tl.int64) * HALF
@@ -111,10 +111,8 @@ def add_owned(
         for peer in tl.static_range(WORLD):
             base = _memory(peers, peer) + PARTS
             if NARROW:
-                # Eight bytes at once: for 16 Triton would exchange the codes among the threads,
-                # and Triton 3.6 gets that wrong on sm_90.
-                there = tl.load(peers + peer).to(tl.pointer_type(tl.int16)) + 2 * PARTS
-                tl.store(tl.multiple_of(there, 8) + start + at, codes, mask=inside)
+                there = base.to(tl.pointer_type(tl.float8e4nv)) + 2 * start
+                tl.store(there + each, codes, mask=each < DIM)
                 scales = (base + 2 * PARTS).to(tl.pointer_type(tl.float32))
                 tl.store(scales + row, scale)
             else:

@@ -107,9 +107,9 @@ def all_reduce(
 
     Grid (tokens). All rows are pairs of bf16, as int32 [tokens, dim / 2]; with PARTS above 1, part
     is pairs of float32, as int64 [PARTS, tokens, dim / 2]. The norm is in normed, or with NARROW
-    quantised, in codes (pairs, int16) and scale (float32 [tokens]). calls, int32 [ROWS], counts the
-    calls that had a row. peers, int64 [WORLD], are the addresses of the ranks' buffers, int64 [2,
-    WORLD, ROWS, dim / 2]. With OWNED a row has an owner, which alone adds it up.
+    quantised, in codes (E4M3 [tokens, dim]) and scale (float32 [tokens]). calls, int32 [ROWS],
+    counts the calls that had a row. peers, int64 [WORLD], are the addresses of the ranks' buffers,
+    int64 [2, WORLD, ROWS, dim / 2]. With OWNED a row has an owner, which alone adds it up.
     """
     HALF: tl.constexpr = DIM // 2
     row, column = tl.program_id(0), tl.arange(0, HALF_2)
@@ -150,7 +150,8 @@ def all_reduce(
         if NARROW:
             most = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0)
             step = tl.maximum(most / 448.0, 1e-12)
-            tl.store(codes + row * HALF + at, codes_of(low, high, step), mask=inside)
+            each = tl.arange(0, 2 * HALF_2)
+            tl.store(codes + row * DIM + each, codes_of(low, high, step), mask=each < DIM)
             tl.store(scale + row, step)
         else:
             tl.store(normed + row * HALF + at, pair_of(low, high), mask=inside)

@@ -146,7 +146,5 @@ def normed_of(value, factor, gain):
 
 @triton.jit
 def codes_of(low, high, scale):
-    """Pairs of E4M3 values, in the order of memory."""
-    first = (low / scale).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int16)
-    second = (high / scale).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int16)
-    return (second << 8) | first
+    """The E4M3 values of pairs, twice as many as pairs, in the order of memory."""
+    return tl.interleave(low / scale, high / scale).to(tl.float8e4nv)

@@ -250,7 +250,6 @@ def _sum(
     } | found
     for name in ("x", "gain", "total", "normed"):
         values[name] = values[name].view(torch.int32)
-    values["codes"] = values["codes"].view(torch.int16)
     run(collectives.all_reduce(dim, tokens, what, meeting.rank, overlaps(device)), values)
     return found
 

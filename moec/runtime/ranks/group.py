@@ -1,23 +1,30 @@
-"""The process group of the ranks that share a model, in one rank.
+"""The ranks that share a model, in one rank.
 
 torchrun starts ranks, and so does `moec.runtime.ranks.start`. Both say in environment variables
 which rank a process is, and where all of them meet. All ranks run the same calls in the same order:
 each computes its part, and all of them get the whole result.
+
+GPUs meet through NCCL. What lies on the host goes through sockets that only the ranks have, or
+under torchrun through gloo. Nothing that comes from another rank is unpickled: that would run code.
 """
 
 import atexit
+import json
 import os
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moec.exporters.versions import versions
+from moec.graph_builder.ops.fused.collectives import gathered
 from moec.runtime.engines.engine import Run
 from moec.runtime.engines.gpu import check_device
+from moec.runtime.ranks.sockets import connect
 from moec.spec.errors import MoecError, refuse
 from moec.spec.model import TextSpec
 from moec.spec.sharding import ALONE, Rank, span
@@ -42,9 +49,9 @@ def started_as() -> Rank:
 
 
 def join(device: str) -> Rank:
-    """Join the process group, if this process is a rank, and take the rank's GPU.
+    """Meet the other ranks, if this process is a rank, and take the rank's GPU.
 
-    A group that this program has joined already is used as it is.
+    A group of torch that this program has joined already is used as it is.
 
     Raises:
         MoecError: there are fewer GPUs than ranks, or the group has another number of ranks (exit
@@ -67,29 +74,10 @@ def join(device: str) -> Rank:
             )
         torch.cuda.set_device(local)
         own = torch.device("cuda", local)
-    if not dist.is_initialized():
-        place = os.environ.get(STORE)
-        if place is None and "MASTER_ADDR" not in os.environ:
-            missing = f"{RANK} and {WORLD}, and no MASTER_ADDR where ranks meet"
-            refuse(
-                "environment", missing, "what torchrun sets", f"unset {RANK} {WORLD}, or torchrun"
-            )
-        dist.init_process_group(
-            "gloo" if own is None else "cpu:gloo,cuda:nccl",
-            init_method=None if place else "env://",
-            store=dist.FileStore(place, rank.count)  # type: ignore[attr-defined]
-            if place
-            else None,
-            rank=rank.index,
-            world_size=rank.count,
-            timeout=PATIENCE,
-            device_id=own,
-        )
-        if own is None:
-            # A rank that ends with an open group may abort when another one has gone. NCCL would
-            # wait for CUDA graphs that use it, and needs no end.
-            atexit.register(_leave)
-    if dist.get_world_size() != rank.count:
+    by_sockets = connect(rank)
+    if (own is not None or not by_sockets) and not dist.is_initialized():
+        _join_torchs_group(rank, own, by_sockets)
+    if dist.is_initialized() and dist.get_world_size() != rank.count:
         refuse(
             "torch's process group",
             f"{dist.get_world_size()} ranks",
@@ -98,6 +86,32 @@ def join(device: str) -> Rank:
             exit_code=3,
         )
     return rank
+
+
+def _join_torchs_group(rank: Rank, own: torch.device | None, by_sockets: bool) -> None:
+    """Join the group of NCCL for the GPU `own`, and that of gloo without sockets."""
+    place = os.environ.get(STORE)
+    if place is None and "MASTER_ADDR" not in os.environ:
+        missing = f"{RANK} and {WORLD}, and no MASTER_ADDR where ranks meet"
+        refuse("environment", missing, "what torchrun sets", f"unset {RANK} {WORLD}, or torchrun")
+    if Path("/sys/class/net/lo").exists():  # one host: gloo listens on no other network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    by_gloo = "gloo" if own is None else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        "nccl" if by_sockets else by_gloo,
+        init_method=None if place else "env://",
+        store=dist.FileStore(place, rank.count)  # type: ignore[attr-defined]
+        if place
+        else None,
+        rank=rank.index,
+        world_size=rank.count,
+        timeout=PATIENCE,
+        device_id=own,
+    )
+    if own is None:
+        # A rank that ends with an open group may abort when another one has gone. NCCL would wait
+        # for CUDA graphs that use it, and needs no end.
+        atexit.register(_leave)
 
 
 def _leave() -> None:
@@ -115,9 +129,7 @@ def agree(what: str, digest: str) -> None:
     Raises:
         MoecError: versions or digests differ. All ranks raise it.
     """
-    own = versions() | {what: digest}
-    found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, own)
+    found: list[dict[str, str]] = _told(versions() | {what: digest})
     for index, theirs in enumerate(found):
         differs = [name for name in theirs if theirs.get(name) != found[0].get(name)]
         differs += [name for name in found[0] if name not in theirs]
@@ -132,12 +144,24 @@ def agree(what: str, digest: str) -> None:
 
 
 def same(value: T) -> T:
-    """The `value` that rank 0 has, in all ranks, which have joined their group by then."""
+    """The `value` that rank 0 has, in all ranks, which have joined by then.
+
+    The value is what JSON can say: text or a number, such as a seed.
+    """
     if started_as().count == 1:
         return value
-    held: list[T] = [value]
-    dist.broadcast_object_list(held, 0)
-    return held[0]
+    first: T = _told(value)[0]
+    return first
+
+
+def _told(value: object) -> list[Any]:
+    """What every rank says, as JSON."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [int(each) for each in gathered(torch.tensor([len(text)]))]
+    room = torch.zeros(max(sizes), dtype=torch.uint8)
+    room[: len(text)] = text
+    found = zip(gathered(room), sizes, strict=True)
+    return [json.loads(each[:size].numpy().tobytes()) for each, size in found]
 
 
 def same_seed(seed: int | None, rank: Rank) -> int | None:
@@ -149,13 +173,13 @@ def same_seed(seed: int | None, rank: Rank) -> int | None:
 
 def all_heads(cache: torch.Tensor, text: TextSpec) -> torch.Tensor:
     """A cache [B, heads, N, d] of all key/value heads, from the part that this rank has."""
-    rank = started_as()
-    parts: list[Any] = [None] * rank.count
-    dist.all_gather_object(parts, cache.cpu())
+    count, size = started_as().count, text.head_dim
+    spans = [span(text, "kv_heads", Rank(index, count)) for index in range(count)]
+    room = cache.new_zeros(len(cache), max(b - a for a, b in spans) // size, *cache.shape[2:])
+    room[:, : cache.shape[1]] = cache
     whole = torch.empty(len(cache), text.kv_heads, *cache.shape[2:], dtype=cache.dtype)
-    for index, part in enumerate(parts):
-        start, stop = span(text, "kv_heads", Rank(index, rank.count))
-        whole[:, start // text.head_dim : stop // text.head_dim] = part
+    for part, (start, stop) in zip(gathered(room.cpu()), spans, strict=True):
+        whole[:, start // size : stop // size] = part[:, : (stop - start) // size]
     return whole
 
 
@@ -188,8 +212,6 @@ def from_first(run: Run) -> Run:
 
     def shared(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = run(feeds)
-        for each in found.values():
-            dist.broadcast(each, 0)
-        return found
+        return {name: gathered(each)[0] for name, each in found.items()}
 
     return shared

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moec.runtime.ranks.group import LOCAL, RANK, STORE, WORLD
+from moec.runtime.ranks.sockets import SOCKETS, pairs
 from moec.spec.errors import MoecError, refuse
 
 _ROOT = Path(__file__).parents[3]
 _COMMAND = (sys.executable, "-P", "-m", f"{__package__}.rank")
-#: the variables that say which network the libraries of the ranks use
-_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+#: the variable that says on which network NCCL meets
+_NETWORK = "NCCL_SOCKET_IFNAME"
 #: seconds without a sign of life after which a rank counts as hung, and for the first sign, which
 #: waits for imports
 SILENCE, STARTUP = 20.0, 300.0
@@ -65,27 +66,31 @@ class Ranks:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
         }
         if Path("/sys/class/net/lo").exists():  # one host: nothing listens on its network
-            shared |= {name: os.environ.get(name, "lo") for name in _INTERFACES}
+            shared[_NETWORK] = os.environ.get(_NETWORK, "lo")
         try:
-            for index in range(count):
-                ours, theirs = Pipe()
-                own = {RANK: str(index), LOCAL: str(index)}
-                with theirs, (folder / f"{index}.log").open("wb") as log:
-                    self._processes.append(
-                        subprocess.Popen(
-                            (*_COMMAND, str(theirs.fileno())),
-                            stdin=subprocess.DEVNULL,
-                            stdout=subprocess.DEVNULL,
-                            stderr=log,
-                            start_new_session=True,  # Ctrl-C goes to this process, which ends them
-                            pass_fds=(theirs.fileno(),),
-                            env=os.environ | shared | own,
-                        )
-                    )
-                self._pipes.append(ours)
+            with pairs(count) as ends:
+                for index in range(count):
+                    self._start(index, folder, shared, ends[index])
         except BaseException:
             self.close()
             raise
+
+    def _start(self, index: int, folder: Path, shared: dict[str, str], ends: list[int]) -> None:
+        own = {RANK: str(index), LOCAL: str(index), SOCKETS: ",".join(map(str, ends))}
+        ours, theirs = Pipe()
+        self._pipes.append(ours)
+        with theirs, (folder / f"{index}.log").open("wb") as log:
+            self._processes.append(
+                subprocess.Popen(
+                    (*_COMMAND, str(theirs.fileno())),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C goes to this process, which ends them
+                    pass_fds=(theirs.fileno(), *ends),
+                    env=os.environ | shared | own,
+                )
+            )
 
     def close(self) -> None:
         """End all ranks; nothing of them stays on the GPUs."""

@@ -2,12 +2,12 @@
 
 Beside these are the ops that choose the likeliest tokens, of one process or of all ranks.
 
-A rank is one of the processes that share a model (`moec.spec.sharding`). They form torch's default
-process group, and all run the same ops in the same order. Sums are in the order of the ranks, in
+A rank is one of the processes that share a model (`moec.spec.sharding`). All of them run the same
+ops in the same order. Sums are in the order of the ranks, in
 float32, and are rounded once: results repeat to the bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -24,11 +24,21 @@ Pair = tuple[TensorType, TensorType]
 Triple = tuple[TensorType, TensorType, TensorType]
 
 
+def by_torch(sent: Tensor) -> list[Tensor]:
+    """The bytes `sent` of every rank, in order, through torch's process group."""
+    found = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, sent)
+    return found
+
+
+#: how bytes on the host are exchanged; `moec.runtime.ranks.sockets` has another way
+exchange: Callable[[Tensor], list[Tensor]] = by_torch
+
+
 def gathered(x: Tensor) -> list[Tensor]:
     """`x` of every rank, in order; all have one shape."""
     sent = x.contiguous().view(torch.uint8)
-    found = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, sent)
+    found = by_torch(sent) if x.is_cuda else exchange(sent)
     return [each.view(x.dtype) for each in found]
 
 

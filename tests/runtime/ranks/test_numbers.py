@@ -59,31 +59,21 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("count, model", CASES)
-def test_ranks_compute_what_one_process_computes(
-    count: int,
-    model: str,
-    alone: dict[str, Found],
-    together: dict[tuple[int, str], list[Found]],
+def test_ranks_compute_what_one_process_computes_all_of_them_the_same(
+    alone: dict[str, Found], together: dict[tuple[int, str], list[Found]]
 ) -> None:
-    expected, (found, *_) = alone[model], together[count, model]
-    assert found.keys() == {*expected, DRAWN}
-    for name, value in expected.items():
-        if value.is_floating_point():
-            assert apart(found[name], value) < 1e-5, name
-        else:
-            assert torch.equal(found[name], value), name
-
-
-@pytest.mark.parametrize("count, model", CASES)
-def test_all_ranks_have_the_same_values_to_the_bit(
-    count: int, model: str, together: dict[tuple[int, str], list[Found]]
-) -> None:
-    first, *others = together[count, model]
-    assert len(others) == count - 1
-    for name, value in first.items():
-        for other in others:
-            assert torch.equal(other[name], value), name
+    """One test for all cases: workers of pytest would each start the ranks again."""
+    for (count, model), (found, *others) in together.items():
+        expected = alone[model]
+        assert found.keys() == {*expected, DRAWN} and len(others) == count - 1
+        for name, value in expected.items():
+            if value.is_floating_point():
+                assert apart(found[name], value) < 1e-5, (count, model, name)
+            else:
+                assert torch.equal(found[name], value), (count, model, name)
+        for name, value in found.items():
+            for other in others:
+                assert torch.equal(other[name], value), (count, model, name, "to the bit")
 
 
 def test_values_that_are_compared_say_something(alone: dict[str, Found]) -> None:

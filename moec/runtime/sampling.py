@@ -1,8 +1,10 @@
 """Sample the next token from logits."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 import torch
@@ -126,9 +128,10 @@ def ends(stop: Sequence[int] | None, own: Sequence[int]) -> set[int]:
     """
     if stop is None:
         return set(own)
-    if not isinstance(stop, Iterable) or isinstance(stop, str | bytes):
-        refuse("stop", repr(stop)[:200], "a list of token ids", "give [] to stop nowhere")
-    return set(stop)
+    with suppress(TypeError):
+        if not isinstance(stop, bytes):
+            return {index(each) for each in stop}  # integers of torch and NumPy too
+    refuse("stop", repr(stop)[:200], "a list of token ids", "give [] to stop nowhere")
 
 
 def _is(kind: type, value: Any, least: float, most: float) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -119,9 +120,17 @@ def test_a_checkpoint_opens_in_the_eager_engine_only(sound: Path, engine: str) -
     refusal(lambda: moec.open_session(sound, engine=engine), engine)
 
 
-@pytest.mark.parametrize("stop", [3, "x", b"x"], ids=repr)
+@pytest.mark.parametrize("stop", [3, "x", b"x", ["x"], [1.5], [[1]]], ids=repr)
 def test_what_is_no_list_of_tokens_does_not_stop(session: Session, stop: Any) -> None:
     refusal(lambda: session.generate([[1]], max_new_tokens=1, stop=stop), "stop")
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_integers_of_any_library_stop(session: Session, kind: Any) -> None:
+    whole = session.generate([[1]], max_new_tokens=8, stop=())[0].tolist()
+    end = whole.index(whole[3], 1) + 1
+    found = session.generate([[1]], max_new_tokens=8, stop=kind([whole[3]]))[0].tolist()
+    assert found[:end] == whole[:end] and len(found) < len(whole)
 
 
 @pytest.mark.parametrize("images", [3, None], ids=repr)

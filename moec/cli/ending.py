@@ -10,12 +10,14 @@ import typer
 
 from moec.cli.output import error_line, show_error
 from moec.cli.stopping import EXIT_CODE, MESSAGE, Stopped, stoppable
-from moec.cli.streams import Unwritable, check_stdout, standard_streams
+from moec.cli.streams import Unwritable, check_stdout, is_quiet_rank, standard_streams
 from moec.spec.errors import MoecError, understood, visible
 
 #: seconds that a command which writes files may take to clean up after Ctrl-C, and the others
 _PATIENT, _BRISK = 10.0, 0.7
 _WRITERS = ("build", "bind", "engine", "calibrate", "quantize")
+#: commands that ranks run together; only rank 0 prints
+_SHARED = ("moec generate", "moec validate")
 
 #: the base of Typer's errors about a command line; typed so because its module depends on versions
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -28,7 +30,7 @@ def run(command: Callable[[], int | None], arguments: Sequence[str], notes: Sequ
     """
     patience = _PATIENT if arguments and arguments[0] in _WRITERS else _BRISK
     where = " ".join(("moec", *arguments[:1]))
-    with standard_streams():
+    with standard_streams(quiet=is_quiet_rank() and where in _SHARED):
         try:
             with stoppable(patience):
                 check_stdout()

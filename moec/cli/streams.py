@@ -61,8 +61,8 @@ class _Stream:
 
 
 @contextmanager
-def standard_streams() -> Iterator[None]:
-    """Replace `sys.stdout` and `sys.stderr` while the block runs.
+def standard_streams(quiet: bool) -> Iterator[None]:
+    """Replace `sys.stdout` and `sys.stderr` while the block runs; `quiet` drops stdout.
 
     Raises:
         MoecError: stdout was closed before the command started.
@@ -79,7 +79,6 @@ def standard_streams() -> Iterator[None]:
     for stream in filter(None, before):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    quiet = is_quiet_rank()
     needed = quiet or not all(before)
     nowhere = open(os.devnull, "w", encoding="utf-8") if needed else None  # noqa: SIM115
     try:
@@ -93,7 +92,10 @@ def standard_streams() -> Iterator[None]:
 
 
 def is_quiet_rank() -> bool:
-    """Whether torchrun started this process as a rank other than 0: it prints no results."""
+    """Whether torchrun started this process as a rank other than 0.
+
+    Such a process prints no results of a command that ranks run together.
+    """
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 

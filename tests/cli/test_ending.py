@@ -93,6 +93,13 @@ def test_real_streams_that_fail() -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_variables_of_another_program_silence_nothing() -> None:
+    """Only commands that ranks run together leave the printing to rank 0."""
+    env = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run([*MOEC, "spec", "list"], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0 and b"scout" in done.stdout
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_without_a_character_shows_its_number(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -30,11 +31,12 @@ def listening(pid: int) -> list[str]:
 
 
 def test_ranks_listen_nowhere(art: Path) -> None:
-    session = moec.open_session(art, "cpu", gpus=2)
-    assert isinstance(session, SharedSession)
-    session.generate([[5, 6, 7]], max_new_tokens=2, stop=())
-    assert [listening(each.pid) for each in session.ranks._processes] == [[], []]
-    session.close()
+    with closing(moec.open_session(art, "cpu", gpus=2)) as session:
+        assert isinstance(session, SharedSession)
+        session.generate([[5, 6, 7]], max_new_tokens=2, stop=())
+        processes = session.ranks._processes
+        assert [listening(each.pid) for each in processes] == [[], []]
+    assert not any(Path(f"/proc/{each.pid}").exists() for each in processes)
 
 
 def at_once(count: int, run: Callable[[int, dict[int, Connection]], object]) -> list[object]:

@@ -93,6 +93,19 @@ def graph_us(step: Callable[[], object], count: int = 64, rounds: int = 30) -> f
     return slowest(statistics.median(times))
 
 
+def plain_us(step: Callable[[], object], count: int = 20) -> float:
+    """Microseconds of a step that takes longer than its launches."""
+    for _ in range(3):
+        step()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return slowest(1e3 * start.elapsed_time(end) / count)
+
+
 @torch.inference_mode()
 def sums(rank: Rank) -> Iterator[str]:
     """The fused sum, beside sums alone by torch and NCCL."""
@@ -155,7 +168,15 @@ def sums(rank: Rank) -> Iterator[str]:
     name = dist.group.WORLD.group_name
     by_nccl = graph_us(lambda: dist.all_reduce(many), 4, 10)
     theirs = graph_us(lambda: torch.ops.symm_mem.two_shot_all_reduce_(many, "sum", name), 4, 10)
-    yield f"8,192 tokens: the sum alone: NCCL {by_nccl:.0f} us, torch's two-shot {theirs:.0f} us"
+    part, skip = (torch.randn_like(many) for _ in range(2))
+    ours = [
+        plain_us(lambda op=op: op(skip, part, gain, EPS, False))  # type: ignore[misc]
+        for op in (collectives.all_reduce_norm_fp8, collectives.all_reduce_norm)
+    ]
+    yield (
+        f"8,192 tokens: sum, residual, norm, codes {ours[0]:.0f} us, without codes {ours[1]:.0f}; "
+        f"the sum alone: NCCL {by_nccl:.0f}, torch's two-shot {theirs:.0f}"
+    )
 
 
 def small(gpus: int, folder: Path) -> Path:
@@ -300,9 +321,9 @@ def proof(gpus: int) -> None:
     """`moec validate` of the trained example, and of two layers of Scout's widths."""
     text = PRESETS["scout"].text
     experts = text.experts.model_copy(update={"count": 4})
-    small = {"layers": 2, "vocab": 4096, "chunk": 64, "experts": experts}
+    sizes = {"layers": 2, "vocab": 4096, "chunk": 64, "experts": experts}
     kinds = {"attention": "LG", "rope": "RN", "qk_norm": "Q-", "temperature": "-T", "ffn": "MM"}
-    text = text.model_copy(update=small | kinds)
+    text = text.model_copy(update=sizes | kinds)
     two = ModelSpec(name="two", provenance="custom", dtype="bf16", text=text)
     with tempfile.TemporaryDirectory() as folder:
         wide = Path(folder) / "wide"

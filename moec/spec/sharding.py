@@ -26,6 +26,9 @@ from moec.spec.model import ModelSpec, TextSpec
 #: parts begin at multiples of this, if the size has enough of them: tiles of the kernels fit then
 UNIT = 128
 
+#: with so many rows or more, on four GPUs, a row of a sum has a rank that alone adds it up
+OWNED_ROWS = 12
+
 #: what is divided: a size of the text model
 Divided = Literal["vocab", "heads", "kv_heads", "dense_hidden", "hidden"]
 

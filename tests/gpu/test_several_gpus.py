@@ -84,6 +84,30 @@ def test_the_proof_passes(gpus: int, arts: dict[int, Path]) -> None:
     assert f"{gpus} ranks" in report.engine
 
 
+#: a program under torchrun that has a group of its own, which knows no way between hosts' memory
+JOINED = """
+import os, sys
+import torch, torch.distributed as dist
+import moec
+
+torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+dist.init_process_group("nccl")
+tokens = moec.open_session(sys.argv[1], "cuda").generate([[5, 6, 7]], max_new_tokens=4, stop=())
+if dist.get_rank() == 0:
+    print(*tokens[0])
+sys.stdout.flush()
+os._exit(0)  # NCCL waits for CUDA graphs that use it
+"""
+
+
+def test_a_group_that_a_program_has_joined_is_used(arts: dict[int, Path], tmp_path: Path) -> None:
+    script = tmp_path / "joined.py"
+    script.write_text(JOINED)
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run([*start, script, arts[2]], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and len(done.stdout.split()) == 7, done.stderr[-3000:]
+
+
 def test_a_rank_that_dies_ends_the_run_and_frees_the_gpus(arts: dict[int, Path]) -> None:
     session = moec.open_session(arts[2], "cuda", gpus=2)
     assert isinstance(session, SharedSession)

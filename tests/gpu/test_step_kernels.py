@@ -34,7 +34,14 @@ def test_attention(heads: tuple[int, int, int], batch: int, slots: int, count: i
 @pytest.mark.parametrize("tokens", [1, 3, 5, 16, 17, 40, 64, 200])
 @pytest.mark.parametrize(
     "sizes",
-    [(128, 64, 16), (1024, 2048, 5), (512, 1024, 128), (2048, 4096, 16), (640, 1536, 1)],
+    [
+        (128, 64, 16),
+        (1024, 2048, 5),
+        (512, 1024, 128),
+        (2048, 4096, 16),
+        (640, 1536, 1),
+        (640, 4608, 17),
+    ],
 )
 def test_experts(sizes: tuple[int, int, int], tokens: int) -> None:
     check(step_cases.experts("cuda", *sizes, tokens))

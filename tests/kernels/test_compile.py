@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="kernels need triton")
 
 import moec.kernels
 from moec.kernels.ahead_of_time.compile import Compiled, build, compile_launch
+from moec.kernels.launches import collectives
 from moec.kernels.launches.decode import Tiles, decode_moe
 from moec.kernels.launches.descriptors import block_shapes
 from moec.kernels.launches.few_tokens import few_linear, few_moe
@@ -34,6 +35,7 @@ from moec.kernels.launches.step import (
 from moec.kernels.sizes import MOST_TOKENS, RoutedSizes, Sizes
 from moec.spec.errors import MoecError
 from moec.spec.parts.routing import Routing
+from moec.spec.sharding import OWNED_ROWS, Rank
 
 SCOUT, HEADS, SLOTS = Sizes(5120, 8192, 16), Heads(40, 8, 128), 8192
 QKV = (HEADS.heads + 2 * HEADS.kv_heads) * HEADS.size
@@ -110,6 +112,23 @@ def test_experts_of_maverick_compile_too(architecture: int, tokens: int) -> None
     )
     for launch in found:
         compile_launch(launch, architecture)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rank", [Rank(1, 2), Rank(2, 4)])
+def test_kernels_between_gpus_compile(rank: Rank) -> None:
+    what = collectives.Sum(add=True, norm=True, narrow=True, eps=1e-5)
+    for rows, parts in ((1, 4), (OWNED_ROWS, 1)):
+        found = compile_launch(
+            collectives.all_reduce(5120, rows, replace(what, parts=parts), rank, True), 90
+        )
+        assert found.overlap
+    for whole, narrow in ((True, True), (False, False)):
+        for launch in collectives.prefill_sum(5120, 300, replace(what, narrow=narrow), rank, whole):
+            compile_launch(launch, 90)
+    for launch in collectives.likeliest(3, 2000, 2000, rank):
+        compile_launch(launch, 90)
+    compile_launch(collectives.embedding_part(2000, 5120, 3), 90)
 
 
 def check_entry(found: Compiled, ptx: str) -> None:

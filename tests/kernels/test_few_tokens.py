@@ -44,6 +44,20 @@ def test_layers_that_have_pipelines(
 
 
 @pytest.mark.parametrize(
+    ("hidden", "rows", "grid"),
+    [
+        (8192, 64, (128, 1, 1)),
+        (4608, 64, (72, 1, 1)),
+        (4096, 32, (128, 1, 1)),
+        (2048, 32, (64, 2, 1)),
+    ],
+)
+def test_narrow_layers_have_lower_tiles(hidden: int, rows: int, grid: tuple[int, ...]) -> None:
+    _, gate_up, *_ = few_moe(Sizes(5120, hidden, 16), 1, 90)[0]
+    assert (gate_up.constants["ROWS"], gate_up.grid) == (rows, grid)
+
+
+@pytest.mark.parametrize(
     ("width", "dim", "tokens", "architecture", "has"),
     [
         (7168, 5120, 1, 90, True), (5120, 5120, 16, 90, True), (64, 128, 1, 90, True),

@@ -109,17 +109,17 @@ def test_the_tower_is_on_every_gpu() -> None:
     assert (two.vision_bytes, two.vision_ms) == (one.vision_bytes, one.vision_ms)
 
 
-@pytest.mark.parametrize("gpus", [2, 4])
-def test_collectives_are_those_of_the_fused_graph(gpus: int) -> None:
+@pytest.mark.parametrize(("gpus", "batch", "share"), [(2, 3, 1), (4, 3, 1), (2, 64, 1), (4, 64, 2)])
+def test_collectives_are_those_of_the_fused_graph(gpus: int, batch: int, share: int) -> None:
     graph = build_fused(in_fp8("tiny-scout"), "bf16", rank=Rank(0, gpus)).graph
     ops = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     sums = sum("all_reduce" in each for each in ops)
     gathers = sum("all_gather" in each for each in ops)
-    found = plan("tiny-scout", "fp8", batch=3, gpus=gpus)
+    found = plan("tiny-scout", "fp8", batch=batch, gpus=gpus)
     assert (found.collectives, gathers) == (sums + gathers, 1)
     text = PRESETS["tiny-scout"].text
-    logits = 3 * text.vocab // gpus * 2
-    assert found.collective_bytes == sums * 3 * text.dim * 2 * 2 + logits
+    logits = batch * text.vocab // gpus * 2
+    assert found.collective_bytes == sums * batch * text.dim * 2 * 2 // share + logits
 
 
 def test_one_gpu_has_nobody_to_send_to() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moec.kernels.launches.launch import Launch, early, power_of_2
 from moec.kernels.peers import prefill, sums, tokens, words
 from moec.kernels.sizes import MOST_TOKENS
-from moec.spec.sharding import Rank
+from moec.spec.sharding import OWNED_ROWS, Rank
 
 #: numbers of ranks for which there is a kernel; others add up through NCCL
 WORLDS = (2, 4)
@@ -19,8 +19,14 @@ PREFILL_WARPS = 8
 BLOCK = 2048
 #: the most words of one peer that a thread waits for
 _MOST_WORDS = 8
-#: with so many rows or more, on more than two GPUs, each row has an owner that adds it up
-OWNED_ROWS = 12
+#: rows of bf16 are pairs; what follows are addresses, calls, and tokens of ranks
+_TYPES = {
+    **dict.fromkeys(("x", "part", "gain", "total", "normed", "calls", "tokens_in"), "*i32"),
+    **dict.fromkeys(("peers", "ids", "out"), "*i64"),
+    **dict.fromkeys(("share", "first"), "i32"),
+    "values": "*fp32",
+    "logits": "*bf16",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,6 @@ def all_reduce(
     what: Sum,
     rank: Rank,
     overlap: bool = False,
-    owned_rows: int = OWNED_ROWS,
 ) -> Launch:
     """The sum over ranks of `rows` of `dim`, at most `MOST_TOKENS`."""
     padded = power_of_2(dim // 2)
@@ -63,7 +68,7 @@ def all_reduce(
             "NORM": what.norm,
             "NARROW": what.narrow,
             "PARTS": what.parts,
-            "OWNED": rank.count > 2 and rows >= owned_rows,
+            "OWNED": rank.count == 4 and rows >= OWNED_ROWS,
             **_peers(rank, count),
             "POLL_ONE": one,
             "KINDS_ONE": kinds,
@@ -72,6 +77,7 @@ def all_reduce(
         },
         warps,
         options=early(overlap),
+        types=_TYPES | {"part": "*i32" if what.parts == 1 else "*i64"},
     )
 
 
@@ -80,9 +86,14 @@ def share_of(rows: int, rank: Rank) -> int:
     return -(-rows // rank.count)
 
 
+def shared_rows(rank: Rank) -> int:
+    """Rows of each part of the memory that peers write into in prefill."""
+    return share_of(PREFILL_ROWS, rank) * rank.count
+
+
 def shared_words(dim: int, rank: Rank) -> int:
-    """Words of four bytes of the memory that peers write into in prefill."""
-    return share_of(PREFILL_ROWS, rank) * rank.count * (3 * dim // 2 + 1)
+    """Words of four bytes of that memory: parts, results and sums of all rows, and their scales."""
+    return shared_rows(rank) * (3 * (dim // 2) + 1)
 
 
 def prefill_sum(
@@ -107,6 +118,7 @@ def prefill_sum(
             ("part", "peers", "tokens", "share"),
             constants,
             PREFILL_WARPS,
+            types=_TYPES,
         ),
         Launch(
             prefill.add_owned,
@@ -114,6 +126,7 @@ def prefill_sum(
             ("x", "part", "gain", "total", "peers", "tokens", "share"),
             {**constants, "EPS": what.eps, "NARROW": what.narrow, "WHOLE": whole},
             PREFILL_WARPS,
+            types=_TYPES,
         ),
     )
 
@@ -146,6 +159,7 @@ def likeliest(rows: int, vocab: int, first: int, rank: Rank) -> tuple[Launch, La
             ("logits", "values", "tokens_in"),
             {"VOCAB": vocab, "BLOCK": BLOCK, "BLOCKS": blocks},
             4,
+            types=_TYPES,
         ),
         Launch(
             tokens.likeliest,
@@ -158,6 +172,7 @@ def likeliest(rows: int, vocab: int, first: int, rank: Rank) -> tuple[Launch, La
                 **_peers(rank, 1),
             },
             1,
+            types=_TYPES,
         ),
     )
 
@@ -170,4 +185,5 @@ def embedding_part(vocab: int, dim: int, count: int) -> Launch:
         ("ids", "table", "out", "first"),
         {"VOCAB": vocab, "DIM": dim, "DIM_2": power_of_2(dim)},
         4,
+        types=_TYPES | {"table": "*bf16", "out": "*bf16"},
     )

@@ -76,7 +76,7 @@ def signature(launch: Launch) -> tuple[str, ...]:
     shapes, laid = block_shapes(launch), layouts(launch)
     found = []
     for name in launch.arguments:
-        kind = TYPES[name]
+        kind = launch.types.get(name) or TYPES[name]
         if name in shapes:
             tail = f",{laid[name]!r}" if laid else ""
             kind = f"tensordesc<{kind[1:]}{list(shapes[name])}{tail}>"

@@ -32,7 +32,8 @@ Buffers = dict[str, tuple[tuple[int, ...], str]]
 class Launch:
     """One launch: `arguments` by name, in the kernel's order; `constants` by the kernel's names.
 
-    `stages` is how many steps of a product Triton keeps under way at once.
+    `stages` is how many steps of a product Triton keeps under way at once. `types` are those of
+    arguments that have others than in `TYPES`.
     """
 
     kernel: Any
@@ -42,6 +43,7 @@ class Launch:
     warps: int
     stages: int = 3
     options: dict[str, Any] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

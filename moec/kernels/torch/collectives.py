@@ -7,7 +7,7 @@ sums. It also adds up more rows than a prefill chunk has, and those that no norm
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from moec.kernels.torch.launch import overlaps, run
 from moec.spec.sharding import Rank
 
 
-class Reached(NamedTuple):
+class PeerMemory(NamedTuple):
     """Memory of this rank that its peers write into, and that of all of them.
 
     own      what the peers write
@@ -40,7 +40,7 @@ class Reached(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class PeerBuffers:
     """What this rank shares with its peers; None: they cannot be reached.
 
     few      int64 [2, ranks, `MOST_TOKENS`, width], for few tokens
@@ -49,13 +49,13 @@ class Meeting:
     """
 
     rank: Rank
-    few: Reached | None
+    few: PeerMemory | None
     calls: Tensor
-    many: Reached | None = None
+    many: PeerMemory | None = None
 
 
-#: the meetings of this process, by the width of what is added up; `_BEST`: of the likeliest tokens
-_MEETINGS: dict[int, Meeting] = {}
+#: the buffers of this process, by the width of what is added up; `_BEST`: of the likeliest tokens
+_BUFFERS: dict[int, PeerBuffers] = {}
 _BEST = 0
 #: whether ops skip what ranks do together, as in `alone`
 _alone = False
@@ -75,47 +75,53 @@ def meet(dim: int, rank: Rank) -> None:
         all_gather,
         likeliest_part,
     ):
-        if not _MEETINGS:
+        if not _BUFFERS:
             implement(function.__name__, function, "CUDA")
     for key, words in ((dim, dim // 2), (_BEST, 2)):
-        if key not in _MEETINGS:
-            few = _reached(2 * rank.count * MOST_TOKENS * words, torch.int64, rank)
+        if key not in _BUFFERS:
+            few = _shared(2 * rank.count * MOST_TOKENS * words, torch.int64, rank)
             many = None
             if key != _BEST and few:
-                many = _reached(collectives.shared_words(dim, rank), torch.int32, rank)
+                many = _shared(collectives.shared_words(dim, rank), torch.int32, rank)
             calls = torch.zeros(MOST_TOKENS, dtype=torch.int32, device="cuda")
-            _MEETINGS[key] = Meeting(rank, few, calls, many)
+            _BUFFERS[key] = PeerBuffers(rank, few, calls, many)
+            if key == dim and rank.index == 0 and not (few and many):
+                what = f"sums of more than {MOST_TOKENS} tokens" if few else "all sums"
+                warnings.warn(f"{rank.count} GPUs: {what} go through NCCL", stacklevel=2)
 
 
-def _reached(size: int, dtype: torch.dtype, rank: Rank) -> Reached | None:
-    """Memory of `size` elements that all peers can write into, filled with zeros."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    handle, own = None, None
-    found = "no kernel for so many ranks" if rank.count not in WORLDS else ""
-    if not found:
-        try:
-            import torch.distributed._symmetric_memory as symmetric
+def _shared(size: int, dtype: torch.dtype, rank: Rank) -> PeerMemory | None:
+    """Memory of `size` elements that all peers can write into, filled with zeros.
 
-            own = symmetric.empty(size, dtype=dtype, device=device)
-            group = dist.group.WORLD
-            assert group is not None
-            handle = symmetric.rendezvous(own, group)
-        except RuntimeError as error:  # what torch raises depends on why
-            found = str(error).splitlines()[0]
-    everyone = torch.tensor([int(handle is None)], device=device)
-    dist.all_reduce(everyone)
-    if int(everyone) or handle is None or own is None:
-        if rank.index == 0:
-            warnings.warn(
-                f"{rank.count} GPUs add up through NCCL: {found or 'a peer has no such memory'}",
-                stacklevel=2,
-            )
+    All ranks get None where one of them cannot have it. Torch says why in many ways.
+    """
+    if rank.count not in WORLDS:
+        return None
+    import torch.distributed._symmetric_memory as symmetric
+
+    device, group = torch.device("cuda", torch.cuda.current_device()), dist.group.WORLD
+    assert group is not None
+    own, handle = None, None
+    torch.cuda.empty_cache()  # this memory is not taken from torch's cache
+    with suppress(RuntimeError):
+        own = symmetric.empty(size, dtype=dtype, device=device)
+    if not _all_have(own) or own is None:  # nobody waits for a rank that has no memory
+        return None
+    with suppress(RuntimeError):
+        handle = symmetric.rendezvous(own, group)
+    if not _all_have(handle) or handle is None:
         return None
     own.zero_()
     torch.cuda.synchronize()
     dist.barrier()  # nobody writes into a rank's memory before it has filled that with zeros
     peers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-    return Reached(own, peers, handle)
+    return PeerMemory(own, peers, handle)
+
+
+def _all_have(what: object) -> bool:
+    lacking = torch.tensor([int(what is None)], device="cuda")
+    dist.all_reduce(lacking)
+    return not int(lacking)
 
 
 @contextmanager
@@ -187,8 +193,8 @@ def likeliest_part(part: Tensor, first: int) -> Tensor:
     rows, vocab = part.shape
     if _alone:
         return part.argmax(-1)
-    meeting = _MEETINGS[_BEST]
-    if rows > MOST_TOKENS or meeting.few is None:
+    buffers = _BUFFERS[_BEST]
+    if rows > MOST_TOKENS or buffers.few is None:
         found: Tensor = shared.likeliest_part.eager(part, first)
         return found
     blocks = collectives.blocks_of(vocab)
@@ -198,10 +204,10 @@ def likeliest_part(part: Tensor, first: int) -> Tensor:
         "values": torch.empty(rows, blocks, dtype=torch.float32, device=device),
         "tokens_in": torch.empty(rows, blocks, dtype=torch.int32, device=device),
         "out": torch.empty(rows, dtype=torch.int64, device=device),
-        "calls": meeting.calls,
-        "peers": meeting.few.peers,
+        "calls": buffers.calls,
+        "peers": buffers.few.peers,
     }
-    for launch in collectives.likeliest(rows, vocab, first, meeting.rank):
+    for launch in collectives.likeliest(rows, vocab, first, buffers.rank):
         run(launch, values)
     best: Tensor = values["out"]
     return best
@@ -209,7 +215,7 @@ def likeliest_part(part: Tensor, first: int) -> Tensor:
 
 def _is_direct(x: Tensor) -> bool:
     """Whether our kernel adds up rows like those of `x`."""
-    return len(x) <= MOST_TOKENS and _MEETINGS[x.shape[-1]].few is not None
+    return len(x) <= MOST_TOKENS and _BUFFERS[x.shape[-1]].few is not None
 
 
 def _sum(
@@ -225,11 +231,11 @@ def _sum(
     the next sum.
     """
     tokens, dim = part.shape[-2:]
-    meeting = _MEETINGS[dim]
-    many = None if _alone or tokens > collectives.PREFILL_ROWS else meeting.many
+    buffers = _BUFFERS[dim]
+    many = None if _alone or tokens > collectives.PREFILL_ROWS else buffers.many
     if tokens > MOST_TOKENS and many and x is not None and gain is not None:
-        return _in_prefill(what, part, x, gain, whole, meeting.rank, many)
-    if _alone or tokens > MOST_TOKENS or meeting.few is None:
+        return _in_prefill(what, part, x, gain, whole, buffers.rank, many)
+    if _alone or tokens > MOST_TOKENS or buffers.few is None:
         return _by_nccl(what, part, x, gain)
     device, made = part.device, torch.bfloat16
     found: dict[str, Tensor] = {"total": torch.empty(tokens, dim, dtype=made, device=device)}
@@ -244,18 +250,18 @@ def _sum(
         "normed": part,
         "codes": part,
         "scale": part,
-        "calls": meeting.calls,
-        "peers": meeting.few.peers,
+        "calls": buffers.calls,
+        "peers": buffers.few.peers,
         "tokens": tokens,
     } | found
     for name in ("x", "gain", "total", "normed"):
         values[name] = values[name].view(torch.int32)
-    run(collectives.all_reduce(dim, tokens, what, meeting.rank, overlaps(device)), values)
+    run(collectives.all_reduce(dim, tokens, what, buffers.rank, overlaps(device)), values)
     return found
 
 
 def _in_prefill(
-    what: Sum, part: Tensor, x: Tensor, gain: Tensor, whole: bool, rank: Rank, shared: Reached
+    what: Sum, part: Tensor, x: Tensor, gain: Tensor, whole: bool, rank: Rank, memory: PeerMemory
 ) -> dict[str, Tensor]:
     """What `_sum` gives, for the rows of a prefill chunk, bf16."""
     rows, dim = part.shape
@@ -265,21 +271,21 @@ def _in_prefill(
         "part": part.view(torch.int32),
         "gain": gain.view(torch.int32),
         "total": total.view(torch.int32),
-        "peers": shared.peers,
+        "peers": memory.peers,
         "tokens": rows,
         "share": collectives.share_of(rows, rank),
     }
     for launch in collectives.prefill_sum(dim, rows, what, rank, whole):
         run(launch, values)
-        shared.handle.barrier(channel=0)
-    size = (shared.own.numel() // (3 * dim // 2 + 1)) * dim // 2
-    _, result, totals = shared.own[: 3 * size].view(3, size)
+        memory.handle.barrier(channel=0)
+    size = collectives.shared_rows(rank) * (dim // 2)
+    _, result, totals = memory.own[: 3 * size].view(3, size)
     found = {"total": total}
     if whole:
         found["total"] = totals.view(torch.bfloat16)[: rows * dim].view(rows, dim)
     if what.narrow:
         found["codes"] = result.view(torch.float8_e4m3fn)[: rows * dim].view(rows, dim)
-        found["scale"] = shared.own[3 * size :].view(torch.float32)[:rows]
+        found["scale"] = memory.own[3 * size :].view(torch.float32)[:rows]
     else:
         found["normed"] = result.view(torch.bfloat16)[: rows * dim].view(rows, dim)
     return {name: each.clone() for name, each in found.items()} if whole else found

@@ -94,6 +94,10 @@ def _join_torchs_group(rank: Rank, own: torch.device | None, by_sockets: bool) -
     if place is None and "MASTER_ADDR" not in os.environ:
         missing = f"{RANK} and {WORLD}, and no MASTER_ADDR where ranks meet"
         refuse("environment", missing, "what torchrun sets", f"unset {RANK} {WORLD}, or torchrun")
+    local = os.environ.get("LOCAL_WORLD_SIZE", str(rank.count))
+    if local != str(rank.count):
+        found, expected = f"{local} of {rank.count} ranks on this host", "all ranks on one host"
+        refuse("environment: LOCAL_WORLD_SIZE", found, expected, "docs/deploy.md: engines for more")
     if Path("/sys/class/net/lo").exists():  # one host: gloo listens on no other network
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     by_gloo = "gloo" if own is None else "cpu:gloo,cuda:nccl"
@@ -129,7 +133,7 @@ def agree(what: str, digest: str) -> None:
     Raises:
         MoecError: versions or digests differ. All ranks raise it.
     """
-    found: list[dict[str, str]] = _told(versions() | {what: digest})
+    found: list[dict[str, str]] = _gathered_json(versions() | {what: digest})
     for index, theirs in enumerate(found):
         differs = [name for name in theirs if theirs.get(name) != found[0].get(name)]
         differs += [name for name in found[0] if name not in theirs]
@@ -150,11 +154,11 @@ def same(value: T) -> T:
     """
     if started_as().count == 1:
         return value
-    first: T = _told(value)[0]
+    first: T = _gathered_json(value)[0]
     return first
 
 
-def _told(value: object) -> list[Any]:
+def _gathered_json(value: object) -> list[Any]:
     """What every rank says, as JSON."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [int(each) for each in gathered(torch.tensor([len(text)]))]
@@ -212,6 +216,11 @@ def from_first(run: Run) -> Run:
 
     def shared(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = run(feeds)
-        return {name: gathered(each)[0] for name, each in found.items()}
+        for name, each in found.items():
+            if each.is_cuda:
+                dist.broadcast(each, 0)
+            else:
+                found[name] = gathered(each)[0]
+        return found
 
     return shared

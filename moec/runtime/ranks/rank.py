@@ -74,6 +74,7 @@ class Channel:
 
 def main(number: int) -> None:
     """Answer the calls that come on file descriptor `number`, until the parent closes it."""
+    os.set_inheritable(number, False)
     connection = Connection(number)
     channel, first = Channel(connection), group.started_as().index == 0
     threading.Thread(target=_beat, args=(channel,), daemon=True).start()

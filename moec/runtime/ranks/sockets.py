@@ -41,7 +41,9 @@ def connect(rank: Rank) -> bool:
     said = os.environ.pop(SOCKETS, "")
     if said:
         others = (index for index in range(rank.count) if index != rank.index)
-        numbers = map(int, said.split(","))
+        numbers = list(map(int, said.split(",")))
+        for number in numbers:  # a process that keeps an end open would hide that this one ended
+            os.set_inheritable(number, False)
         peers = {index: Connection(number) for index, number in zip(others, numbers, strict=True)}
         collectives.exchange = lambda sent: _exchange(sent, rank, peers)
     return collectives.exchange is not collectives.by_torch
@@ -54,7 +56,8 @@ def _exchange(sent: Tensor, rank: Rank, peers: dict[int, Connection]) -> list[Te
     pairs in one order, so that none waits for one that waits for it.
 
     Raises:
-        ConnectionError: a rank has ended, or sent another number of bytes.
+        ConnectionError: a rank has ended.
+        RuntimeError: a rank sent another number of bytes.
     """
     found = []
     for index in range(rank.count):
@@ -73,6 +76,6 @@ def _exchange(sent: Tensor, rank: Rank, peers: dict[int, Connection]) -> list[Te
         except (EOFError, OSError) as error:
             raise ConnectionError(f"rank {index} no longer answers") from error
         if size != sent.numel():
-            raise ConnectionError(f"rank {index} sent {size} bytes, not {sent.numel()}")
+            raise RuntimeError(f"rank {index} sent {size} bytes, not {sent.numel()}")
         found.append(room)
     return found

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def listening(pid: int) -> list[str]:
     return found
 
 
-def test_ranks_listen_nowhere(art: Path) -> None:
+def test_ranks_on_cpus_listen_nowhere(art: Path) -> None:
     with closing(moec.open_session(art, "cpu", gpus=2)) as session:
         assert isinstance(session, SharedSession)
         session.generate([[5, 6, 7]], max_new_tokens=2, stop=())
@@ -61,19 +61,21 @@ def test_all_get_what_each_sends(count: int, size: int) -> None:
         assert isinstance(each, list) and all(map(torch.equal, each, sent))
 
 
-def test_other_sizes_and_lost_ranks_are_errors() -> None:
+def test_another_size_is_an_error() -> None:
     def sizes(own: int, peers: dict[int, Connection]) -> object:
-        with pytest.raises(ConnectionError):
+        with pytest.raises(RuntimeError, match=f"sent {4 - own} bytes, not {3 + own}"):
             _exchange(torch.zeros(3 + own, dtype=torch.uint8), Rank(own, 2), peers)
-        peers[1 - own].close()
-        return True
-
-    def lost(own: int, peers: dict[int, Connection]) -> object:
-        peers[1 - own].close()
         return True
 
     assert at_once(2, sizes) == [True, True]
-    assert at_once(2, lost) == [True, True]
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_lost_rank_is_an_error(own: int) -> None:
+    mine, theirs = Pipe()
+    theirs.close()
+    with pytest.raises(ConnectionError, match="no longer answers"):
+        _exchange(torch.zeros(3, dtype=torch.uint8), Rank(own, 2), {1 - own: mine})
 
 
 def test_what_ranks_tell_each_other_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +84,6 @@ def test_what_ranks_tell_each_other_is_json(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(group, "gathered", gathered)
     for value in ("\udce9 ü", 2**61, None, ["a", 1.5]):
-        assert group._told(value) == [value, value]
+        assert group._gathered_json(value) == [value, value]
     with pytest.raises(TypeError):
-        group._told(Path("x"))
+        group._gathered_json(Path("x"))

@@ -25,10 +25,16 @@ Triple = tuple[TensorType, TensorType, TensorType]
 
 
 def by_torch(sent: Tensor) -> list[Tensor]:
-    """The bytes `sent` of every rank, in order, through torch's process group."""
-    found = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, sent)
-    return found
+    """The bytes `sent` of every rank, in order, through torch's process group.
+
+    They go over the GPU if the group knows no other way, as one that a program has made may not.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    there = sent if sent.device in group._device_types or sent.is_cuda else sent.cuda()
+    found = [torch.empty_like(there) for _ in range(group.size())]
+    dist.all_gather(found, there)
+    return [each.to(sent.device) for each in found]
 
 
 #: how bytes on the host are exchanged; `moec.runtime.ranks.sockets` has another way

@@ -63,12 +63,7 @@ def read_model(
     Raises:
         MoecError: something is wrong with config.json, the index, a shard, a tensor or an adapter.
     """
-    spec, checkpoint = spelled(load_spec(folder), read_checkpoint(folder, named))
-    spec = _with_experts(spec, checkpoint)
-    theirs = keys(spec)
-    spec = _with_scales(_with_dtypes(spec, checkpoint, theirs), checkpoint, theirs)
-    checkpoint = in_bytes(spec, checkpoint)
-    entries = match(spec, checkpoint)
+    spec, checkpoint, entries = as_read(load_spec(folder), read_checkpoint(folder, named))
     adapters = [adapters] if isinstance(adapters, str) else adapters
     merged = tuple(Path(each).resolve() for each in adapters)
     if os.path.lexists(checkpoint.folder / ADAPTER) and checkpoint.folder.resolve() not in merged:
@@ -81,6 +76,22 @@ def read_model(
         if spec.text.tie_embeddings and entries[names.EMBED_WEIGHT].changes:
             spec = spec.model_copy(update={"notes": (*spec.notes, _TIED)})
     return spec, checkpoint, entries
+
+
+def as_read(
+    spec: ModelSpec, checkpoint: Checkpoint
+) -> tuple[ModelSpec, Checkpoint, dict[str, TensorEntry]]:
+    """The same for `spec`, which config.json says, and the weights `checkpoint`.
+
+    Raises:
+        MoecError: the weights are not those of `spec`.
+    """
+    spec, checkpoint = spelled(spec, checkpoint)
+    spec = _with_experts(spec, checkpoint)
+    theirs = keys(spec)
+    spec = _with_scales(_with_dtypes(spec, checkpoint, theirs), checkpoint, theirs)
+    checkpoint = in_bytes(spec, checkpoint)
+    return spec, checkpoint, match(spec, checkpoint)
 
 
 def _with_experts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

@@ -179,7 +179,7 @@ def validate(
         layers, longest = REDUCED.get(artefact.manifest.precision, (None, None))
         small = reduced_spec(artefact.manifest, layers)
         progress("graph files", 0, 1)
-        files = list(graph_files(artefact))
+        files = [*graph_files(artefact), *published_folder(artefact, None)]
         progress("reduced-size model", 0, 1)
         built = build_reduced(artefact, small, Path(folder), seed)
         least = REDUCED_TOKENS if longest else 1
@@ -319,14 +319,14 @@ def _prove(
             ("session options", lambda: other_options(tested, ids, lengths, tolerance, notes))
         )
     if not twin:
+        home = known[2] if known else None
         stages.append(("graph files", lambda: graph_files(artefact)))
+        stages.append(("checkpoint", lambda: published_folder(artefact, home)))
     if manifest.spec.scheme and manifest.spec.scheme.static:
         stages.append(
             ("static scales", lambda: static_scales(manifest.spec, artefact.entries(), ids))
         )
         stages.append(("bytes of static scales", lambda: static_bytes(artefact)))
-    home = known[2] if known else None
-    stages.append(("checkpoint", lambda: published_folder(artefact, home)))
     for done, (name, checks) in enumerate(stages):
         progress(name, done, len(stages))
         report.checks += checks()

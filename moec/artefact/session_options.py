@@ -10,7 +10,8 @@ constant folding and the planned memory arena. A third set, `exact`, does not pr
 its float32 products. docs/performance.md has the figures.
 """
 
-from moec.artefact.manifest import SessionOptions
+from moec.artefact.manifest import Manifest, SessionOptions
+from moec.artefact.targets import find_target
 
 _NO_FOLDING = {"optimization.disable_specified_optimizers": "ConstantFolding"}
 _MAPPED = SessionOptions(
@@ -31,8 +32,16 @@ SETS, EXACT = ("lean", "fast"), "exact"
 _AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 
 
+def options_of(manifest: Manifest) -> dict[str, SessionOptions]:
+    """The sets of session options of an artefact, by name; none if ONNX Runtime does not run it."""
+    if "onnxruntime" not in find_target(manifest.target).engines:
+        return {}
+    integers = any(packing.bits for packing in manifest.packings.values())
+    return session_options(integers, bool(manifest.spec.scheme))
+
+
 def session_options(quantized: bool, dequantizes: bool = False) -> dict[str, SessionOptions]:
-    """The sets of session options of an artefact, by name.
+    """The same for an artefact of such weights.
 
     `quantized` says whether its packed weights are int8 or int4, `dequantizes` whether the graph
     dequantises those of the checkpoint, FP8 or 4-bit integers.

@@ -98,11 +98,8 @@ def _write(artefact: Artefact, folder: Path, found: dict[str, str | None]) -> di
             )
     if manifest.opset != builder.opset:
         found[NAME] = f"opset: {manifest.opset}, expected {builder.opset}"
-    if builder.beside and builder.session_options:
-        quantized = any(packing.bits for packing in manifest.packings.values())
-        own = builder.session_options(quantized, bool(manifest.spec.scheme))
-        ours = manifest.model_copy(update={"presets": own})
-        builder.beside(folder, artefact.path, ours, artefact.companion)
+    if builder.beside:
+        builder.beside(folder, artefact.path, manifest, artefact.companion)
     return files
 
 

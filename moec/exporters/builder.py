@@ -9,8 +9,9 @@ from torch import fx
 
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
-from moec.artefact.manifest import Engine, Manifest, Ports, SessionOptions
+from moec.artefact.manifest import Engine, Manifest, Ports
 from moec.artefact.placement import Bound, Progress
+from moec.artefact.session_options import options_of
 from moec.artefact.targets import find_target, imported
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
@@ -89,7 +90,6 @@ class Builder:
         load: reads the model of an artefact's part again.
         opset: ONNX's; None for models that are not ONNX.
         dialect: (chosen dialect, spec) -> the dialect to use, for schemes that need another one.
-        session_options: (quantised to integers, FP8) -> ONNX Runtime's session options by name.
         beside: writes files for other programs into folders beside the models: (folder, its final
             path, manifest, name of a file of the checkpoint -> its path or None).
         weights: the folder of the artefact for the weights that a build writes.
@@ -107,7 +107,6 @@ class Builder:
     load: Callable[[Artefact, str], Model]
     opset: int | None = None
     dialect: Callable[[str, ModelSpec], str] | None = None
-    session_options: Callable[[bool, bool], dict[str, SessionOptions]] | None = None
     beside: Callable[[Path, Path, Manifest, Companion], None] | None = None
     weights: str = "."
     compiler: Compiler | None = None
@@ -127,8 +126,7 @@ def builder_for(artefact: Artefact) -> Builder:
     """
     manifest = artefact.manifest
     builder = builder_of(manifest.target)
-    without_options = builder.session_options is not None and not manifest.presets
-    if manifest.dialect not in builder.dialects or without_options:
+    if manifest.dialect not in builder.dialects or manifest.presets != options_of(manifest):
         refuse(
             f"{artefact.path}: dialect {manifest.dialect}",
             "built by another version of moec",

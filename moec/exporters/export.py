@@ -16,6 +16,7 @@ from moec.artefact.engine_options import EngineOptions
 from moec.artefact.folder import default_out, refuse_foreign
 from moec.artefact.manifest import Build, Manifest, Weights
 from moec.artefact.placement import Progress
+from moec.artefact.session_options import options_of
 from moec.artefact.targets import find_target
 from moec.exporters.builder import Wanted, builder_for, builder_of, turned_experts
 from moec.exporters.engines import build_engines
@@ -163,13 +164,11 @@ def export(
         inputs=(),
         outputs=(),
         packings=packings,
-        presets=builder.session_options(any(p.bits for p in packings.values()), bool(spec.scheme))
-        if builder.session_options
-        else {},
         options=wanted.options if compiler else None,
         versions=versions(),
         build=Build(bytes_written=0, bytes_copied=0),
     )
+    manifest = manifest.model_copy(update={"presets": options_of(manifest)})
     art = write_artefact(
         path, models, manifest, checkpoint, entries, mode, stages, constants, hashed=hash_weights
     )

@@ -1,16 +1,15 @@
 """What the manifest of an artefact may say: names inside its folder, and session options of moec.
 
 Anybody can write a manifest. Its names become paths, and its session options can make ONNX Runtime
-write files. So names must stay inside the artefact, and session options must be a table that moec
-itself writes.
+write files. So names must stay inside the artefact, and session options must be the table that moec
+itself writes for such weights.
 """
 
-from collections.abc import Iterator, Mapping
-from itertools import product
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from moec.artefact.manifest import NAME, Manifest
-from moec.artefact.session_options import session_options
+from moec.artefact.session_options import options_of
 from moec.artefact.targets import find_target
 from moec.spec.bounded.limits import ARTEFACT
 from moec.spec.errors import refuse
@@ -111,22 +110,19 @@ def _names(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _check_options(path: Path, manifest: Manifest) -> None:
-    known = [session_options(*kinds) for kinds in product((False, True), repeat=2)]
-    if not manifest.presets or manifest.presets in known:
+    own = options_of(manifest)
+    if not manifest.presets or manifest.presets == own:
         return
-    values: Mapping[str, set[tuple[str, str]]] = {
-        name: {each for table in known if name in table for each in table[name].entries.items()}
-        for name in manifest.presets
-    }
+    known = {name: each.entries for name, each in own.items()}
     odd = [
         f"{name}: {key}={value}"
         for name, each in manifest.presets.items()
         for key, value in each.entries.items()
-        if (key, value) not in values[name]
+        if known.get(name, {}).get(key) != value
     ]
     refuse(
         f"{path / NAME}: presets",
-        f"session options that moec never writes: {', '.join(odd or manifest.presets)}"[:300],
-        f"the tables {', '.join(known[-1])} as moec writes them",
+        f"session options of another artefact: {', '.join(odd or manifest.presets)}"[:300],
+        f"{', '.join(own) or 'none'}, as moec writes them for these weights",
         _BUILD_AGAIN,
     )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact
-from moec.artefact.session_options import session_options
 from moec.exporters.onnx.lowering import DTYPES
 from moec.exporters.onnx.strangers import read_checked, relocate
 from moec.exporters.onnx.write import GENAI
@@ -59,9 +58,7 @@ def ort_engine(
     model = read_checked(artefact, part)
     root = relocate(artefact, part, model)
     options = onnxruntime.SessionOptions()
-    # Only moec's own table decides: the manifest may come from a stranger.
-    quantized = any(packing.bits for packing in manifest.packings.values())
-    chosen = session_options(quantized, bool(manifest.spec.scheme))[options_name].model_dump()
+    chosen = manifest.presets[options_name].model_dump()
     for key, text in chosen.pop("entries").items():
         options.add_session_config_entry(key, text)
     options.execution_order = getattr(onnxruntime.ExecutionOrder, chosen.pop("execution_order"))

@@ -9,7 +9,6 @@ from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import Ports
 from moec.artefact.placement import Bound
-from moec.artefact.session_options import session_options
 from moec.exporters.builder import Builder, Wanted
 from moec.exporters.onnx.standard import OPSET
 from moec.exporters.onnx.strangers import load_checked
@@ -60,5 +59,4 @@ BUILDER = Builder(
     ports=ports_of,
     load=load,
     opset=OPSET,
-    session_options=session_options,
 )

@@ -86,6 +86,5 @@ BUILDER = replace(
     packings=onnx_model.packings_of,
     save_bound=save,
     ports=onnx_model.ports_of,
-    session_options=None,
     compiler=replace(compiler("tensorrt"), commands=commands),
 )

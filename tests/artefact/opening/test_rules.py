@@ -10,6 +10,7 @@ import pytest
 import moec
 from moec.artefact.artefact import open_artefact
 from moec.artefact.opening.rules import stays_inside
+from moec.artefact.session_options import session_options
 from tests.damage import manifest, put, sealed, tensor_refs
 from tests.refusals import refusal
 
@@ -118,28 +119,25 @@ def test_a_further_set_of_session_options_is_refused(artefact: Path) -> None:
     refusal(lambda: open_artefact(artefact), "mine: session.x=1")
 
 
-def test_values_of_another_precision_have_no_effect(
-    artefact: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kinds", [(True, False), (True, True), (False, True)])
+def test_session_options_of_other_weights_are_refused(
+    artefact: Path, kinds: tuple[bool, bool]
 ) -> None:
-    """A table that moec writes for quantised weights is allowed, and this artefact has others."""
-    from onnxruntime import SessionOptions
-
-    added: dict[str, str] = {}
-
-    class Spy(SessionOptions):  # type: ignore[misc]
-        def add_session_config_entry(self, key: str, value: str) -> None:
-            added[key] = value
-            super().add_session_config_entry(key, value)
-
-    lean = {
-        "entries": {"optimization.disable_specified_optimizers": "ConstantFolding"},
-        "execution_order": "PRIORITY_BASED",
-        "enable_mem_pattern": False,
-    }
-    prepacked = {"session.disable_prepacking": "1", **lean["entries"]}  # type: ignore[dict-item]
-    table = {"lean": lean, "fast": {}, "exact": lean | {"entries": prepacked}}
+    """moec writes such tables too, for integers and FP8; this artefact has neither."""
+    table = {name: each.model_dump() for name, each in session_options(*kinds).items()}
     put("manifest.json", "presets", table)(artefact)
     sealed(artefact)
-    monkeypatch.setattr("onnxruntime.SessionOptions", Spy)
-    moec.open_session(artefact)
-    assert added["session.disable_prepacking"] == "1"
+    error = refusal(lambda: open_artefact(artefact), "presets")
+    assert error.expected.startswith("lean, fast, as moec")
+
+
+@pytest.mark.full
+def test_an_artefact_that_onnx_runtime_does_not_run_has_no_session_options(
+    sound: Path, tmp_path: Path
+) -> None:
+    art = moec.export(sound, "torch", "bf16", tmp_path / "art")
+    assert not art.manifest.presets
+    table = {name: each.model_dump() for name, each in session_options(False).items()}
+    put("manifest.json", "presets", table)(art.path)
+    sealed(art.path)
+    refusal(lambda: open_artefact(art.path), "presets")

@@ -179,6 +179,7 @@ def prove_against(
     import moec
     from moec.exporters.model_card import add_proof
     from moec.runtime.proof.report import cells
+    from moec.spec.hf.forms import checkpoint_folder
 
     with bar(quiet=as_json) as progress:
         report = moec.validate(
@@ -188,7 +189,7 @@ def prove_against(
     ran = f"{report.engine} against {report.reference}, prompts of {report.tokens} tokens"
     try:
         rows = (cells(check.to_dict()) for check in report.checks)
-        add_proof(checkpoint, ran, report.passed, rows)
+        add_proof(checkpoint_folder(checkpoint) or checkpoint, ran, report.passed, rows)
     except OSError as error:
         error_line(f"warning: the card was not written: {error.strerror}", "yellow")
     _end(report, html)

@@ -95,7 +95,7 @@ def _list_of(folder: Path) -> str:
             folder,
             f"{INDEX} and {SINGLE}, which are not of one set of weights",
             "one of them, or the one that you mean",
-            f"name it, such as --checkpoint {quote(str(folder / SINGLE))}",
+            f"name that file, such as {quote(str(folder / SINGLE))}, in place of the folder",
         )
     refuse_other_form(folder)
     refuse(folder, "no safetensors weights", f"{INDEX} or {SINGLE}", "check --checkpoint")

@@ -17,6 +17,7 @@ from moec.runtime.session import Session
 from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.files import other_model
+from moec.spec.hf.forms import checkpoint_folder
 from moec.weights.name_map import read_model
 
 #: the number of sequences that the reference generates if the user gives none, and their length
@@ -70,7 +71,7 @@ def cost(
     """Compare `artefact` with the float32 eager reference on wide weights, on the same tokens.
 
     Args:
-        reference: the folder of the wide weights; "bf16", "fp16" or "fp32" means the checkpoint
+        reference: the checkpoint of the wide weights; "bf16", "fp16" or "fp32" means the checkpoint
             from which the artefact was built.
         rows: token ids [n, length], or a file of them (see `read_rows`); None: the reference
             generates them at temperature 1.
@@ -133,7 +134,7 @@ def cost(
 
 def _folder(artefact: Artefact, reference: str) -> Path:
     if reference not in ("bf16", "fp16", "fp32"):
-        if not Path(reference).is_dir():
+        if checkpoint_folder(reference) is None:
             refuse(
                 f"--reference {reference}",
                 "no such folder",
@@ -142,7 +143,7 @@ def _folder(artefact: Artefact, reference: str) -> Path:
             )
         return Path(reference)
     known = artefact.checkpoint
-    if known is None or not known.is_dir():
+    if known is None or checkpoint_folder(known) is None:
         found = f"{artefact.path}, whose checkpoint is {artefact.manifest.checkpoint or 'unbound'}"
         refuse(
             f"--reference {reference}",

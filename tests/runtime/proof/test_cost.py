@@ -12,6 +12,7 @@ from moec.artefact.artefact import open_artefact
 from moec.runtime.proof.cost import cost
 from moec.spec.errors import MoecError
 from moec.weights.random import write_random_checkpoint
+from tests.damage import INDEX, ONLY
 
 pytestmark = pytest.mark.full
 
@@ -37,6 +38,21 @@ def test_kl_and_perplexity_are_those_of_the_definitions(
     assert found.kl == pytest.approx(float(kl.mean()), rel=0.3)  # rows one by one: other noise
     nll = -wide.gather(2, rows[:, 1:, None]).mean()
     assert found.reference_perplexity == pytest.approx(float(nll.exp()), rel=1e-4)
+
+
+def test_a_reference_named_by_the_file_that_lists_its_weights(
+    tiny: Path, golden: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """As `build` takes it, where a folder has two sets of weights; the manifest then names it."""
+    two = shutil.copytree(tiny, tmp_path / "two")
+    shutil.copy(two / "model-00003-of-00003.safetensors", two / ONLY)
+    art = moec.export(two / INDEX, precision="fp8", out=tmp_path / "art")
+    rows = golden["eval_ids"][:1, :8]
+    found = [cost(art, each, rows) for each in ("bf16", str(two / INDEX), str(tiny))]
+    assert found[0].reference == found[1].reference == str(two / INDEX)
+    assert found[0].perplexity == found[2].perplexity
+    with pytest.raises(MoecError, match=f"name that file, such as {two}"):
+        cost(art, str(two), rows)
 
 
 @pytest.mark.slow

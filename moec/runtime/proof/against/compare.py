@@ -6,7 +6,6 @@ runs in bf16 too. Limits are small multiples of that noise, so that a mistake in
 which is far larger, shows.
 """
 
-import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,7 +60,7 @@ def against(
     """Compare the checkpoint in `folder`, run by another engine, with the eager reference.
 
     Args:
-        folder: a checkpoint folder, of moec or of anybody.
+        folder: a checkpoint, of moec or of anybody.
         engine: "vllm" or "transformers". It runs in a process of its own.
         tokens: the length of the longest prompt; default past a chunk border, if chunks are short.
         seed: the seed that prompts are drawn from; default a fresh one.
@@ -74,14 +73,13 @@ def against(
             too short or too long; or, with exit code 3, the engine is missing.
     """
     other = find_other(engine)
-    if not os.path.isdir(folder):
-        refuse(folder, "no folder", "the folder of a checkpoint", "name the folder")
+    theirs = for_others(theirs or folder)
     spec, _, entries = read_model(folder)
     seed = secrets.randbits(31) if seed is None else seed
     prompts = draw_prompts(spec, tokens, seed)
     scheme = spec.scheme
     job = {
-        "folder": for_others(theirs or folder),
+        "folder": theirs,
         "prompts": prompts,
         "new_tokens": NEW_TOKENS,
         "images": spec.vision is not None,

@@ -9,14 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import moec
 from moec.exporters.model_card import add_proof
 from moec.runtime.proof.against.compare import _by_expert, against
+from moec.runtime.proof.against.engines import EngineError
+from moec.spec.hf.forms import INDEX
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.name_map import read_model
@@ -84,8 +88,32 @@ def test_options_of_an_artefacts_proof_are_refused(option: str, scout: Path) -> 
     assert code == 2 and option in err
 
 
-def test_a_file_is_no_checkpoint_folder(scout: Path) -> None:
-    refusal(lambda: against(scout / "model.safetensors", "transformers"), "model.safetensors")
+def test_a_checkpoint_named_by_the_file_that_lists_its_weights(
+    scout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `build` takes it. Another engine chooses itself where two files list weights."""
+    folder, jobs = shutil.copytree(scout, tmp_path / "two"), list[dict[str, Any]]()
+
+    def run_other(engine: str, job: dict[str, Any], python: object) -> dict[str, Any]:
+        jobs.append(job)
+        raise EngineError("stopped here")
+
+    monkeypatch.setattr("moec.runtime.proof.against.compare.run_other", run_other)
+    command = ("validate", folder / "model.safetensors", "--against", "transformers")
+    code, out, err = run_command(*command)
+    assert code == 1 and "stopped here" in out and not err, err
+    assert [job["folder"] for job in jobs] == [str(folder.resolve())]
+    assert "FAILED: transformers" in (folder / "README.md").read_text()
+    listed = dict.fromkeys(load_file(folder / "model.safetensors"), "other.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": listed}))
+    code, _, err = run_command(*command)
+    assert code == 2 and f"move {INDEX} out" in err and len(jobs) == 1
+    code, _, err = run_command("validate", folder, *command[2:])
+    assert code == 2 and f"name that file, such as {folder}" in err.replace("\n", "")
+
+
+def test_another_file_is_no_checkpoint(scout: Path) -> None:
+    refusal(lambda: against(scout / "config.json", "transformers"), "config.json")
 
 
 @pytest.mark.slow

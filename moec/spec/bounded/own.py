@@ -51,7 +51,7 @@ def is_regular(path: Path) -> bool:
 
 
 def check_utf8(path: Path) -> None:
-    """Refuse a path whose bytes are not UTF-8: manifests, ONNX and ONNX Runtime hold no other.
+    """Refuse a path whose bytes are not UTF-8: manifests, ONNX and other engines hold no other.
 
     Raises:
         MoecError: the path, or where it leads, is not UTF-8.
@@ -61,7 +61,7 @@ def check_utf8(path: Path) -> None:
             refuse(
                 path,
                 "a path that is not UTF-8",
-                "a path that is UTF-8, as manifests and ONNX Runtime take it",
+                "a path that is UTF-8, as manifests and other engines take it",
                 "rename the folder, or use another",
             )
 

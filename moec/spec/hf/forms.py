@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from moec.spec.bounded.own import is_regular
+from moec.spec.bounded.own import check_utf8, is_regular
 from moec.spec.bounded.read import open_file
 from moec.spec.errors import refuse
 
@@ -54,11 +54,13 @@ def for_others(source: str | Path) -> str:
     other library would choose one itself.
 
     Raises:
-        MoecError: another library would read more there than the weights that moec reads.
+        MoecError: another library would read more there than the weights that moec reads, or cannot
+            have the folder's name.
     """
     folder = checkpoint_folder(source)
     if folder is None:
         refuse(source, "no folder", "the folder of a checkpoint", "name the folder")
+    check_utf8(folder)
     if os.path.lexists(folder / ADAPTER):
         refuse(
             folder / ADAPTER,

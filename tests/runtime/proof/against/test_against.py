@@ -43,6 +43,7 @@ def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.full
 def test_transformers_computes_the_same(scout: Path, tmp_path: Path) -> None:
+    scout = shutil.copytree(scout, tmp_path / "own")
     page, card = tmp_path / "report.html", scout / "README.md"
     assert "Not run yet" in card.read_text()
     command = ("validate", scout, "--against", "transformers", "--tokens", 70, "--html", page)
@@ -110,6 +111,13 @@ def test_a_checkpoint_named_by_the_file_that_lists_its_weights(
     assert code == 2 and f"move {INDEX} out" in err and len(jobs) == 1
     code, _, err = run_command("validate", folder, *command[2:])
     assert code == 2 and f"name that file, such as {folder}" in err.replace("\n", "")
+
+
+def test_a_name_that_other_engines_cannot_have_is_no_verdict(scout: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(scout, tmp_path / "\udcff")
+    code, _, err = run_command("validate", folder, "--against", "transformers")
+    one_message(err, "not UTF-8")
+    assert code == 2 and "Not run yet" in (folder / "README.md").read_text()
 
 
 def test_another_file_is_no_checkpoint(scout: Path) -> None:

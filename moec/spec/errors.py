@@ -5,6 +5,7 @@ below is a bug of moec: the API lets it through with its traceback.
 """
 
 import errno
+import os
 import re
 import unicodedata
 from collections.abc import Callable
@@ -165,17 +166,26 @@ _KINDS: tuple[tuple[type[BaseException] | str, str, str, str, int], ...] = (
 def _of_the_system(error: OSError, where: str) -> MoecError:
     """The message for an error of the operating system; it names the file if the error does."""
     found = error.strerror or str(error) or type(error).__name__
-    if error.filename is None and error.errno == errno.ENOENT:
+    if error.filename is None and error.errno == errno.ENOENT and not _has_current_folder():
         return MoecError(
             where, f"{found}: the current folder", "a current folder that exists", "cd to another"
         )
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    expected, next_step = "a file or folder that can be used", "check the path and its permissions"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        expected, next_step = "room on the disk", "make room, or write elsewhere"
+    elif found.startswith("No usable temporary directory"):  # it tried to write a file in each
+        expected, next_step = "a folder for temporary files", "set TMPDIR, or raise ulimit -f"
     return MoecError(
-        where if error.filename is None else error.filename,
-        found,
-        "room on the disk" if full else "a file or folder that can be used",
-        "make room, or write elsewhere" if full else "check the path and its permissions",
+        where if error.filename is None else error.filename, found, expected, next_step
     )
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _line(text: object) -> str:

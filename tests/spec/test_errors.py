@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import jinja2
@@ -57,11 +58,27 @@ def test_a_failure_of_a_library_has_a_message(case: str) -> None:
     assert len(str(error).splitlines()) == 4 and str(error).replace("\n", "").isprintable()
 
 
-def test_errors_of_the_system_name_the_file_and_the_fix() -> None:
+def test_errors_of_the_system_name_the_file_and_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = understood(OSError(errno.ENOSPC, "No space left on device", "out/model.onnx"), "build")
     assert full and full.where == "out/model.onnx" and "make room" in full.next_step
-    gone = understood(FileNotFoundError(errno.ENOENT, "No such file or directory"), "build")
+    absent = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    other = understood(absent, "build")
+    assert other and other.where == "build" and "current folder" not in str(other)
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    gone = understood(absent, "build")
     assert gone and gone.where == "build" and "current folder" in gone.found
+
+
+def test_folders_for_temporary_files_that_take_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tempfile says that they do not exist, although a limit or a mode is what it met."""
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/proc/self"])
+    error = understood(_raised(tempfile.gettempdir), "moec generate")
+    assert error and error.where == "moec generate" and "/proc/self" in error.found
+    assert "TMPDIR" in error.next_step and "current folder" not in str(error)
 
 
 @pytest.mark.parametrize("kind", [KeyError, TypeError, AssertionError, AttributeError, ValueError])

@@ -9,15 +9,26 @@ from typing import Any
 import typer
 
 from moec.cli.output import error_line, show_error
-from moec.cli.stopping import EXIT_CODE, MESSAGE, Stopped, stoppable
+from moec.cli.stopping import EXIT_CODE, Stopped, stoppable
 from moec.cli.streams import Unwritable, check_stdout, is_quiet_rank, standard_streams
 from moec.spec.errors import MoecError, understood, visible
 
 #: seconds that a command which writes files may take to clean up after Ctrl-C, and the others
 _PATIENT, _BRISK = 10.0, 0.7
-_WRITERS = ("build", "bind", "engine", "calibrate", "quantize")
+_KEPT = (
+    ": no unfinished {} is left behind; weights that were packed are kept for the next {} with the "
+    "same --out"
+)
+#: the commands that write files, and what a message says of the files when they are stopped
+_WRITERS = {
+    "build": _KEPT.format("artefact", "build"),
+    "bind": _KEPT.format("artefact", "bind"),
+    "quantize": _KEPT.format("checkpoint", "quantize"),
+    "engine": "",
+    "calibrate": "",
+}
 #: commands that ranks run together; only rank 0 prints
-_SHARED = ("moec generate", "moec validate")
+_SHARED = ("generate", "validate")
 
 #: the base of Typer's errors about a command line; typed so because its module depends on versions
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -28,17 +39,19 @@ def run(command: Callable[[], int | None], arguments: Sequence[str], notes: Sequ
 
     `notes` are printed to stderr after everything else, where people see them.
     """
-    patience = _PATIENT if arguments and arguments[0] in _WRITERS else _BRISK
+    name = arguments[0] if arguments else ""
+    patience = _PATIENT if name in _WRITERS else _BRISK
+    message = f"stopped{_WRITERS.get(name, '')}"
     where = " ".join(("moec", *arguments[:1]))
-    with standard_streams(quiet=is_quiet_rank() and where in _SHARED):
+    with standard_streams(quiet=is_quiet_rank() and name in _SHARED):
         try:
-            with stoppable(patience):
+            with stoppable(patience, message):
                 check_stdout()
                 os.getcwd()  # torch's libraries abort where it was deleted
                 code = command() or 0
                 sys.stdout.flush()
         except Stopped:
-            error_line(MESSAGE, "yellow")
+            error_line(message, "yellow")
             code = EXIT_CODE
         except Unwritable as failure:
             code = 1 if failure.closed else 2

@@ -17,10 +17,6 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODE = 2
-MESSAGE = (
-    "stopped: no unfinished artefact is left behind; weights that were packed are kept for the "
-    "next build with the same --out"
-)
 #: set once a command has been stopped; whoever owns the process can then leave at once
 stopped = Event()
 #: what the watching thread reads when the command has ended; signals have other numbers
@@ -32,10 +28,11 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stoppable(patience: float) -> Iterator[None]:
+def stoppable(patience: float, message: str) -> Iterator[None]:
     """Raise Stopped in the block at the first signal of `SIGNALS`; end the process at the second.
 
-    The process also ends if the block is still running `patience` seconds after the first.
+    The process also ends if the block is still running `patience` seconds after the first. It then
+    prints `message`.
     """
     stopped.clear()
 
@@ -54,7 +51,7 @@ def stoppable(patience: float) -> Iterator[None]:
     handlers = {number: signal.signal(number, stop) for number in SIGNALS}
     woken = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     ignored, sys.unraisablehook = sys.unraisablehook, unraisable
-    thread = Thread(target=_watch, args=(reads, patience), daemon=True)
+    thread = Thread(target=_watch, args=(reads, patience, message), daemon=True)
     thread.start()
     try:
         yield
@@ -69,18 +66,18 @@ def stoppable(patience: float) -> Iterator[None]:
         os.close(writes)
 
 
-def _watch(reads: int, patience: float) -> None:
+def _watch(reads: int, patience: float, message: str) -> None:
     """Wait for a signal, then for the end of the command; end the process if it does not come."""
     if os.read(reads, 1) == _ENDED:
         return
     in_time = bool(select.select([reads], [], [], patience)[0])
     if not in_time or os.read(reads, 1) != _ENDED:
-        end_now()
+        end_now(message)
 
 
-def end_now() -> None:
-    """End the process without waiting for any thread of it."""
-    shown = f"{MESSAGE}\n"
+def end_now(message: str) -> None:
+    """Print `message`, and end the process without waiting for any thread of it."""
+    shown = f"{message}\n"
     if os.isatty(2):
         shown = f"\x1b[?25h\n{shown}"  # a progress bar has hidden the cursor
     try:

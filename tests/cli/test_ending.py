@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from moec.cli import ending
 from moec.cli.output import console
+from moec.cli.stopping import EXIT_CODE, Stopped
 from tests.conftest import ROOT, run_command
 from tests.refusals import one_message
 
@@ -258,7 +260,7 @@ mutex = ctypes.create_string_buffer(128)
 lock = ctypes.CDLL(None).pthread_mutex_lock
 lock(mutex)
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-with stoppable(0.1):
+with stoppable(0.1, "stopped at once"):
     lock(mutex)  # a call in C that no signal interrupts, as long prefills of ONNX Runtime are
 """
 
@@ -267,7 +269,31 @@ def test_ctrl_c_ends_a_call_that_does_not_return() -> None:
     done = subprocess.run(
         [sys.executable, "-c", STOP], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2 and done.stderr.startswith("stopped: "), done.stderr
+    assert done.returncode == 2 and done.stderr == "stopped at once\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["build", "--out", "x"], "no unfinished artefact is left behind"),
+        (["quantize", "x"], "no unfinished checkpoint is left behind"),
+        (["generate", "x", "--gpus", "2"], "stopped"),
+        ([], "stopped"),
+    ],
+)
+def test_a_stopped_command_says_what_it_leaves(
+    command: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(ending, "error_line", lambda text, style: lines.append(text))
+
+    def stop() -> None:
+        raise Stopped
+
+    assert ending.run(stop, command, ()) == EXIT_CODE
+    (line,) = lines
+    assert line.startswith("stopped") and said in line
+    assert ("--out" in line) == ("unfinished" in line) == (said != "stopped")
 
 
 @pytest.mark.full
@@ -277,4 +303,4 @@ def test_ctrl_c_ends_generate(built: Path) -> None:
         assert child.stdout and child.stdout.read(1), "the first token"
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
-    assert child.returncode == 2 and err.startswith(b"stopped: ") and err.count(b"\n") == 1, err
+    assert (child.returncode, err) == (2, b"stopped\n"), "it writes no artefact to speak of"

@@ -130,7 +130,7 @@ class Ranks:
         dropped, self._dropped = self._dropped, []
         try:
             message = pickle.dumps((dropped, _here(), owner, name, given, named))
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
+        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
             self._dropped += dropped
             expected = "numbers, text, lists, arrays, tensors: what other processes can get"
             refuse(name, f"{error}"[:200], expected, "convert the argument")

@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,7 @@ def test_files_are_looked_for_where_the_program_is_now(
         (lambda s: s.decode([5], "no cache"), "found:    str"),
         (lambda s: s.new_cache(1, -1), "-1"),
         (lambda s: s.generate([[5]], stop=(each for each in [1])), "generator"),
+        (lambda s: s.generate(reduce(lambda inner, _: [inner], range(3000), [5])), "recursion"),
     ],
 )
 def test_a_mistake_is_refused_and_the_session_goes_on(session: Any, call: Any, named: str) -> None:

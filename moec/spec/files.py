@@ -29,6 +29,15 @@ def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
         return source
     if str(source) in PRESETS:
         return PRESETS[str(source)]
+    return read_spec(source)
+
+
+def read_spec(source: str | Path) -> ModelSpec:
+    """Load a spec from a spec file or a checkpoint folder, which may have the name of a preset.
+
+    Raises:
+        MoecError: as `load_spec`.
+    """
     path = Path(source)
     if folder := checkpoint_folder(source):
         if not os.path.lexists(folder / "config.json"):

@@ -10,7 +10,7 @@ from typing import get_args
 from moec.spec import names
 from moec.spec.data import DType
 from moec.spec.errors import refuse
-from moec.spec.files import load_spec
+from moec.spec.files import read_spec
 from moec.spec.hf.forms import ADAPTER
 from moec.spec.hf.names import keys
 from moec.spec.model import ModelSpec
@@ -63,7 +63,7 @@ def read_model(
     Raises:
         MoecError: something is wrong with config.json, the index, a shard, a tensor or an adapter.
     """
-    spec, checkpoint, entries = as_read(load_spec(folder), read_checkpoint(folder, named))
+    spec, checkpoint, entries = as_read(read_spec(folder), read_checkpoint(folder, named))
     adapters = [adapters] if isinstance(adapters, str) else adapters
     merged = tuple(Path(each).resolve() for each in adapters)
     if os.path.lexists(checkpoint.folder / ADAPTER) and checkpoint.folder.resolve() not in merged:

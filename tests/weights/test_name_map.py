@@ -7,14 +7,18 @@ import torch
 from safetensors import safe_open
 from transformers import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration
 
+import moec
+from moec.artefact.artefact import open_artefact
 from moec.graph_builder.decoder import build_decoder
+from moec.runtime.proof.published import published_folder
 from moec.spec.files import load_spec
 from moec.spec.hf.architectures.llama4.keys import TEXT, VISION
 from moec.spec.hf.config import write_config
 from moec.spec.parameters import counts, parameters
 from moec.spec.presets import PRESETS
+from moec.spec.reduced import reduced
 from moec.weights.checkpoint import read_checkpoint
-from moec.weights.name_map import checkpoint_tensors, match
+from moec.weights.name_map import checkpoint_tensors, match, read_model
 from moec.weights.random import write_random_checkpoint
 from moec.weights.view import view
 
@@ -114,3 +118,16 @@ def test_misaligned_tensors_are_read_right(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"abc" + data)
     assert torch.equal(view(read_checkpoint(tmp_path).tensors["x"]), values)
+
+
+def test_a_folder_with_the_name_of_a_preset_is_read_by_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config that was not read could say anything, in a proof too."""
+    spec = reduced(PRESETS["tiny-scout"], 2).model_copy(update={"vision": None})
+    write_random_checkpoint(spec, tmp_path / "tiny-scout")
+    monkeypatch.chdir(tmp_path)
+    assert read_model("tiny-scout")[0].text.layers == 2
+    art = moec.export("tiny-scout", precision="fp8", out="scout")
+    assert art.manifest.weights.published
+    assert all(check.passed for check in published_folder(open_artefact("scout"), None))

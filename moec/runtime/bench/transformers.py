@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moec.runtime.bench.torchvision_ops import declare_torchvision_ops
 from moec.spec.errors import refuse
-from moec.spec.files import load_spec
+from moec.spec.files import read_spec
 from moec.spec.hf.forms import for_others
 from moec.weights.name_map import read_model
 from moec.weights.view import TORCH_DTYPES
@@ -84,7 +84,7 @@ def open_transformers(checkpoint: str | Path, engine: str, dtype: str, device: s
             "pip install transformers",
             exit_code=3,
         )
-    images = load_spec(checkpoint).vision is not None
+    images = read_spec(checkpoint).vision is not None
     kind: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     model: Any = kind.from_pretrained(
         folder,

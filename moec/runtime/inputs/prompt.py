@@ -28,7 +28,7 @@ from moec.runtime.inputs.image_places import (
 )
 from moec.runtime.inputs.text import Text, open_text
 from moec.spec.errors import refuse
-from moec.spec.files import load_spec
+from moec.spec.files import read_spec
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
 
@@ -82,7 +82,7 @@ def encode(
     path = Path(path)
     folder = checkpoint_folder(path)
     if folder and not (folder / NAME).is_file() and (folder / "config.json").is_file():
-        return compose(open_text(path), load_spec(path), text, images, chat, tools, system)
+        return compose(open_text(path), read_spec(path), text, images, chat, tools, system)
     artefact = open_artefact(path, weights_from)
     return compose(open_text(artefact), artefact.manifest.spec, text, images, chat, tools, system)
 

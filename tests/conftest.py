@@ -148,7 +148,8 @@ def run_command(*args: object) -> tuple[int, str, str]:
     """
     from moec.cli import main
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in numbers}
     out, err = io.StringIO(), io.StringIO()
     try:
         with (

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command soon, wherever it is.
+"""Ctrl-C, SIGTERM and a terminal that closes end a command soon, wherever it is.
 
 Python runs a signal's handler only between two of its own instructions, but one call of ONNX
 Runtime or torch may take minutes. So a thread watches the signals too: it ends the process if the
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODE = 2
 #: set once a command has been stopped; whoever owns the process can then leave at once
 stopped = Event()
@@ -24,7 +24,7 @@ _ENDED = b"\0"
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM; Typer would give a KeyboardInterrupt its own message and exit code."""
+    """One of `SIGNALS`; Typer would give a KeyboardInterrupt its own message and exit code."""
 
 
 @contextmanager
@@ -48,7 +48,11 @@ def stoppable(patience: float, message: str) -> Iterator[None]:
 
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
-    handlers = {number: signal.signal(number, stop) for number in SIGNALS}
+    handlers = {
+        number: signal.signal(number, stop)
+        for number in SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # as by nohup
+    }
     woken = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     ignored, sys.unraisablehook = sys.unraisablehook, unraisable
     thread = Thread(target=_watch, args=(reads, patience, message), daemon=True)

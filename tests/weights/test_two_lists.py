@@ -27,9 +27,9 @@ def both(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def test_two_lists_are_refused_with_the_option_that_chooses(both: Path) -> None:
+def test_two_lists_are_refused_with_the_name_that_chooses(both: Path) -> None:
     error = refusal(lambda: read_model(both), INDEX)
-    assert SINGLE in error.found and f"--checkpoint {both / SINGLE}" in error.next_step
+    assert SINGLE in error.found and f"name that file, such as {both / SINGLE}" in error.next_step
 
 
 def test_an_index_of_the_single_file_is_no_second_list(checkpoint: Path, both: Path) -> None:

@@ -163,11 +163,16 @@ def generating(art: Path, *command: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_ctrl_c_leaves_nothing(art: Path, mark: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGHUP], ids=["ctrl-c", "terminal closed"]
+)
+def test_a_stopped_command_leaves_nothing(
+    number: signal.Signals, art: Path, mark: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     process = generating(art)
     assert len(marked(mark)) == 3
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=5)
     assert process.returncode == 2
     note, stopped = err.splitlines()

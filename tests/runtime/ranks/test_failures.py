@@ -158,6 +158,7 @@ def generating(art: Path, *command: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         list(map(str, (sys.executable, "-m", "moec", *given))),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup may run the tests
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.read(8), "a token has come"
     return process

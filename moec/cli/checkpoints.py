@@ -8,6 +8,7 @@ import typer
 from moec.cli.given import check_given, check_to_write
 from moec.cli.options import Adapters, LinksTo, Scales
 from moec.cli.output import bar, say
+from moec.spec.bounded.own import put_at
 from moec.spec.errors import refuse
 
 
@@ -32,7 +33,7 @@ def calibrate(
     with bar() as progress:
         found = moec.calibrate(checkpoint, tokens, percentile=percentile, progress=progress)
     try:
-        out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+        put_at(out, found.model_dump_json(indent=1))
     except OSError as error:
         refuse(f"--out {out}", error.strerror, "a file that can be written", "choose another")
     sites = len(found.inputs) + len(found.caches)

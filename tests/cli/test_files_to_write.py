@@ -1,10 +1,12 @@
 """A command that writes one file replaces nothing but such a file of its own."""
 
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 
+from moec.spec.bounded.own import put_at
 from tests.conftest import run_command
 
 CALIBRATE = ("calibrate", "{checkpoint}", "--tokens", "{tokens}", "--out")
@@ -52,3 +54,19 @@ def test_a_command_replaces_what_it_wrote(files: dict[str, Path], tmp_path: Path
             *(each.format(**files) for each in CALIBRATE), tmp_path / "scales.json"
         )
         assert code == 0, err
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -> None:
+    out, link = tmp_path / "scales.json", tmp_path / "link"
+    link.symlink_to(out)
+    put_at(link, "earlier")
+    assert out.read_text() == "earlier" and link.is_symlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as of a disk that is full
+    try:
+        with pytest.raises(OSError):
+            put_at(out, "x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert out.read_text() == "earlier" and len(list(tmp_path.iterdir())) == 2
+    put_at("/dev/null", "x")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moec.spec.bounded.own import put_at
 from moec.spec.errors import visible
 
 #: how every page of a report begins
@@ -103,14 +104,14 @@ class Report:
             f"{spoken(self.tokens)} tokens, seed {self.seed}"
         )
         notes = "".join(f"<p>{_text(note)}</p>" for note in self.notes)
-        Path(path).write_text(
+        put_at(
+            path,
             f"{PAGE}</title><style>"
             "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}"
             ".bad{background:#fdd}</style>"
             f"<h1>{_text(self.subject)}: {_text(verdict)}</h1>"
             f"<p>{_text(ran)}</p>{notes}<table>"
             f"<tr><th>check<th>found<th>limit<th>detail</tr>{rows}</table>{cost}",
-            encoding="utf-8",
         )
 
 

@@ -120,3 +120,22 @@ def put(folder: int, name: str, text: str) -> None:
     except BaseException:
         os.unlink(draft, dir_fd=folder)
         raise
+
+
+def put_at(path: str | Path, text: str) -> None:
+    """Write a file that the user names, in one step; a link there is followed.
+
+    A full disk leaves the old file as it was. What is no file, such as /dev/stdout, is written to.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():
+        real.write_text(text, encoding="utf-8")
+        return
+    folder = os.open(real.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        put(folder, real.name, text)
+    finally:
+        os.close(folder)

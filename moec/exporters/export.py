@@ -1,5 +1,6 @@
 """`export` builds an artefact; `bind` attaches a checkpoint to an artefact."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from moec.spec.scheme import Scheme
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.name_map import as_packed, read_model
 from moec.weights.shard import TensorEntry
-from moec.weights.trust.records import allow_folder
+from moec.weights.trust.records import allow, allow_folder
 
 
 @no_collection()
@@ -285,10 +286,12 @@ def bind(
 
 
 def _allow(checkpoint: Checkpoint | None) -> None:
-    """Record the folders of a checkpoint that this user has built or bound from."""
+    """Record the folders and the adapters that this user has built or bound from."""
     if checkpoint:
         for folder in checkpoint.folders:
             allow_folder(folder)
+        for adapter in checkpoint.adapters:
+            allow("adapter", os.path.realpath(adapter))
 
 
 def _check_places(out: Path, checkpoint: Checkpoint | None) -> None:

@@ -31,7 +31,7 @@ from moec.weights.int4.packed import packed_rows
 from moec.weights.name_map import as_packed, read_model, stacked
 from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
-from moec.weights.trust.records import folder_is_allowed
+from moec.weights.trust.records import is_allowed
 from moec.weights.view import STORED, view
 
 #: the weights that belong to no layer of the decoder
@@ -47,16 +47,16 @@ def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, 
     The artefact's adapters are merged into them.
 
     Raises:
-        MoecError: the folder holds no checkpoint, or an adapter is not where this user has built
-            from.
+        MoecError: the folder holds no checkpoint, or this user has merged an adapter into no build.
     """
     manifest = artefact.manifest
     adapters = [Path(each) for each in manifest.adapters]
     for adapter in adapters:
-        if not folder_is_allowed(adapter.resolve()):
+        # Merging it would make the checkpoint what somebody else wants.
+        if not is_allowed("adapter", str(adapter.resolve())):
             refuse(
                 adapter,
-                "an adapter that this user has not built from",
+                "an adapter that this user has merged into no build",
                 "an adapter that you have used",
                 f"if you trust it: moec bind {artefact.path} --checkpoint {folder} --adapter "
                 f"{adapter}",

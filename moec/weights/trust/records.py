@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-#: "folder": the real path of a folder with weights; "native": the SHA-256 of an engine or a plugin;
-#: "partial": a folder that a build is writing (`moec.weights.trust.leftovers`)
-Kind = Literal["folder", "native", "partial"]
+#: "folder": the real path of a folder with weights; "adapter": that of an adapter that was merged;
+#: "native": the SHA-256 of an engine or a plugin; "partial": a folder that a build is writing
+#: (`moec.weights.trust.leftovers`)
+Kind = Literal["folder", "adapter", "native", "partial"]
 #: the most records of a kind; beyond it folders that are gone are dropped first, then the oldest
 MOST = 4096
 
@@ -110,7 +111,8 @@ def _drop(folder: Path, kind: Kind) -> None:
     aged = []
     for file in folder.iterdir():
         with suppress(OSError):  # another process may drop it at the same time
-            gone = kind == "folder" and not os.path.isdir(os.fsdecode(file.read_bytes()))
+            place = os.fsdecode(file.read_bytes())
+            gone = kind in ("folder", "adapter") and not os.path.isdir(place)
             aged.append((not gone, file.stat().st_mtime_ns, file))
     for _, _, file in sorted(aged)[: len(aged) - MOST * 3 // 4]:
         with suppress(OSError):

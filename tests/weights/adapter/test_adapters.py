@@ -18,6 +18,7 @@ from moec.weights.adapter import read as of_adapters
 from moec.weights.adapter.read import WEIGHTS
 from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
+from moec.weights.trust import records
 from moec.weights.view import read_into, view
 from tests.families import CASES
 from tests.refusals import refusal
@@ -372,6 +373,19 @@ def test_weights_that_were_never_merged_fail_the_proof(
     held = json.loads(file.read_text()) | {"adapters": [str(adapters[0])]}
     file.write_text(json.dumps(held))
     refusal(lambda: moec.validate(plain.path), "adapters")
+
+
+def test_an_adapter_counts_only_if_this_user_has_merged_it(
+    float32: Path, adapters: Sequence[Path], tmp_path: Path
+) -> None:
+    """A folder that a build has read as a checkpoint is no adapter that somebody trusts."""
+    art = moec.export(float32, out=tmp_path / "art", adapters=adapters[:1])
+    report = moec.validate(art.path, source=float32, tokens=20)
+    assert report.passed and any(str(adapters[0]) in note for note in report.notes)
+    records.disallow("adapter", str(adapters[0].resolve()))
+    records.allow_folder(adapters[0])
+    error = refusal(lambda: moec.validate(art.path, source=float32, tokens=20), adapters[0].name)
+    assert "merged into no build" in error.found and "--adapter" in error.next_step
 
 
 @pytest.mark.slow

@@ -103,9 +103,7 @@ def add_owned(
         one, other = halves(tl.load(gain + at, mask=inside, other=0))
         low, high = normed_of(low, factor, one), normed_of(high, factor, other)
         if NARROW:
-            most = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0)
-            scale = tl.maximum(most / 448.0, 1e-12)
-            codes = codes_of(low, high, scale)
+            codes, scale = codes_of(low, high)
         else:
             normed = pair_of(low, high)
         for peer in tl.static_range(WORLD):

@@ -148,10 +148,9 @@ def all_reduce(
         one, other = halves(gains)  # zeros outside of the row
         low, high = normed_of(low, factor, one), normed_of(high, factor, other)
         if NARROW:
-            most = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0)
-            step = tl.maximum(most / 448.0, 1e-12)
             each = tl.arange(0, 2 * HALF_2)
-            tl.store(codes + row * DIM + each, codes_of(low, high, step), mask=each < DIM)
+            narrow, step = codes_of(low, high)
+            tl.store(codes + row * DIM + each, narrow, mask=each < DIM)
             tl.store(scale + row, step)
         else:
             tl.store(normed + row * HALF + at, pair_of(low, high), mask=inside)

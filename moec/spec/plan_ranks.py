@@ -76,8 +76,10 @@ def collective_bytes(own: TextSpec, gpus: int, batch: int) -> int:
     """
     if gpus == 1:
         return 0
-    rows = batch / 2 if gpus == 4 and batch >= OWNED_ROWS else batch
-    return round(rows * _sums(own) * own.dim * _SUMMED) + batch * own.vocab * _GATHERED
+    summed = batch * _sums(own) * own.dim * _SUMMED
+    if gpus == 4 and batch >= OWNED_ROWS:
+        summed //= 2
+    return summed + batch * own.vocab * _GATHERED
 
 
 def _sums(text: TextSpec) -> int:

@@ -19,11 +19,11 @@ class _Held:
 
     tokenizer: Tokenizer | None = None
     file: bytes = b""
-    #: the tokenizer with other names for some tokens; these names; the id of what has no token; the
-    #: mark in the names, the tokens
+    #: the tokenizer with other names for some tokens; these names; the tokens' ids; the mark in the
+    #: names, the tokens
     renamed: Tokenizer | None = None
     names: dict[str, str] = field(default_factory=dict)
-    unknown: int | None = None
+    ids: dict[str, int] = field(default_factory=dict)
     mark: tuple[str, frozenset[str]] = "", frozenset()
     streams: dict[int, DecodeStream] = field(default_factory=dict)
 
@@ -96,26 +96,26 @@ def _of_parts(
     mark = next(each for each in map(chr, range(0xF0000, 0xFFFFE)) if each not in spelled)
     with _refusing(where):
         if _HELD.mark != (mark, tokens):
-            _HELD.renamed, _HELD.names, _HELD.unknown = _renamed(_HELD.file, mark, tokens)
+            _HELD.renamed, _HELD.names, _HELD.ids = _renamed(_HELD.file, mark, tokens)
             _HELD.mark = mark, tokens
         held, names = _HELD.renamed, _HELD.names
         assert held is not None
         text = "".join(names.get(text, text) if token else text for token, text in parts)
         ids = list(held.encode(text, add_special_tokens=False).ids)
-        known = {held.token_to_id(name) for name in names.values()} - {_HELD.unknown}
-        asked = [held.token_to_id(names[text]) for token, text in parts if token and text in names]
-        if [each for each in ids if each in known] != [each for each in asked if each in known]:
+        known = set(_HELD.ids.values())
+        asked = [_HELD.ids[text] for token, text in parts if token and text in _HELD.ids]
+        if [each for each in ids if each in known] != asked:
             raise ValueError("it does not find its special tokens within other text, or finds more")
         return ids, b""
 
 
 def _renamed(
     file: bytes, mark: str, tokens: frozenset[str]
-) -> tuple[Tokenizer, dict[str, str], int | None]:
+) -> tuple[Tokenizer, dict[str, str], dict[str, int]]:
     """The tokenizer in `file` with other names for added `tokens`, and these by the old ones.
 
-    The names have `mark` in them, a character for private use. The third result is the id of what
-    the tokenizer has no token for, which any text may have.
+    The names have `mark` in them, a character for private use. The third result has the ids of the
+    tokens by the old names, but for that of unknown text, which any text may have.
     """
     raw = json.loads(file)
     special = [each for each in raw.get("added_tokens") or () if each["content"] in tokens]
@@ -138,11 +138,15 @@ def _renamed(
     held.no_truncation()
     held.no_padding()
     assert _HELD.tokenizer is not None
+    ids = dict[str, int]()
     for old, new in names.items():
-        if held.token_to_id(new) != _HELD.tokenizer.token_to_id(old):
+        number = held.token_to_id(new)
+        if number is None or number != _HELD.tokenizer.token_to_id(old):
             raise ValueError(f"the id of {old} depends on its name")
+        ids[old] = number
     unknown = held.token_to_id(model["unk_token"]) if model.get("unk_token") else None
-    return held, names, model.get("unk_id") if unknown is None else unknown
+    unknown = model.get("unk_id") if unknown is None else unknown
+    return held, names, {old: number for old, number in ids.items() if number != unknown}
 
 
 def encode_filled(data: bytes, where: str) -> tuple[Any, bytes]:

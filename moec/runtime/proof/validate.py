@@ -206,7 +206,6 @@ def _source(
     if folder is not None:
         given = read_source(artefact, Path(folder))
         check_same_model(artefact, Path(folder), *given)
-        notes.extend(_merged(artefact, Path(folder)))
         return (*given, checkpoint_folder(folder) or Path(folder))
     known = artefact.checkpoint
     # A folder inside the artefact comes from whoever made the artefact.
@@ -223,20 +222,12 @@ def _source(
     if known and home and read:
         check_same_model(artefact, known, *read)
         notes.append(f"The weights were compared with those in {known}.")
-        notes.extend(_merged(artefact, known))
         return (*read, home)
     notes.append(
         f"The weights were not compared with a checkpoint ({found}): a wrong expert in them would "
         "not be found. Use --source DIR."
     )
     return None
-
-
-def _merged(artefact: Artefact, folder: Path) -> Iterator[str]:
-    """What to say of adapters, which make another model of the checkpoint."""
-    if artefact.manifest.adapters:
-        merged = ", ".join(artefact.manifest.adapters)
-        yield f"These adapters were merged into {folder} before the comparison: {merged}."
 
 
 def _prove(
@@ -255,6 +246,9 @@ def _prove(
     exact = EXACT in manifest.presets
     notes = list[str]()
     known = None if twin else _source(artefact, source, notes)
+    if known and manifest.adapters:  # they make another model of the checkpoint
+        merged = ", ".join(manifest.adapters)
+        notes.append(f"These adapters were merged into {known[2]} before the comparison: {merged}.")
     original = known[1] if known else {}
     tested = ArtefactUnderTest(
         artefact,

@@ -125,7 +125,8 @@ def put(folder: int, name: str, text: str) -> None:
 def put_at(path: str | Path, text: str) -> None:
     """Write a file that the user names, in one step; a link there is followed.
 
-    A full disk leaves the old file as it was. What is no file, such as /dev/stdout, is written to.
+    If the disk is full, the old file stays as it was. The text goes straight into a path that is no
+    regular file, such as /dev/stdout.
 
     Raises:
         OSError: it cannot be written.

@@ -20,12 +20,13 @@ class Layer:
 
     def __init__(self, folder: Path, architecture: int) -> None:
         from benchmarks.moe_kernels import random_weights
-        from moec.kernels.ahead_of_time.plugin_program import build_program
-        from tests.exporters.tensorrt_plugin.launcher import Launcher, compile_library
+        from moec.kernels.ahead_of_time.operations import moe_layer
+        from moec.kernels.ahead_of_time.program import build_program
+        from tests.kernels.launcher.launcher import Launcher, compile_library
 
         torch.manual_seed(1)
         self.weights = random_weights(SIZES)
-        program = build_program(SIZES, MOST, (architecture,))
+        program = build_program(moe_layer(SIZES, MOST), (architecture,))
         self.launcher = Launcher(compile_library(folder / "liblauncher.so"), program)
         self.room = self.launcher.workspace(2 * MOST)
         # 16 bytes off: no more than that may be counted on.
@@ -106,7 +107,7 @@ def test_it_runs_in_a_cuda_graph(layer: Layer, tokens: int) -> None:
 
 
 def test_refusals(layer: Layer) -> None:
-    from tests.exporters.tensorrt_plugin.launcher import LaunchError
+    from tests.kernels.launcher.launcher import LaunchError
 
     x, room = random_input(200), layer.room
     layer.room = 16

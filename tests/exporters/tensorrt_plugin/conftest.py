@@ -1,5 +1,4 @@
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,13 +7,10 @@ pytest.importorskip("triton", reason="kernels need triton")
 
 from moec.exporters.tensorrt.plugin.build import Plugin, compile_plugin
 from moec.kernels.launches.launch import SHARED
-from moec.kernels.sizes import Sizes
-from tests.exporters.tensorrt_plugin.launcher import CUDA_INCLUDE, compile_library
+from tests.kernels.launcher.expected import MOST, SIZES
+from tests.kernels.launcher.launcher import CUDA_INCLUDE, compile_driver
 
 HERE = Path(__file__).parent
-#: of the plugin library under test; the first has kernels for many tokens
-SIZES = (Sizes(dim=256, hidden=128, experts=20), Sizes(dim=64, hidden=64, experts=2))
-MOST = 600
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,25 +30,6 @@ def plugin(tmp_path_factory: pytest.TempPathFactory, compilers: None) -> Plugin:
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory, compilers: None) -> Path:
-    return compile_library(tmp_path_factory.mktemp("launcher") / "liblauncher.so")
-
-
-@pytest.fixture(scope="session")
 def fake(tmp_path_factory: pytest.TempPathFactory, compilers: None) -> Path:
-    """The folder with a libcuda.so.1 that writes down what it is asked for."""
-    folder = tmp_path_factory.mktemp("fake")
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-Wall", f"-I{CUDA_INCLUDE}", "-Wl,-soname,libcuda.so.1",
-         HERE / "fake_driver.c", "-o", folder / "libcuda.so.1"],
-        check=True,
-    )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="session")
-def no_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with a libcuda.so.1 that does not load, as if there were none."""
-    folder = tmp_path_factory.mktemp("none")
-    (folder / "libcuda.so.1").touch()
-    return folder
+    """The folder with a driver that writes down what it is asked for."""
+    return compile_driver(tmp_path_factory.mktemp("fake"))

@@ -10,18 +10,13 @@ from pathlib import Path
 import pytest
 
 from moec.exporters.tensorrt import preload
-from moec.exporters.tensorrt.plugin.build import (
-    LIBRARY,
-    PROGRAMS,
-    SCRIPT,
-    SOURCES,
-    Plugin,
-    compile_plugin,
-)
+from moec.exporters.tensorrt.plugin.build import FACE, LIBRARY, Plugin, compile_plugin
+from moec.kernels.launcher.build import PROGRAMS, SCRIPT, SOURCES
 from moec.kernels.sizes import Sizes
 from moec.spec.errors import MoecError
-from tests.exporters.tensorrt_plugin.conftest import HERE, SIZES
-from tests.exporters.tensorrt_plugin.launcher import CUDA_INCLUDE
+from tests.exporters.tensorrt_plugin.conftest import HERE
+from tests.kernels.launcher.expected import SIZES
+from tests.kernels.launcher.launcher import CUDA_INCLUDE
 
 pytestmark = pytest.mark.full
 
@@ -33,10 +28,11 @@ def compiled(out: Path, include: Path) -> Plugin:
 
 
 def test_all_sources_are_in_it(plugin: Plugin) -> None:
-    there = {each.name for each in files("moec.exporters.tensorrt.plugin").iterdir()}
-    assert {name for name in there if name.endswith((".cpp", ".h", ".S"))} == set(SOURCES)
+    for package, sources in (("moec.kernels.launcher", SOURCES), (FACE.package, FACE.sources)):
+        there = {each.name for each in files(package).iterdir()}
+        assert {name for name in there if name.endswith((".cpp", ".h", ".S"))} == set(sources)
     assert {path.name for path in plugin.folder.iterdir()} == {
-        *SOURCES, PROGRAMS, SCRIPT, LIBRARY,
+        *SOURCES, *FACE.sources, PROGRAMS, SCRIPT, LIBRARY,
     }  # fmt: skip
     assert list(plugin.programs) == list(SIZES) and not plugin.why
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moec.exporters.tensorrt.plugin.build import Plugin
-from tests.exporters.tensorrt_plugin.conftest import HERE, SIZES
+from tests.exporters.tensorrt_plugin.conftest import HERE
+from tests.kernels.launcher.expected import SIZES
 
 pytestmark = pytest.mark.full
 
@@ -48,7 +49,7 @@ def test_from_model_to_launches(harness: Path, plugin: Plugin, fake: Path, tmp_p
     ]
     assert int(said[5].removeprefix("workspace ")) > 0
     assert said[6:] == [
-        "build shapes 0", "field dim 256", "field hidden 128", "field experts 20",
+        "build shapes 0",
         f"field sha256 {plugin.programs[SIZES[0]]}", "read 1", "shapes 0", "ran 0",
     ]  # fmt: skip
     log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
@@ -66,15 +67,18 @@ def test_from_model_to_launches(harness: Path, plugin: Plugin, fake: Path, tmp_p
         ("dtype", ("types 1", "input gate_up: found type 2, expected FLOAT8E4M3FN")),
         ("count", ("configured 1", "inputs: found 5, expected 6")),
         ("shape", ("configured 1", "input down_scale: found [21, 255], expected [21, 256]")),
-        ("rank", ("configured 1", "input down: found [21, 256], expected 3 dimensions")),
+        ("rank", ("configured 1", "input down: found [21, 256], expected [21, 256, 128]")),
         ("sizes", (
-            "configured 1", "no program for dim 256, hidden 128, experts 21",
-            "dim 256, hidden 128, experts 20; or dim 64, hidden 64, experts 2",
+            "configured 1", "no program for x [T, 256], router [21, 256], gate_up [22, 256, 256]",
+            "expected moe_layer, x bf16 [tokens, 256], router bf16 [20, 256]",
+            "; or moe_layer, x bf16 [tokens, 64]",
         )),
         ("sha", ("read 0", f"expected {'a' * 64}", "the engine's own library")),
-        ("kept sizes", ("read 0", "no program for dim 256, hidden 128, experts 21")),
         ("no fields", ("read 0", "no program's SHA-256", "build it again")),
-        ("changed", ("shapes 1", "found dim 64, hidden 64, experts 2, expected dim 256")),
+        ("changed", (
+            "shapes 1", "found moe_layer, x bf16 [tokens, 64]",
+            "expected moe_layer, x bf16 [tokens, 256]",
+        )),
     ],
 )  # fmt: skip
 def test_refusals_go_to_the_logger(

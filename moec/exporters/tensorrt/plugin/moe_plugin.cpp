@@ -5,8 +5,8 @@
 //     down FP8 [E + 1, D, F], down_scale fp32 [E + 1, D]  ->  bf16 [T, D]
 //
 // T is the number of tokens, D the model's width, F the width of an expert, E the number of routed
-// experts. The shared expert comes last. Only T may be dynamic. The plugin stores the sizes and the
-// SHA-256 of its program in the TensorRT engine. When the engine is read again, the plugin refuses
+// experts. The shared expert comes last. Only T may be dynamic. The plugin stores the SHA-256 of its
+// program in the TensorRT engine. When the engine is read again, the plugin refuses
 // any other program.
 #include <NvInferRuntime.h>
 
@@ -110,27 +110,12 @@ using Launchers = std::vector<std::unique_ptr<moec::Launcher>>;
 Launchers const& launchers() {
     static Launchers const found = [] {
         Launchers made;
-        for (uint8_t const* at = moec_programs; at < moec_programs_end;) {
-            moec::Program program(at, static_cast<std::size_t>(moec_programs_end - at));
-            at += program.size;
-            made.push_back(std::make_unique<moec::Launcher>(std::move(program)));
-        }
+        auto const size = static_cast<std::size_t>(moec_programs_end - moec_programs);
+        for (moec::Program& each : moec::programsIn(moec_programs, size))
+            made.push_back(std::make_unique<moec::Launcher>(std::move(each)));
         return made;
     }();
     return found;
-}
-
-moec::Launcher& launcherFor(int64_t dim, int64_t hidden, int64_t experts) {
-    std::string known;
-    for (auto const& each : launchers()) {
-        moec::Program const& one = each->program();
-        if (one.dim == dim && one.hidden == hidden && one.experts == experts) return *each;
-        known += (known.empty() ? "" : "; or ") + one.sizes();
-    }
-    throw moec::refusal("its plugin library",
-                        "no program for dim " + std::to_string(dim) + ", hidden " +
-                            std::to_string(hidden) + ", experts " + std::to_string(experts),
-                        known, "load the library that was exported with this model");
 }
 
 /// The failure for an input of another shape or type than expected.
@@ -148,19 +133,22 @@ void checkCount(int32_t count) {
 /// The launcher for inputs of these shapes. A size of -1 stands for any number of tokens.
 moec::Launcher& launcherFor(Dims const* const* dims, int32_t count) {
     checkCount(count);
+    std::vector<std::vector<int64_t>> shapes;
     for (int32_t i = 0; i < kInputs; ++i)
-        if (dims[i]->nbDims != kTensors[i].rank)
-            throw wrong(i, text(*dims[i]), std::to_string(kTensors[i].rank) + " dimensions");
-    int64_t const tokens = dims[0]->d[0], dim = dims[0]->d[1], experts = dims[1]->d[0];
-    int64_t const hidden = dims[4]->d[2], all = experts + 1;
-    Dims const expected[kInputs] = {
-        {2, {tokens, dim}},     {2, {experts, dim}},     {3, {all, 2 * hidden, dim}},
-        {2, {all, 2 * hidden}}, {3, {all, dim, hidden}}, {2, {all, dim}},
-    };
+        shapes.emplace_back(dims[i]->d, dims[i]->d + dims[i]->nbDims);
+    std::string known, why, found;
+    moec::Values values{};
+    for (auto const& each : launchers()) {
+        moec::Program const& program = each->program();
+        std::size_t const fit = program.fits(shapes, values, why);
+        if (fit == program.given.size()) return *each;
+        if (fit > 1) throw moec::Failure(why + "; export the model again");  // x and router fit
+        known += (known.empty() ? "" : "; or ") + program.text();
+    }
     for (int32_t i = 0; i < kInputs; ++i)
-        if (!std::equal(dims[i]->d, dims[i]->d + kTensors[i].rank, expected[i].d))
-            throw wrong(i, text(*dims[i]), text(expected[i]));
-    return launcherFor(dim, hidden, experts);
+        found += std::string(", ") + kTensors[i].name + " " + text(*dims[i]);
+    throw moec::refusal("its plugin library", "no program for" + found.substr(1), known,
+                        "load the library that was exported with this model");
 }
 
 moec::Launcher& launcherFor(DynamicPluginTensorDesc const* inputs, int32_t count) {
@@ -244,7 +232,7 @@ public:
         return guarded([&] {
             moec::Launcher& found = launcherFor(inputs, count);
             if (mLauncher && mLauncher != &found)
-                throw moec::refusal("shapes", found.program().sizes(), mLauncher->program().sizes(),
+                throw moec::refusal("shapes", found.program().text(), mLauncher->program().text(),
                                     "give the engine the weights that it was built for");
             mLauncher = &found;
             // A machine that builds engines may have no GPU. One that runs them loads kernels now.
@@ -261,9 +249,10 @@ public:
             for (int32_t i = 0; i < kInputs; ++i)
                 pointers[i] = reinterpret_cast<CUdeviceptr>(given[i]);
             pointers[kInputs] = reinterpret_cast<CUdeviceptr>(outputs[0]);
-            int64_t const tokens = inputs[0].dims.d[0];
-            mLauncher->run(tokens, pointers, reinterpret_cast<CUdeviceptr>(workspace),
-                           mLauncher->program().workspace(tokens), stream);
+            moec::Values values{};
+            values[moec::kTokens] = inputs[0].dims.d[0];
+            mLauncher->run(values, pointers, reinterpret_cast<CUdeviceptr>(workspace),
+                           mLauncher->program().workspace(values[moec::kTokens]), stream);
         });
     }
 
@@ -273,9 +262,6 @@ public:
         mFields.clear();
         if (mLauncher) {
             moec::Program const& program = mLauncher->program();
-            mFields.emplace_back("dim", &program.dim, PluginFieldType::kINT64, 1);
-            mFields.emplace_back("hidden", &program.hidden, PluginFieldType::kINT64, 1);
-            mFields.emplace_back("experts", &program.experts, PluginFieldType::kINT64, 1);
             mFields.emplace_back("sha256", program.sha.data(), PluginFieldType::kCHAR,
                                  static_cast<int32_t>(program.sha.size()));
         }
@@ -310,24 +296,22 @@ public:
 private:
     /// The launcher that a TensorRT engine was built with; null while an engine is being built.
     static moec::Launcher* known(PluginFieldCollection const& fields, TensorRTPhase phase) {
-        int64_t dim = 0, hidden = 0, experts = 0;
         std::string sha;
         for (int32_t i = 0; i < fields.nbFields; ++i) {
             PluginField const& each = fields.fields[i];
-            for (auto [name, into] : {std::pair<char const*, int64_t*>{"dim", &dim},
-                                      {"hidden", &hidden}, {"experts", &experts}})
-                if (!std::strcmp(each.name, name)) std::memcpy(into, each.data, sizeof *into);
             if (!std::strcmp(each.name, "sha256"))
                 sha.assign(static_cast<char const*>(each.data), each.length);
         }
         if (sha.empty() && phase == TensorRTPhase::kBUILD) return nullptr;
         if (sha.empty())
             throw moec::refusal("the engine", "no program's SHA-256", "a SHA-256", "build it again");
-        moec::Launcher& found = launcherFor(dim, hidden, experts);
-        if (found.program().sha != sha)
-            throw moec::refusal("its plugin library", "program " + found.program().sha, sha,
-                                "load the engine's own library, or build the engine again");
-        return &found;
+        std::string known;
+        for (auto const& each : launchers()) {
+            if (each->program().sha == sha) return each.get();
+            known += (known.empty() ? "" : ", ") + each->program().sha;
+        }
+        throw moec::refusal("its plugin library", "program " + known, sha,
+                            "load the engine's own library, or build the engine again");
     }
 
     PluginFieldCollection mNone{};

@@ -1,5 +1,6 @@
 // The launcher's C interface, for callers in other languages. A function that fails writes a
 // message and returns null or a number other than 0.
+#include <algorithm>
 #include <cstring>
 
 #include "launcher.h"
@@ -22,6 +23,12 @@ int guarded(char* message, std::size_t room, Call call) noexcept {
     }
 }
 
+moec::Values valuesAt(int64_t const* variables) {
+    moec::Values found;
+    std::copy(variables, variables + moec::kVariables, found.begin());
+    return found;
+}
+
 }  // namespace
 
 /// Makes a launcher for the program in `bytes`, which must live as long as the launcher.
@@ -35,9 +42,17 @@ MOEC_PUBLIC void* moec_open(void const* bytes, std::size_t size, char* message, 
 
 MOEC_PUBLIC void moec_close(void* launcher) { delete static_cast<moec::Launcher*>(launcher); }
 
-/// The bytes of workspace for up to `tokens` tokens.
+/// The bytes of workspace for calls of up to `tokens` tokens, whose only variable is that.
 MOEC_PUBLIC int64_t moec_workspace(void const* launcher, int64_t tokens) {
     return static_cast<moec::Launcher const*>(launcher)->program().workspace(tokens);
+}
+
+/// The bytes of workspace of a call with these `variables` on the calling thread's GPU.
+MOEC_PUBLIC int moec_room(void const* launcher, int64_t const* variables, int64_t* bytes,
+                          char* message, std::size_t room) {
+    return guarded(message, room, [&] {
+        *bytes = static_cast<moec::Launcher const*>(launcher)->workspace(valuesAt(variables));
+    });
 }
 
 /// Loads all kernels for the calling thread's GPU. Call it before a CUDA graph is captured.
@@ -45,13 +60,15 @@ MOEC_PUBLIC int moec_prepare(void* launcher, char* message, std::size_t room) {
     return guarded(message, room, [&] { static_cast<moec::Launcher*>(launcher)->prepare(); });
 }
 
-/// Starts the layer. `given` holds pointers to GPU memory, as for `Launcher::run`.
-MOEC_PUBLIC int moec_run(void* launcher, int64_t tokens, uint64_t const* given, uint64_t workspace,
-                         int64_t workspaceBytes, void* stream, char* message, std::size_t room) {
+/// Starts the operation. `variables` has the tokens, batch, slots and steps; `given` holds pointers
+/// to GPU memory, as for `Launcher::run`.
+MOEC_PUBLIC int moec_run(void* launcher, int64_t const* variables, uint64_t const* given,
+                         uint64_t workspace, int64_t workspaceBytes, void* stream, char* message,
+                         std::size_t room) {
     return guarded(message, room, [&] {
         auto* const found = static_cast<moec::Launcher*>(launcher);
         std::vector<CUdeviceptr> const pointers(given, given + found->program().given.size());
-        found->run(tokens, pointers.data(), workspace, workspaceBytes,
+        found->run(valuesAt(variables), pointers.data(), workspace, workspaceBytes,
                    static_cast<CUstream>(stream));
     });
 }

@@ -22,11 +22,16 @@ public:
     /// kernel for this GPU.
     void prepare();
 
-    /// Starts the layer for `tokens` tokens on `stream`. `given` holds pointers to GPU memory, in
-    /// the order of the program. `workspace` has `room` bytes. All pointers are aligned to 16
-    /// bytes. Several threads may call this at once if each has its own workspace. Throws Failure.
-    void run(int64_t tokens, CUdeviceptr const* given, CUdeviceptr workspace, int64_t room,
-             CUstream stream);
+    /// The bytes of workspace that a call needs on the calling thread's GPU. Throws Failure.
+    int64_t workspace(Values const& values) const;
+
+    /// Starts the operation on `stream`. `given` holds pointers to GPU memory, in the order of the
+    /// program; those of inputs that are left out are 0. `workspace` has `room` bytes. All pointers
+    /// are aligned to 16 bytes. The first kernel `follows` another launcher's on the stream if
+    /// nothing else was started between them; it may then start early. Several threads may call
+    /// this at once if each has its own workspace. Throws Failure.
+    void run(Values const& values, CUdeviceptr const* given, CUdeviceptr workspace, int64_t room,
+             CUstream stream, bool follows = false);
 
 private:
     /// The kernel with index `kernel`, loaded for a CUDA context.

@@ -14,10 +14,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moec.kernels.sizes import Sizes
-from tests.exporters.tensorrt_plugin import expected
-from tests.exporters.tensorrt_plugin.launcher import Launcher, LaunchError
-from tests.exporters.tensorrt_plugin.reader import Program, read
+from tests.kernels.launcher import expected
+from tests.kernels.launcher.expected import SIZES
+from tests.kernels.launcher.launcher import Launcher, LaunchError
+from tests.kernels.launcher.reader import read
 
 STREAM, WORKSPACE, GIVEN = 0x57000, 0x10_0000_0010, 0x20_0000_0000
 
@@ -36,7 +36,7 @@ def main() -> None:
     rooms = {}
     for tokens in map(int, (each for each in counts if each.isdigit())):
         if "FAKE_LOG" in os.environ:
-            expect(found, tokens)
+            expect(found.most, tokens)
         rooms[tokens] = launcher.workspace(tokens)
         room = rooms[tokens] - ("small" in counts)
         try:
@@ -51,17 +51,16 @@ def main() -> None:
     print(json.dumps({"at": launcher.at, "given": given, "rooms": rooms}))
 
 
-def expect(found: Program, tokens: int) -> None:
+def expect(most: int, tokens: int) -> None:
     """Tell the fake how many bytes the parameters of each launch have."""
     fake = ctypes.CDLL("libcuda.so.1")
     architecture = int(os.environ["FAKE_CC"])
-    sizes = Sizes(found.dim, found.hidden, found.experts)
     while tokens > 0:
-        part = min(tokens, found.most)
-        launches, buffers = expected.launches(sizes, part, architecture)
+        part = min(tokens, most)
+        launches, buffers = expected.launches(SIZES[0], part, architecture)
         for each in launches:
             made = expected.compiled(each, architecture)
-            values = expected.values(made, sizes, part, buffers)
+            values = expected.values(made, SIZES[0], part, buffers)
             widths = [each[1] if each[0] == "number" else 8 for each in values]
             widths += [8, 8]
             fake.fake_expect(len(widths), (ctypes.c_int * len(widths))(*widths))

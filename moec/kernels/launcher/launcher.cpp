@@ -40,9 +40,9 @@ struct Here {
 };
 
 /// The values of a kernel's parameters, and a pointer to each for the driver.
-class Values {
+class Parameters {
 public:
-    Values(Launch const& launch, std::vector<CUdeviceptr> const& slots, int64_t tokens) {
+    Parameters(Launch const& launch, std::vector<CUdeviceptr> const& slots, Values const& values) {
         std::size_t const count = launch.parameters.size();
         // The last two stay null. They stand for Triton's scratch memory, which no kernel uses.
         mWords.resize(count + 2);
@@ -50,11 +50,11 @@ public:
         for (std::size_t i = 0; i < count; ++i) {
             Parameter const& each = launch.parameters[i];
             if (each.kind == Parameter::kMap) {
-                encode(each, slots[each.slot], tokens, mMaps[i]);
+                encode(each, slots[each.slot], values, mMaps[i]);
                 pointers.push_back(&mMaps[i]);
                 continue;
             }
-            mWords[i] = each.kind == Parameter::kNumber ? each.value.at(tokens)
+            mWords[i] = each.kind == Parameter::kNumber ? each.value.at(values)
                         : each.slot < 0                 ? 0
                                                         : static_cast<int64_t>(slots[each.slot]);
             pointers.push_back(&mWords[i]);  // little-endian: a narrower number is the first bytes
@@ -66,11 +66,11 @@ public:
     std::vector<void*> pointers;
 
 private:
-    static void encode(Parameter const& each, CUdeviceptr matrix, int64_t tokens,
+    static void encode(Parameter const& each, CUdeviceptr matrix, Values const& values,
                        CUtensorMap& into) {
         // The driver wants the innermost dimension first, and no stride for it.
         std::array<cuuint64_t, 2> const extents{static_cast<cuuint64_t>(each.columns),
-                                                static_cast<cuuint64_t>(each.value.at(tokens))};
+                                                static_cast<cuuint64_t>(each.value.at(values))};
         cuuint64_t const stride = static_cast<cuuint64_t>(each.columns * each.elementBytes);
         std::array<cuuint32_t, 2> const tile{static_cast<cuuint32_t>(each.tileColumns),
                                              static_cast<cuuint32_t>(each.tileRows)};
@@ -125,29 +125,36 @@ void Launcher::prepare() {
         for (Launch const& launch : variant.launches) function(here.context, launch.kernel);
 }
 
-void Launcher::run(int64_t tokens, CUdeviceptr const* given, CUdeviceptr workspace, int64_t room,
-                   CUstream stream) {
+int64_t Launcher::workspace(Values const& values) const {
+    return mProgram.workspace(mProgram.target(Here().architecture), values);
+}
+
+void Launcher::run(Values const& values, CUdeviceptr const* given, CUdeviceptr workspace,
+                   int64_t room, CUstream stream, bool follows) {
+    int64_t const tokens = values[kTokens];
     if (tokens < 1) return;
-    int64_t const needed = mProgram.workspace(tokens);
+    Here const here;
+    Driver const& cuda = driver();
+    Target const& target = mProgram.target(here.architecture);
+    int64_t const needed = mProgram.workspace(target, values);
     if (room < needed)
         throw refusal("the workspace", std::to_string(room) + " bytes",
                       std::to_string(needed) + " for " + std::to_string(tokens) + " tokens",
                       "give it more");
-    checkPointer("the workspace", workspace);
+    if (needed) checkPointer("the workspace", workspace);
     for (std::size_t i = 0; i < mProgram.given.size(); ++i)
-        checkPointer(mProgram.given[i].name, given[i]);
-    Here const here;
-    Driver const& cuda = driver();
-    Target const& target = mProgram.target(here.architecture);
-    for (int64_t done = 0; done < tokens; done += mProgram.most) {
-        int64_t const part = std::min(mProgram.most, tokens - done);
+        if (mProgram.given[i].role != Given::kLeftOut)
+            checkPointer(mProgram.given[i].name, given[i]);
+    Values part = values;
+    for (int64_t done = 0; done < tokens; done += part[kTokens]) {
+        part[kTokens] = mProgram.most ? std::min(mProgram.most, tokens - done) : tokens;
         Variant const& variant = variantFor(target, part);
         std::vector<CUdeviceptr> slots;
         for (std::size_t i = 0; i < mProgram.given.size(); ++i)
-            slots.push_back(given[i] + done * mProgram.given[i].rowBytes);
+            slots.push_back(given[i] + done * mProgram.given[i].rowBytes());
         for (int64_t offset : placed(variant, part)) slots.push_back(workspace + offset);
         for (Launch const& launch : variant.launches) {
-            Values values(launch, slots, part);
+            Parameters parameters(launch, slots, part);
             auto axis = [&](int i) {
                 int64_t const found = launch.grid[i].at(part);
                 return static_cast<unsigned>(found == kEvery ? here.multiprocessors : found);
@@ -165,9 +172,12 @@ void Launcher::run(int64_t tokens, CUdeviceptr const* given, CUdeviceptr workspa
             config.sharedMemBytes = static_cast<unsigned>(kernel.shared);
             config.hStream = stream;
             config.attrs = &early;
-            config.numAttrs = launch.overlap ? 1 : 0;
+            // A kernel of another library ahead of the first one may not have waited for those
+            // before it.
+            config.numAttrs = launch.overlap && follows ? 1 : 0;
+            follows = true;
             cuda.check(cuda.cuLaunchKernelEx(&config, function(here.context, launch.kernel),
-                                             values.pointers.data(), nullptr),
+                                             parameters.pointers.data(), nullptr),
                        ("cuLaunchKernelEx " + kernel.name).c_str());
         }
     }

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moec.kernels.ahead_of_time.plugin_program import Quantity
+from moec.kernels.ahead_of_time.quantities import Quantity
+from moec.kernels.ahead_of_time.variants import VARIABLES
 
 
 @dataclass
@@ -27,35 +28,46 @@ class Launch:
 
 @dataclass
 class Variant:
-    first: int
-    last: int
+    ranges: dict[str, tuple[int, int]]
     buffers: dict[str, Quantity]
     launches: list[Launch]
 
 
 @dataclass
+class Given:
+    name: str
+    role: int
+    continues: int
+    type: int
+    shape: list[int | str]
+
+
+@dataclass
 class Program:
-    dim: int
-    hidden: int
-    experts: int
+    operation: str
+    constants: str
     most: int
-    given: dict[str, int]
+    given: list[Given]
     kernels: list[Kernel]
     targets: dict[int, list[Variant]]
 
-    def variant(self, architecture: int, tokens: int) -> Variant:
-        found = [v for v in self.targets[architecture] if v.first <= tokens <= v.last]
+    def variant(self, architecture: int, **values: int) -> Variant:
+        found = [
+            each
+            for each in self.targets[architecture]
+            if all(first <= values[of] <= last for of, (first, last) in each.ranges.items())
+        ]
         assert len(found) == 1
         return found[0]
 
     def slots(self, variant: Variant) -> list[str]:
-        return [*self.given, *variant.buffers]
+        return [*(each.name for each in self.given), *variant.buffers]
 
 
 def read(program: bytes) -> Program:
     assert program[:8] == b"moecprog"
     version, count, size = struct.unpack_from("<3q", program, 40)
-    assert version == 1 and len(program) == 64 + 8 * count + size and len(program) % 64 == 0
+    assert version == 2 and len(program) == 64 + 8 * count + size and len(program) % 64 == 0
     numbers = iter(struct.unpack_from(f"<{count}q", program, 64))
     start = 64 + 8 * count
     take = numbers.__next__
@@ -69,7 +81,8 @@ def read(program: bytes) -> Program:
         return offset, program[offset : offset + length]
 
     def quantity() -> Quantity:
-        return Quantity(take(), take(), tuple(many(lambda: (take(), take()))))
+        of, add, period = take(), take(), take()
+        return Quantity(add, period, tuple(many(lambda: (take(), take()))), of)
 
     def parameter() -> tuple[Any, ...]:
         kind = take()
@@ -79,9 +92,13 @@ def read(program: bytes) -> Program:
             return "number", take(), quantity()
         return "map", take(), quantity(), *(take() for _ in range(6))
 
-    sizes = [take() for _ in range(4)]
+    def size() -> int | str:
+        found = take()
+        return found if found >= 0 else VARIABLES[-1 - found]
+
     names = [text.decode() for _, text in many(data)]
-    given = {names[i]: row for i, row in many(lambda: (take(), take()))}
+    head = names[take()], names[take()], take()
+    given = many(lambda: Given(names[take()], take(), take(), take(), many(size)))
     kernels = many(lambda: Kernel(names[take()], *data(), take(), take()))
 
     def launch() -> Launch:
@@ -89,13 +106,13 @@ def read(program: bytes) -> Program:
         return Launch(kernel, bool(overlap), [quantity() for _ in range(3)], many(parameter))
 
     def variant() -> Variant:
-        first, last = take(), take()
+        ranges = dict(many(lambda: (VARIABLES[take()], (take(), take()))))
         buffers = dict(many(lambda: (names[take()], quantity())))
-        return Variant(first, last, buffers, many(launch))
+        return Variant(ranges, buffers, many(launch))
 
     targets = dict(many(lambda: (take(), many(variant))))
     assert not any(numbers)
-    return Program(*sizes, given, kernels, targets)
+    return Program(*head, given, kernels, targets)
 
 
 def programs(content: bytes) -> Iterator[bytes]:

@@ -13,6 +13,9 @@ from moec.kernels.launches.launch import Launch
 from moec.kernels.sizes import MOST_TOKENS, Sizes
 
 MULTIPROCESSORS = 132
+#: of the layers under test; the first has kernels for many tokens
+SIZES = (Sizes(dim=256, hidden=128, experts=20), Sizes(dim=64, hidden=64, experts=2))
+MOST = 600
 BYTES = {"fp8e4nv": 1, "bf16": 2, "fp32": 4, "i32": 4}
 
 

@@ -9,7 +9,7 @@ namespace moec {
 namespace {
 
 constexpr char kMagic[] = "moecprog";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr std::size_t kHead = 8 + 32 + 3 * 8;
 
 std::string hexadecimal(uint8_t const* bytes, std::size_t count) {
@@ -70,6 +70,7 @@ public:
 
     Quantity quantity() {
         Quantity found;
+        found.of = below(kVariables);
         found.add = next();
         found.period = next();
         if (found.period < 1) throw broken("a period below 1");
@@ -123,32 +124,85 @@ Failure refusal(std::string const& where, std::string const& found, std::string 
     return Failure(where + ": found " + found + ", expected " + expected + "; " + next);
 }
 
-int64_t Quantity::at(int64_t tokens) const noexcept {
+int64_t Quantity::at(Values const& values) const noexcept {
     int64_t found = add;
-    for (auto const& [mul, shift] : terms) found += mul * ((tokens + shift) / period);
+    for (auto const& [mul, shift] : terms)
+        found += mul * ((values[static_cast<std::size_t>(of)] + shift) / period);
     return found;
 }
+
+struct Type {
+    int64_t number;
+    char const* name;
+    int64_t bytes;
+};
+
+/// As ONNX numbers them.
+constexpr Type kTypes[] = {{1, "float32", 4},  {6, "int32", 4}, {7, "int64", 8},
+                           {10, "float16", 2}, {16, "bf16", 2}, {17, "float8e4m3fn", 1}};
+
+std::string typeName(int64_t type) {
+    for (Type const& each : kTypes)
+        if (each.number == type) return each.name;
+    return "type " + std::to_string(type);
+}
+
+int64_t typeBytes(int64_t type) noexcept {
+    for (Type const& each : kTypes)
+        if (each.number == type) return each.bytes;
+    return 0;
+}
+
+constexpr char const* kNames[kVariables] = {"tokens", "batch", "slots", "steps"};
+
+std::string sizesText(std::vector<int64_t> const& sizes) {
+    std::string found;
+    for (int64_t each : sizes)
+        found += (found.empty() ? "" : ", ") +
+                 (each < 0 ? std::string(kNames[-1 - each]) : std::to_string(each));
+    return "[" + found + "]";
+}
+
+int64_t Given::rowBytes() const noexcept {
+    if (sizes.empty() || sizes[0] != -1 - kTokens) return 0;
+    int64_t found = typeBytes(type);
+    for (std::size_t i = 1; i < sizes.size(); ++i) found *= sizes[i];
+    return found;
+}
+
+std::string Given::text() const { return typeName(type) + " " + sizesText(sizes); }
 
 Program::Program(uint8_t const* bytes, std::size_t room) {
     Reader from(bytes, room);
     size = from.size;
     sha = hexadecimal(bytes + 8, 32);
-    dim = from.next();
-    hidden = from.next();
-    experts = from.next();
-    most = from.next();
     std::vector<std::string> names;
     from.many(names, [&] {
         auto const [at, length] = from.data();
         return std::string(reinterpret_cast<char const*>(at), static_cast<std::size_t>(length));
     });
     auto name = [&] { return names[from.below(static_cast<int64_t>(names.size()))]; };
+    operation = name();
+    constants = name();
+    most = from.next();
+    if (most < 0) throw broken("parts of less than no token");
     from.many(given, [&] {
         Given one;
         one.name = name();
-        one.rowBytes = from.next();
+        one.role = static_cast<Given::Role>(from.below(3));
+        one.continues = from.next();
+        one.type = from.next();
+        from.many(one.sizes, [&] {
+            int64_t const found = from.next();
+            if (found < -kVariables) throw broken("a variable out of range");
+            return found;
+        });
+        if (!typeBytes(one.type)) throw broken("an unknown type");
         return one;
     });
+    for (Given const& each : given)
+        if (each.continues < -1 || each.continues >= static_cast<int64_t>(given.size()))
+            throw broken("a given out of range");
     from.many(kernels, [&] {
         Kernel one;
         one.name = name();
@@ -162,8 +216,13 @@ Program::Program(uint8_t const* bytes, std::size_t room) {
         target.architecture = from.next();
         from.many(target.variants, [&] {
             Variant variant;
-            variant.first = from.next();
-            variant.last = from.next();
+            from.many(variant.ranges, [&] {
+                Range one;
+                one.of = from.below(kVariables);
+                one.first = from.next();
+                one.last = from.next();
+                return one;
+            });
             from.many(variant.buffers, [&] {
                 Buffer one;
                 one.name = name();
@@ -185,13 +244,65 @@ Program::Program(uint8_t const* bytes, std::size_t room) {
     });
 }
 
+std::size_t Program::fits(std::vector<std::vector<int64_t>> const& shapes, Values& values,
+                          std::string& why) const {
+    std::array<bool, kVariables> known{};
+    values.fill(0);
+    for (std::size_t i = 0; i < given.size() && i < shapes.size(); ++i) {
+        Given const& each = given[i];
+        if (each.role != Given::kInput) continue;
+        bool fit = shapes[i].size() == each.sizes.size();
+        for (std::size_t axis = 0; fit && axis < each.sizes.size(); ++axis) {
+            int64_t const wanted = each.sizes[axis], found = shapes[i][axis];
+            if (wanted >= 0) {
+                fit = wanted == found;
+                continue;
+            }
+            auto const of = static_cast<std::size_t>(-1 - wanted);
+            fit = !known[of] || values[of] == found;
+            known[of] = true;
+            values[of] = found;
+        }
+        if (!fit) {
+            why = "input " + each.name + ": found " + sizesText(shapes[i]) + ", expected " +
+                  sizesText(each.sizes);
+            return i;
+        }
+    }
+    if (known[kTokens] && known[kBatch]) {
+        int64_t const batch = values[kBatch], tokens = values[kTokens];
+        if (batch < 1 || tokens % batch || (known[kSteps] && values[kSteps] != tokens / batch)) {
+            why = "inputs: found " + std::to_string(tokens) + " tokens, expected a multiple of " +
+                  std::to_string(batch) + ", the batch";
+            return 0;
+        }
+        values[kSteps] = tokens / batch;
+    }
+    return given.size();
+}
+
+int64_t Program::workspace(Target const& target, Values const& values) const {
+    Values part = values;
+    int64_t found = 0;
+    for (int64_t left = values[kTokens]; left > 0; left -= part[kTokens]) {
+        part[kTokens] = most ? std::min(left, most) : left;
+        found = std::max(found, placed(variantFor(target, part), part).back());
+    }
+    return found;
+}
+
 int64_t Program::workspace(int64_t tokens) const noexcept {
     int64_t found = 0;
     int64_t const end = std::min(tokens, most);
     for (Target const& target : targets)
         for (Variant const& variant : target.variants)
-            if (variant.first <= end)  // within a variant, more tokens never need less
-                found = std::max(found, placed(variant, std::min(end, variant.last)).back());
+            for (Range const& range : variant.ranges)
+                if (range.of == kTokens && range.first <= end) {
+                    Values values{};
+                    values[kTokens] = std::min(end, range.last);
+                    // within a variant, more tokens never need less
+                    found = std::max(found, placed(variant, values).back());
+                }
     return found;
 }
 
@@ -205,21 +316,39 @@ Target const& Program::target(int64_t architecture) const {
                   "export for that compute capability too");
 }
 
-std::string Program::sizes() const {
-    return "dim " + std::to_string(dim) + ", hidden " + std::to_string(hidden) + ", experts " +
-           std::to_string(experts);
+std::string Program::text() const {
+    std::string found = operation;
+    if (!constants.empty()) found += " (" + constants + ")";
+    for (Given const& each : given)
+        if (each.role == Given::kInput) found += ", " + each.name + " " + each.text();
+    return found;
 }
 
-Variant const& variantFor(Target const& target, int64_t tokens) {
+std::vector<Program> programsIn(uint8_t const* bytes, std::size_t size) {
+    std::vector<Program> found;
+    for (std::size_t at = 0; at < size; at += found.back().size)
+        found.emplace_back(bytes + at, size - at);
+    return found;
+}
+
+Variant const& variantFor(Target const& target, Values const& values) {
+    std::string shown;
+    for (std::size_t i = 0; i < kVariables; ++i)
+        if (values[i])
+            shown += (shown.empty() ? "" : ", ") + std::to_string(values[i]) + " " + kNames[i];
     for (Variant const& each : target.variants)
-        if (each.first <= tokens && tokens <= each.last) return each;
-    throw broken("nothing for " + std::to_string(tokens) + " tokens");
+        if (std::all_of(each.ranges.begin(), each.ranges.end(), [&](Range const& one) {
+                int64_t const found = values[static_cast<std::size_t>(one.of)];
+                return one.first <= found && found <= one.last;
+            }))
+            return each;
+    throw refusal("a call", shown, "sizes that its program was made for", "make smaller calls");
 }
 
-std::vector<int64_t> placed(Variant const& variant, int64_t tokens) {
+std::vector<int64_t> placed(Variant const& variant, Values const& values) {
     std::vector<int64_t> found{0};
     for (Buffer const& each : variant.buffers) {
-        int64_t const end = found.back() + each.bytes.at(tokens);
+        int64_t const end = found.back() + each.bytes.at(values);
         found.push_back((end + kAlignment - 1) / kAlignment * kAlignment);
     }
     return found;

@@ -8,20 +8,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-from moec.kernels.ahead_of_time.plugin_program import (
-    EVERY,
-    Quantity,
-    build_program,
-    fit,
-    identity,
-    variants,
-)
+from moec.kernels.ahead_of_time.operations import moe_layer
+from moec.kernels.ahead_of_time.program import build_program, identity
+from moec.kernels.ahead_of_time.quantities import Quantity, fit
+from moec.kernels.ahead_of_time.variants import EVERY
 from moec.kernels.launches.launch import SHARED
 from moec.kernels.sizes import Sizes
 from moec.spec.errors import MoecError
-from tests.exporters.tensorrt_plugin import expected
-from tests.exporters.tensorrt_plugin.expected import MULTIPROCESSORS
-from tests.exporters.tensorrt_plugin.reader import read
+from tests.kernels.launcher import expected
+from tests.kernels.launcher.expected import MULTIPROCESSORS
+from tests.kernels.launcher.reader import read
 
 pytestmark = pytest.mark.full
 
@@ -31,27 +27,27 @@ MOST = 600
 
 @pytest.fixture(scope="module")
 def program() -> bytes:
-    return build_program(SMALL, MOST, tuple(SHARED))
+    return build_program(moe_layer(SMALL, MOST), tuple(SHARED))
 
 
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 20, 21, 33, 64, 65, 128, 129, 300, MOST])
 def test_a_program_has_the_launches(program: bytes, architecture: int, tokens: int) -> None:
     found = read(program)
-    variant = found.variant(architecture, tokens)
+    variant = found.variant(architecture, tokens=tokens)
     slots = found.slots(variant)
     launches, buffers = expected.launches(SMALL, tokens, architecture)
     assert {name: each.at(tokens) for name, each in variant.buffers.items()} == {
         name: size for name, (_, size) in buffers.items()
     }
     assert len(variant.launches) == len(launches)
-    for i, (one, each) in enumerate(zip(variant.launches, launches, strict=True)):
+    for one, each in zip(variant.launches, launches, strict=True):
         made = expected.compiled(each, architecture)
         kernel = one.kernel
         assert (kernel.name, kernel.cubin) == (made.name, made.cubin)
         assert (kernel.threads, kernel.shared) == (made.block, made.shared)
         assert kernel.offset % 16 == 0
-        assert one.overlap == (made.overlap and i > 0)
+        assert one.overlap == made.overlap
         grid = [MULTIPROCESSORS if q.at(tokens) == EVERY else q.at(tokens) for q in one.grid]
         assert tuple(grid) == each.grid
         parameters = []
@@ -70,16 +66,17 @@ def _at(part: object, tokens: int) -> object:
 
 def test_a_program_says_what_it_is(program: bytes) -> None:
     found = read(program)
-    assert (found.dim, found.hidden, found.experts, found.most) == (256, 128, 20, MOST)
-    row = 2 * SMALL.dim
-    assert found.given == {
-        "x": row, "router": 0, "gate_up": 0, "gate_up_scale": 0, "down": 0, "down_scale": 0,
-        "out": row,
-    }  # fmt: skip
+    assert (found.operation, found.constants, found.most) == ("moe_layer", "", MOST)
+    assert [(each.name, each.role, each.type, each.shape) for each in found.given] == [
+        ("x", 0, 16, ["tokens", 256]), ("router", 0, 16, [20, 256]),
+        ("gate_up", 0, 17, [21, 256, 256]), ("gate_up_scale", 0, 1, [21, 256]),
+        ("down", 0, 17, [21, 256, 128]), ("down_scale", 0, 1, [21, 256]),
+        ("out", 1, 16, ["tokens", 256]),
+    ]  # fmt: skip
     assert list(found.targets) == sorted(SHARED)
     assert identity(program) == program[8:40].hex() == sha256(program[40:]).hexdigest()
     assert len({each.cubin for each in found.kernels}) == len(found.kernels)
-    assert build_program(SMALL, MOST, (120, 90, 89, 90)) == program
+    assert build_program(moe_layer(SMALL, MOST), (120, 90, 89, 90)) == program
 
 
 def test_a_program_holds_no_paths(program: bytes) -> None:
@@ -93,10 +90,11 @@ def test_a_program_holds_no_paths(program: bytes) -> None:
 )
 def test_quantities_hold_for_every_number_of_tokens(sizes: Sizes, architecture: int) -> None:
     most, last = 2500, 0
-    for variant in variants(sizes, most, architecture):
-        assert variant.first == last + 1
-        last = variant.last
-        for tokens in range(variant.first, last + 1):
+    for variant in moe_layer(sizes, most).variants(architecture):
+        first = variant.ranges["tokens"][0]
+        assert first == last + 1
+        last = variant.ranges["tokens"][1]
+        for tokens in range(first, last + 1):
             launches, buffers = expected.launches(sizes, tokens, architecture)
             for grid, each in zip(variant.grids, launches, strict=True):
                 of = (axis.at(tokens) for axis in grid)
@@ -105,7 +103,7 @@ def test_quantities_hold_for_every_number_of_tokens(sizes: Sizes, architecture: 
                 assert each.at(tokens) == buffers[name][1]
             for name in variant.rows.keys() & buffers.keys():
                 assert variant.rows[name].at(tokens) == buffers[name][0][0]
-        ends = variant.first, last
+        ends = first, last
         assert all(q.at(ends[0]) <= q.at(ends[1]) for q in variant.bytes.values())
     assert last == most
 
@@ -128,9 +126,9 @@ def test_what_does_not_repeat_is_not_found() -> None:
 
 
 def test_a_layer_that_prefill_does_not_fit_runs_in_parts_of_64() -> None:
-    found = read(build_program(Sizes(64, 64, 2), MOST, (89,)))
+    found = read(build_program(moe_layer(Sizes(64, 64, 2), MOST), (89,)))
     assert found.most == 64
-    assert [(each.first, each.last) for each in found.targets[89]][-1][1] == 64
+    assert found.targets[89][-1].ranges["tokens"][1] == 64
 
 
 @pytest.mark.parametrize(
@@ -144,4 +142,4 @@ def test_a_layer_that_prefill_does_not_fit_runs_in_parts_of_64() -> None:
 )
 def test_refusals(sizes: Sizes, most: int, architectures: tuple[int, ...], message: str) -> None:
     with pytest.raises(MoecError, match=message):
-        build_program(sizes, most, architectures)
+        build_program(moe_layer(sizes, most), architectures)

@@ -1,7 +1,8 @@
-"""The launcher from Python, without TensorRT: compiled from the plugin's sources."""
+"""The launcher from Python, without a runtime around it."""
 
 import ctypes
 import subprocess
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,13 +14,24 @@ ROOM = 4096
 
 
 def compile_library(out: Path) -> Path:
-    folder = Path(str(files("moec.exporters.tensorrt.plugin") / ""))
+    folder = Path(str(files("moec.kernels.launcher") / ""))
     subprocess.run(
         ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
          "-Werror", f"-I{CUDA_INCLUDE}", *(folder / name for name in SOURCES), "-ldl", "-o", out],
         check=True,
     )  # fmt: skip
     return out
+
+
+def compile_driver(folder: Path) -> Path:
+    """A libcuda.so.1 in `folder` that runs nothing and writes down what it is asked for."""
+    source = Path(__file__).with_name("fake_driver.c")
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-Wall", f"-I{CUDA_INCLUDE}", "-Wl,-soname,libcuda.so.1",
+         source, "-o", folder / "libcuda.so.1"],
+        check=True,
+    )  # fmt: skip
+    return folder
 
 
 class LaunchError(Exception):
@@ -41,9 +53,10 @@ class Launcher:
         found.moec_workspace.argtypes = (pointer, number)
         found.moec_workspace.restype = number
         found.moec_prepare.argtypes = (pointer, *text)
+        found.moec_room.argtypes = (pointer, pointer, pointer, *text)
         found.moec_run.argtypes = (
             pointer,
-            number,
+            pointer,
             pointer,
             ctypes.c_uint64,
             number,
@@ -61,16 +74,33 @@ class Launcher:
     def workspace(self, tokens: int) -> int:
         return int(self._library.moec_workspace(self._handle, tokens))
 
+    def room(self, variables: Sequence[int]) -> int:
+        """The bytes of workspace of a call; it needs a driver."""
+        found = ctypes.c_int64()
+        values = (ctypes.c_int64 * 4)(*variables)
+        self._check(
+            self._library.moec_room(self._handle, values, ctypes.byref(found), self._message, ROOM)
+        )
+        return found.value
+
     def prepare(self) -> None:
         self._check(self._library.moec_prepare(self._handle, self._message, ROOM))
 
     def run(
-        self, tokens: int, given: list[int], workspace: int, room: int, stream: int = 0
+        self,
+        variables: int | Sequence[int],
+        given: list[int],
+        workspace: int,
+        room: int,
+        stream: int = 0,
     ) -> None:
+        """`variables` are tokens, batch, slots and steps; a number alone is the tokens."""
+        values = (variables,) if isinstance(variables, int) else variables
+        sizes = (ctypes.c_int64 * 4)(*values)
         pointers = (ctypes.c_uint64 * len(given))(*given)
         self._check(
             self._library.moec_run(
-                self._handle, tokens, pointers, workspace, room, stream, self._message, ROOM
+                self._handle, sizes, pointers, workspace, room, stream, self._message, ROOM
             )
         )
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from moec.exporters.tensorrt.plugin.build import PROGRAMS, Plugin
+from moec.kernels.ahead_of_time.operations import moe_layer
+from moec.kernels.ahead_of_time.program import build_program
 from moec.kernels.launches.launch import SHARED
-from moec.kernels.sizes import Sizes
-from tests.exporters.tensorrt_plugin import expected
-from tests.exporters.tensorrt_plugin.conftest import HERE, MOST, SIZES
-from tests.exporters.tensorrt_plugin.drive import STREAM, WORKSPACE
-from tests.exporters.tensorrt_plugin.reader import programs, read
+from tests.kernels.launcher import expected
+from tests.kernels.launcher.conftest import HERE
+from tests.kernels.launcher.drive import STREAM, WORKSPACE
+from tests.kernels.launcher.expected import MOST, SIZES
+from tests.kernels.launcher.reader import read
 
 pytestmark = pytest.mark.full
 
@@ -24,10 +25,10 @@ EARLY = [[6, 1]]  # programmatic stream serialization, allowed
 
 
 @pytest.fixture(scope="session")
-def program(plugin: Plugin, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first of the plugin's programs as a file of its own."""
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of an MoE layer as a file."""
     file = tmp_path_factory.mktemp("program") / "program.bin"
-    file.write_bytes(next(programs((plugin.folder / PROGRAMS).read_bytes())))
+    file.write_bytes(build_program(moe_layer(SIZES[0], MOST), tuple(SHARED)))
     return file
 
 
@@ -57,10 +58,12 @@ def test_what_is_launched(
         room = found["rooms"][str(tokens)]
         for first in range(0, tokens, MOST):
             part = min(MOST, tokens - first)
-            given = dict(zip(read(program.read_bytes()).given, found["given"], strict=True))
+            follows = first > 0
+            names = [each.name for each in read(program.read_bytes()).given]
+            given = dict(zip(names, found["given"], strict=True))
             given["x"] += first * 2 * sizes.dim
             given["out"] += first * 2 * sizes.dim
-            check(launches, maps, architecture, part, given, found["at"], program, room)
+            check(launches, maps, architecture, part, given, found["at"], program, room, follows)
     assert next(launches, None) is None
     loaded = [each["load"] for each in said if "load" in each]
     assert len(loaded) == len(set(loaded)) > 5
@@ -68,7 +71,7 @@ def test_what_is_launched(
 
 def check(
     launches: Any, maps: dict[int, Any], architecture: int, tokens: int, given: dict[str, int],
-    at: int, program: Path, room: int,
+    at: int, program: Path, room: int, follows: bool,
 ) -> None:  # fmt: skip
     wanted, buffers = expected.launches(SIZES[0], tokens, architecture)
     content = program.read_bytes()
@@ -82,7 +85,7 @@ def check(
         assert found["block"] == [made.block, 1, 1]
         assert (found["shared"], found["stream"]) == (made.shared, STREAM)
         assert found["asked"] == (made.shared if made.shared > 48 << 10 else 0)
-        assert found["attributes"] == (EARLY if made.overlap and i else [])
+        assert found["attributes"] == (EARLY if made.overlap and (i or follows) else [])
         *values, one, two = found["parameters"]
         assert (one, two) == (0, 0)
         for value, (kind, *rest) in zip(
@@ -163,8 +166,3 @@ def test_the_workspace_is_the_most_that_fewer_tokens_need(
     found = drive(fake, launcher, program, *counts, FAKE_LOG=tmp_path / "log", FAKE_CC=89)["rooms"]
     rooms = [found[str(tokens)] for tokens in counts]
     assert rooms == sorted(rooms) and rooms[-1] == rooms[-2] == rooms[-3]
-
-
-def test_both_sizes_are_in_the_library(plugin: Plugin) -> None:
-    found = [read(each) for each in programs((plugin.folder / PROGRAMS).read_bytes())]
-    assert [Sizes(each.dim, each.hidden, each.experts) for each in found] == list(SIZES)

@@ -26,12 +26,36 @@ from moec.kernels.hopper.pipeline import Pipeline
 
 
 @gluon.jit
-def _tile(tile, tiles, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+def tile_at(tile, tiles, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
     """Row and column of an output tile, in groups of GROUP rows, which find their weights in L2."""
     group = tile // (GROUP * COLUMNS)
     height = gl.minimum(tiles - group * GROUP, GROUP)
     inner = tile % (GROUP * COLUMNS)
     return group * GROUP + inner % height, inner // height
+
+
+@gluon.jit
+def copy_tile(rows, weight, row, first, step, pipe, INPUTS: gl.constexpr, SECOND: gl.constexpr):
+    """Copy what an output tile needs, from step number `step` on; return the next one's number.
+
+    The tile takes the rows from `row`, and weights from `first` and from SECOND rows later.
+    """
+    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
+    TILE: gl.constexpr = pipe.x_tiles.shape[1]
+    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
+    COLUMNS: gl.constexpr = pipe.w_tiles.shape[1]
+    for k in range(0, INPUTS, DEPTH):
+        slot = step % STAGES
+        ready = pipe.full.index(slot)
+        mbarrier.wait(pipe.empty.index(slot), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(ready, (TILE + 2 * COLUMNS) * DEPTH)
+        tma.async_copy_global_to_shared(rows, [row, k], ready, pipe.x_tiles.index(slot))
+        tma.async_copy_global_to_shared(weight, [first, k], ready, pipe.w_tiles.index(2 * slot))
+        tma.async_copy_global_to_shared(
+            weight, [first + SECOND, k], ready, pipe.w_tiles.index(2 * slot + 1)
+        )
+        step += 1
+    return step
 
 
 @gluon.jit
@@ -48,28 +72,57 @@ def _copy(
     GROUP: gl.constexpr,
 ):
     """The copying warp: the tiles of both operands, step by step, into empty slots."""
-    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
     TILE: gl.constexpr = pipe.x_tiles.shape[1]
-    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
-    COLUMNS: gl.constexpr = pipe.w_tiles.shape[1]
     tiles = gl.load(plan)
     step = 0
     for tile in range(gl.program_id(0), tiles * MANY, gl.num_programs(0)):
-        across, along = _tile(tile, tiles, MANY, GROUP)
+        across, along = tile_at(tile, tiles, MANY, GROUP)
         first = gl.load(plan + 1 + 2 * across) * OUTPUTS + along * STEP
-        for k in range(0, INPUTS, DEPTH):
+        step = copy_tile(rows, weight, across * TILE, first, step, pipe, INPUTS, SECOND)
+
+
+@gluon.jit
+def sums_of_tile(
+    left, right, step, pipe, PART: gl.constexpr, INPUTS: gl.constexpr, CHUNK: gl.constexpr
+):
+    """The sums of a group's 64 rows of a tile, in both halves, and the number of the next step.
+
+    What left and right held before does not matter: the first product overwrites it.
+    """
+    STAGES: gl.constexpr = pipe.x_tiles.shape[0]
+    DEPTH: gl.constexpr = pipe.x_tiles.shape[2]
+    COLUMNS: gl.constexpr = pipe.w_tiles.shape[1]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    total = gl.zeros((64, COLUMNS), gl.int32, SUMS)
+    for chunk in range(INPUTS // CHUNK):
+        if chunk > 0:
+            total, left, right = add_truncated(total, left, right)
+        for inner in range(CHUNK // DEPTH):
             slot = step % STAGES
-            ready = pipe.full.index(slot)
-            mbarrier.wait(pipe.empty.index(slot), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(ready, (TILE + 2 * COLUMNS) * DEPTH)
-            tma.async_copy_global_to_shared(
-                rows, [across * TILE, k], ready, pipe.x_tiles.index(slot)
-            )
-            tma.async_copy_global_to_shared(weight, [first, k], ready, pipe.w_tiles.index(2 * slot))
-            tma.async_copy_global_to_shared(
-                weight, [first + SECOND, k], ready, pipe.w_tiles.index(2 * slot + 1)
-            )
+            mbarrier.wait(pipe.full.index(slot), step // STAGES & 1)
+            x = pipe.x_tiles.index(slot).slice(PART * 64, 64)
+            w_left = pipe.w_tiles.index(2 * slot).permute((1, 0))
+            w_right = pipe.w_tiles.index(2 * slot + 1).permute((1, 0))
+            left = warpgroup_mma(x, w_left, left, use_acc=chunk + inner > 0, is_async=True)
+            right = warpgroup_mma(x, w_right, right, use_acc=chunk + inner > 0, is_async=True)
+            left, right = warpgroup_mma_wait(2, deps=(left, right))
+            before = (step + STAGES - 1) % STAGES
+            mbarrier.arrive(pipe.empty.index(before), pred=inner > 0)
             step += 1
+        left, right = warpgroup_mma_wait(0, deps=(left, right))
+        mbarrier.arrive(pipe.empty.index((step + STAGES - 1) % STAGES))
+    if CHUNK < INPUTS:
+        left, right = add(total, left, right)
+    return left, right, step
+
+
+@gluon.jit
+def store_tile(values, out, out_tile, row, column):
+    """Round values and start to store them, once what was stored before has left `out_tile`."""
+    tma.store_wait(0)
+    out_tile.store(values.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], out_tile)
 
 
 @gluon.jit
@@ -102,7 +155,7 @@ def _multiply(
     left = gl.zeros((64, COLUMNS), gl.float32, SUMS)
     right = gl.zeros((64, COLUMNS), gl.float32, SUMS)
     for tile in range(gl.program_id(0), tiles * MANY, gl.num_programs(0)):
-        across, along = _tile(tile, tiles, MANY, GROUP)
+        across, along = tile_at(tile, tiles, MANY, GROUP)
         first = gl.load(plan + 1 + 2 * across) * OUTPUTS + along * STEP
         if gl.load(plan + 2 + 2 * across) > PART * 64:
             row = across * TILE + PART * 64
@@ -112,43 +165,16 @@ def _multiply(
             )  # one per thread, long before use
             left_scale = gl.load(scales)
             right_scale = gl.load(scales + SECOND)
-            total = gl.zeros((64, COLUMNS), gl.int32, SUMS)
-            for chunk in range(INPUTS // CHUNK):
-                if chunk > 0:
-                    total, left, right = add_truncated(total, left, right)
-                for inner in range(CHUNK // DEPTH):
-                    slot = step % STAGES
-                    mbarrier.wait(pipe.full.index(slot), step // STAGES & 1)
-                    x = pipe.x_tiles.index(slot).slice(PART * 64, 64)
-                    w_left = pipe.w_tiles.index(2 * slot).permute((1, 0))
-                    w_right = pipe.w_tiles.index(2 * slot + 1).permute((1, 0))
-                    left = warpgroup_mma(x, w_left, left, use_acc=chunk + inner > 0, is_async=True)
-                    right = warpgroup_mma(
-                        x, w_right, right, use_acc=chunk + inner > 0, is_async=True
-                    )
-                    left, right = warpgroup_mma_wait(2, deps=(left, right))
-                    before = (step + STAGES - 1) % STAGES
-                    mbarrier.arrive(pipe.empty.index(before), pred=inner > 0)
-                    step += 1
-                left, right = warpgroup_mma_wait(0, deps=(left, right))
-                mbarrier.arrive(pipe.empty.index((step + STAGES - 1) % STAGES))
-            if CHUNK < INPUTS:
-                left, right = add(total, left, right)
+            left, right, step = sums_of_tile(left, right, step, pipe, PART, INPUTS, CHUNK)
             left_scale = gl.convert_layout(left_scale, gl.SliceLayout(0, SUMS))
             right_scale = gl.convert_layout(right_scale, gl.SliceLayout(0, SUMS))
             left = left * by_row[:, None] * left_scale[None, :]
             right = right * by_row[:, None] * right_scale[None, :]
             if GATED:
                 left = left * sigmoid(left) * right
-            tma.store_wait(0)
-            out_tile.store(left.to(out.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out, [row, along * STEP], out_tile)
+            store_tile(left, out, out_tile, row, along * STEP)
             if not GATED:
-                tma.store_wait(0)
-                out_tile.store(right.to(out.dtype))
-                fence_async_shared()
-                tma.async_copy_shared_to_global(out, [row, along * STEP + COLUMNS], out_tile)
+                store_tile(right, out, out_tile, row, along * STEP + COLUMNS)
         else:
             for _ in range(INPUTS // DEPTH):
                 mbarrier.wait(pipe.full.index(step % STAGES), step // STAGES & 1)

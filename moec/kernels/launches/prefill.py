@@ -184,13 +184,13 @@ def product(
     }
     grid = (tiles.programs, 1, 1)
     if tiles.hopper:
-        constants |= {"STAGES": cut.stages, "CHUNK": _chunk(inputs, cut)}
+        constants |= {"STAGES": cut.stages, "CHUNK": chunk_of(inputs, cut)}
         return Launch(getattr(moe_prefill_hopper, name), grid, arguments, constants, warps=4)
     kernel = getattr(moe_prefill, name)
     return Launch(kernel, grid, arguments, constants, 8, cut.stages)
 
 
-def _chunk(inputs: int, cut: Product) -> int:
+def chunk_of(inputs: int, cut: Product) -> int:
     """The largest multiple of a step, up to `cut.chunk`, that divides `inputs`; at least a step."""
     steps = inputs // cut.depth
     fits = (each for each in range(steps, 0, -1) if steps % each == 0)

@@ -14,10 +14,12 @@ pytest.importorskip("triton", reason="kernels need triton")
 import moec.kernels
 from moec.kernels.ahead_of_time.compile import Compiled, build, compile_launch
 from moec.kernels.launches import collectives
+from moec.kernels.launches.attend_many import attend_many
 from moec.kernels.launches.decode import Tiles, decode_moe
 from moec.kernels.launches.descriptors import block_shapes
 from moec.kernels.launches.few_tokens import few_linear, few_moe
 from moec.kernels.launches.launch import SHARED, Launch
+from moec.kernels.launches.many_linear import NARROW, many_linear
 from moec.kernels.launches.prefill import prefill_moe, tiles_for
 from moec.kernels.launches.routed import routed_moe
 from moec.kernels.launches.routed_prefill import routed_prefill_moe
@@ -62,6 +64,9 @@ def launches(architecture: int, tokens: int) -> Iterator[Launch]:
             yield from routed_prefill_moe(layer, tokens, tiles_for(architecture, 132))[0]
         yield rope_append(HEADS, tokens, True, 1e-5, False, overlap)
         yield rope_append(HEADS, tokens, False, None, True, overlap)
+        yield attend_many(HEADS, 2, tokens, architecture)
+        for width, inputs in ((QKV, dim), (192, 64)):
+            yield many_linear(width, inputs, tokens, architecture)
     else:
         yield from decode_moe(SCOUT, tokens, overlap=overlap, eps=1e-5)
         yield decode_moe(SCOUT, tokens, overlap=overlap)[0]
@@ -112,6 +117,15 @@ def test_experts_of_maverick_compile_too(architecture: int, tokens: int) -> None
     )
     for launch in found:
         compile_launch(launch, architecture)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", SHARED)
+def test_many_tokens_of_other_models_compile_too(architecture: int) -> None:
+    for size in (16, 32, 64, 256):
+        compile_launch(attend_many(Heads(4, 1, size), 1, 100, architecture), architecture)
+    if architecture == 90:
+        compile_launch(many_linear(QKV, SCOUT.dim, 1024, 90, cut=NARROW), 90)
 
 
 @pytest.mark.full

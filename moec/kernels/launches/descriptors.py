@@ -8,11 +8,13 @@ from typing import Any
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language import NVMMASharedLayout
 
+from moec.kernels.hopper import attend_many as attend_many_hopper
 from moec.kernels.hopper import linear as linear_hopper
+from moec.kernels.hopper import many_linear as many_linear_hopper
 from moec.kernels.hopper import moe_decode as moe_decode_hopper
 from moec.kernels.hopper import moe_prefill as moe_prefill_hopper
 from moec.kernels.launches.launch import TYPES, Launch
-from moec.kernels.triton import blocks_prefill, moe_prefill
+from moec.kernels.triton import blocks_prefill, many_linear, moe_prefill
 
 #: kernel -> its arguments that are descriptors -> their tile: constants of the launch, or numbers
 DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
@@ -45,6 +47,21 @@ DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
         "act_codes": ("TILE", "DEPTH"),
         "down": ("COLUMNS", "DEPTH"),
         "products": (64, "COLUMNS"),
+    },
+    attend_many_hopper.attend_many: {
+        "q": (64, "SIZE"),
+        "key": ("KEYS", "SIZE"),
+        "value": ("KEYS", "SIZE"),
+    },
+    many_linear.many_linear: {
+        "codes": ("TILE", "DEPTH"),
+        "weight": ("COLUMNS", "DEPTH"),
+        "out": ("TILE", "COLUMNS"),
+    },
+    many_linear_hopper.many_linear: {
+        "codes": ("TILE", "DEPTH"),
+        "weight": ("COLUMNS", "DEPTH"),
+        "out": (64, "COLUMNS"),
     },
     linear_hopper.linear: {"codes": ("COLUMNS", "DEPTH"), "weight": ("ROWS", "DEPTH")},
     moe_decode_hopper.gate_up: {"codes": ("COLUMNS", "DEPTH"), "gate_up": ("ROWS", "DEPTH")},

@@ -1,6 +1,6 @@
 """Check what a user chose for a build: the precision, and the placement of the weights."""
 
-from moec.artefact.targets import Target, targets
+from moec.artefact.targets import Target, find_target, targets
 from moec.spec.errors import MoecError, refuse
 from moec.spec.scheme import Scheme
 
@@ -61,6 +61,25 @@ def choose(
         where = f"--weights {mode} --target {target.name} --precision {precision}"
         refuse(where, found, expected, "leave --weights out")
     return dialect, mode
+
+
+def for_device(target: Target, precision: str, device: str | None) -> Target:
+    """The target that builds in `precision` for `device`; None: for any device.
+
+    Raises:
+        MoecError: `target` builds the same for every device, or does not know this one.
+    """
+    if device is None:
+        return target
+    if device not in target.devices:
+        refuse(
+            f"--device {device} --target {target.name}",
+            "no such device" if target.devices else "a target that builds for every device alike",
+            " or ".join(target.devices) or "no --device",
+            "choose one of them" if target.devices else "leave --device out",
+        )
+    name = target.devices[device].get(precision)
+    return find_target(name) if name else target
 
 
 def merging(mode: str, chosen: str | None) -> str:

@@ -47,9 +47,11 @@ class Target:
             models, build the files, and read them again for `bind`.
         engines: each engine that runs its artefacts, by name, as "module:name" of a
             `moec.runtime.engines.engine.Engine`; the first is the default of a session.
-        proof: the name of the engine that a proof runs; "" means the first.
+        proofs: device -> the name of the engine that a proof runs there; by default the first.
         suffix: the ending of its graphs' file names.
         scheme: the default FP8 scheme for wide weights.
+        devices: for a target that builds differently for some devices: device -> precision -> the
+            name of the target that builds for it.
         reduced: dialect -> the smallest sizes of the reduced-size model, as arguments of
             `moec.spec.reduced`, for kernels that need larger ones than its defaults.
     """
@@ -58,9 +60,10 @@ class Target:
     precisions: Mapping[str, Precision]
     builder: str
     engines: Mapping[str, str]
-    proof: str = ""
+    proofs: Mapping[str, str] = field(default_factory=dict)
     suffix: str = ".onnx"
     scheme: str = "meta"
+    devices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     reduced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property

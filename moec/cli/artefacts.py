@@ -85,6 +85,10 @@ def build(
     weights_from: LinksTo = None,
     hashed: Hashed = False,
     adapter: Adapters = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Target ort: what it runs on, cpu or cuda. In fp8 they differ."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Check the numbers after the build.")
     ] = True,
@@ -131,6 +135,7 @@ def build(
             weights_from=weights_from,
             hash_weights=hashed,
             adapters=adapter or (),
+            device=device,
         )
     artefact_tables(art)
     _note_unrecorded(art)

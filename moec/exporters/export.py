@@ -12,7 +12,7 @@ from moec.artefact.artefact import (
     named_folder,
     open_artefact,
 )
-from moec.artefact.choices import check_placement, choose, default_precision, merging
+from moec.artefact.choices import check_placement, choose, default_precision, for_device, merging
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.folder import default_out, refuse_foreign
 from moec.artefact.manifest import Build, Manifest, Weights
@@ -56,13 +56,15 @@ def export(
     weights_from: str | Path | None = None,
     hash_weights: bool = False,
     adapters: Sequence[str | Path] = (),
+    device: str | None = None,
 ) -> Artefact:
     """Build an artefact of a model.
 
     Args:
         source: a checkpoint folder; or a preset, a spec file or a spec. Those three have no
             weights, so that the artefact is unbound.
-        target: "onnx" (plain ONNX), "ort" (ONNX Runtime's own operators), "torch" (a torch.export
+        target: "onnx" (plain ONNX), "ort" (ONNX Runtime's own operators; "ort-cuda" is its FP8 on
+            a GPU), "torch" (a torch.export
             program, of fused FP8 ops where the model has them), "tensorrt" or "tensorrt-rtx"
             (TensorRT engines).
         precision: "fp32", "fp16" and "bf16" are the dtype that the graph computes in; weights keep
@@ -92,6 +94,9 @@ def export(
         hash_weights: whether weights that stay where they are get a SHA-256 too.
         adapters: folders of LoRA adapters, which moec merges into the weights in this order. The
             sum is made in float32. Merged weights are copied or packed.
+        device: what ONNX Runtime will run on, "cpu" or "cuda"; only for target "ort". FP8 for
+            "cuda" is target "ort-cuda", whose ops a library of moec's kernels runs. The default is
+            the artefact that runs on a CPU, and in fp16 and bf16 on a GPU too.
 
     The folders that hold the checkpoint are recorded in the user's state folder, so that this user
     may open artefacts whose weights lie there.
@@ -113,6 +118,8 @@ def export(
             spec = load_spec(source)
         if precision is None:
             precision = default_precision(chosen, spec.scheme)
+        chosen = for_device(chosen, precision, device)
+        target = chosen.name
         spec = in_precision(spec, precision, scheme, cache, chosen.scheme)
         dialect, mode = choose(chosen, precision, weights, spec.scheme)
         mode = merging(mode, weights) if adapters else mode

@@ -27,6 +27,8 @@ from moec.weights.packing import Packing
 
 #: the dialects of target `torch`: of fused FP8 ops, for models that these express, and of plain ops
 FUSED, PLAIN = "torch", "torch-plain"
+#: the dialect of target `ort-cuda`, which has the fused ops too
+ORT_CUDA = "ort-cuda-fp8"
 
 
 #: the kinds of FP8 experts that are joined: weights and inputs, as in a scheme rule
@@ -164,6 +166,7 @@ def plain_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
 PROGRAM_TENSORS: dict[str, Callable[[ModelSpec, str, str], dict[str, Joined]]] = {
     FUSED: joined_tensors,
     PLAIN: plain_tensors,
+    ORT_CUDA: joined_tensors,
 }
 
 

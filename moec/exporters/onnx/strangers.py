@@ -19,6 +19,8 @@ from moec.artefact.artefact import Artefact
 from moec.artefact.stored import stored_kinds
 from moec.exporters.onnx.external_data import entry_of, kinds_of
 from moec.exporters.onnx.lowering import FUNCTIONS
+from moec.exporters.onnx.ort_cuda import FUSED_OPS
+from moec.graph_builder import ops
 from moec.spec.bounded.own import check_utf8
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
@@ -36,7 +38,7 @@ _WRITES = {
         "SkipSimplifiedLayerNormalization",
     },
     "trt": {"Attention"},
-    "moec": {"MoecMoe"},
+    "moec": {"MoecMoe", *(each.name for each in (*FUSED_OPS, ops.attention_fp8))},
 }
 
 

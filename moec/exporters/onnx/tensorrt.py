@@ -145,10 +145,19 @@ def _attention(
     return _attend(e, [q, k, v], out.shape[2] // heads, out, "", **counts)
 
 
-def _fuse(
-    e: Emitter, node: fx.Node, x: ir.Value, ids: ir.Value, features: ir.Value, token: int
+def fuse_by_count(
+    e: Emitter,
+    node: fx.Node,
+    x: ir.Value,
+    ids: ir.Value,
+    features: ir.Value,
+    token: int,
+    given: ir.Value | None = None,
 ) -> ir.Value:
-    """Early fusion: features [N, D] replace the first N rows of x [T, D] whose id is `token`."""
+    """Early fusion: features [N, D] replace the first N rows of x [T, D] whose id is `token`.
+
+    No shape depends on data, so that nobody asks the GPU. `given` is N, if the caller has it.
+    """
     out: TensorType = node.meta["type"]
     tokens, dim = out.shape
     flat, flags = TensorType((tokens,), _INT64), TensorType((tokens,), _BOOL)
@@ -157,7 +166,8 @@ def _fuse(
     ones = e.cast(hits, _INT64, "ones")
     count = e.op("CumSum", [ones, e.constant(0)], flat, "count")
     rank = e.op("Sub", [count, e.constant(1)], flat, "rank")
-    given = e.op("Shape", [features], TensorType((1,), _INT64), "given", start=0, end=1)
+    if given is None:
+        given = e.op("Shape", [features], TensorType((1,), _INT64), "given", start=0, end=1)
     known = e.op("And", [hits, e.op("Less", [rank, given], flags, "less")], flags, "known")
     # One more row in front, so that Gather has a row even if there are no features.
     blank = e.cast(e.constant(np.zeros((1, dim), np.float32)), out.dtype, "blank")
@@ -213,7 +223,7 @@ TENSORRT = (
     Rule(ops.buffered_attention, _buffered_attention, _masks_slots),
     Rule(ops.slot_mask, _slot_mask),
     Rule(ops.attention, _attention),
-    Rule(ops.fuse, _fuse),
+    Rule(ops.fuse, fuse_by_count),
     Rule(ops.linear, _linear),
     Rule(ops.moe_layer, _moe_layer),
     Rule(ops.moe, few_or_many),

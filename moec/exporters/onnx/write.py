@@ -15,6 +15,7 @@ from moec.exporters.onnx.external_data import set_external_data, write_model
 from moec.exporters.onnx.genai import PART
 from moec.exporters.onnx.lowering import Lowered, Rule, lower
 from moec.exporters.onnx.ort import ORT, ORT_GIVEN, ORT_INT4, ORT_INT8, ORT_PACKED
+from moec.exporters.onnx.ort_cuda import ORT_CUDA
 from moec.exporters.onnx.standard import OPSET, STANDARD
 from moec.exporters.onnx.tensorrt import TENSORRT
 from moec.graph_builder.parts import build_graph, parts_of
@@ -22,6 +23,7 @@ from moec.graph_builder.passes.buffers import has_buffers, keep_buffers
 from moec.graph_builder.passes.genai import genai_inputs
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.spec.model import ModelSpec
+from moec.weights import joined
 from moec.weights.shard import TensorEntry
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
@@ -60,6 +62,8 @@ DIALECTS = {
     "ort-int8": Dialect(ORT_INT8, _ORT_PASSES, packs=True, vision=ORT_PACKED),
     "ort-int4": Dialect(ORT_INT4, _ORT_PASSES, packs=True, vision=ORT_PACKED),
     "ort-given": Dialect(ORT_GIVEN, _ORT_PASSES, packs=True),
+    # The passes of target torch build its graph.
+    joined.ORT_CUDA: Dialect(ORT_CUDA, {}, vision=STANDARD),
 }
 
 

@@ -4,8 +4,10 @@ Inputs and outputs have the names and the order of the ops in `moec.graph_builde
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
+from moec.kernels.ahead_of_time.quantities import Quantity, blocks, multiple
 from moec.kernels.ahead_of_time.variants import (
     EVERY,
     Given,
@@ -16,13 +18,21 @@ from moec.kernels.ahead_of_time.variants import (
     by_tokens,
 )
 from moec.kernels.launches import prefill, step
+from moec.kernels.launches.attend_many import attend_many
+from moec.kernels.launches.descriptors import block_shapes
 from moec.kernels.launches.few_tokens import few_linear, few_moe
-from moec.kernels.launches.launch import Buffers, Launch
-from moec.kernels.sizes import MOST_TOKENS, Sizes
+from moec.kernels.launches.launch import Buffers, Launch, power_of_2
+from moec.kernels.launches.many_linear import many_linear
+from moec.kernels.sizes import MOST_TOKENS, Heads, Sizes
 from moec.spec.errors import refuse
 
 #: the most tokens of a part of a call, which decides how much scratch a call needs
 PART = 8192
+#: the most sequences of a decode step, and more slots and steps than any model has
+MOST_BATCH, LONGEST = 1024, 1 << 30
+#: about how many multiprocessors a GPU has, which decides how a product is tiled; the result does
+#: not depend on it
+PROGRAMS = 132
 TOKENS = "tokens"
 
 Plan = tuple[tuple[Step, ...], Buffers]
@@ -134,12 +144,76 @@ def fp8_linear(width: int, dim: int) -> Operation:
     """`fp8_linear`: a product of quantised values."""
 
     def launched(tokens: int, architecture: int) -> Plan:
+        if tokens > MOST_TOKENS:
+            launch = many_linear(width, dim, tokens, architecture, PROGRAMS)
+            return (Step(replace(launch, grid=(EVERY, 1, 1))),), {}
         return (Step(few_linear(width, dim, tokens, architecture)),), {}
 
     weight = Given("weight", "fp8e4nv", (width, dim)), Given("weight_scale", "fp32", (width,))
     given = (*_codes(dim), *weight)
-    out = (_tokens("out", width),)
-    return _rowwise("fp8_linear", {}, given, out, launched, MOST_TOKENS)
+    return _rowwise("fp8_linear", {}, given, (_tokens("out", width),), launched)
+
+
+def attention_fp8(heads: Heads, rope: bool, temperature: bool, eps: float | None) -> Operation:
+    """`attention_fp8`, with or without tables for RoPE and a temperature."""
+    width, half = heads.heads * heads.size, heads.size // 2
+    kinds = rope, eps, temperature
+    table = Given("cos", "fp32", ("batch", "steps", half))
+    cache = Given("key", "bf16", ("batch", heads.kv_heads, "slots", heads.size))
+    inputs = (
+        _tokens("qkv", width + 2 * heads.kv_heads * heads.size),
+        table if rope else None,
+        replace(table, name="sin") if rope else None,
+        Given("temperature", "fp32", ("batch", "steps", 1)) if temperature else None,
+        cache,
+        replace(cache, name="value"),
+        Given("last", "i32", ("batch",)),
+    )
+    kept = (replace(cache, name=f"present_{x}", continues=x) for x in ("key", "value"))
+    outputs = (*_codes(width), *kept)
+    absent = {} if rope else {"cos": None, "sin": None}
+    absent |= {} if temperature else {"temperature": None}
+
+    def one(batch: int, architecture: int) -> Plan:
+        pdl = architecture >= 90
+        most = max(1, step.PROGRAMS // (batch * heads.kv_heads))
+        splits = power_of_2(most + 1) // 2  # powers of 2 alone: each number is two kernels more
+        launches, written = step.attend(heads, batch, LONGEST, *kinds, pdl, splits)
+        steps = tuple(Step(each, absent) for each in launches)
+        return (*steps, Step(step.encode(width, batch, pdl), {"x": "out"})), written
+
+    def many(architecture: int) -> Variant:
+        pdl = architecture >= 90
+        place = step.rope_append(heads, MOST_TOKENS + 1, *kinds, pdl)
+        attend = attend_many(heads, 1, 1, architecture, EVERY)
+        rows, longer = attend.constants["ROWS"], attend_many(heads, 1, 1 << 10, architecture, EVERY)
+        tiles = Quantity(1) if longer.grid == attend.grid else blocks("steps", rows)
+        pack = step.encode(width, MOST_TOKENS + 1, pdl)
+        described = {"q": (TOKENS, 1), "key": ("places", heads.kv_heads)}
+        described["value"] = described["key"]
+        columns = {"q": width, "key": heads.size, "value": heads.size}
+        used = {name: described[name] for name in block_shapes(attend)}
+        return Variant(
+            {"steps": (2, LONGEST)},
+            (Step(place, absent), Step(attend), Step(pack, {"x": "out"})),
+            (
+                (multiple(TOKENS), Quantity(place.grid[1]), Quantity(1)),
+                (Quantity(attend.grid[0]), tiles, multiple("batch")),
+                (multiple(TOKENS), Quantity(1), Quantity(1)),
+            ),
+            {name: multiple(TOKENS, 2 * width) for name in ("q", "out")},
+            {name: multiple(*each) for name, each in used.items()},
+            {name: columns[name] for name in used},
+        )
+
+    def variants(architecture: int) -> Iterator[Variant]:
+        given, only = (*inputs, *outputs), {"steps": (1, 1)}
+        yield from by_tokens(one, given, MOST_BATCH, architecture, "batch", only)
+        yield many(architecture)
+
+    constants: dict[str, int | float] = {"heads": heads.heads, "kv_heads": heads.kv_heads}
+    constants |= {} if eps is None else {"eps": eps}
+    return Operation("attention_fp8", constants, inputs, outputs, 0, variants)
 
 
 def _rowwise(

@@ -37,8 +37,8 @@ from itertools import chain
 from triton import knobs
 
 from moec.kernels.ahead_of_time.compile import Compiled, TensorMap, compile_launch
-from moec.kernels.ahead_of_time.quantities import Quantity
-from moec.kernels.ahead_of_time.variants import VARIABLES, Given, Operation, Step, Variant
+from moec.kernels.ahead_of_time.quantities import VARIABLES, Quantity, multiple
+from moec.kernels.ahead_of_time.variants import Given, Operation, Step, Variant
 from moec.kernels.launches.launch import SHARED, Launch
 from moec.spec.errors import refuse
 
@@ -195,7 +195,7 @@ def _map(each: TensorMap, buffer: str, variant: Variant) -> list[int]:
 
 def _number(name: str, part: str, variant: Variant) -> Quantity:
     if not part:
-        return Quantity(0, 1, ((1, 0),), VARIABLES.index(name))
+        return multiple(name)
     if part == "rows":
         return variant.rows[name]
     columns = variant.columns.get(name, 0)

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
+#: the variables of all programs, by their indices; the launcher finds the last two from the others:
+#: tokens / batch, and batch * slots
+VARIABLES = ("tokens", "batch", "slots", "steps", "places")
 #: numbers of tokens after which a quantity's steps repeat: 16 share a program, 128 share a tile
 PERIODS = (1, 16, 128)
 
@@ -29,6 +32,16 @@ class Quantity:
     def integers(self) -> list[int]:
         """The integers that stand for it in a program."""
         return [self.of, self.add, self.period, len(self.terms), *chain(*self.terms)]
+
+
+def multiple(variable: str, of: int = 1) -> Quantity:
+    """`of` times a variable."""
+    return Quantity(0, 1, ((of, 0),), VARIABLES.index(variable))
+
+
+def blocks(variable: str, size: int) -> Quantity:
+    """How many blocks of `size` cover a variable."""
+    return Quantity(0, size, ((1, size - 1),), VARIABLES.index(variable))
 
 
 def longest(first: int, rows: Sequence[Sequence[int]], of: int = 0) -> tuple[int, list[Quantity]]:

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from math import prod
 
-from moec.kernels.ahead_of_time.quantities import Quantity, longest
+from moec.kernels.ahead_of_time.quantities import VARIABLES, Quantity, longest
 from moec.kernels.launches.descriptors import block_shapes
 from moec.kernels.launches.launch import Buffers, Launch
 from moec.spec.data import DTYPES
 
-#: the variables of all programs, by their indices; the launcher finds `steps` by division
-VARIABLES = ("tokens", "batch", "slots", "steps")
 #: a grid size that stands for the number of the GPU's multiprocessors
 EVERY = -1
 #: bytes of an element

@@ -95,9 +95,8 @@ def build_library(
     """
     _refuse_links(out)
     out.mkdir(parents=True, exist_ok=True)
-    for package, names in ((__package__, SOURCES), (face.package, face.sources)):
-        for name in names:
-            (out / name).write_bytes((files(package) / name).read_bytes())
+    for name, content in sources_of(face).items():
+        (out / name).write_bytes(content)
     (out / PROGRAMS).write_bytes(programs)
     script, compiled = out / SCRIPT, [*SOURCES, *face.sources]
     headers = {**face.headers, **CUDA}
@@ -112,6 +111,14 @@ def build_library(
     script.chmod(0o755)
     library, why, command = _compile(face.library, headers, out, given or {})
     return Library(out, library, why, command)
+
+
+def sources_of(face: Face) -> dict[str, bytes]:
+    """The sources of a library by name: those of the launcher and of its face."""
+    every = ((__package__, SOURCES), (face.package, face.sources))
+    return {
+        name: (files(package) / name).read_bytes() for package, names in every for name in names
+    }
 
 
 def _refuse_links(out: Path) -> None:

@@ -14,6 +14,7 @@
     EACH(cuFuncSetAttribute)     \
     EACH(cuFuncSetCacheConfig)   \
     EACH(cuTensorMapEncodeTiled) \
+    EACH(cuMemcpyDtoDAsync)      \
     EACH(cuLaunchKernelEx)
 
 namespace moec {

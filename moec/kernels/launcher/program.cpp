@@ -153,7 +153,7 @@ int64_t typeBytes(int64_t type) noexcept {
     return 0;
 }
 
-constexpr char const* kNames[kVariables] = {"tokens", "batch", "slots", "steps"};
+constexpr char const* kNames[kVariables] = {"tokens", "batch", "slots", "steps", "places"};
 
 std::string sizesText(std::vector<int64_t> const& sizes) {
     std::string found;
@@ -278,6 +278,7 @@ std::size_t Program::fits(std::vector<std::vector<int64_t>> const& shapes, Value
         }
         values[kSteps] = tokens / batch;
     }
+    values[kPlaces] = values[kBatch] * values[kSlots];
     return given.size();
 }
 

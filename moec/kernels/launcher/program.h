@@ -21,8 +21,8 @@ Failure refusal(std::string const& where, std::string const& found, std::string 
                 std::string const& next);
 
 /// The sizes that differ from call to call, in the order of the format's variables. One that an
-/// operation does not have is 0.
-enum Variable : int64_t { kTokens = 0, kBatch = 1, kSlots = 2, kSteps = 3, kVariables = 4 };
+/// operation does not have is 0. Steps are tokens / batch, places are batch * slots.
+enum Variable : int64_t { kTokens = 0, kBatch = 1, kSlots = 2, kSteps = 3, kPlaces = 4, kVariables = 5 };
 using Values = std::array<int64_t, kVariables>;
 
 /// A number that depends on the variable `of`:

@@ -60,7 +60,7 @@ MOEC_PUBLIC int moec_prepare(void* launcher, char* message, std::size_t room) {
     return guarded(message, room, [&] { static_cast<moec::Launcher*>(launcher)->prepare(); });
 }
 
-/// Starts the operation. `variables` has the tokens, batch, slots and steps; `given` holds pointers
+/// Starts the operation. `variables` has one number for each variable; `given` holds pointers
 /// to GPU memory, as for `Launcher::run`.
 MOEC_PUBLIC int moec_run(void* launcher, int64_t const* variables, uint64_t const* given,
                          uint64_t workspace, int64_t workspaceBytes, void* stream, char* message,

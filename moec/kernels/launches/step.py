@@ -167,10 +167,14 @@ def attend(
     eps: float | None,
     temperature: bool,
     overlap: bool = False,
+    splits: int | None = None,
 ) -> tuple[tuple[Launch, Launch], Buffers]:
-    """`rope_append` for one token per sequence, then its attention over buffers of `slots`."""
+    """`rope_append` for one token per sequence, then its attention over buffers of `slots`.
+
+    The keys are cut into `splits`, by default as many as fill a GPU.
+    """
     group, rows = _group(heads), batch * heads.kv_heads
-    splits = max(1, min(PROGRAMS // rows, -(-slots // KEYS)))
+    splits = splits or max(1, min(PROGRAMS // rows, -(-slots // KEYS)))
     split = {"SPLITS": splits, "KEYS": KEYS, "OVERLAP": overlap}
     launches = (
         Launch(

@@ -16,11 +16,21 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from moec.spec import names
+
 Call = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 #: graphs that are kept; each holds the memory of one step's intermediate values
 MOST = 8
 #: first calls that are remembered by their addresses; more than a batch has sequences
 SEEN = 1024
+#: the inputs that differ from one decode step to the next
+MOVING = (
+    names.INPUT_IDS,
+    names.PAST_LENGTHS,
+    names.LOGIT_INDEX,
+    names.last(names.RING),
+    names.last(names.GLOBAL),
+)
 
 
 class Replays:

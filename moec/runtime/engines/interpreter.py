@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from onnx.reference import ReferenceEvaluator
@@ -20,7 +21,7 @@ from moec.artefact.artefact import Artefact
 from moec.exporters.onnx.external_data import entry_of
 from moec.exporters.onnx.lowering import type_of
 from moec.exporters.onnx.strangers import load_checked
-from moec.exporters.tensorrt.weight_inputs import weights_of
+from moec.exporters.onnx.weight_inputs import weights_of
 from moec.graph_builder import ops
 from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
 from moec.runtime.engines.inner_values import open_values
@@ -53,15 +54,25 @@ def interpreter(
     widen(model)
     proto = ir.to_proto(model)
     open_values(proto, taps, given)
-    evaluator = ReferenceEvaluator(proto, new_ops=[Attention, MoecMoe])
+    return interpreted(proto, weights, artefact.manifest.spec.text.dim, [Attention, MoecMoe])
+
+
+def interpreted(
+    proto: onnx.ModelProto, weights: Mapping[str, Any], dim: int, operators: list[type[OpRun]]
+) -> Run:
+    """Run `proto` node by node, with these `weights` and `operators` beside ONNX's own.
+
+    A call writes into the caches that it is given. Images have features of the width `dim`.
+    """
+    evaluator = ReferenceEvaluator(proto, new_ops=operators)
     taken = [each.name for each in proto.graph.input if each.name not in weights]
     outputs = [each.name for each in proto.graph.output]
-    no_images = {names.IMAGE_FEATURES: torch.zeros(0, artefact.manifest.spec.text.dim)}
+    no_images = {names.IMAGE_FEATURES: torch.zeros(0, dim)}
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fed = no_images | dict(feeds)
-        values = {name: _array(fed[name]) for name in taken}
-        results = map(_tensor, evaluator.run(None, weights | values))
+        values = {name: array_of(fed[name]) for name in taken}
+        results = map(tensor_of, evaluator.run(None, {**weights, **values}))
         found = dict(zip(outputs, results, strict=True))
         for name in filter(names.is_present, outputs):
             feeds[names.past_of(name)].copy_(found.pop(name))  # as engines do
@@ -96,7 +107,7 @@ def unbound(model: ir.Model, artefact: Artefact) -> dict[str, Any]:
             graph.inputs.append(each)
     shapes = {str(each.name): type_of(each).shape for each in graph.inputs}
     return {
-        name: _array(torch.cat([view(part).flatten() for part in parts]).reshape(shapes[name]))
+        name: array_of(torch.cat([view(part).flatten() for part in parts]).reshape(shapes[name]))
         for name, parts in weights_of(artefact.manifest, stored, list(shapes)).items()
     }
 
@@ -125,16 +136,16 @@ class Attention(OpRun):
     op_domain = "trt"
 
     def _run(self, *operands: Any, scale: float, **more: int) -> tuple[Any]:
-        q, k, v, *masks = map(_tensor, operands)
+        q, k, v, *masks = map(tensor_of, operands)
         mask = masks[0] if masks else None
         size = q.shape[3] if q.dim() == 4 else q.shape[2] // more["q_num_heads"]
         q = q * (scale * size**0.5)  # the op itself scales by size**-0.5
         if q.dim() == 3:  # [B, S, heads * d]
             counts = more["q_num_heads"], more["kv_num_heads"]
-            return (_array(ops.attention.eager(q, k, v, mask, *counts, None)),)
+            return (array_of(ops.attention.eager(q, k, v, mask, *counts, None)),)
         flat = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]  # [B, heads, S, d] ->
         mixed = ops.attention.eager(*flat, mask, q.shape[1], k.shape[1], None)
-        return (_array(mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2)),)
+        return (array_of(mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2)),)
 
 
 class MoecMoe(OpRun):
@@ -143,17 +154,18 @@ class MoecMoe(OpRun):
     op_domain = "moec"
 
     def _run(self, *operands: Any, **names: str) -> tuple[Any]:
-        return (_array(ops.moe_layer.eager(*map(_tensor, operands))),)
+        return (array_of(ops.moe_layer.eager(*map(tensor_of, operands))),)
 
 
-def _array(x: Tensor) -> Any:
+def array_of(x: Tensor) -> Any:
     """`x` as an array for ONNX's interpreter."""
     if x.dtype == ops.FP8:
         return x.contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
     return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
 
 
-def _tensor(x: Any) -> Tensor:
+def tensor_of(x: Any) -> Tensor:
+    """An array of ONNX's interpreter as a tensor."""
     x = np.ascontiguousarray(x)
     if x.dtype == ml_dtypes.float8_e4m3fn:
         return torch.from_numpy(x.view(np.uint8)).view(ops.FP8)
@@ -179,12 +191,13 @@ def _shown(artefact: Artefact, part: str, wanted: Sequence[str]) -> list[str]:
     return [name for name in wanted if name in known]
 
 
-def _check(artefact: Artefact, device: str) -> None:
+def refuse_gpus(artefact: Artefact, device: str) -> None:
+    """Refuse all devices but the CPU."""
     if device == "cuda":
         refuse(
             f"{artefact.path} on {device}",
-            "an engine, whose inner values nobody sees",
-            "its ONNX, which is proven on the cpu",
+            "an interpreter of ONNX",
+            "device cpu, where a graph is proven whose engine shows no inner values",
             "leave --device out",
             exit_code=3,
         )
@@ -205,7 +218,7 @@ ENGINE = Engine(
     "interpreter",
     "ONNX's interpreter",
     _open,
-    _check,
+    refuse_gpus,
     _limits,
     compute="fp32",
     note=_note,

@@ -14,13 +14,13 @@ from moec.exporters.onnx.write import GENAI
 from moec.graph_builder.ops import FP8
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.inner_values import open_values, rename, shown
+from moec.runtime.engines.ort_binding import OrtBinding, tensor_of
 from moec.spec import names
 from moec.spec.errors import refuse
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 #: the first version of onnxruntime that is known to run quantised artefacts; 1.30 refuses them
 QUANTIZED_FROM = (1, 32)
-_KINDS = {f"tensor({DTYPES[each].name.lower()})": each for each in (torch.float32, torch.int64)}
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
 
 
@@ -45,7 +45,7 @@ def ort_engine(
     """
     manifest = artefact.manifest
     check_kernels(artefact, device)
-    onnxruntime = _runtime(device)
+    onnxruntime = ort_for(device)
     _check_version(artefact, onnxruntime.__version__)
     if options_name not in manifest.presets:
         refuse(
@@ -85,68 +85,17 @@ def ort_engine(
         )
     if part != GENAI:
         _check_ports(artefact, part, session, {names.given(name) for name in given})
-    shapes = {port.name: port.shape for port in session.get_inputs()}
-    inputs = shapes.keys()
+    inputs = {port.name for port in session.get_inputs()}
     optional = {port.name for port in session.get_overridable_initializers()}
-    outputs = {port.name: (port.shape, _KINDS.get(port.type)) for port in session.get_outputs()}
-    # For each symbolic size, an input and the axis where a call finds its value.
-    named = {
-        dim: (name, i)
-        for name, shape in reversed(shapes.items())
-        for i, dim in enumerate(shape)
-        if isinstance(dim, str)
-    }
-    kept = {n: names.past_of(n) for n in outputs if names.is_present(n)}
+    outputs = [port.name for port in session.get_outputs()]
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = inputs | (optional & feeds.keys())
         values = {name: _value(onnxruntime, feeds[name]) for name in given}
-        results = session.run_with_ort_values(list(outputs), values)
-        return dict(zip(outputs, map(_tensor, results), strict=True))
+        results = session.run_with_ort_values(outputs, values)
+        return dict(zip(outputs, map(tensor_of, results), strict=True))
 
-    # One binding holds the inputs, outputs and buffers; a call binds again only what has changed.
-    binding = session.io_binding()
-    bound: dict[str, Tensor] = {}
-
-    def run_bound(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        nonlocal binding
-        given = inputs | (optional & feeds.keys())
-        # Start a new binding if the buffers are others, or if this call leaves an input out.
-        anew = any(bound.get(past) is not feeds[past] for past in kept.values())
-        anew = anew or bool(bound.keys() - given)
-        if anew:
-            binding = session.io_binding()
-            bound.clear()
-        for name in given:
-            if bound.get(name) is not feeds[name]:  # the buffers are the same in each step
-                binding.bind_input(name, *_place(feeds[name]))
-                bound[name] = feeds[name]
-        fresh: dict[str, Tensor] = {}
-        sizes = {dim: bound[name].shape[i] for dim, (name, i) in named.items()}
-        for name, (shape, kind) in outputs.items():
-            past = kept.get(name)
-            if past is not None and anew:
-                binding.bind_output(name, *_place(bound[past]))
-            elif past is None:
-                size = [sizes.get(dim, dim) for dim in shape]
-                if kind is None or any(isinstance(dim, str) for dim in size):
-                    binding.bind_output(name, "cpu")  # its size is known only after the run
-                else:
-                    fresh[name] = torch.empty(size, dtype=kind, device=device)
-                    binding.bind_output(name, *_place(fresh[name]))
-        binding.synchronize_inputs()
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        if len(fresh) + len(kept) < len(outputs):
-            found = zip(outputs, binding.get_outputs(), strict=True)
-            fresh |= {
-                name: _tensor(each)
-                for name, each in found
-                if name not in kept and name not in fresh
-            }
-        return fresh | {name: bound[past] for name, past in kept.items()}
-
-    return run_bound if manifest.buffered else run
+    return OrtBinding(session, device) if manifest.buffered else run
 
 
 def _check_ports(artefact: Artefact, part: str, session: Any, added: set[str]) -> None:
@@ -185,21 +134,7 @@ def _value(onnxruntime: Any, tensor: Tensor) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
 
 
-def _tensor(value: Any) -> Tensor:
-    """A result on the CPU as a tensor, without a copy."""
-    found = torch.from_numpy(value.numpy())
-    return found.view(FP8) if value.data_type() == "tensor(float8e4m3fn)" else found
-
-
-def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
-    """`tensor` as arguments of IOBinding: device, device number, element type, shape, address."""
-    assert tensor.is_contiguous()
-    device = tensor.device
-    kind = DTYPES[tensor.dtype].value
-    return device.type, device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr()
-
-
-def _runtime(device: str) -> Any:
+def ort_for(device: str) -> Any:
     """Import onnxruntime.
 
     Raises:
@@ -266,7 +201,7 @@ def check_kernels(artefact: Artefact, device: str) -> None:
             else "fp32 or fp16: ONNX Runtime has no bf16 kernels on the CPU"
         )
         fix = (
-            "build with --target ort --precision bf16"
+            "build with --target ort --precision fp8 --device cuda, or --precision bf16"
             if device == "cuda"
             else "build with --precision fp32 (weights stay bf16 on disk), or use device cuda"
         )

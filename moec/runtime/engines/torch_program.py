@@ -28,23 +28,14 @@ from moec.graph_builder.roles import WHOLE
 from moec.graph_builder.types import TensorType
 from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.bound import Bound
-from moec.runtime.engines.cuda_graphs import Replays
+from moec.runtime.engines.cuda_graphs import MOVING, Replays
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
 from moec.spec.sharding import ALONE, Rank, check_ranks, local
-from moec.weights.joined import FUSED
-
-#: the inputs that differ from one decode step to the next
-MOVING = (
-    names.INPUT_IDS,
-    names.PAST_LENGTHS,
-    names.LOGIT_INDEX,
-    names.last(names.RING),
-    names.last(names.GLOBAL),
-)
+from moec.weights.joined import FUSED, PLAIN
 
 
 def torch_engine(
@@ -167,7 +158,8 @@ def _graph(
     greedy: bool = False,
 ) -> fx.GraphModule:
     manifest = artefact.manifest
-    how = (taps, given, manifest.dialect, rank, greedy)
+    dialect = PLAIN if manifest.dialect == PLAIN else FUSED  # that of target ort-cuda is, too
+    how = (taps, given, dialect, rank, greedy)
     return part_graph(manifest.spec, manifest.compute, part, *how)
 
 
@@ -242,16 +234,16 @@ def torch_with(weights: Mapping[str, Tensor] | None, rank: Rank = ALONE) -> Engi
         _check,
         limits,
         queues=True,
-        shown=partial(_shown, rank=rank),
+        shown=partial(shown, rank=rank),
         gives=opened,
         rank=rank,
         of_rank=partial(torch_with, None),
     )
 
 
-def _shown(artefact: Artefact, part: str, wanted: Sequence[str], rank: Rank = ALONE) -> list[str]:
+def shown(artefact: Artefact, part: str, wanted: Sequence[str], rank: Rank = ALONE) -> list[str]:
     """Those of the names `wanted` that no fused op hides, and that a rank has all of."""
-    fused = _is_fused(artefact)
+    fused = artefact.manifest.dialect != PLAIN
     known = {
         node.meta["name"]
         for node in _graph(artefact, part, rank=rank).graph.nodes

@@ -35,7 +35,7 @@ class ArtefactUnderTest:
     def engine(self) -> Engine:
         """The engine in which artefacts of its target are proven."""
         target = find_target(self.artefact.manifest.target)
-        return find_engine(self.artefact, target.proof or target.engine)
+        return find_engine(self.artefact, target.proofs.get(self.device, target.engine))
 
     @property
     def title(self) -> str:

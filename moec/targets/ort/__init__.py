@@ -17,5 +17,6 @@ TARGET = Target(
     },
     builder="moec.targets.ort.build:BUILDER",
     engines={"onnxruntime": "moec.runtime.engines.ort:ENGINE"},
+    devices={"cpu": {}, "cuda": {"fp8": "ort-cuda"}},
     reduced={"ort-int8": _BLOCKS, "ort-int4": _BLOCKS},
 )

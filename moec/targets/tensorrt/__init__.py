@@ -15,7 +15,7 @@ TARGET = Target(
         "tensorrt": "moec.runtime.engines.tensorrt.run:ENGINE",
         "interpreter": "moec.runtime.engines.interpreter:ENGINE",
     },
-    proof="interpreter",
+    proofs={"cpu": "interpreter", "cuda": "interpreter"},
     scheme="mixed",
     # A proof does not run the plugin's kernels, but the model must have sizes that they take
     # (`moec.kernels.sizes.SMALLEST`).

@@ -102,6 +102,11 @@ CUresult cuTensorMapEncodeTiled(
         promotion, fill);
     return CUDA_SUCCESS;
 }
+CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    say("{\"copy\": %zu, \"from\": %zu, \"bytes\": %zu, \"stream\": %zu}\n", (size_t)to, (size_t)from,
+        bytes, (size_t)stream);
+    return CUDA_SUCCESS;
+}
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters,
                           void **extra) {
     struct function *of = (struct function *)function;

@@ -77,7 +77,7 @@ class Launcher:
     def room(self, variables: Sequence[int]) -> int:
         """The bytes of workspace of a call; it needs a driver."""
         found = ctypes.c_int64()
-        values = (ctypes.c_int64 * 4)(*variables)
+        values = (ctypes.c_int64 * 5)(*variables)
         self._check(
             self._library.moec_room(self._handle, values, ctypes.byref(found), self._message, ROOM)
         )
@@ -94,9 +94,9 @@ class Launcher:
         room: int,
         stream: int = 0,
     ) -> None:
-        """`variables` are tokens, batch, slots and steps; a number alone is the tokens."""
+        """`variables` are in the order of `VARIABLES`; a number alone is the tokens."""
         values = (variables,) if isinstance(variables, int) else variables
-        sizes = (ctypes.c_int64 * 4)(*values)
+        sizes = (ctypes.c_int64 * 5)(*values)
         pointers = (ctypes.c_uint64 * len(given))(*given)
         self._check(
             self._library.moec_run(

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moec.kernels.ahead_of_time.quantities import Quantity
-from moec.kernels.ahead_of_time.variants import VARIABLES
+from moec.kernels.ahead_of_time.quantities import VARIABLES, Quantity
 
 
 @dataclass

@@ -23,9 +23,9 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_job import ENGINES
 from moec.artefact.opening.native import check_native
+from moec.exporters.onnx.weight_inputs import weights_of
 from moec.exporters.tensorrt.api import add_plugins
 from moec.exporters.tensorrt.callbacks import new_log
-from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.runtime.engines.tensorrt.fit import (
     KINDS,
     Io,

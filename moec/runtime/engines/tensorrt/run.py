@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.exporters.tensorrt.api import load
-from moec.runtime.engines.cuda_graphs import Replays
+from moec.runtime.engines.cuda_graphs import MOVING, Replays
 from moec.runtime.engines.engine import Engine, Limits, Run, compiled_limits
 from moec.runtime.engines.gpu import memory_for
 from moec.runtime.engines.tensorrt.fit import (
@@ -24,7 +24,6 @@ from moec.runtime.engines.tensorrt.fit import (
     no_profile,
 )
 from moec.runtime.engines.tensorrt.opening import ALIGNED, OpenEngine, open_engine
-from moec.runtime.engines.torch_program import MOVING
 from moec.spec.errors import refuse
 from moec.spec.names import IMAGE_FEATURES, INPUT_IDS, past_of
 

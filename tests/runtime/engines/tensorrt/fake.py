@@ -24,8 +24,8 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_job import DTYPES, Built, Job
 from moec.artefact.manifest import Engine as Recorded
+from moec.exporters.onnx.weight_inputs import weights_of
 from moec.exporters.tensorrt.build import job_of
-from moec.exporters.tensorrt.weight_inputs import weights_of
 from moec.runtime.engines.interpreter import interpreter
 from moec.runtime.engines.tensorrt.fit import KINDS
 from moec.spec.names import is_input, is_present

@@ -11,7 +11,7 @@ from torch import Tensor
 import moec
 from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
-from moec.exporters.tensorrt.weight_inputs import weights_of
+from moec.exporters.onnx.weight_inputs import weights_of
 from moec.runtime.open import artefact_session
 from moec.runtime.session import Session
 from moec.weights.random import write_random_checkpoint

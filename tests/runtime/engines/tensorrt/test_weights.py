@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moec.artefact.artefact import Artefact
-from moec.exporters.tensorrt.weight_inputs import weights_of
+from moec.exporters.onnx.weight_inputs import weights_of
 from moec.runtime.engines.tensorrt import weights as tensorrt_weights
 from moec.runtime.engines.tensorrt.opening import open_engine
 from moec.runtime.engines.tensorrt.weights import load_bindings

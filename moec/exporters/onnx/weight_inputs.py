@@ -1,4 +1,4 @@
-"""Find the bytes of the weights that a TensorRT engine takes as inputs.
+"""Find the bytes of the weights that a graph takes as inputs.
 
 They are those of a stored tensor, of a slice of one, or of several joined tensors.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from moec.artefact.manifest import Manifest
 from moec.exporters.onnx.external_data import entry_of
 from moec.spec.names import of_moe
-from moec.weights.joined import joined_tensors
+from moec.weights.joined import ORT_CUDA, joined_tensors
 from moec.weights.shard import TensorEntry
 
 
@@ -18,7 +18,8 @@ def weights_of(
     """The stored tensors whose bytes, one after another, make up each weight of `names`.
 
     A name is that of a stored tensor, of an expert in one ("TENSOR[INDEX]"), or of a joined tensor
-    of the MoE plugin; see `moec.weights.joined`. Names without stored bytes are left out.
+    of the MoE plugin or of fused ops; see `moec.weights.joined`. Names without stored bytes are
+    left out.
     """
     joined, found = _joined_inputs(manifest), dict[str, tuple[TensorEntry, ...]]()
     for name in names:
@@ -31,15 +32,15 @@ def weights_of(
 
 
 def _joined_inputs(manifest: Manifest) -> dict[str, tuple[str, ...]]:
-    """The joined tensors that the MoE plugin takes, and the stored tensors of each, by name."""
-    if manifest.dialect != "tensorrt-plugin":
+    """The joined tensors that the dialect takes, and the stored tensors of each, by name."""
+    if manifest.dialect not in ("tensorrt-plugin", ORT_CUDA):
         return {}
-    spec = manifest.spec
+    spec, of_all = manifest.spec, manifest.dialect == ORT_CUDA
     as_stored = {
         each.source: each.names(spec.stored(each.source))[0] for each in manifest.packings.values()
     }
     return {
         name: tuple(as_stored.get(source, source) for source in each.sources)
         for name, each in joined_tensors(spec).items()
-        if of_moe(name) and len(each.sources) > 1
+        if of_all or (of_moe(name) and len(each.sources) > 1)
     }

@@ -1,0 +1,111 @@
+"""Target ort-cuda on a CPU: its graph in ONNX's interpreter, and what is refused without a GPU."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import moec
+from moec.artefact.artefact import open_artefact
+from moec.exporters.onnx.ort_cuda import FUSED_OPS, constants, split, whole
+from moec.graph_builder import ops
+from moec.spec.errors import MoecError
+from tests.proofs import assert_passed
+
+
+@pytest.fixture(scope="module")
+def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ort-cuda") / "art"
+    return moec.export(tiny, "ort", "fp8", out=out, device="cuda").path
+
+
+def test_a_layer_is_five_nodes_of_our_domain(built: Path) -> None:
+    manifest = open_artefact(built).manifest
+    assert (manifest.target, manifest.dialect) == ("ort-cuda", "ort-cuda-fp8")
+    assert (manifest.precision, manifest.compute) == ("fp8", "bf16")
+    graph = onnx.load(str(built / "model.onnx"), load_external_data=False).graph
+    ours = [node.op_type for node in graph.node if node.domain == "moec"]
+    layers = manifest.spec.text.layers
+    assert ours == [
+        "norm_fp8",
+        *(["fp8_linear", "attention_fp8", "fp8_linear", "norm_moe_norm_fp8"] * (layers - 1)),
+        *("fp8_linear", "attention_fp8", "fp8_linear", "norm_moe"),
+        "rms_norm",
+    ]
+    assert not [node for node in graph.node if "Shape" in node.op_type and "rows" not in node.name]
+    caches = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    assert [each.name for each in graph.output] == ["logits", *caches]
+
+
+def test_golden_logits_and_perplexity(built: Path, golden: dict[str, Tensor]) -> None:
+    """As target torch says, whose graph this is."""
+    session = moec.open_session(built, engine="interpreter")
+    windows = golden["eval_ids"][:2]
+    loss = functional.cross_entropy(session.logits(windows[:, :-1]).transpose(1, 2), windows[:, 1:])
+    art = moec.export(session.artefact.checkpoint, "torch", "fp8", out=built.parent / "torch")
+    torch_session = moec.open_session(art.path)
+    logits = torch_session.logits(windows[:, :-1])
+    expected = functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:])
+    assert abs(loss / expected - 1) < 5e-3
+    prompt = golden["input_ids"][:1, :40]
+    found = session.generate(prompt, max_new_tokens=8)
+    assert found.tolist() == torch_session.generate(prompt, max_new_tokens=8).tolist()
+
+
+def test_the_proof_passes_and_says_what_ran(built: Path) -> None:
+    report = moec.validate(built, tokens=300)
+    assert_passed(report)
+    assert any("The library was not run" in note for note in report.notes)
+
+
+def test_a_graph_of_another_constant_fails(built: Path, tmp_path: Path) -> None:
+    copy = moec.export(open_artefact(built).checkpoint, "ort-cuda", out=tmp_path / "art").path
+    model = onnx.load(str(copy / "model.onnx"), load_external_data=False)
+    node = next(each for each in model.graph.node if each.op_type == "norm_moe_norm_fp8")
+    node.attribute[0].s = b"eps=0.5"
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(MoecError, match=r"model\.onnx"):
+        moec.open_session(copy, engine="interpreter")
+
+
+@pytest.mark.parametrize(("device", "message"), [("cpu", "device cuda"), ("cuda", "GPU")])
+def test_where_it_cannot_run(built: Path, device: str, message: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(MoecError, match=message) as refused:
+        moec.open_session(built, device=device)
+    assert refused.value.exit_code == 3
+
+
+def test_the_device_of_a_build(tiny: Path, tmp_path: Path) -> None:
+    art = moec.export(tiny, "ort", "fp8", out=tmp_path / "cpu", device="cpu")
+    other = moec.export(tiny, "ort", "fp8", out=tmp_path / "none")
+    assert art.manifest.target == other.manifest.target == "ort"
+    assert (art.path / "model.onnx").read_bytes() == (other.path / "model.onnx").read_bytes()
+    assert (
+        moec.export("scout", "ort", "bf16", out=tmp_path / "wide", device="cuda").manifest.target
+        == "ort"
+    )
+    for target, device, message in (
+        ("ort", "tpu", "no such device"),
+        ("torch", "cuda", "for every device alike"),
+    ):
+        with pytest.raises(MoecError, match=message):
+            moec.export(tiny, target, "fp8", out=tmp_path / "no", device=device)
+    assert not (tmp_path / "no").exists()
+
+
+def test_arguments_of_an_op_come_back_from_a_node() -> None:
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    for op, given in (
+        (ops.norm_fp8, (x, weight, 1e-5)),
+        (ops.skip_norm, (x, x, weight, 1e-06)),
+        (ops.fp8_linear, (x, weight, x, weight, "fp32")),
+    ):
+        tensors, numbers = split(op, given)
+        back = whole(op, tensors, constants(numbers))
+        assert [a is b or a == b for a, b in zip(back, given, strict=True)] == [True] * len(given)
+    assert {each.name for each in FUSED_OPS} <= ops.OPS.keys()

@@ -1,0 +1,69 @@
+"""The library of a user: where it is, what its name stands for, and what is said without tools."""
+
+import os
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from moec.exporters.ort_library import build
+from moec.exporters.ort_library.build import FACE, LIBRARY, cache_folder, key_of, own_library
+from moec.kernels.ahead_of_time.operations import norm_fp8, rms_norm
+from moec.kernels.launcher.build import PROGRAMS, SCRIPT, SOURCES, Library
+from moec.spec.errors import MoecError
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/moec/libraries"
+
+
+def test_all_sources_are_in_the_folder(library: Library) -> None:
+    there = {each.name for each in files(FACE.package).iterdir()}
+    sources = {name for name in there if name.endswith((".cpp", ".h"))}
+    assert sources == {*FACE.sources, "check_api.cpp"}
+    assert {path.name for path in library.folder.iterdir()} == {
+        *SOURCES, *FACE.sources, PROGRAMS, SCRIPT, LIBRARY,
+    }  # fmt: skip
+
+
+def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = [norm_fp8(64, 1e-5)]
+    found = own_library(operations, (90,))
+    assert found == cache / key_of(operations, (90,)) / LIBRARY and found.is_file()
+    assert [each.name for each in cache.iterdir()] == [found.parent.name]  # no draft stays
+    monkeypatch.setattr(build, "compile_library", None)
+    assert own_library(operations, (90,)) == found
+
+
+def test_the_key_is_of_all_that_goes_into_it() -> None:
+    one = [norm_fp8(64, 1e-5)]
+    others = [norm_fp8(128, 1e-5)], [norm_fp8(64, 1e-6)], [rms_norm(64, 1e-5)]
+    keys = {key_of(one, (90,)), key_of(one, (89,)), *(key_of(each, (90,)) for each in others)}
+    assert len(keys) == 5
+    assert key_of([norm_fp8(64, 1e-5)], (90,)) in keys
+
+
+def test_without_a_compiler_it_is_one_message(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MoecError, match="no C\\+\\+ compiler no-such-compiler") as refused:
+        own_library([norm_fp8(64, 1e-5)], (90,))
+    assert refused.value.exit_code == 3 and not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("given", ["", "relative"])
+def test_a_relative_cache_folder_is_ignored(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert cache_folder() == Path.home() / ".cache/moec/libraries"
+
+
+def test_the_api_is_that_of_onnx_runtimes_header() -> None:
+    include = os.environ.get("ONNXRUNTIME_INCLUDE")
+    if not include:
+        pytest.skip("needs ONNXRUNTIME_INCLUDE, the folder of onnxruntime_c_api.h")
+    check = str(files(FACE.package) / "check_api.cpp")
+    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", f"-I{include}", check], check=True)

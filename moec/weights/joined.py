@@ -14,8 +14,9 @@ weight are joined in the same way. Every other tensor is a stored tensor.
 experts alone are joined, in any type that all of their weights have.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moec.spec import names
 from moec.spec.model import ModelSpec, TextSpec
@@ -24,6 +25,7 @@ from moec.spec.parts.routing import Experts
 from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized, tensors
 from moec.weights.packing import Packing
+from moec.weights.shard import TensorEntry
 
 #: the dialects of target `torch`: of fused FP8 ops, for models that these express, and of plain ops
 FUSED, PLAIN = "torch", "torch-plain"
@@ -82,7 +84,7 @@ def joined_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
     stored as `dtype`.
     """
     in_fp8, found = fp8_parameters(spec), dict[str, Packing]()
-    for name, shape in parameters(spec).items():
+    for name, shape in _in_joined_order(spec):
         if name in in_fp8:
             how = {"arrange": "transpose" if len(shape) == 3 else "rows", "fp8": "channel"}
             packing = Packing.model_validate({"source": name, "dtype": "fp32", **how})
@@ -90,6 +92,34 @@ def joined_packings(spec: ModelSpec, dtype: str = "bf16") -> dict[str, Packing]:
             packing = Packing.model_validate({"source": name, "dtype": dtype})
         found[packing.names(spec.stored(name))[0]] = packing
     return found
+
+
+def _in_joined_order(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    """All parameters with their shapes; those of a joined tensor follow one another.
+
+    Where they are written in this order the joined tensor is one piece of the file, which ONNX
+    Runtime can read as one tensor.
+    """
+    known = parameters(spec)
+    after = {first: rest for _, _, (first, *rest) in _joined(spec.text)}
+    moved = {name for rest in after.values() for name in rest}
+    for name in known:
+        if name not in moved:
+            yield from ((each, known[each]) for each in (name, *after.get(name, ())))
+
+
+def in_one_piece(name: str, joined: Joined, parts: Sequence[TensorEntry]) -> TensorEntry | None:
+    """Where the joined tensor `name` is, if its `parts` follow one another in a file.
+
+    None if they do not, or if one of them has another type.
+    """
+    for one, other in pairwise(parts):
+        if (one.file, one.offset + one.nbytes) != (other.file, other.offset):
+            return None
+    if any(each.dtype != joined.dtype or each.parts or each.changes for each in parts):
+        return None
+    first, size = parts[0], sum(each.nbytes for each in parts)
+    return TensorEntry(name, joined.dtype, joined.shape, first.file, first.offset, size)
 
 
 def plain_spec(spec: ModelSpec, dtype: str) -> ModelSpec:

@@ -12,6 +12,7 @@ import moec
 from moec.artefact.artefact import open_artefact
 from moec.exporters.onnx.ort_cuda import FUSED_OPS, constants, split, whole
 from moec.graph_builder import ops
+from moec.runtime.engines.weights import load
 from moec.spec.errors import MoecError
 from tests.proofs import assert_passed
 
@@ -109,3 +110,44 @@ def test_arguments_of_an_op_come_back_from_a_node() -> None:
         back = whole(op, tensors, constants(numbers))
         assert [a is b or a == b for a, b in zip(back, given, strict=True)] == [True] * len(given)
     assert {each.name for each in FUSED_OPS} <= ops.OPS.keys()
+
+
+def test_weights_are_pieces_of_the_files_of_target_torch(built: Path) -> None:
+    """An expert layer is one tensor of the file, so that ONNX Runtime can read it by itself."""
+    artefact = open_artefact(built)
+    joined = load(artefact)
+    for part in ("model", "vision"):
+        model = onnx.load(str(built / f"{part}.onnx"))
+        fed = {each.name for each in model.graph.input}
+        weights = {each.name: each for each in model.graph.initializer if each.name in joined}
+        assert not fed & joined.keys()
+        assert len(weights) == (len(joined) if part == "model" else 0)
+        for name, each in weights.items():
+            assert list(each.dims) == list(joined[name].shape)
+            assert each.raw_data == joined[name].view(torch.uint8).numpy().tobytes(), name
+
+
+def test_bind_gives_the_bytes_of_a_build(built: Path, tiny: Path, tmp_path: Path) -> None:
+    unbound = moec.export(moec.load_spec(tiny), "ort-cuda", out=tmp_path / "art").path
+    moec.bind(unbound, tiny)
+    for again in (False, True):
+        if again:
+            moec.bind(unbound, tiny)
+        for part in ("model", "vision"):
+            ours, theirs = (each / f"{part}.onnx" for each in (unbound, built))
+            assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_quantised_checkpoint_stays_in_place(tiny: Path, tmp_path: Path) -> None:
+    """Its experts lie apart, so that they are inputs that the session joins."""
+    moec.quantize(tiny, "dynamic", tmp_path / "fp8")
+    art = moec.export(tmp_path / "fp8", "ort", out=tmp_path / "art", device="cuda")
+    assert art.manifest.weights.mode == "in-place" and art.manifest.precision == "fp8"
+    model = onnx.load(str(art.path / "model.onnx"), load_external_data=False)
+    sources = {
+        each.name: {entry.key: entry.value for entry in each.metadata_props}.get("moec.weight")
+        for each in model.graph.input
+    }
+    text = art.manifest.spec.text
+    assert len(str(sources["layers.0.moe.gate_up"]).split()) == 2 * (text.expert_count + 1)
+    assert_passed(moec.validate(art.path, tokens=150))

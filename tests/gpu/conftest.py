@@ -16,5 +16,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if not gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-        elif not ort and "ort" in item.path.name:
+        elif not ort and ("ort" in item.path.name or "ort-cuda" in item.name):
             item.add_marker(pytest.mark.skip(reason="needs onnxruntime-gpu"))

@@ -3,7 +3,8 @@
 Each fused op is one node of our own domain, of the op's name. moec's custom-op library runs it
 (`moec.exporters.ort_library`). Its tensors are inputs, and its numbers are one attribute,
 `constants`. Attention has its two caches as further outputs: the caller binds each to the memory of
-the input that it continues. Weights are inputs of the graph, joined as target torch has them.
+the input that it continues. Weights are joined as target torch has them. Those that are one
+piece of a file are initializers with external data, all others inputs.
 """
 
 from collections.abc import Sequence
@@ -127,6 +128,16 @@ def give_caches(model: ir.Model) -> None:
     for node in model.graph:
         if node.domain == MOEC and node.op_type == ops.attention_fp8.name:
             model.graph.outputs.extend(node.outputs[2:])
+
+
+def weights_as_inputs(model: ir.Model) -> None:
+    """Turn the weights of `model` that have external data into inputs."""
+    graph = model.graph
+    for each in list(graph.initializers.values()):
+        if isinstance(each.const_value, ir.ExternalTensor):
+            graph.initializers.pop(str(each.name))
+            each.const_value = None
+            graph.inputs.append(each)
 
 
 #: the fused ops that the library runs

@@ -20,10 +20,12 @@ from moec.artefact.stored import stored_kinds
 from moec.exporters.onnx.external_data import entry_of, kinds_of
 from moec.exporters.onnx.lowering import FUNCTIONS
 from moec.exporters.onnx.ort_cuda import FUSED_OPS
+from moec.exporters.onnx.weight_inputs import pieces_of
 from moec.graph_builder import ops
 from moec.spec.bounded.own import check_utf8
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
+from moec.weights.joined import ORT_CUDA
 from moec.weights.shard import TensorEntry
 
 _EXTERNAL = onnx.TensorProto.EXTERNAL
@@ -97,7 +99,7 @@ def _places(artefact: Artefact, part: str) -> dict[str, TensorEntry]:
     manifest = artefact.manifest
     folder = manifest.weights.data_folder(part)
     kinds = stored_kinds(manifest.spec, manifest.packings)
-    return {
+    found = {
         name: TensorEntry(
             name,
             kinds[name][1],
@@ -109,6 +111,9 @@ def _places(artefact: Artefact, part: str) -> dict[str, TensorEntry]:
         for name, ref in manifest.weights.tensors.items()
         if name in kinds
     }
+    if manifest.dialect == ORT_CUDA:
+        found |= pieces_of(manifest.spec, manifest.packings.values(), found)
+    return found
 
 
 def most_nodes(spec: ModelSpec) -> int:

@@ -3,12 +3,14 @@
 They are those of a stored tensor, of a slice of one, or of several joined tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from moec.artefact.manifest import Manifest
 from moec.exporters.onnx.external_data import entry_of
+from moec.spec.model import ModelSpec
 from moec.spec.names import of_moe
-from moec.weights.joined import ORT_CUDA, joined_tensors
+from moec.weights.joined import ORT_CUDA, in_one_piece, joined_tensors
+from moec.weights.packing import Packing
 from moec.weights.shard import TensorEntry
 
 
@@ -31,14 +33,34 @@ def weights_of(
     return found
 
 
+def pieces_of(
+    spec: ModelSpec, packings: Iterable[Packing], stored: Mapping[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """Where the weights of fused ops are that are one piece of a file each, by name.
+
+    `packings` say under which names parameters are stored.
+    """
+    as_stored = _stored_names(spec, packings)
+    found = {}
+    for name, joined in joined_tensors(spec).items():
+        parts = [stored.get(as_stored.get(source, source)) for source in joined.sources]
+        known = [each for each in parts if each is not None]
+        whole = in_one_piece(name, joined, known) if len(known) == len(parts) else None
+        if whole:
+            found[name] = whole
+    return found
+
+
+def _stored_names(spec: ModelSpec, packings: Iterable[Packing]) -> dict[str, str]:
+    return {each.source: each.names(spec.stored(each.source))[0] for each in packings}
+
+
 def _joined_inputs(manifest: Manifest) -> dict[str, tuple[str, ...]]:
     """The joined tensors that the dialect takes, and the stored tensors of each, by name."""
     if manifest.dialect not in ("tensorrt-plugin", ORT_CUDA):
         return {}
     spec, of_all = manifest.spec, manifest.dialect == ORT_CUDA
-    as_stored = {
-        each.source: each.names(spec.stored(each.source))[0] for each in manifest.packings.values()
-    }
+    as_stored = _stored_names(spec, manifest.packings.values())
     return {
         name: tuple(as_stored.get(source, source) for source in each.sources)
         for name, each in joined_tensors(spec).items()

@@ -6,20 +6,24 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import fx
 
+from moec.artefact.artefact import Artefact
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.manifest import Ports
 from moec.artefact.placement import Bound
 from moec.exporters.builder import Wanted
-from moec.exporters.onnx.ort_cuda import give_caches
-from moec.exporters.onnx.write import lower_model, ports, save_checked
+from moec.exporters.onnx.lowering import type_of
+from moec.exporters.onnx.ort_cuda import give_caches, weights_as_inputs
+from moec.exporters.onnx.strangers import load_checked
+from moec.exporters.onnx.write import lower_model, ports, save_bound
 from moec.exporters.torch.program import graphs_of
 from moec.graph_builder.passes.torch_support import check_fusible
 from moec.spec.model import ModelSpec
 from moec.targets.onnx.build import BUILDER as ONNX
-from moec.weights.joined import ORT_CUDA, joined_packings
+from moec.weights.joined import ORT_CUDA, PROGRAM_TENSORS, Joined, in_one_piece, joined_packings
 from moec.weights.packing import Packing
+from moec.weights.view import name_of
 
-#: the key of a property that an input has which is a weight
+#: the key of a property of inputs that are weights: the stored tensors that they are made of
 WEIGHT = "moec.weight"
 
 
@@ -39,22 +43,48 @@ def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:
 
 def lower(wanted: Wanted, graph: fx.GraphModule, part: str) -> tuple[ir.Model, dict[str, Packing]]:
     """Lower `graph`; its weights are inputs. `packings` says how they are packed."""
-    fed = {node.meta["name"] for node in graph.graph.nodes if node.op == "placeholder"}
     model = lower_model(graph, wanted.dialect, f"{wanted.spec.name} {part}", part).model
     give_caches(model)
     # The kernels read no slot counts, which only the op's eager meaning needs.
     unused = [each for each in model.graph.inputs if not each.uses()]
     for each in unused:
         model.graph.inputs.remove(each)
-    for each in model.graph.inputs:
-        if each.name not in fed:
-            each.metadata_props[WEIGHT] = "1"
+    _mark(model, wanted.spec, wanted.compute, part)
     return model, {}
 
 
+def _mark(model: ir.Model, spec: ModelSpec, compute: str, part: str) -> None:
+    """Give the inputs that are weights their property."""
+    weights = PROGRAM_TENSORS[ORT_CUDA](spec, compute, part)
+    for each in model.graph.inputs:
+        if each.name in weights:
+            each.metadata_props[WEIGHT] = " ".join(weights[each.name].sources)
+
+
+def load(artefact: Artefact, part: str) -> ir.Model:
+    """Read the ONNX file of a part; its weights are inputs again."""
+    model = load_checked(artefact, part)
+    weights_as_inputs(model)
+    _mark(model, artefact.manifest.spec, artefact.manifest.compute, part)
+    return model
+
+
 def save(model: ir.Model, path: Path, bound: Bound, options: EngineOptions) -> None:
-    """Write the model. Weights are inputs, so that `bound` changes nothing in it."""
-    save_checked(model, path)
+    """Write the model; weights that are one piece of a file become initializers."""
+    pieces = {}
+    for each in model.graph.inputs:
+        sources = tuple(each.metadata_props.pop(WEIGHT, "").split())
+        parts = [bound.entries[name] for name in sources if name in bound.entries]
+        if sources and len(parts) == len(sources):
+            kind = type_of(each)
+            shape = tuple(int(size) for size in kind.shape)
+            joined = Joined(shape, name_of(kind.dtype), sources)
+            whole = in_one_piece(str(each.name), joined, parts)
+            if whole:
+                pieces[str(each.name)] = whole
+            else:
+                each.metadata_props[WEIGHT] = " ".join(sources)
+    save_bound(model, path, pieces, bound.root)
 
 
 def packings(spec: ModelSpec) -> dict[str, Packing]:
@@ -77,4 +107,5 @@ BUILDER = replace(
     packings=packings,
     save_bound=save,
     ports=ports_of,
+    load=load,
 )

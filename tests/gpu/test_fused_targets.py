@@ -1,4 +1,4 @@
-"""Target torch on a GPU: the trained checkpoint, and two layers of Scout's own widths."""
+"""Targets torch and ort-cuda on a GPU: the trained checkpoint, and two layers of Scout's widths."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import moec
 from moec.artefact.artefact import open_artefact
+from moec.runtime.engines.ort_cuda import ort_cuda_with
 from moec.runtime.engines.synthetic import synthetic
 from moec.runtime.engines.torch_program import torch_with
 from moec.runtime.open import artefact_session, open_session
@@ -20,12 +21,19 @@ from tests.talks import check_five_turns, with_template
 
 #: relative error of logits that rounding to FP8 in other places may make
 NOISE = 6e-2
+#: target -> its engine with other weights
+ENGINES = {"torch": torch_with, "ort-cuda": ort_cuda_with}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("torch") / "tiny"
-    return moec.export(tiny, target="torch", precision="fp8", out=out).path
+def built(target: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp(target) / "tiny"
+    return moec.export(tiny, target=target, precision="fp8", out=out).path
 
 
 @pytest.fixture(scope="module")
@@ -117,26 +125,33 @@ def test_the_proof_passes(built: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
-def test_an_artefact_without_weights_is_proven_on_its_twin(name: str, tmp_path: Path) -> None:
-    art = moec.export(name, target="torch", precision="fp8", out=tmp_path / "a")
+def test_an_artefact_without_weights_is_proven_on_its_twin(
+    name: str, target: str, tmp_path: Path
+) -> None:
+    art = moec.export(name, target=target, precision="fp8", out=tmp_path / "a")
     report = moec.validate(art.path, device="cuda")
     assert_passed(report)
     assert report.twin
 
 
 @pytest.mark.parametrize("pattern", ["M", "DM"])
-def test_two_layers_of_full_width_are_plain_torchs(pattern: str, tmp_path: Path) -> None:
+def test_two_layers_of_full_width_are_plain_torchs(
+    pattern: str, target: str, tmp_path: Path
+) -> None:
     """Chunk and global attention, dense and MoE; 100 tokens at once, then 8 one by one."""
     each = {"attention": "LG", "rope": "RN", "qk_norm": "Q-", "temperature": "-T", "ffn": pattern}
     text = PRESETS["scout"].text.model_copy(
         update={"layers": 2, "vocab": 4096, "chunk": 64, "dense_hidden": 16384, **each}
     )
     spec = ModelSpec(name="two", provenance="custom", dtype="bf16", text=text)
-    art = open_artefact(moec.export(spec, target="torch", precision="fp8", out=tmp_path).path)
-    weights = synthetic(art.manifest.spec, torch.seed() % 2**31, "cuda")
-    kernels = artefact_session(art, "cuda", engine=torch_with(weights))
+    arts = {
+        each: open_artefact(moec.export(spec, each, "fp8", out=tmp_path / each).path)
+        for each in {target, "torch"}
+    }
+    weights = synthetic(spec, torch.seed() % 2**31, "cuda")
+    kernels = artefact_session(arts[target], "cuda", engine=ENGINES[target](weights))
     on_host = {name: each.cpu() for name, each in weights.items()}
-    plain = artefact_session(art, "cpu", engine=torch_with(on_host))
+    plain = artefact_session(arts["torch"], "cpu", engine=torch_with(on_host))
     ids = torch.randint(0, 4096, (2, 108))
     results = []
     for one in (kernels, plain):
@@ -148,7 +163,16 @@ def test_two_layers_of_full_width_are_plain_torchs(pattern: str, tmp_path: Path)
     assert error.median(0).values.max() < NOISE  # of each row
 
 
-def test_five_turns_are_one_call_with_the_whole_text(tiny: Path, tmp_path: Path) -> None:
+def test_five_turns_are_one_call_with_the_whole_text(
+    target: str, tiny: Path, tmp_path: Path
+) -> None:
     checkpoint = with_template(tiny, tmp_path / "checkpoint")
-    art = moec.export(checkpoint, target="torch", precision="fp8", out=tmp_path / "a").path
+    art = moec.export(checkpoint, target=target, precision="fp8", out=tmp_path / "a").path
     check_five_turns(moec.open_session(art, device="cuda"), art, NOISE)
+
+
+def test_results_repeat_to_the_bit(built: Path) -> None:
+    rows = [torch.randint(0, 4096, (n,)).tolist() for n in (150, 3)]
+    steps = torch.randint(0, 4096, (2, 10))
+    one, other = (_decode(moec.open_session(built, device="cuda"), rows, steps) for _ in range(2))
+    assert torch.equal(one, other)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moec.artefact.manifest import Manifest
     from moec.exporters.engines import build_engines, trtexec_commands
     from moec.exporters.export import bind, export
+    from moec.exporters.ort_library.build import build_library
     from moec.exporters.quantize import Quantised, quantize
     from moec.graph_builder.parts import build_graph
     from moec.runtime.bench.bench import Timing, bench
@@ -57,6 +58,7 @@ __all__ = [
     "bind",
     "build_engines",
     "build_graph",
+    "build_library",
     "calibrate",
     "encode",
     "export",
@@ -89,6 +91,7 @@ _HOMES = {
     "bench": "moec.runtime.bench.bench",
     "bind": "moec.exporters.export",
     "build_engines": "moec.exporters.engines",
+    "build_library": "moec.exporters.ort_library.build",
     "build_graph": "moec.graph_builder.parts",
     "calibrate": "moec.runtime.calibrate",
     "encode": "moec.runtime.inputs.prompt",

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.artefacts import bind, build, engine
+from moec.cli.artefacts import bind, build, engine, library
 from moec.cli.checkpoints import calibrate, quantize
 from moec.cli.ending import run
 from moec.cli.looks import (
@@ -33,11 +33,13 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "moec build --checkpoint examples/tiny-scout --out build/tiny",
         "moec build --variant scout",
         "moec build --variant scout --target tensorrt --precision fp8 --no-engine",
+        "moec build --variant scout --target ort --precision fp8 --device cuda",
     ),
     engine: (
         "moec engine build/scout-tensorrt-fp8",
         "moec engine build/scout-tensorrt-fp8 --trtexec",
     ),
+    library: ("moec library build/scout-ort-cuda-fp8 --sm SM90",),
     bind: ("moec bind build/scout-onnx-fp32 --checkpoint DIR",),
     calibrate: ("moec calibrate DIR --tokens text.txt --out scales.json",),
     quantize: ("moec quantize DIR --scheme dynamic --out DIR-FP8",),

@@ -1,4 +1,4 @@
-"""Commands that write artefacts: build, bind, engine."""
+"""Commands that write artefacts and what belongs to them: build, engine, library, bind."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,6 +176,35 @@ def engine(
         )
     artefact_tables(art)
     _note_unrecorded(art)
+
+
+def library(
+    artefact: Annotated[Path, typer.Argument(help="The artefact's folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write. Default: ARTEFACT-library.")
+    ] = None,
+    architectures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sm",
+            help="A GPU architecture to build for: SM89, SM90 or SM120. Repeat it for more. "
+            "Default: SM90.",
+        ),
+    ] = None,
+) -> None:
+    """Write the custom-op library with which ONNX Runtime runs an artefact without moec.
+
+    The artefact is one of target ort in fp8 for device cuda. Sessions of moec need no such folder.
+    """
+    check_given(artefact, out=out)
+    import moec
+
+    found = moec.build_library(artefact, out, architectures or ())
+    if found.library:
+        say(f"wrote {found.library}")
+    else:
+        say(f"wrote {found.folder}; not compiled: {found.why}", "yellow")
+        say(f"compile it with: {found.command}")
 
 
 def bind(

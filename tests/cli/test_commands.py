@@ -16,8 +16,9 @@ from moec.cli import COMMANDS, SPEC_COMMANDS, app
 OPTIONS = {
     "build": "--variant --spec --checkpoint --target --precision --out --weights --scheme --scales "
     "--cache --context --batch --prefill-chunk --sm --bindings --engine --no-engine "
-    "--weights-from --hash --adapter --validate --no-validate",
+    "--weights-from --hash --adapter --device --validate --no-validate",
     "engine": "artefact --sm --trtexec --weights-from",
+    "library": "artefact --out --sm",
     "bind": "artefact --checkpoint --out --weights --scales --engine --no-engine "
     "--weights-from --hash --adapter",
     "calibrate": "checkpoint --tokens --out --percentile",
@@ -45,6 +46,7 @@ SUMMARIES = {
     "build": "Build an artefact from one of --variant, --spec and --checkpoint, and prove its "
     "numbers.",
     "engine": "Build the engines of an artefact that has only their ONNX, or build them again.",
+    "library": "Write the custom-op library with which ONNX Runtime runs an artefact without moec.",
     "bind": "Attach a checkpoint to an artefact that was built without weights, or attach another "
     "one.",
     "calibrate": "Find static scales: run a checkpoint on some tokens and record how large its "

@@ -9,15 +9,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import triton
-
-from moec.kernels.ahead_of_time.program import build_program
-from moec.kernels.ahead_of_time.variants import Operation
-from moec.kernels.launcher.build import Face, Library, build_library, sources_of
+from moec.artefact.artefact import open_artefact
+from moec.kernels.launcher.build import Face, Library, sources_of, write_library
+from moec.kernels.sizes import check_sizes
 from moec.spec.errors import refuse
+from moec.weights.joined import ORT_CUDA
+
+if TYPE_CHECKING:
+    from moec.kernels.ahead_of_time.variants import Operation
 
 LIBRARY = "libmoec_ort.so"
 FACE = Face(
@@ -28,8 +33,53 @@ FACE = Face(
 )
 
 
+def build_library(
+    artefact: str | Path, out: str | Path | None = None, architectures: Sequence[str] = ()
+) -> Library:
+    """Write the library of an artefact of target `ort-cuda`, and compile it if possible.
+
+    It is for programs that run the artefact without moec. The folder has all that is needed to
+    compile the library elsewhere: its build.sh needs a C++ compiler and cuda.h.
+
+    Args:
+        artefact: the artefact's folder.
+        out: the folder to write; default ARTEFACT-library.
+        architectures: the GPU architectures to build for, such as "SM90", which is the default.
+
+    Raises:
+        MoecError: the artefact is of another target (exit code 2), Triton is not installed (3), or
+            there are no kernels for the model's sizes or an architecture.
+    """
+    art = open_artefact(artefact)
+    if art.manifest.dialect != ORT_CUDA:
+        refuse(
+            artefact,
+            f"an artefact of target {art.manifest.target}",
+            "one for ONNX Runtime on a GPU in FP8",
+            "moec build --target ort --precision fp8 --device cuda",
+        )
+    if find_spec("triton") is None:
+        refuse(
+            "ONNX Runtime's custom-op library",
+            "no package triton",
+            "triton, which compiles its kernels",
+            "pip install triton",
+            exit_code=3,
+        )
+    from moec.exporters.ort_library.operations import operations_for
+
+    check_sizes(art.manifest.spec)
+    names = [each.upper() for each in architectures] or ["SM90"]
+    odd = next((each for each in names if not each.removeprefix("SM").isdecimal()), None)
+    if odd:
+        refuse(f"--sm {odd}", "no such architecture", "one such as SM90", "correct --sm")
+    wanted = [int(each.removeprefix("SM")) for each in names]
+    folder = Path(out) if out else art.path.with_name(f"{art.path.name}-library")
+    return compile_library(operations_for(art.manifest), wanted, folder)
+
+
 def compile_library(
-    operations: Iterable[Operation], architectures: Sequence[int], out: Path
+    operations: "Iterable[Operation]", architectures: Sequence[int], out: Path
 ) -> Library:
     """Write the library with programs of `operations` to the folder `out`, and compile it.
 
@@ -37,11 +87,13 @@ def compile_library(
         MoecError: there are no kernels for these sizes or architectures.
         OSError: the files cannot be written.
     """
+    from moec.kernels.ahead_of_time.program import build_program  # imports Triton
+
     programs = b"".join(build_program(each, architectures) for each in operations)
-    return build_library(FACE, programs, out)
+    return write_library(FACE, programs, out)
 
 
-def own_library(operations: Sequence[Operation], architectures: Sequence[int]) -> Path:
+def own_library(operations: "Sequence[Operation]", architectures: Sequence[int]) -> Path:
     """The compiled library with programs of `operations`, in this user's cache folder.
 
     Raises:
@@ -73,12 +125,12 @@ def own_library(operations: Sequence[Operation], architectures: Sequence[int]) -
     return folder / LIBRARY
 
 
-def key_of(operations: Sequence[Operation], architectures: Sequence[int]) -> str:
+def key_of(operations: "Sequence[Operation]", architectures: Sequence[int]) -> str:
     """What stands for a library: a hash of all that goes into it.
 
     These are the operations, Triton's version, and the sources of the kernels and of the library.
     """
-    whole = hashlib.sha256(f"{triton.__version__} {sorted(set(architectures))}".encode())
+    whole = hashlib.sha256(f"{version('triton')} {sorted(set(architectures))}".encode())
     for each in operations:
         given = each.name, dict(each.constants), each.inputs, each.outputs, each.most
         whole.update(repr(given).encode())

@@ -1,16 +1,19 @@
 """The operations of a graph of fused ops: what the custom-op library must hold to run it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import fx
 
+from moec.artefact.manifest import Manifest
 from moec.exporters.onnx.ort_cuda import split
+from moec.exporters.torch.program import part_graph
 from moec.graph_builder import ops
 from moec.kernels.ahead_of_time import operations
 from moec.kernels.ahead_of_time.variants import Operation
 from moec.kernels.sizes import Heads, Sizes
+from moec.spec import names
 
 Types = list[Any]
 Numbers = Mapping[str, Any]
@@ -45,6 +48,22 @@ _OF: dict[str, Callable[[Types, Numbers], Operation]] = {
     ),
     ops.attention_fp8.name: _attention,
 }
+
+
+def operations_for(
+    manifest: Manifest, taps: Sequence[str] = (), given: Sequence[str] = ()
+) -> list[Operation]:
+    """The operations of all graphs of the decoder that a session or a proof runs.
+
+    These are the graph of the artefact, those that show the output of each layer or take the
+    inputs of its experts, and the one with `taps` and `given`. Values that are shown or given part
+    fused ops. One library has all forms, so that a proof runs the library of the sessions.
+    """
+    spec, compute = manifest.spec, manifest.compute
+    parted = [names.out(layer.index) for layer in spec.text.all_layers]
+    norms = [names.layer(each.index, "ffn.norm") for each in spec.text.all_layers]
+    every = ((), ()), (parted, ()), (parted, norms), (taps, given)
+    return list(operations_of(part_graph(spec, compute, "model", *each) for each in every))
 
 
 def operations_of(graphs: Iterable[fx.GraphModule]) -> Iterator[Operation]:

@@ -81,7 +81,7 @@ class Library:
     command: str
 
 
-def build_library(
+def write_library(
     face: Face, programs: bytes, out: Path, given: Mapping[str, Path] | None = None
 ) -> Library:
     """Write the library of `face` with these `programs` to the folder `out`, and compile it.

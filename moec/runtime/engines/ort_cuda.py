@@ -5,7 +5,7 @@ sources, and compiles it if there is none yet (`moec.exporters.ort_library.build
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -27,9 +27,6 @@ from moec.runtime.engines.torch_program import shown
 from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
-
-if TYPE_CHECKING:
-    from moec.kernels.ahead_of_time.variants import Operation
 
 #: calls of a session wait for the GPU only where they must
 _RUN = {"disable_synchronize_execution_providers": "1"}
@@ -61,6 +58,7 @@ def ort_cuda_engine(
     _check(artefact, device)
     onnxruntime = ort_for(device)
     from moec.exporters.ort_library.build import own_library
+    from moec.exporters.ort_library.operations import operations_for
     from moec.kernels.sizes import check_sizes
     from moec.kernels.torch.launch import architecture
 
@@ -72,7 +70,7 @@ def ort_cuda_engine(
     options.log_severity_level = 4  # what it says of an error is in the exception
     if part == "model":
         here = architecture(torch.device(device, torch.cuda.current_device()))
-        library = own_library(operations_for(artefact, taps, given), [here])
+        library = own_library(operations_for(manifest, taps, given), [here])
         options.register_custom_ops_library(str(library))
     model = ir.to_proto(model_of(artefact, part, taps, given))
     open_in(model, (), ())
@@ -151,25 +149,6 @@ def model_of(
     graph = part_graph(manifest.spec, manifest.compute, part, taps, given)
     lowered: ir.Model = builder_for(artefact).lower(wanted, graph, part)[0]
     return lowered
-
-
-def operations_for(
-    artefact: Artefact, taps: Sequence[str] = (), given: Sequence[str] = ()
-) -> "list[Operation]":
-    """The operations of all graphs of the decoder that a session or a proof runs.
-
-    These are the graph of the artefact, those that show the output of each layer or take the
-    inputs of its experts, and the one with `taps` and `given`. Values that are shown or given part
-    fused ops. One library has all forms, so that a proof runs the library of the sessions.
-    """
-    from moec.exporters.ort_library.operations import operations_of
-
-    spec = artefact.manifest.spec
-    parted = [names.out(layer.index) for layer in spec.text.all_layers]
-    norms = [names.layer(each.index, "ffn.norm") for each in spec.text.all_layers]
-    every = ((), ()), (parted, ()), (parted, norms), (taps, given)
-    compute = artefact.manifest.compute
-    return list(operations_of(part_graph(spec, compute, "model", *each) for each in every))
 
 
 def _check_file(artefact: Artefact, part: str) -> None:

@@ -6,12 +6,16 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+import moec
+from moec.cli import app
 from moec.exporters.ort_library import build
 from moec.exporters.ort_library.build import FACE, LIBRARY, cache_folder, key_of, own_library
 from moec.kernels.ahead_of_time.operations import norm_fp8, rms_norm
 from moec.kernels.launcher.build import PROGRAMS, SCRIPT, SOURCES, Library
 from moec.spec.errors import MoecError
+from tests.kernels.launcher.reader import programs, read
 
 pytestmark = pytest.mark.full
 
@@ -67,3 +71,29 @@ def test_the_api_is_that_of_onnx_runtimes_header() -> None:
         pytest.skip("needs ONNXRUNTIME_INCLUDE, the folder of onnxruntime_c_api.h")
     check = str(files(FACE.package) / "check_api.cpp")
     subprocess.run(["g++", "-std=c++17", "-fsyntax-only", f"-I{include}", check], check=True)
+
+
+def test_a_folder_for_programs_without_moec(tiny: Path, tmp_path: Path) -> None:
+    art = moec.export(tiny, "ort", "fp8", out=tmp_path / "art", device="cuda").path
+    found = CliRunner().invoke(app, ["library", str(art), "--sm", "sm90"])
+    assert found.exit_code == 0, found.output
+    folder = tmp_path / "art-library"
+    assert str(folder / LIBRARY) in found.output.replace("\n", "")
+    assert (folder / SCRIPT).is_file() and (folder / LIBRARY).is_file()
+    content = (folder / PROGRAMS).read_bytes()
+    names = {read(each).operation for each in programs(content)}
+    assert {"norm_moe_norm_fp8", "attention_fp8", "fp8_linear", "norm_moe", "rms_norm"} <= names
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [("onnx", [], "target onnx"), ("ort-cuda", ["--sm", "new"], "such as SM90"),
+     ("ort-cuda", ["--sm", "SM80"], "compute capabilities")],
+)  # fmt: skip
+def test_what_has_no_library(
+    target: str, options: list[str], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    art = moec.export(tiny, target, "fp8", out=tmp_path / "art").path
+    found = CliRunner().invoke(app, ["library", str(art), *options])
+    assert isinstance(found.exception, MoecError) and message in str(found.exception)
+    assert not (tmp_path / "art-library").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moec.kernels.ahead_of_time.operations import moe_layer
 from moec.kernels.ahead_of_time.program import build_program, identity
-from moec.kernels.launcher.build import Face, build_library
+from moec.kernels.launcher.build import Face, write_library
 from moec.kernels.sizes import Sizes
 
 LIBRARY = "libmoec_plugin.so"
@@ -58,6 +58,6 @@ def compile_plugin(
     operations = {each: moe_layer(each, max_tokens) for each in dict.fromkeys(sizes)}
     made = {each: build_program(of, architectures) for each, of in operations.items()}
     headers = {"TENSORRT_INCLUDE": include} if include else {}
-    found = build_library(FACE, b"".join(made.values()), out, headers)
+    found = write_library(FACE, b"".join(made.values()), out, headers)
     programs = {each: identity(made[each]) for each in made}
     return Plugin(out, found.library, found.why, found.command, programs)

@@ -10,6 +10,8 @@ from moec.exporters.onnx.lowering import DTYPES
 from moec.graph_builder.ops import FP8
 from moec.spec import names
 
+#: a tensor as arguments of IOBinding: device, its number, element type, shape, address
+Place = tuple[str, int, int, tuple[int, ...], int]
 _KINDS = {f"tensor({DTYPES[each].name.lower()})": each for each in (torch.float32, torch.int64)}
 
 
@@ -46,7 +48,8 @@ class OrtBinding:
             if isinstance(dim, str) and name in self._inputs
         }
         self._kept = {n: names.past_of(n) for n in self._outputs if names.is_present(n)}
-        self._bound: dict[str, Tensor] = {}
+        # What is bound, by its place: a tensor would keep the memory of caches that are gone.
+        self._bound: dict[str, Place] = {}
         self._fresh: dict[str, Tensor] = {}
         #: whether calls give their results in the same tensors, as a CUDA graph does
         self.keep = False
@@ -62,32 +65,21 @@ class OrtBinding:
         """Run the session; the caches among the results are the buffers in `feeds`."""
         bound, kept, binding = self._bound, self._kept, self._binding
         given = self._inputs | (self._optional & feeds.keys())
+        places = {name: _place(feeds[name]) for name in given}
         # Start a new binding if the buffers are others, or if this call leaves an input out.
-        anew = any(bound.get(past) is not feeds[past] for past in kept.values())
+        anew = any(bound.get(past) != places[past] for past in kept.values())
         anew = anew or bool(bound.keys() - given)
         if anew:
             self._binding = binding = self._new()
             bound.clear()
-        for name in given:
-            if bound.get(name) is not feeds[name]:  # the buffers are the same in each step
-                binding.bind_input(name, *_place(feeds[name]))
-                bound[name] = feeds[name]
-        if self.keep and self._fresh and not anew:
-            self._session.run_with_iobinding(binding, self._options)
-            return dict(self._fresh)
-        fresh: dict[str, Tensor] = {}
-        sizes = {dim: bound[name].shape[i] for dim, (name, i) in self._named.items()}
-        for name, (shape, kind) in self._outputs.items():
-            past = kept.get(name)
-            if past is not None and anew:
-                binding.bind_output(name, *_place(bound[past]))
-            elif past is None:
-                size = [sizes.get(dim, dim) for dim in shape]
-                if kind is None or not all(isinstance(dim, int) for dim in size):
-                    binding.bind_output(name, "cpu")  # its size is known only after the run
-                else:
-                    fresh[name] = torch.empty(size, dtype=kind, device=self._device)
-                    binding.bind_output(name, *_place(fresh[name]))
+        for name, place in places.items():
+            # The buffers are the same in each step. What is elsewhere is copied when it is bound.
+            if bound.get(name) != place or place[0] != self._device:
+                binding.bind_input(name, *place)
+                bound[name] = place
+        fresh: dict[str, Tensor] = self._fresh if self.keep and not anew else {}
+        if not fresh:
+            fresh = self._bind_outputs(places if anew else {})
         if not self._queues:
             binding.synchronize_inputs()
         self._session.run_with_iobinding(binding, self._options)
@@ -102,7 +94,24 @@ class OrtBinding:
                 if name not in kept and name not in fresh
             }
         self._fresh = fresh if self.keep else {}
-        return fresh | {name: bound[past] for name, past in kept.items()}
+        return fresh | {name: feeds[past] for name, past in kept.items()}
+
+    def _bind_outputs(self, caches: Mapping[str, Place]) -> dict[str, Tensor]:
+        """Bind the outputs, new tensors where their sizes are known; and the `caches` anew."""
+        fresh: dict[str, Tensor] = {}
+        sizes = {dim: self._bound[name][3][i] for dim, (name, i) in self._named.items()}
+        for name, (shape, kind) in self._outputs.items():
+            past = self._kept.get(name)
+            if past is None:
+                size = [sizes.get(dim, dim) for dim in shape]
+                if kind is None or not all(isinstance(dim, int) for dim in size):
+                    self._binding.bind_output(name, "cpu")  # its size is known after the run
+                else:
+                    fresh[name] = torch.empty(size, dtype=kind, device=self._device)
+                    self._binding.bind_output(name, *_place(fresh[name]))
+            elif past in caches:
+                self._binding.bind_output(name, *caches[past])
+        return fresh
 
 
 def tensor_of(value: Any) -> Tensor:
@@ -111,8 +120,7 @@ def tensor_of(value: Any) -> Tensor:
     return found.view(FP8) if value.data_type() == "tensor(float8e4m3fn)" else found
 
 
-def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
-    """`tensor` as arguments of IOBinding: device, device number, element type, shape, address."""
+def _place(tensor: Tensor) -> Place:
     assert tensor.is_contiguous()
     device = tensor.device
     kind = DTYPES[tensor.dtype].value

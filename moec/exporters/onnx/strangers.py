@@ -80,7 +80,11 @@ def load_checked(artefact: Artefact, part: str) -> ir.Model:
 
 
 def _shared(proto: onnx.ModelProto) -> ir.Model:
-    """`proto` as a model whose inputs of one type and shape share these: it has 90,000 weights."""
+    """`proto` as a model whose inputs of one type and shape share these: it has 90,000 weights.
+
+    onnx_ir drops what a file says of the inputs of a function; these get their types back, so that
+    the model is written again as it was.
+    """
     first: dict[bytes, int] = {}
     like: list[int] = []
     for at, each in enumerate(proto.graph.input):
@@ -91,6 +95,11 @@ def _shared(proto: onnx.ModelProto) -> ir.Model:
     inputs = model.graph.inputs
     for each, at in zip(inputs, like, strict=True):
         each.type, each.shape = inputs[at].type, inputs[at].shape
+    for function, written in zip(model.functions.values(), proto.functions, strict=True):
+        infos = {info.name: info for info in written.value_info}
+        for each in function.inputs:
+            if each.name in infos:
+                ir.serde.deserialize_value_info_proto(infos[each.name], each)
     return model
 
 

@@ -32,10 +32,43 @@ def writing(out: Path, check: Callable[[Path], None] | None = None) -> Iterator[
         check: refuses what must not be replaced; default `refuse_foreign`.
 
     Raises:
-        MoecError: `check` refuses what `out` holds, `out` cannot be written, or the disk is full.
+        MoecError: `check` refuses what `out` holds, another thread of this process writes `out`,
+            `out` cannot be written, or the disk is full.
     """
-    check = check or refuse_foreign
     out = Path(os.path.abspath(out))  # "." has no name for the temporary folder
+    with _claimed(out), _replacing(out, check or refuse_foreign) as partial:
+        yield partial
+
+
+#: which call writes a folder; with the id of its process, because a forked child inherits this
+_claims: dict[tuple[int, Path], object] = {}
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Let no other thread of this process write `out` meanwhile.
+
+    The name of a temporary folder has the id of its process alone, so a second thread would take
+    the folder of the first one for a leftover.
+    """
+    claim = os.getpid(), Path(os.path.realpath(out.parent)) / out.name
+    own = object()
+    if _claims.setdefault(claim, own) is not own:  # one step, whatever other threads do
+        refuse(
+            f"--out {out}",
+            "another thread of this process writes this folder",
+            "one build of a folder at a time in a process",
+            "wait until that build has ended, or choose another --out",
+        )
+    try:
+        yield
+    finally:
+        del _claims[claim]
+
+
+@contextmanager
+def _replacing(out: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+    """What `writing` does, for an absolute path that no other thread writes."""
     partial, replaced = (out.parent / f".{out.name}.{kind}-{os.getpid()}" for kind in _KINDS)
     made: list[Path] = []
     kept: tuple[Path, ...] = ()

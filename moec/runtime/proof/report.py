@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from moec.spec.errors import visible
 
 #: how every page of a report begins
 PAGE = "<!doctype html><meta charset=utf-8><title>moec validate"
+_LONE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +78,13 @@ class Report:
         return next((check.name for check in self.checks if not check.passed), None)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data, for JSON and for the manifest."""
-        return {
-            **asdict(self),
+        """Plain data, for JSON and for the manifest, all of it UTF-8."""
+        values = asdict(self) | {
             "checks": [check.to_dict() for check in self.checks],
             "passed": self.passed,
             "first_divergence": self.first_divergence,
         }
+        return {key: _storable(value) for key, value in values.items()}
 
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with every check to `path`."""
@@ -113,6 +115,15 @@ class Report:
             f"<p>{_text(ran)}</p>{notes}<table>"
             f"<tr><th>check<th>found<th>limit<th>detail</tr>{rows}</table>{cost}",
         )
+
+
+def _storable(value: Any) -> Any:
+    """`value` with U+FFFD for each lone surrogate, which paths that are not UTF-8 have."""
+    if isinstance(value, str):
+        return value if value.isascii() else _LONE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_storable(key): _storable(each) for key, each in value.items()}
+    return [_storable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _text(value: object) -> str:

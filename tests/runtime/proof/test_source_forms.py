@@ -1,11 +1,13 @@
-"""A source whose weights have another form than those that the artefact was built from."""
+"""A source in another form than what the artefact was built from, or below an odd path."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 import moec
 from moec.artefact.artefact import open_artefact
+from moec.artefact.parity import record
 from moec.runtime.proof.source import weights_against_source
 from moec.spec.scheme import Rule, Scheme
 from moec.weights.name_map import read_model
@@ -70,3 +72,18 @@ def test_fp8_of_another_scheme_is_a_difference_of_weights(world: Path) -> None:
     assert "FP8 scheme" in failed and any(name.startswith("weights") for name in failed)
     art = open_artefact(world / "onnx-fp8")
     assert not all(c.passed for c in weights_against_source(art, read_model(world / "blocks")[2]))
+
+
+def test_a_report_that_names_a_path_which_is_not_utf8_is_stored(
+    world: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(world / "wide", tmp_path / "odd\udcff"))
+    (source / "tokenizer.json").write_text("{}")
+    art = Path(shutil.copytree(world / "onnx-wide", tmp_path / "art"))
+    (art / "tokenizer.json").write_text("[]")
+    report = moec.validate(art, source=source, tokens=3)
+    report.notes.append(f"merged into {source}")
+    record(art, report)
+    stored = open_artefact(art).manifest.parity
+    assert stored and stored["notes"][-1].endswith("/odd\ufffd")
+    assert any(each["detail"].endswith("/odd\ufffd") for each in stored["checks"])

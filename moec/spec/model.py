@@ -192,6 +192,8 @@ class TextSpec(Frozen):
                 )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
+        if self.rope_theta == 1 and self.rope_scaling and self.rope_scaling.kind == "yarn":
+            raise ValueError("rope_theta is 1, and YaRN divides by its logarithm")
         if self.rope_dim % 2:
             raise ValueError(f"RoPE rotates pairs, and a head has {self.rope_dim} elements for it")
         if self.latent and self.head_dim != self.latent.nope + self.latent.rope:

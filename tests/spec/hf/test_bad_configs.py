@@ -60,6 +60,15 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
         config("vision_config.pixel_shuffle_ratio", 0.4),
         "pixel_shuffle_ratio",
     ),
+    "a base that angles overflow with": (config("text_config.rope_theta", 1e-45), "rope_theta"),
+    "a base of images that angles overflow with": (
+        config("vision_config.rope_theta", 1e-300),
+        "rope_theta",
+    ),
+    "a factor that angles overflow with": (
+        config("text_config.rope_scaling.factor", 1e-38),
+        "factor",
+    ),
     "a number that no float holds": (config("text_config.rope_theta", HUGE), "rope_theta"),
     "no layers": (config("text_config.num_hidden_layers", 0), "num_hidden_layers"),
     "a negative number of layers": (config("text_config.num_hidden_layers", -8), "-8"),

@@ -208,6 +208,13 @@ def test_rope_scaling_beside_rope_parameters_is_refused_as_it_is_alone(
         refusal(lambda: _read(tmp_path, config | {"rope_parameters": parameters}), named)  # noqa: B023
 
 
+def test_yarn_without_turns_is_refused(tmp_path: Path) -> None:
+    """It divides by the logarithm of the base. Without YaRN, a base of 1 is a model."""
+    config = write_config(PRESETS["deepseek-v3"]) | {"rope_theta": 1.0}
+    assert _read(tmp_path, config | {"rope_scaling": None}).text.rope_theta == 1
+    refusal(lambda: _read(tmp_path, config | {"rope_scaling": _YARN}), "rope_theta is 1")
+
+
 def test_rope_scaling_without_a_base_is_refused_beside_rope_parameters(tmp_path: Path) -> None:
     config = write_config(PRESETS["deepseek-v3"])
     del config["rope_theta"]

@@ -70,3 +70,11 @@ def test_a_file_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert out.read_text() == "earlier" and len(list(tmp_path.iterdir())) == 2
     put_at("/dev/null", "x")
+
+
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 255)
+    for text in ("one", "two"):
+        put_at(out, text)
+        assert out.read_text() == text
+    assert list(tmp_path.iterdir()) == [out]

@@ -9,12 +9,12 @@ from typing import Any
 from moec.artefact.card import CARD, read_card
 from moec.artefact.engine_job import ENGINES
 from moec.artefact.manifest import FORMAT, NAME
-from moec.spec.bounded.own import is_regular
+from moec.spec.bounded.own import DRAFT, is_regular
 
 #: what moec leaves in an artefact without listing it: what `moec engine --trtexec` writes, and, if
 #: a process was killed, a draft of the manifest or engines that are not in the manifest yet
 _LEFT = re.compile(
-    rf"\.({re.escape(NAME)}|README\.md)\.([0-9a-f]{{16}}|\d+)"
+    rf"{re.escape(DRAFT)}[0-9a-f]{{16}}|\.({re.escape(NAME)}|README\.md)\.([0-9a-f]{{16}}|\d+)"
     rf"|\.{ENGINES}\.moec-(partial|replaced)-\d+/.*"
     rf"|({ENGINES}|trtexec)/(model|vision)[^/]*\.engine"
     rf"|({ENGINES}|trtexec)/plugin/(build\.sh|programs\.bin|[a-z_]+\.(h|cpp|so))"

@@ -102,6 +102,10 @@ def refuse_link(path: Path, home: Path, next_step: str) -> NoReturn:
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
+#: how the name of a draft begins; it is short, since a file's own name may be as long as can be
+DRAFT = ".moec-draft."
+
+
 def put(folder: int, name: str, text: str) -> None:
     """Write a file of the folder of a descriptor in one step: readers see the old or the new one.
 
@@ -111,7 +115,7 @@ def put(folder: int, name: str, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    draft = f".{name}.{secrets.token_hex(8)}"
+    draft = f"{DRAFT}{secrets.token_hex(8)}"
     handle = os.open(draft, _NEW, 0o666, dir_fd=folder)
     try:
         with open(handle, "w", encoding="utf-8") as file:

@@ -68,6 +68,7 @@ def test_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_no_users_file(artefact: Path, checkpoint: Path) -> None:
     (artefact / ".manifest.json.4194303").write_text("{")
+    (artefact / ".moec-draft.0123456789abcdef").write_text("{")
     for folder in (".engine.moec-partial-4194303", "engine"):
         (artefact / folder).mkdir()
         (artefact / folder / "model.engine").write_text("half")

@@ -1,5 +1,6 @@
 """A command that writes one file replaces nothing but such a file of its own."""
 
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -78,3 +79,20 @@ def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path: Path) -> None:
         put_at(out, text)
         assert out.read_text() == text
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_that_is_replaced_stays_as_private_as_it_was(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        put_at(out := tmp_path / "scales.json", "one")
+        for mode in (0o644, 0o600, 0o640, 0o664):
+            if mode != 0o644:
+                out.chmod(mode)
+            put_at(out, "two")
+            assert out.stat().st_mode & 0o7777 == mode
+        if os.getuid() == 0:
+            os.chown(out, 12, 34)
+            put_at(out, "three")
+            assert (out.stat().st_uid, out.stat().st_gid) == (12, 34)
+    finally:
+        os.umask(before)

@@ -12,6 +12,7 @@ The cache of a download tool is one folder for this purpose: it keeps the bytes 
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -110,20 +111,36 @@ def put(folder: int, name: str, text: str) -> None:
     """Write a file of the folder of a descriptor in one step: readers see the old or the new one.
 
     A stranger's folder may have links of many names: the draft's name is drawn, and no link is
-    followed.
+    followed. Whoever could not read the old file cannot read the new one.
 
     Raises:
         OSError: it cannot be written.
     """
+    try:
+        old = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        old = None
+    replaces = old is not None and stat.S_ISREG(old.st_mode)
     draft = f"{DRAFT}{secrets.token_hex(8)}"
-    handle = os.open(draft, _NEW, 0o666, dir_fd=folder)
+    handle = os.open(draft, _NEW, 0o600 if replaces else 0o666, dir_fd=folder)
     try:
         with open(handle, "w", encoding="utf-8") as file:
+            if old is not None and replaces:
+                _keep_access(handle, old)
             file.write(text)
         os.rename(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         os.unlink(draft, dir_fd=folder)
         raise
+
+
+def _keep_access(handle: int, old: os.stat_result) -> None:
+    """Give an open file the mode of a file that it replaces; owner and group too, if allowed."""
+    new = os.fstat(handle)
+    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+        with suppress(PermissionError):
+            os.fchown(handle, old.st_uid, old.st_gid)
+    os.fchmod(handle, stat.S_IMODE(old.st_mode) & 0o777)
 
 
 def put_at(path: str | Path, text: str) -> None:

@@ -1,10 +1,14 @@
 """A spec file that is damaged or says nonsense gives one clear message."""
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 import moec
+from moec.spec.bounded import read
+from moec.spec.bounded.read import parse_json, parse_yaml
 from moec.spec.files import dump_yaml
 from tests.damage import NESTED, SPEC, text
 from tests.refusals import refused_and_nothing_left
@@ -27,6 +31,8 @@ SPEC_FILES: dict[str, tuple[str, str | bytes, str]] = {
         dump_yaml(SPEC).replace("layers: 8", f"layers: {10**30}"),
         "layers",
     ),
+    "half a character in JSON": ("x.json", r'{"notes": ["n\ud800"]}', "x.json"),
+    "half a character in YAML": ("x.yaml", r'notes: ["n\ud800"]', "x.yaml"),
     "another suffix": ("x.txt", dump_yaml(SPEC), "x.txt"),
 }
 
@@ -38,3 +44,22 @@ def test_a_broken_spec_file_is_refused(tmp_path: Path, case: str) -> None:
     refused_and_nothing_left(
         tmp_path, lambda: moec.export(tmp_path / name, out=tmp_path / "out"), names
     )
+
+
+@pytest.mark.parametrize(
+    "lone", [r"\ud800", r"\uDC00", r"\\\uD800", r"\ud800\\\udc00", r"\ud800\ud83d\ude00"]
+)
+def test_half_a_character_is_no_json(lone: str) -> None:
+    with pytest.raises(ValueError, match=r"lone surrogate \\u[dD]"):
+        parse_json(f'["é{lone}"]'.encode(), "x")
+
+
+def test_a_whole_character_and_a_backslash_are_json() -> None:
+    raw = rb'["\ud83d\ude00", "\\ud800", "\ud7ff\ue000"]'
+    assert parse_json(raw, "x") == json.loads(raw) == ["\U0001f600", r"\ud800", "\ud7ff\ue000"]
+
+
+def test_yaml_without_libyaml_has_no_half_of_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "_YAML", yaml.SafeLoader)
+    with pytest.raises(yaml.YAMLError, match="surrogate"):
+        parse_yaml(rb'notes: ["n\ud800"]', "x")

@@ -120,6 +120,15 @@ CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "an empty weight_map": (put(INDEX, "weight_map", {}), "weight_map"),
     "a weight_map that is a list": (put(INDEX, "weight_map", [FIRST]), "weight_map"),
     "no weight_map": (drop(INDEX, "weight_map"), "weight_map"),
+    "a shard whose name is not UTF-8": (
+        put(INDEX, "weight_map", {"embed": "model\udcff.safetensors"}),
+        INDEX,
+    ),
+    "generation_config.json with half a character": (
+        text("generation_config.json", r'{"x\ud800": 5}'),
+        "generation_config.json",
+    ),
+    "a note with half a character": (put("config.json", "unsloth_\ud800", 5), "config.json"),
     "an index that is no JSON": (text(INDEX, '{"weight_map": '), INDEX),
     "an index that is a list": (text(INDEX, "[]"), INDEX),
     "an index nested without end": (text(INDEX, NESTED), INDEX),

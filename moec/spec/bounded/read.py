@@ -113,13 +113,15 @@ def read_bytes(
 def parse_json(raw: bytes, where: object, limits: Text = JSON, next_step: str = _AGAIN) -> Any:
     """Parse JSON text whose size, number of values and nesting are within `limits`.
 
-    A key that an object has twice is refused, because programs disagree on which one counts.
+    A key that an object has twice is refused, because programs disagree on which one counts. So is
+    half of a character, which no file in UTF-8 can hold.
 
     Raises:
         ValueError: the text is no JSON, or not UTF-8.
         MoecError: the text is above a limit.
     """
     check_json(raw, where, limits, next_step)
+    _check_pairs(raw)
     return json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
 
 
@@ -130,6 +132,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"key {twice[:80]!r} is there twice in one object")
     return found
+
+
+#: a backslash, a character of two halves, or one half
+_HALVES = re.compile(
+    rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
+
+
+def _check_pairs(raw: bytes) -> None:
+    r"""Refuse an escape in JSON that is half of a character, such as \ud800 alone."""
+    for found in _HALVES.finditer(raw) if b"\\u" in raw else ():
+        if found[1]:
+            lone = found[1].decode()
+            raise ValueError(f"lone surrogate {lone} at byte {found.start()}: half of a character")
 
 
 _BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -183,6 +200,9 @@ for _tag in ("int", "float", "timestamp"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.short)
 
 
+_LONE = re.compile("[\ud800-\udfff]")
+
+
 def parse_yaml(raw: bytes, where: object, limits: Text = YAML) -> Any:
     """Parse YAML text; what aliases repeat counts each time.
 
@@ -215,6 +235,8 @@ def _nodes(text: str) -> Iterator[tuple[int, int]]:
             count += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
+            if _LONE.search(event.value):  # libyaml refuses it itself
+                raise yaml.YAMLError("a lone surrogate: half of a character")
             if event.anchor:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.CollectionStartEvent):

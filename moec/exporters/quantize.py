@@ -18,6 +18,7 @@ from moec.artefact.placement import Progress, copy_companions
 from moec.exporters.publish import describe, typed_as_packed
 from moec.exporters.static_scales import scales_for
 from moec.spec import names
+from moec.spec.bounded.own import check_utf8
 from moec.spec.calibration import Calibration
 from moec.spec.errors import refuse
 from moec.spec.files import load_scheme
@@ -80,7 +81,7 @@ def quantize(
 
     Raises:
         MoecError: the checkpoint is broken or quantised already, the format cannot say what the
-            scheme says, or `out` holds something; then nothing is written.
+            scheme says, or `out` holds something or is not UTF-8; then nothing is written.
     """
     spec, read, entries = read_model(checkpoint, named_folder(weights_from), adapters)
     if spec.scheme:
@@ -101,6 +102,7 @@ def quantize(
     chosen = load_scheme(scheme)
     as_told, config = told(spec, chosen)
     path = Path(out) if out else default_folder(f"{spec.name}-{chosen.name}")
+    check_utf8(path)
     assert as_told.scheme is not None
     rules = (chosen.rules[0].model_copy(update={"of": as_told.scheme.rules[0].of}),)
     in_scheme = spec.model_copy(update={"scheme": chosen.model_copy(update={"rules": rules})})

@@ -20,6 +20,7 @@ from moec.weights.packed import journal
 from moec.weights.random import write_random_checkpoint
 from tests.conftest import run_command
 from tests.families import CASES
+from tests.refusals import refused_and_nothing_left
 from tests.trees import tree
 
 LINEAR = ("layers.*.moe.gate_up", "layers.*.moe.down", "layers.*.attn.o.weight")
@@ -260,6 +261,14 @@ def test_what_a_build_makes_of_it_is_proven(target: str, tmp_path: Path) -> None
     built = ("build", "--checkpoint", tmp_path / "fp8", "--target", target, "--out", tmp_path / "a")
     code, out, err = run_command(*built)
     assert code == 0 and "PASSED" in out, err
+
+
+def test_a_folder_that_no_build_would_read_is_not_written(tmp_path: Path) -> None:
+    write_random_checkpoint(CASES["olmoe"], tmp_path / "wide", 0)
+    for out in (tmp_path / "\udcff", tmp_path / "\udcff" / "deep"):
+        refused_and_nothing_left(
+            tmp_path, lambda out=out: moec.quantize(tmp_path / "wide", out=out), "not UTF-8"
+        )
 
 
 def test_what_lies_beside_the_weights_is_copied(tiny: Path, tmp_path: Path) -> None:

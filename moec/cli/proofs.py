@@ -202,11 +202,17 @@ def _show(report: "Report", as_json: bool) -> None:
 
 
 def _end(report: "Report", html: Path | None) -> None:
-    """Write the web page that the user asked for, and end with what the proof said."""
+    """Write the web page that the user asked for, and end with what the proof said.
+
+    A page that cannot be written is a warning if the proof failed, as scripts must learn that.
+    """
     if html:
         try:
             report.to_html(html)
         except OSError as error:
-            refuse(f"--html {html}", error.strerror, "a file that can be written", "choose another")
+            what = error.strerror or str(error)
+            if report.passed:
+                refuse(f"--html {html}", what, "a file that can be written", "choose another")
+            error_line(f"warning: the page was not written: --html {html}: {what}", "yellow")
     if not report.passed:
         raise typer.Exit(1)

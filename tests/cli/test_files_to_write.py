@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import moec
+from moec.runtime.proof.report import Check, Report
 from moec.spec.bounded.own import put_at
 from tests.conftest import run_command
 
@@ -96,3 +98,21 @@ def test_a_file_that_is_replaced_stays_as_private_as_it_was(tmp_path: Path) -> N
             assert (out.stat().st_uid, out.stat().st_gid) == (12, 34)
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("found", [0.0, 2.0])
+def test_a_proof_that_failed_says_so_whatever_becomes_of_its_page(
+    found: float, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pages").mkdir()
+
+    def validate(*_: object, **__: object) -> Report:
+        (tmp_path / "pages").rmdir()
+        check = Check("embed", "error", found, 1.0)
+        return Report("art", "onnxruntime", "eager fp32", "fp32", 1, [3], checks=[check])
+
+    monkeypatch.setattr(moec, "validate", validate)
+    code, out, err = run_command("validate", built, "--html", tmp_path / "pages" / "page.html")
+    assert "page.html" in err and "No such file" in err
+    assert (code, "warning: the page" in err) == ((1, True) if found else (2, False))
+    assert ("FAILED" if found else "PASSED") in out

@@ -172,7 +172,7 @@ def check_sampling(
         ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int), "an integer"),
         ("seed", seed, seed is None or _is(Integral, seed, 0, 2**63 - 1), "0 to 2^63 - 1"),
         ("temperature", temperature, _is(Real, temperature, 0, _HOTTEST), "0 or more, and finite"),
-        ("top_k", top_k, top_k is None or _is(Integral, top_k, 1, 2**63), "at least 1"),
+        ("top_k", top_k, top_k is None or _is(Integral, top_k, 1, 2**63), "1 to 2^63"),
         ("top_p", top_p, top_p is None or (_is(Real, top_p, 0, 1) and top_p), "above 0, at most 1"),
         (
             "repetition_penalty",

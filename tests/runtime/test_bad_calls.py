@@ -91,6 +91,11 @@ def test_sampling_settings_out_of_range_are_refused(
     refusal(lambda: session.generate([[1]], **settings), list(setting)[-1])
 
 
+def test_a_number_above_its_range_is_refused_with_the_range(session: Session) -> None:
+    error = refusal(lambda: session.generate([[1]], temperature=1.0, top_k=10**30), "top_k")
+    assert error.expected == "1 to 2^63"
+
+
 @pytest.mark.parametrize(
     "setting", [{"tokens": 0}, {"tokens": -3}, {"seed": 2**70}, {"seed": -(2**70)}], ids=str
 )

@@ -74,10 +74,12 @@ def run_other(name: str, job: dict[str, Any], python: str | Path | None) -> dict
         given, taken, log = (Path(folder) / part for part in ("job.json", "found.json", "log"))
         given.write_text(json.dumps(job), encoding="utf-8")
         code = _wait([*command, str(given), str(taken)], log, other)
-        found: dict[str, Any] = {"failed": f"exit code {code}"}
         if taken.is_file():
-            found = json.loads(taken.read_text(encoding="utf-8"))
-        words = _first_errors(log) if "failed" in found else ""
+            found: dict[str, Any] = json.loads(taken.read_text(encoding="utf-8"))
+            words = [each for each in _first_errors(log) if each not in found.get("failed", "")]
+        else:
+            found = {"failed": f"exit code {code}"}
+            words = _first_errors(log) or _lines(log)[-2:]
     if "missing" in found:
         refuse(
             f"--against {name}",
@@ -87,7 +89,8 @@ def run_other(name: str, job: dict[str, Any], python: str | Path | None) -> dict
             exit_code=3,
         )
     if "failed" in found:
-        raise EngineError(f"{other.title}: {found['failed']}; {words}"[:2000])
+        said = "; ".join(filter(None, (found["failed"], " / ".join(words))))
+        raise EngineError(f"{other.title}: {said}"[:2000])
     return found
 
 
@@ -127,8 +130,11 @@ def _wait(command: list[str], log: Path, other: Other) -> int:
         process.stdin.close()
 
 
-def _first_errors(log: Path) -> str:
+def _first_errors(log: Path) -> list[str]:
     """The first errors in a log, which name the cause; later ones say that something failed."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [each.group() for line in lines if (each := _ERROR.search(line))]
-    return " / ".join(list(dict.fromkeys(found))[:2] or lines[-2:])
+    found = [each.group() for line in _lines(log) if (each := _ERROR.search(line))]
+    return list(dict.fromkeys(found))[:2]
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()

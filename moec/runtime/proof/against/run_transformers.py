@@ -49,8 +49,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         trust_remote_code=False,
         attn_implementation="eager",  # whatever the config names, which may be code of the Hub
         return_dict=True,
+        ignore_mismatched_sizes=True,  # its own error names no weight; ours does
         **options,
     )
+    if wrong := loaded.get("mismatched_keys"):
+        key, found, known = min(wrong)
+        shapes = f"shape {list(found)}, where the class of transformers has {list(known)}"
+        return {"failed": f"{key}: {shapes} (weights of a wrong shape: {len(wrong)})"}
     # It rounds no inputs, and so takes no static scales of them.
     odd = {
         kind: [key for key in sorted(loaded[kind]) if not key.endswith(".input_scale")][:3]

@@ -29,6 +29,7 @@ from tests.conftest import run_command
 from tests.damage import only_shard
 from tests.families import CASES
 from tests.refusals import one_message, refusal
+from tests.small import SMALL
 
 SCOUT = reduced(PRESETS["tiny-scout"], 4)
 MODELS = {"llama4": SCOUT.model_copy(update={"vision": None}), "qwen3": CASES["qwen3"]}
@@ -182,6 +183,16 @@ def test_the_code_of_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 3 and "no class in transformers" in done.stderr
     assert not mark.exists()
+
+
+@pytest.mark.full
+def test_a_weight_that_the_engine_cannot_take_is_named(tmp_path: Path) -> None:
+    """The class of transformers takes adapters of images of one kind of shape alone."""
+    write_random_checkpoint(SMALL, tmp_path, seed=3)
+    report = against(tmp_path, "transformers", tokens=16)
+    (check,) = report.checks
+    assert not check.passed and "fc1.weight: shape [32, 128], where the class" in check.detail
+    assert "above report" not in check.detail and not check.detail.endswith("; ")
 
 
 def test_an_engine_that_is_missing_is_no_pass(scout: Path) -> None:

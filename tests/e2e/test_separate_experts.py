@@ -122,6 +122,20 @@ def test_every_target_is_proven(
     assert_passed(moec.validate(art.path, tokens=19))
 
 
+@pytest.mark.parametrize(
+    "target, precision",
+    [("onnx", "fp32"), ("ort", "fp32"), ("ort", "int4"), ("onnx", "fp8")],
+)
+def test_experts_that_are_bound_later_are_those_of_a_build(
+    target: str, precision: str, separate: Path, tmp_path: Path
+) -> None:
+    built = moec.export(separate, target, precision, tmp_path / "built")
+    moec.export(read_model(separate)[0], target, precision, tmp_path / "later")
+    bound = moec.bind(tmp_path / "later", separate)
+    assert bound.graph("model").read_bytes() == built.graph("model").read_bytes()
+    assert_passed(moec.validate(bound.path, tokens=19))
+
+
 def test_fp8_attention_beside_wide_experts(tmp_path: Path) -> None:
     """compressed-tensors with the experts in `ignore`; the linearised experts stay wide."""
     attention = tuple(f"layers.*.attn.{part}.weight" for part in "qkvo")

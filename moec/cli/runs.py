@@ -66,8 +66,8 @@ def generate(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="What runs it: onnxruntime, torch, tensorrt, interpreter or eager. Default: the "
-            "engine of the artefact's target."
+            help="What runs it: onnxruntime, onnxruntime-cuda, torch, tensorrt, interpreter or "
+            "eager. Default: the engine of the artefact's target."
         ),
     ] = None,
     session_options: Annotated[

@@ -15,6 +15,7 @@ import torch
 import moec
 from moec.artefact.artefact import open_artefact
 from moec.exporters.onnx.lowering import Rule, lower
+from moec.exporters.onnx.ort_cuda import FUSED_OPS
 from moec.exporters.onnx.standard import OPSET, STANDARD
 from moec.exporters.onnx.write import DIALECTS, lower_model
 from moec.graph_builder import ops
@@ -123,6 +124,7 @@ def test_every_op_of_the_vocabulary_has_a_rule() -> None:
     expected = dict.fromkeys(DIALECTS, plain | fused) | {
         "standard": plain,
         "tensorrt": plain | of_engines | {ops.buffered_attention, ops.moe_layer},
+        "ort-cuda-fp8": plain | {*FUSED_OPS, ops.attention_fp8, ops.skip_norm},
     }
     for name, dialect in DIALECTS.items():
         assert {rule.op for rule in dialect.rules} == expected[name], name

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import moec
 from moec.artefact.artefact import open_artefact
-from moec.runtime.engines.ort_cuda import ort_cuda_with
+from moec.runtime.engines.ort_cuda.engine import ort_cuda_with
 from moec.runtime.engines.synthetic import synthetic
 from moec.runtime.engines.torch_program import torch_with
 from moec.runtime.open import artefact_session, open_session

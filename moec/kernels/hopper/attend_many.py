@@ -289,7 +289,7 @@ def attend_many(
     STAGES: gl.constexpr,
     TURNS: gl.constexpr,
 ):
-    """Like `attend_many` in `moec.kernels.triton.attend_many`, for blocks of 128 tokens.
+    """Like `attend_many` in `moec.kernels.triton.prefill.attend_many`, for blocks of 128 tokens.
 
     Grid (any number of programs, 1, batch). With TURNS a group starts its products when the other
     has started its own. Launch it with 4 warps. Descriptors: q, key, value.

@@ -80,7 +80,7 @@ def many_linear(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Like `many_linear` in `moec.kernels.triton.many_linear`, in tiles of 128 by 2 * COLUMNS.
+    """Like the kernel in `moec.kernels.triton.prefill.many_linear`, in tiles of 128 by 2 * COLUMNS.
 
     Launch it with 4 warps. Descriptors: codes, weight, out.
     """

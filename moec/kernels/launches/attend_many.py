@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moec.kernels.hopper import attend_many as attend_many_hopper
 from moec.kernels.launches.launch import Launch
 from moec.kernels.sizes import PLAIN, SMALLEST_HEAD, Heads, is_head
-from moec.kernels.triton import attend_many as attend_many_any
+from moec.kernels.triton.prefill import attend_many as attend_many_any
 from moec.spec.errors import refuse
 
 #: the largest head that the kernels take, and those that Hopper's takes

@@ -14,7 +14,8 @@ from moec.kernels.hopper import many_linear as many_linear_hopper
 from moec.kernels.hopper import moe_decode as moe_decode_hopper
 from moec.kernels.hopper import moe_prefill as moe_prefill_hopper
 from moec.kernels.launches.launch import TYPES, Launch
-from moec.kernels.triton import blocks_prefill, many_linear, moe_prefill
+from moec.kernels.triton import blocks_prefill, moe_prefill
+from moec.kernels.triton.prefill import many_linear
 
 #: kernel -> its arguments that are descriptors -> their tile: constants of the launch, or numbers
 DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {

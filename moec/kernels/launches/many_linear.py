@@ -6,7 +6,7 @@ from moec.kernels.hopper import many_linear as many_linear_hopper
 from moec.kernels.launches.launch import Launch, fit
 from moec.kernels.launches.prefill import HOPPER_ROWS, Product, chunk_of
 from moec.kernels.sizes import PLAIN, SMALLEST
-from moec.kernels.triton import many_linear as many_linear_any
+from moec.kernels.triton.prefill import many_linear as many_linear_any
 from moec.spec.errors import refuse
 
 #: the architecture that Hopper's kernel is for

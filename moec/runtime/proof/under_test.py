@@ -14,6 +14,7 @@ from moec.runtime.engines.engine import Engine, Run
 from moec.runtime.open import artefact_session, eager_session, find_engine
 from moec.runtime.session import Session
 from moec.spec import names
+from moec.spec.errors import refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class ArtefactUnderTest:
 
     def check_device(self) -> None:
         """Refuse a device that the engine cannot use (exit code 3), or that does not exist (2)."""
+        if self.device not in ("cpu", "cuda"):
+            refuse(f"device {self.device}", "no such device", "cpu or cuda", "choose one of them")
         self.engine.check(self.artefact, self.device)
 
     def session(self, taps: Sequence[str] = (), given: Sequence[str] = ()) -> Session:

@@ -10,8 +10,8 @@ TARGET = Target(
     precisions={"fp8": Precision("ort-cuda-fp8", "ort-cuda-fp8", "bf16")},
     builder="moec.targets.ort_cuda.build:BUILDER",
     engines={
-        "onnxruntime-cuda": "moec.runtime.engines.ort_cuda:ENGINE",
-        "interpreter": "moec.runtime.engines.ort_cuda_interpreter:ENGINE",
+        "onnxruntime-cuda": "moec.runtime.engines.ort_cuda.engine:ENGINE",
+        "interpreter": "moec.runtime.engines.ort_cuda.interpreter:ENGINE",
     },
     proofs={"cpu": "interpreter"},  # it proves the graph, and not the library
     scheme="dynamic",

@@ -22,7 +22,7 @@ from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.ort import open_in, ort_for
 from moec.runtime.engines.ort_binding import OrtBinding
-from moec.runtime.engines.ort_graphs import OrtGraphs
+from moec.runtime.engines.ort_cuda.graphs import OrtGraphs
 from moec.runtime.engines.torch_program import shown
 from moec.runtime.engines.weights import load
 from moec.spec import names

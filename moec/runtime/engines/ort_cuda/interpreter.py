@@ -22,7 +22,7 @@ from moec.runtime.engines.interpreter import (
     unbound,
     widen,
 )
-from moec.runtime.engines.ort_cuda import model_of
+from moec.runtime.engines.ort_cuda.engine import model_of
 from moec.runtime.engines.torch_program import shown
 
 

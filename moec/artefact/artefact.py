@@ -268,6 +268,24 @@ def file_of(path: Path) -> File:
     return File(size=path.stat().st_size, sha256=file_sha256(path))
 
 
+def check_graph(artefact: Artefact, part: str) -> None:
+    """Refuse a part whose file is damaged, for engines that build its graph from the spec.
+
+    Raises:
+        MoecError: the file is not the one that the manifest lists (exit code 1).
+    """
+    file = artefact.graph(part)
+    found, expected = file_of(file), artefact.manifest.files.get(file.name)
+    if found != expected:
+        refuse(
+            file,
+            f"sha256 {found.sha256}",
+            expected.sha256 if expected else "a file that the manifest lists",
+            "build the artefact again",
+            exit_code=1,
+        )
+
+
 def check_digest(artefact: Artefact) -> None:
     """Refuse a manifest whose content is not that of its digest; one without a digest passes.
 

@@ -63,14 +63,17 @@ def choose(
     return dialect, mode
 
 
-def for_device(target: Target, precision: str, device: str | None) -> Target:
-    """The target that builds in `precision` for `device`; None: for any device.
+def for_device(
+    target: Target, precision: str | None, device: str | None, scheme: Scheme | None
+) -> tuple[Target, str]:
+    """The target that builds for `device` (None: for any), and the precision.
 
     Raises:
-        MoecError: `target` builds the same for every device, or does not know this one.
+        MoecError: `target` builds the same for every device, or does not know this one, or the
+            device does not run the precision.
     """
     if device is None:
-        return target
+        return target, precision or default_precision(target, scheme)
     if device not in target.devices:
         refuse(
             f"--device {device} --target {target.name}",
@@ -78,8 +81,16 @@ def for_device(target: Target, precision: str, device: str | None) -> Target:
             " or ".join(target.devices) or "no --device",
             "choose one of them" if target.devices else "leave --device out",
         )
-    name = target.devices[device].get(precision)
-    return find_target(name) if name else target
+    known = target.devices[device]
+    precision = precision or (scheme.precision if scheme else next(iter(known)))
+    if precision not in known:
+        refuse(
+            f"--precision {precision} --device {device}",
+            f"a precision that ONNX Runtime does not run on {device}",
+            " or ".join(known),
+            f"use --precision {next(iter(known))}, or leave --device out",
+        )
+    return find_target(known[precision]), precision
 
 
 def merging(mode: str, chosen: str | None) -> str:

@@ -50,8 +50,8 @@ class Target:
         proofs: device -> the name of the engine that a proof runs there; by default the first.
         suffix: the ending of its graphs' file names.
         scheme: the default FP8 scheme for wide weights.
-        devices: for a target that builds differently for some devices: device -> precision -> the
-            name of the target that builds for it.
+        devices: for a target that builds differently for some devices: device -> the precisions
+            that run there, the default first -> the name of the target that builds for it.
         reduced: dialect -> the smallest sizes of the reduced-size model, as arguments of
             `moec.spec.reduced`, for kernels that need larger ones than its defaults.
     """

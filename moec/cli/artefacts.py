@@ -36,7 +36,11 @@ def build(
         Path | None, typer.Option(help="A checkpoint folder: config.json and safetensors files.")
     ] = None,
     target: Annotated[
-        str, typer.Option(help="What to build for: onnx, ort, torch, tensorrt or tensorrt-rtx.")
+        str,
+        typer.Option(
+            help="What to build for: onnx, ort, torch, tensorrt or tensorrt-rtx; ort-cuda is ort "
+            "in fp8 for --device cuda."
+        ),
     ] = "onnx",
     precision: Annotated[
         str | None,
@@ -54,8 +58,8 @@ def build(
         str | None,
         typer.Option(
             help="How weights are quantised to fp8: meta, dynamic, mixed, static, modelopt, "
-            "deepseek, or a .yaml or .json file. Default: dynamic for torch, mixed for tensorrt, "
-            "static for tensorrt-rtx, else meta."
+            "deepseek, or a .yaml or .json file. Default: dynamic for torch and ort-cuda, mixed "
+            "for tensorrt, static for tensorrt-rtx, else meta."
         ),
     ] = None,
     scales: Scales = None,
@@ -87,7 +91,10 @@ def build(
     adapter: Adapters = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Target ort: what it runs on, cpu or cuda. In fp8 they differ."),
+        typer.Option(
+            help="Target ort: what it runs on, cpu or cuda (fp8 by default, or bf16). In fp8 they "
+            "differ; the default is for a cpu."
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Check the numbers after the build.")

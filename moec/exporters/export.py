@@ -12,7 +12,7 @@ from moec.artefact.artefact import (
     named_folder,
     open_artefact,
 )
-from moec.artefact.choices import check_placement, choose, default_precision, for_device, merging
+from moec.artefact.choices import check_placement, choose, for_device, merging
 from moec.artefact.engine_options import EngineOptions
 from moec.artefact.folder import default_out, refuse_foreign
 from moec.artefact.manifest import Build, Manifest, Weights
@@ -94,9 +94,9 @@ def export(
         hash_weights: whether weights that stay where they are get a SHA-256 too.
         adapters: folders of LoRA adapters, which moec merges into the weights in this order. The
             sum is made in float32. Merged weights are copied or packed.
-        device: what ONNX Runtime will run on, "cpu" or "cuda"; only for target "ort". FP8 for
-            "cuda" is target "ort-cuda", whose ops a library of moec's kernels runs. The default is
-            the artefact that runs on a CPU, and in fp16 and bf16 on a GPU too.
+        device: what ONNX Runtime will run on, "cpu" or "cuda"; only for target "ort". FP8, the
+            default for "cuda", is target "ort-cuda" there, whose ops a library of moec's kernels
+            runs. Without `device` FP8 is for a CPU.
 
     The folders that hold the checkpoint are recorded in the user's state folder, so that this user
     may open artefacts whose weights lie there.
@@ -116,9 +116,7 @@ def export(
                 name = source.name if isinstance(source, ModelSpec) else source
                 refuse("adapters", f"no weights in {name}", "a checkpoint", "give its folder")
             spec = load_spec(source)
-        if precision is None:
-            precision = default_precision(chosen, spec.scheme)
-        chosen = for_device(chosen, precision, device)
+        chosen, precision = for_device(chosen, precision, device, spec.scheme)
         target = chosen.name
         spec = in_precision(spec, precision, scheme, cache, chosen.scheme)
         dialect, mode = choose(chosen, precision, weights, spec.scheme)

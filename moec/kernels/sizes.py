@@ -1,5 +1,6 @@
 """The sizes that the kernels take, for one layer and for a whole model. No Triton, no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moec.spec.errors import refuse
@@ -10,6 +11,8 @@ from moec.spec.parts.routing import Experts, Routing
 SMALLEST = 32
 #: the most tokens that the kernels for few tokens take
 MOST_TOKENS = 64
+#: the most sequences of a decode step whose kernels are compiled ahead of time
+MOST_BATCH = 1024
 #: the smallest head size; each is a power of 2
 SMALLEST_HEAD = 16
 #: what to do with a model that the kernels do not take
@@ -61,6 +64,14 @@ class Heads:
     heads: int
     kv_heads: int
     size: int
+
+
+def constants_text(numbers: Mapping[str, int | float]) -> str:
+    """The numbers of an op in one line, such as "eps=1e-05 heads=40".
+
+    A node and the program that runs it have the same line.
+    """
+    return " ".join(f"{name}={each!r}" for name, each in numbers.items())
 
 
 def is_head(size: int) -> bool:

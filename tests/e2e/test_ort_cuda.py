@@ -10,10 +10,13 @@ from torch.nn import functional
 
 import moec
 from moec.artefact.artefact import open_artefact
-from moec.exporters.onnx.ort_cuda import FUSED_OPS, constants, split, whole
+from moec.exporters.onnx.ort_cuda import FUSED_OPS, split, whole
 from moec.graph_builder import ops
+from moec.kernels.sizes import SMALLEST_HEAD, constants_text
 from moec.runtime.engines.weights import load
 from moec.spec.errors import MoecError
+from moec.spec.presets import PRESETS
+from moec.spec.reduced import reduced
 from tests.proofs import assert_passed
 
 
@@ -23,7 +26,7 @@ def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return moec.export(tiny, "ort", "fp8", out=out, device="cuda").path
 
 
-def test_a_layer_is_five_nodes_of_our_domain(built: Path) -> None:
+def test_a_layer_is_four_nodes_of_our_domain(built: Path) -> None:
     manifest = open_artefact(built).manifest
     assert (manifest.target, manifest.dialect) == ("ort-cuda", "ort-cuda-fp8")
     assert (manifest.precision, manifest.compute) == ("fp8", "bf16")
@@ -90,12 +93,16 @@ def test_the_device_of_a_build(tiny: Path, tmp_path: Path) -> None:
         moec.export("scout", "ort", "bf16", out=tmp_path / "wide", device="cuda").manifest.target
         == "ort"
     )
-    for target, device, message in (
-        ("ort", "tpu", "no such device"),
-        ("torch", "cuda", "for every device alike"),
+    default = moec.export("scout", "ort", out=tmp_path / "default", device="cuda").manifest
+    assert (default.target, default.precision) == ("ort-cuda", "fp8")
+    for target, precision, device, message in (
+        ("ort", "fp8", "tpu", "no such device"),
+        ("torch", "fp8", "cuda", "for every device alike"),
+        ("ort", "fp32", "cuda", "fp8 or bf16"),
+        ("ort", "bf16", "cpu", "fp32 or fp16"),
     ):
         with pytest.raises(MoecError, match=message):
-            moec.export(tiny, target, "fp8", out=tmp_path / "no", device=device)
+            moec.export(tiny, target, precision, out=tmp_path / "no", device=device)
     assert not (tmp_path / "no").exists()
 
 
@@ -107,7 +114,7 @@ def test_arguments_of_an_op_come_back_from_a_node() -> None:
         (ops.fp8_linear, (x, weight, x, weight, "fp32")),
     ):
         tensors, numbers = split(op, given)
-        back = whole(op, tensors, constants(numbers))
+        back = whole(op, tensors, constants_text(numbers))
         assert [a is b or a == b for a, b in zip(back, given, strict=True)] == [True] * len(given)
     assert {each.name for each in FUSED_OPS} <= ops.OPS.keys()
 
@@ -151,3 +158,11 @@ def test_a_quantised_checkpoint_stays_in_place(tiny: Path, tmp_path: Path) -> No
     text = art.manifest.spec.text
     assert len(str(sources["layers.0.moe.gate_up"]).split()) == 2 * (text.expert_count + 1)
     assert_passed(moec.validate(art.path, tokens=150))
+
+
+def test_sizes_of_no_kernel_are_refused_by_the_build(tmp_path: Path) -> None:
+    spec = reduced(PRESETS["scout"])
+    assert spec.text.head_dim < SMALLEST_HEAD
+    with pytest.raises(MoecError, match=r"text\.head_dim"):
+        moec.export(spec, "ort", out=tmp_path / "no", device="cuda")
+    assert not (tmp_path / "no").exists()

@@ -22,12 +22,13 @@ from moec.graph_builder import ops
 from moec.graph_builder.ops.operands import arguments
 from moec.graph_builder.ops.registry import Op
 from moec.graph_builder.types import TensorType
+from moec.kernels.sizes import constants_text
 from moec.spec import names
 
 #: the domain of our own operators
 MOEC = "moec"
-#: arguments that say nothing to the library: it computes in bf16, and reads `last`
-_KNOWN = ("dtype", "total")
+#: arguments that a node does not have: the library computes in bf16, and reads `last`
+_UNSAID = ("dtype", "total")
 
 
 def split(op: Op, given: Any) -> tuple[list[Any], dict[str, int | float]]:
@@ -37,18 +38,13 @@ def split(op: Op, given: Any) -> tuple[list[Any], dict[str, int | float]]:
     """
     tensors, numbers = [], {}
     for argument, each in zip(op.target._schema.arguments, given, strict=True):
-        if argument.name in _KNOWN:
+        if argument.name in _UNSAID:
             continue
         if "Tensor" in str(argument.type):
             tensors.append(each)
         elif each is not None:
             numbers[argument.name] = each
     return tensors, numbers
-
-
-def constants(numbers: dict[str, int | float]) -> str:
-    """Numbers as one attribute, such as "eps=1e-05 heads=40"."""
-    return " ".join(f"{name}={each!r}" for name, each in numbers.items())
 
 
 def whole(op: Op, tensors: Sequence[Any], text: str) -> list[Any]:
@@ -77,7 +73,7 @@ def _lower(e: Emitter, node: fx.Node, *operands: Any, op: Op) -> Values | ir.Val
     inputs, numbers = split(op, given)
     types = node.meta["type"]
     one = not isinstance(types, tuple)
-    text = {"constants": constants(numbers)}
+    text = {"constants": constants_text(numbers)}
     found = e.ops(f"{MOEC}::{op.name}", inputs, (types,) if one else types, **text)
     return found[0] if one else found
 
@@ -87,7 +83,7 @@ def _attention(e: Emitter, node: fx.Node, *operands: Any) -> Values:
     inputs, numbers = split(op, arguments(operands[0]))
     caches = inputs[4:6]
     types = (*node.meta["type"], *(type_of(each) for each in caches))
-    found = e.ops(f"{MOEC}::{op.name}", inputs, types, constants=constants(numbers))
+    found = e.ops(f"{MOEC}::{op.name}", inputs, types, constants=constants_text(numbers))
     for cache, present in zip(caches, found[2:], strict=True):
         present.name = names.present_of(str(cache.name))
     return found[:2]

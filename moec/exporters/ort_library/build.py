@@ -6,7 +6,9 @@ here from moec's sources when it is needed first, and none that an artefact brin
 
 import hashlib
 import os
+import platform
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from moec.kernels.ahead_of_time.variants import Operation
 
 LIBRARY = "libmoec_ort.so"
+#: the file beside a cached library with the SHA-256 of it
+HASH = "sha256"
 FACE = Face(
     library=LIBRARY,
     package=__package__,
@@ -101,7 +105,7 @@ def own_library(operations: "Sequence[Operation]", architectures: Sequence[int])
             library cannot be compiled here.
     """
     folder = cache_folder() / key_of(operations, architectures)
-    if (folder / LIBRARY).is_file():
+    if _is_whole(folder):
         return folder / LIBRARY
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
@@ -115,22 +119,54 @@ def own_library(operations: "Sequence[Operation]", architectures: Sequence[int])
                 "install what is missing; CXX names the compiler, CUDA_INCLUDE cuda.h's folder",
                 exit_code=3,
             )
+        _seal(made.library)
         try:
             (draft / "library").rename(folder)
-        except OSError:  # another process was faster
-            if not (folder / LIBRARY).is_file():
-                raise
+        except OSError:  # another process was faster, or what is there is damaged
+            if not _is_whole(folder):
+                folder.rename(draft / "damaged")
+                (draft / "library").rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder / LIBRARY
 
 
+def _seal(library: Path) -> None:
+    """Write the library's hash beside it, when all of its bytes are on the disk.
+
+    Nobody but this user may write to either, whatever the user's umask is.
+    """
+    with library.open("rb") as file:
+        os.fsync(file.fileno())
+    library.with_name(HASH).write_text(_sha256(library))
+    for each in (library.parent, library, library.with_name(HASH)):
+        each.chmod(each.stat().st_mode & ~0o022)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache has a library as this user has compiled it."""
+    try:
+        for each in (folder, folder / LIBRARY, folder / HASH):
+            found = each.lstat()
+            if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+                return False
+        return (folder / HASH).read_text() == _sha256(folder / LIBRARY)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def key_of(operations: "Sequence[Operation]", architectures: Sequence[int]) -> str:
     """What stands for a library: a hash of all that goes into it.
 
-    These are the operations, Triton's version, and the sources of the kernels and of the library.
+    These are the operations, the machine, Triton's version, and the sources of the kernels and of
+    the library.
     """
-    whole = hashlib.sha256(f"{version('triton')} {sorted(set(architectures))}".encode())
+    machine = platform.machine(), platform.libc_ver(), version("triton")
+    whole = hashlib.sha256(f"{machine} {sorted(set(architectures))}".encode())
     for each in operations:
         given = each.name, dict(each.constants), each.inputs, each.outputs, each.most
         whole.update(repr(given).encode())
@@ -146,5 +182,5 @@ def cache_folder() -> Path:
     """Where this user's libraries are: $XDG_CACHE_HOME/moec, by default ~/.cache/moec."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # the specification of XDG says to ignore a relative path
-        base = os.path.join(os.path.expanduser("~"), ".cache")
+        base = os.path.join(os.path.abspath(os.path.expanduser("~")), ".cache")
     return Path(base) / "moec" / "libraries"

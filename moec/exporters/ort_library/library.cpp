@@ -153,7 +153,6 @@ private:
         }
         moec::Values sizes{};
         Launcher& launcher = launcherFor(values, shapes, sizes);
-        if (!sizes[moec::kTokens]) return empty(context, launcher.program(), sizes);
         void* stream = nullptr;
         check(ort::KernelContext_GetGPUComputeStream(gApi, context, &stream));
         auto const queue = static_cast<CUstream>(stream);
@@ -171,6 +170,7 @@ private:
             cuda.check(cuda.cuMemcpyDtoDAsync(pointers[i], from, bytesOf(given[i], shape), queue),
                        "cuMemcpyDtoDAsync");
         }
+        if (!sizes[moec::kTokens]) return;
         int64_t const room = launcher.workspace(sizes);
         Workspace const workspace(context, memory, room);
         // Kernels that others start here are not started early themselves, so that every one ahead
@@ -206,12 +206,6 @@ private:
         OrtValue* made = nullptr;
         check(ort::KernelContext_GetOutput(gApi, context, index, shape.data(), shape.size(), &made));
         return pointerOf(made);
-    }
-
-    /// The outputs of a call without tokens.
-    void empty(OrtKernelContext* context, Program const& program, moec::Values const& sizes) {
-        for (std::size_t i = mOp.inputs.size(); i < program.given.size(); ++i)
-            output(context, i - mOp.inputs.size(), shapeFor(program.given[i], sizes));
     }
 
     Op const& mOp;
@@ -271,6 +265,10 @@ std::deque<Op>& ops() {
                 for (Given const& each : program.given)
                     (each.role == Given::kOutput ? at->outputs : at->inputs).push_back(each);
             }
+            if (program.given.size() != at->inputs.size() + at->outputs.size())
+                throw moec::refusal("programs of " + program.operation,
+                                    "other numbers of inputs and outputs", "the same",
+                                    "build the library again");
             for (std::size_t i = 0; i < at->inputs.size(); ++i) {
                 Given const& one = program.given[i];
                 // The type is that of a program that has the input.
@@ -298,9 +296,13 @@ MOEC_PUBLIC OrtStatus* RegisterCustomOps(OrtSessionOptions* options, OrtApiBase 
                                      .c_str());
     gApi = api;
     return guarded("moec's custom-op library", [&] {
-        OrtCustomOpDomain* domain = nullptr;  // never released: sessions of any age use it
-        check(ort::CreateCustomOpDomain(gApi, kDomain, &domain));
-        for (Op const& each : ops()) check(ort::CustomOpDomain_Add(gApi, domain, &each));
+        // Made once and never released: sessions of any age use it.
+        static OrtCustomOpDomain* const domain = [] {
+            OrtCustomOpDomain* made = nullptr;
+            check(ort::CreateCustomOpDomain(gApi, kDomain, &made));
+            for (Op const& each : ops()) check(ort::CustomOpDomain_Add(gApi, made, &each));
+            return made;
+        }();
         check(ort::AddCustomOpDomain(gApi, options, domain));
     });
 }

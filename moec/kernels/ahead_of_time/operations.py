@@ -23,13 +23,13 @@ from moec.kernels.launches.descriptors import block_shapes
 from moec.kernels.launches.few_tokens import few_linear, few_moe
 from moec.kernels.launches.launch import Buffers, Launch, power_of_2
 from moec.kernels.launches.many_linear import many_linear
-from moec.kernels.sizes import MOST_TOKENS, Heads, Sizes
+from moec.kernels.sizes import MOST_BATCH, MOST_TOKENS, Heads, Sizes
 from moec.spec.errors import refuse
 
 #: the most tokens of a part of a call, which decides how much scratch a call needs
 PART = 8192
-#: the most sequences of a decode step, and more slots and steps than any model has
-MOST_BATCH, LONGEST = 1024, 1 << 30
+#: more slots and steps than any model has
+LONGEST = 1 << 30
 #: about how many multiprocessors a GPU has, which decides how a product is tiled; the result does
 #: not depend on it
 PROGRAMS = 132

@@ -40,6 +40,7 @@ from moec.kernels.ahead_of_time.compile import Compiled, TensorMap, compile_laun
 from moec.kernels.ahead_of_time.quantities import VARIABLES, Quantity, multiple
 from moec.kernels.ahead_of_time.variants import Given, Operation, Step, Variant
 from moec.kernels.launches.launch import SHARED, Launch
+from moec.kernels.sizes import constants_text
 from moec.spec.errors import refuse
 
 MAGIC, VERSION = b"moecprog", 2
@@ -68,7 +69,11 @@ def build_program(operation: Operation, architectures: Sequence[int]) -> bytes:
         _target(architecture, operation, given, data) for architecture in sorted(set(architectures))
     ]
     listed = [_given(each, i, operation, given, data) for i, each in enumerate(given)]
-    head = [data.name(operation.name), data.name(constants_text(operation)), operation.most]
+    head = [
+        data.name(operation.name),
+        data.name(constants_text(operation.constants)),
+        operation.most,
+    ]
     integers = [
         *_many(data.names.values()),
         *head,
@@ -86,11 +91,6 @@ def build_program(operation: Operation, architectures: Sequence[int]) -> bytes:
 def identity(program: bytes) -> str:
     """The SHA-256 that identifies a program, in hexadecimal."""
     return program[len(MAGIC) :][:32].hex()
-
-
-def constants_text(operation: Operation) -> str:
-    """The constants of an operation in one line, such as "eps=1e-05 heads=40"."""
-    return " ".join(f"{name}={value!r}" for name, value in operation.constants.items())
 
 
 class _Data:

@@ -1,4 +1,4 @@
-// NVIDIA's driver. It is opened at its first use, so that the plugin also loads without a driver.
+// NVIDIA's driver. It is opened at its first use, so that a library also loads without one.
 #pragma once
 
 #include <cuda.h>

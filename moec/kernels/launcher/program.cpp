@@ -108,7 +108,7 @@ Parameter parameter(Reader& from, int64_t slots) {
         if (found.bytes < 1 || found.bytes > 8) throw broken("a number of no size");
         found.value = from.quantity();
     } else {
-        found.slot = slot();
+        found.slot = from.below(slots);
         found.value = from.quantity();
         for (int64_t* each : {&found.columns, &found.tileRows, &found.tileColumns, &found.swizzle,
                               &found.element, &found.elementBytes})

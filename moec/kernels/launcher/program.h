@@ -1,4 +1,5 @@
-// A program: the kernels and launches that run one operation, read from bytes.
+// A program: the kernels and launches that run one operation, read from bytes. The bytes are part of
+// the library, so that they are trusted: reading them checks places, and not what numbers mean.
 // moec/kernels/ahead_of_time/program.py writes them.
 #pragma once
 

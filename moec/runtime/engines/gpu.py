@@ -10,10 +10,11 @@ from torch import Tensor
 from moec.spec.errors import refuse
 
 
-def check_device(device: str, what: str, fp8: bool = True) -> None:
+def check_device(device: str, what: str, fp8: bool = True, otherwise: str = "") -> None:
     """Refuse a device that does not exist here, or for which a package is missing.
 
-    `what` names what needs the device, for the message. Without `fp8` no kernel of moec runs.
+    `what` names what needs the device, for the message, and `otherwise` what to do without it.
+    Without `fp8` no kernel of moec runs.
 
     Raises:
         MoecError: `device` is neither "cpu" nor "cuda"; or it is "cuda" and there is no GPU, or for
@@ -37,7 +38,8 @@ def check_device(device: str, what: str, fp8: bool = True) -> None:
             f"device cuda: {what}",
             found,
             "a GPU with FP8, torch with CUDA and triton" if fp8 else "a GPU, and torch with CUDA",
-            f"use device cpu, or pip install {'triton and ' if fp8 else ''}a torch with CUDA",
+            otherwise
+            or f"use device cpu, or pip install {'triton and ' if fp8 else ''}a torch with CUDA",
             exit_code=3,
         )
 

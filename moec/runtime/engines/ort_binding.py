@@ -50,9 +50,6 @@ class OrtBinding:
         self._kept = {n: names.past_of(n) for n in self._outputs if names.is_present(n)}
         # What is bound, by its place: a tensor would keep the memory of caches that are gone.
         self._bound: dict[str, Place] = {}
-        self._fresh: dict[str, Tensor] = {}
-        #: whether calls give their results in the same tensors, as a CUDA graph does
-        self.keep = False
         self._binding = self._new()
 
     def _new(self) -> Any:
@@ -77,9 +74,7 @@ class OrtBinding:
             if bound.get(name) != place or place[0] != self._device:
                 binding.bind_input(name, *place)
                 bound[name] = place
-        fresh: dict[str, Tensor] = self._fresh if self.keep and not anew else {}
-        if not fresh:
-            fresh = self._bind_outputs(places if anew else {})
+        fresh = self._bind_outputs(places if anew else {})
         if not self._queues:
             binding.synchronize_inputs()
         self._session.run_with_iobinding(binding, self._options)
@@ -93,8 +88,11 @@ class OrtBinding:
                 for name, each in found
                 if name not in kept and name not in fresh
             }
-        self._fresh = fresh if self.keep else {}
         return fresh | {name: feeds[past] for name, past in kept.items()}
+
+    def again(self) -> None:
+        """Run the session once more as it is bound, into the tensors of the last call's results."""
+        self._session.run_with_iobinding(self._binding, self._options)
 
     def _bind_outputs(self, caches: Mapping[str, Place]) -> dict[str, Tensor]:
         """Bind the outputs, new tensors where their sizes are known; and the `caches` anew."""

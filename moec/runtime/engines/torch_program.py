@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from moec.artefact.artefact import Artefact, file_of
+from moec.artefact.artefact import Artefact, check_graph
 from moec.artefact.manifest import NAME, Port, Ports
 from moec.exporters.builder import builder_for
 from moec.exporters.torch.program import part_graph, ports_of
@@ -81,7 +81,7 @@ def torch_engine(
             rehearsal = collectives.alone
     with memory_for(f"weights of {artefact.path}"):
         given = load(artefact, device, part, rank) if weights is None else weights
-    _check_file(artefact, part)
+    check_graph(artefact, part)
     decoder = fused and part == "model" and not taps
 
     def program(greedy: bool) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
@@ -171,20 +171,6 @@ def _is_fused(artefact: Artefact) -> bool:
     """
     builder_for(artefact)
     return artefact.manifest.dialect == FUSED
-
-
-def _check_file(artefact: Artefact, part: str) -> None:
-    """Refuse a part whose file is damaged, although its program is built from the spec."""
-    file = artefact.graph(part)
-    found, expected = file_of(file), artefact.manifest.files.get(file.name)
-    if found != expected:
-        refuse(
-            file,
-            f"sha256 {found.sha256}",
-            expected.sha256 if expected else "a file that the manifest lists",
-            "build the artefact again",
-            exit_code=1,
-        )
 
 
 def check_shared(artefact: Artefact, rank: Rank) -> None:

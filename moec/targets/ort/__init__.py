@@ -17,6 +17,10 @@ TARGET = Target(
     },
     builder="moec.targets.ort.build:BUILDER",
     engines={"onnxruntime": "moec.runtime.engines.ort:ENGINE"},
-    devices={"cpu": {}, "cuda": {"fp8": "ort-cuda"}},
+    # The first precision of a device is its default. fp16 with packed weights runs on both.
+    devices={
+        "cpu": dict.fromkeys(("fp32", "fp16", "fp8", "int8", "int4"), "ort"),
+        "cuda": {"fp8": "ort-cuda", "bf16": "ort"},
+    },
     reduced={"ort-int8": _BLOCKS, "ort-int4": _BLOCKS},
 )

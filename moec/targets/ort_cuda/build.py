@@ -17,6 +17,7 @@ from moec.exporters.onnx.strangers import load_checked
 from moec.exporters.onnx.write import lower_model, ports, save_bound
 from moec.exporters.torch.program import graphs_of
 from moec.graph_builder.passes.torch_support import check_fusible
+from moec.kernels.sizes import check_sizes
 from moec.spec.model import ModelSpec
 from moec.targets.onnx.build import BUILDER as ONNX
 from moec.weights.joined import ORT_CUDA, PROGRAM_TENSORS, Joined, in_one_piece, joined_packings
@@ -28,12 +29,13 @@ WEIGHT = "moec.weight"
 
 
 def check(wanted: Wanted) -> None:
-    """Refuse a model or a scheme that the fused FP8 ops cannot express.
+    """Refuse a model or a scheme that the fused FP8 ops cannot express, or sizes of no kernel.
 
     Raises:
         MoecError: the message names the field of the spec, its value, and the values allowed.
     """
     check_fusible(wanted.spec)
+    check_sizes(wanted.spec)
 
 
 def graphs(wanted: Wanted) -> dict[str, fx.GraphModule]:

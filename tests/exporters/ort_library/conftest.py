@@ -8,15 +8,14 @@ pytest.importorskip("triton", reason="kernels need triton")
 
 from moec.exporters.ort_library.build import FACE, compile_library
 from moec.kernels.ahead_of_time import operations
-from moec.kernels.ahead_of_time.program import constants_text
 from moec.kernels.launcher.build import Library
-from moec.kernels.sizes import Heads
+from moec.kernels.sizes import Heads, constants_text
 from tests.kernels.launcher.launcher import CUDA_INCLUDE, compile_driver
 
 EPS = 1e-5
 #: the operations of the library under test and their constants, by a name
 OPERATIONS = {
-    name: (each, constants_text(each))
+    name: (each, constants_text(each.constants))
     for name, each in {
         "linear": operations.fp8_linear(128, 128),
         "wide": operations.fp8_linear(256, 128),

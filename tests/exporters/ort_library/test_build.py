@@ -2,8 +2,10 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,7 @@ from moec.cli import app
 from moec.exporters.ort_library import build
 from moec.exporters.ort_library.build import FACE, LIBRARY, cache_folder, key_of, own_library
 from moec.kernels.ahead_of_time.operations import norm_fp8, rms_norm
-from moec.kernels.launcher.build import PROGRAMS, SCRIPT, SOURCES, Library
+from moec.kernels.launcher.build import PROGRAMS, SCRIPT, SOURCES, Library, sources_of
 from moec.spec.errors import MoecError
 from tests.kernels.launcher.reader import programs, read
 
@@ -44,12 +46,50 @@ def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert own_library(operations, (90,)) == found
 
 
-def test_the_key_is_of_all_that_goes_into_it() -> None:
+def test_the_key_is_of_all_that_goes_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
     one = [norm_fp8(64, 1e-5)]
     others = [norm_fp8(128, 1e-5)], [norm_fp8(64, 1e-6)], [rms_norm(64, 1e-5)]
-    keys = {key_of(one, (90,)), key_of(one, (89,)), *(key_of(each, (90,)) for each in others)}
-    assert len(keys) == 5
-    assert key_of([norm_fp8(64, 1e-5)], (90,)) in keys
+    keys = [key_of(one, (90,)), key_of(one, (89,)), *(key_of(each, (90,)) for each in others)]
+    assert key_of([norm_fp8(64, 1e-5)], (90,)) == keys[0]
+    for changed in (
+        {"sources_of": lambda face: {**sources_of(face), "library.cpp": b"another"}},
+        {"version": lambda package: "another"},
+        {"platform": SimpleNamespace(machine=lambda: "another", libc_ver=lambda: ("", ""))},
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in changed.items():
+                patch.setattr(build, name, value)
+            keys.append(key_of(one, (90,)))
+    assert len(set(keys)) == len(keys) == 8
+
+
+def _empty(library: Path) -> None:
+    library.write_bytes(b"")
+
+
+def _half(library: Path) -> None:
+    content = library.read_bytes()
+    library.write_bytes(content[: len(content) // 2])
+
+
+def _writable(library: Path) -> None:
+    library.chmod(0o666)
+
+
+def _link(library: Path) -> None:
+    library.rename(library.parent.parent / "elsewhere.so")
+    library.symlink_to(library.parent.parent / "elsewhere.so")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _empty, _half, _writable, _link])
+def test_a_damaged_library_is_compiled_again(damage: Callable[[Path], None], cache: Path) -> None:
+    operations = [norm_fp8(64, 1e-5)]
+    found = own_library(operations, (90,))
+    content = found.read_bytes()
+    damage(found)
+    assert own_library(operations, (90,)) == found
+    assert found.read_bytes() == content and not found.is_symlink()
+    assert not found.stat().st_mode & 0o022
 
 
 def test_without_a_compiler_it_is_one_message(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

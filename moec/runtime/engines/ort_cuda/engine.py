@@ -5,31 +5,28 @@ sources, and compiles it if there is none yet (`moec.exporters.ort_library.build
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from moec.artefact.artefact import Artefact, file_of
+from moec.artefact.artefact import Artefact, check_graph
 from moec.artefact.engine_options import EngineOptions
 from moec.exporters.builder import Wanted, builder_for
-from moec.exporters.onnx.ort_cuda import weights_as_inputs
-from moec.exporters.onnx.strangers import load_checked
 from moec.exporters.torch.program import part_graph
+from moec.kernels.sizes import MOST_BATCH, check_sizes
 from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.ort import open_in, ort_for
 from moec.runtime.engines.ort_binding import OrtBinding
-from moec.runtime.engines.ort_cuda.graphs import OrtGraphs
+from moec.runtime.engines.ort_cuda.graphs import OrtGraphs, run_options
 from moec.runtime.engines.torch_program import shown
 from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
-
-#: calls of a session wait for the GPU only where they must
-_RUN = {"disable_synchronize_execution_providers": "1"}
 
 
 def ort_cuda_engine(
@@ -59,24 +56,23 @@ def ort_cuda_engine(
     onnxruntime = ort_for(device)
     from moec.exporters.ort_library.build import own_library
     from moec.exporters.ort_library.operations import operations_for
-    from moec.kernels.sizes import check_sizes
     from moec.kernels.torch.launch import architecture
 
-    manifest = artefact.manifest
-    check_sizes(manifest.spec)
-    with memory_for(f"weights of {artefact.path}"):
-        own = load(artefact, device, part) if weights is None else weights
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it says of an error is in the exception
+    number = torch.cuda.current_device()
     if part == "model":
-        here = architecture(torch.device(device, torch.cuda.current_device()))
-        library = own_library(operations_for(manifest, taps, given), [here])
-        options.register_custom_ops_library(str(library))
+        here = architecture(torch.device(device, number))
+        library = own_library(operations_for(artefact.manifest, taps, given), [here])
+        _register(options, library)
     model = ir.to_proto(model_of(artefact, part, taps, given))
     open_in(model, (), ())
+    with memory_for(f"weights of {artefact.path}"):
+        own = load(artefact, device, part) if weights is None else weights
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     steps = part == "model" and not taps and not given
     chosen = {
+        "device_id": str(number),
         "user_compute_stream": str(stream.cuda_stream),
         "enable_cuda_graph": str(int(steps)),
         # Weights leave little memory: take no more than is needed.
@@ -97,14 +93,11 @@ def ort_cuda_engine(
     wanted = {port.name for port in session.get_inputs()}
     own = {name: each for name, each in own.items() if name in wanted}
 
-    def run_options(graph: int) -> Any:
-        found = onnxruntime.RunOptions()
-        for key, value in {**_RUN, "gpu_graph_id": str(graph)}.items():
-            found.add_run_config_entry(key, value)
-        return found
+    def bound(graph: int) -> OrtBinding:
+        return OrtBinding(session, device, own, run_options(onnxruntime, graph), True)
 
-    each = OrtBinding(session, device, own, run_options(-1), True)
-    graphs = OrtGraphs(session, device, own, run_options, each)
+    each = bound(-1)
+    graphs = OrtGraphs(bound, each)
 
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,22 +119,37 @@ def ort_cuda_engine(
     return run
 
 
+def _register(options: Any, library: Path) -> None:
+    """Add the custom-op library to a session's options.
+
+    Raises:
+        MoecError: this machine cannot load it (exit code 3).
+    """
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        refuse(
+            library,
+            next(iter(str(error).splitlines()), type(error).__name__),
+            "a library that this machine can load",
+            f"remove {library.parent}; the next session compiles it again",
+            exit_code=3,
+            cause=error,
+        )
+
+
 def model_of(
     artefact: Artefact, part: str, taps: Sequence[str] = (), given: Sequence[str] = ()
 ) -> ir.Model:
-    """The ONNX model of a part: its file, or with `taps` or `given` one from the spec.
+    """The ONNX model of a part, with weights as inputs, which sessions share.
 
-    Its weights are inputs, which sessions share and which are read faster than ONNX Runtime does.
-    Fused ops hide inner values, so that a graph that shows or takes some is another one.
+    It is built from the spec, as it was when the artefact was built. The part's file is checked and
+    not run: its nodes could make the kernels, which check no index, read and write anywhere.
 
     Raises:
-        MoecError: the file is damaged (exit code 1), or has what moec never writes.
+        MoecError: the file is not the one that the manifest lists (exit code 1).
     """
-    if not taps and not given:
-        _check_file(artefact, part)
-        model = load_checked(artefact, part)
-        weights_as_inputs(model)
-        return model
+    check_graph(artefact, part)
     manifest = artefact.manifest
     wanted = Wanted(
         manifest.spec, manifest.precision, manifest.compute, manifest.dialect, EngineOptions()
@@ -149,20 +157,6 @@ def model_of(
     graph = part_graph(manifest.spec, manifest.compute, part, taps, given)
     lowered: ir.Model = builder_for(artefact).lower(wanted, graph, part)[0]
     return lowered
-
-
-def _check_file(artefact: Artefact, part: str) -> None:
-    """Refuse a part whose file is not the one that the manifest lists."""
-    file = artefact.graph(part)
-    found, expected = file_of(file), artefact.manifest.files.get(file.name)
-    if found != expected:
-        refuse(
-            file,
-            f"sha256 {found.sha256}",
-            expected.sha256 if expected else "a file that the manifest lists",
-            "build the artefact again",
-            exit_code=1,
-        )
 
 
 def _check(artefact: Artefact, device: str) -> None:
@@ -174,43 +168,42 @@ def _check(artefact: Artefact, device: str) -> None:
             "add --device cuda; --engine interpreter runs its graph on the cpu, slowly",
             exit_code=3,
         )
-    check_device(device, str(artefact.path))
+    elsewhere = (
+        "run it where there is a GPU; --engine interpreter runs its graph on the cpu, slowly"
+    )
+    check_device(device, str(artefact.path), otherwise=elsewhere)
+    check_sizes(artefact.manifest.spec)
 
 
-def _open(
-    artefact: Artefact,
-    part: str,
-    device: str,
-    options: str,
-    taps: Sequence[str],
-    given: Sequence[str] = (),
-) -> Run:
-    return ort_cuda_engine(artefact, device, taps, part, given)
-
-
-def ort_cuda_with(weights: Mapping[str, Tensor]) -> Engine:
-    """The record of the engine with other `weights` for the decoder than the artefact's."""
+def ort_cuda_with(weights: Mapping[str, Tensor] | None) -> Engine:
+    """The record of the engine that uses `weights` in place of the decoder's own; None: its own."""
 
     def opened(
-        artefact: Artefact, part: str, device: str, options: str, taps: Sequence[str]
+        artefact: Artefact,
+        part: str,
+        device: str,
+        options: str,
+        taps: Sequence[str],
+        given: Sequence[str] = (),
     ) -> Run:
         own = weights if part == "model" else None
-        return ort_cuda_engine(artefact, device, taps, part, (), own)
+        return ort_cuda_engine(artefact, device, taps, part, given, own)
 
-    return Engine(ENGINE.name, ENGINE.title, opened, _check, _limits, queues=True)
+    return Engine(
+        "onnxruntime-cuda",
+        "ONNX Runtime with moec's custom-op library",
+        opened,
+        _check,
+        _limits,
+        queues=True,
+        shown=shown,
+        gives=opened,
+    )
 
 
 def _limits(artefact: Artefact, device: str) -> Limits:
-    return Limits("buffers", GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK)
+    chunk = GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK
+    return Limits("buffers", chunk, batch=MOST_BATCH)
 
 
-ENGINE = Engine(
-    "onnxruntime-cuda",
-    "ONNX Runtime with moec's custom-op library",
-    _open,
-    _check,
-    _limits,
-    queues=True,
-    shown=shown,
-    gives=_open,
-)
+ENGINE = ort_cuda_with(None)

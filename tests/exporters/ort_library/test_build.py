@@ -105,12 +105,15 @@ def test_a_relative_cache_folder_is_ignored(given: str, monkeypatch: pytest.Monk
     assert cache_folder() == Path.home() / ".cache/moec/libraries"
 
 
-def test_the_api_is_that_of_onnx_runtimes_header() -> None:
+def test_the_api_and_the_example_fit_onnx_runtimes_header() -> None:
     include = os.environ.get("ONNXRUNTIME_INCLUDE")
     if not include:
         pytest.skip("needs ONNXRUNTIME_INCLUDE, the folder of onnxruntime_c_api.h")
     check = str(files(FACE.package) / "check_api.cpp")
-    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", f"-I{include}", check], check=True)
+    example = Path(__file__).parents[3] / "examples/cpp/generate.cpp"
+    for source in (check, example):
+        command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+        subprocess.run([*command, f"-I{include}", source], check=True)
 
 
 def test_a_folder_for_programs_without_moec(tiny: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def for_device(
             device does not run the precision.
     """
     if device is None:
-        return target, precision or default_precision(target, scheme)
+        return target, default_precision(target, scheme) if precision is None else precision
     if device not in target.devices:
         refuse(
             f"--device {device} --target {target.name}",
@@ -82,7 +82,8 @@ def for_device(
             "choose one of them" if target.devices else "leave --device out",
         )
     known = target.devices[device]
-    precision = precision or (scheme.precision if scheme else next(iter(known)))
+    if precision is None:
+        precision = scheme.precision if scheme else next(iter(known))
     if precision not in known:
         refuse(
             f"--precision {precision} --device {device}",

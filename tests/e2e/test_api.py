@@ -17,6 +17,7 @@ POSITIONAL = {
     "bench": "path",
     "bind": "artefact checkpoint out",
     "build_engines": "artefact",
+    "build_library": "artefact out architectures",
     "build_graph": "spec precision",
     "calibrate": "checkpoint tokens",
     "encode": "path text images",

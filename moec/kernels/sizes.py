@@ -13,8 +13,16 @@ SMALLEST = 32
 MOST_TOKENS = 64
 #: the most sequences of a decode step whose kernels are compiled ahead of time
 MOST_BATCH = 1024
-#: the smallest head size; each is a power of 2
-SMALLEST_HEAD = 16
+#: the smallest and the largest head size; each is a power of 2
+SMALLEST_HEAD, LARGEST_HEAD = 16, 256
+#: the largest sizes of a model. Those of a stranger's could keep a compiler busy for hours.
+LARGEST = {
+    "text.dim": 1 << 15,
+    "text.heads / kv_heads": 1 << 7,
+    "text.dense_hidden": 1 << 17,
+    "text.experts.hidden": 1 << 17,
+    "text.experts.count": 1 << 10,
+}
 #: what to do with a model that the kernels do not take
 PLAIN = "use --device cpu, which takes any size"
 
@@ -96,13 +104,15 @@ def check_sizes(spec: ModelSpec) -> None:
         **({"text.experts.hidden": experts.hidden} if experts else {}),
     }
     odd = [f"{name} {size}" for name, size in widths.items() if size % SMALLEST]
-    if not is_head(text.head_dim):
+    if not is_head(text.head_dim) or text.head_dim > LARGEST_HEAD:
         odd.append(f"text.head_dim {text.head_dim}")
     if odd:
-        refuse(
-            f"device cuda: {spec.name}",
-            ", ".join(odd),
-            f"multiples of {SMALLEST}; text.head_dim a power of 2, {SMALLEST_HEAD} or more",
-            PLAIN,
-            exit_code=3,
-        )
+        heads = f"text.head_dim a power of 2, {SMALLEST_HEAD} to {LARGEST_HEAD}"
+        where, expected = f"device cuda: {spec.name}", f"multiples of {SMALLEST}; {heads}"
+        refuse(where, ", ".join(odd), expected, PLAIN, exit_code=3)
+    found = widths | {"text.heads / kv_heads": text.heads // text.kv_heads}
+    found |= {"text.experts.count": experts.count} if experts else {}
+    for name, most in LARGEST.items():
+        if found.get(name, 0) > most:
+            where = f"device cuda: {spec.name}: {name}"
+            refuse(where, found[name], f"at most {most}", PLAIN, exit_code=3)

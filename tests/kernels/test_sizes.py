@@ -78,3 +78,23 @@ def test_the_presets_fit(name: str) -> None:
 def test_the_advice_of_prefill_is_the_same() -> None:
     with pytest.raises(MoecError, match="--device cpu"):
         prefill_moe(Sizes(100, 100, 4), 70)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 16384, "kv_heads": 1}, "heads / kv_heads"),
+        ({"dim": 1 << 20}, r"text\.dim"),
+        ({"head_dim": 16384}, "16 to 256"),
+    ],
+)
+def test_sizes_that_would_keep_a_compiler_busy_are_refused(
+    change: dict[str, int], message: str
+) -> None:
+    text = PRESETS["scout"].text
+    spec = PRESETS["scout"].model_copy(update={"text": text.model_copy(update=change)})
+    with pytest.raises(MoecError, match=message) as refused:
+        check_sizes(spec)
+    assert refused.value.exit_code == 3
+    for name in ("scout", "maverick"):
+        check_sizes(PRESETS[name])

@@ -7,6 +7,7 @@ here from moec's sources when it is needed first, and none that an artefact brin
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import tempfile
@@ -18,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moec.artefact.artefact import open_artefact
-from moec.kernels.launcher.build import Face, Library, sources_of, write_library
+from moec.kernels.launcher.build import (
+    PROGRAMS,
+    SCRIPT,
+    Face,
+    Library,
+    is_program,
+    sources_of,
+    write_library,
+)
 from moec.kernels.sizes import check_sizes
 from moec.spec.errors import refuse
 from moec.weights.joined import ORT_CUDA
@@ -51,8 +60,9 @@ def build_library(
         architectures: the GPU architectures to build for, such as "SM90", which is the default.
 
     Raises:
-        MoecError: the artefact is of another target (exit code 2), Triton is not installed (3), or
-            there are no kernels for the model's sizes or an architecture.
+        MoecError: the artefact is of another target, or `out` holds something else (exit code 2);
+            Triton is not installed, or a compiler fails where a library is already (3); or there
+            are no kernels for the model's sizes or an architecture.
     """
     art = open_artefact(artefact)
     if art.manifest.dialect != ORT_CUDA:
@@ -74,12 +84,44 @@ def build_library(
 
     check_sizes(art.manifest.spec)
     names = [each.upper() for each in architectures] or ["SM90"]
-    odd = next((each for each in names if not each.removeprefix("SM").isdecimal()), None)
+    odd = next((each for each in names if not re.fullmatch("SM[0-9]{2,3}", each)), None)
     if odd:
         refuse(f"--sm {odd}", "no such architecture", "one such as SM90", "correct --sm")
     wanted = [int(each.removeprefix("SM")) for each in names]
-    folder = Path(out) if out else art.path.with_name(f"{art.path.name}-library")
-    return compile_library(operations_for(art.manifest), wanted, folder)
+    path = art.path.absolute().resolve()
+    folder = Path(out).absolute() if out else path.with_name(f"{path.name}-library")
+    _refuse_others(folder)
+    return _in_place(operations_for(art.manifest), wanted, folder)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder that is no library of ours, whose files would be lost."""
+    known = {*sources_of(FACE), PROGRAMS, SCRIPT, LIBRARY}
+    ours = not os.path.lexists(folder)
+    if not ours and folder.is_dir() and not folder.is_symlink():
+        there = {each.name: each.lstat() for each in folder.iterdir()}
+        regular = all(stat.S_ISREG(each.st_mode) for each in there.values())
+        ours = not there or (regular and there.keys() <= known and is_program(folder / PROGRAMS))
+    if not ours:
+        refuse(folder, "something else than a library", "a new folder", "choose another --out")
+
+
+def _in_place(operations: "Iterable[Operation]", architectures: list[int], folder: Path) -> Library:
+    """Write a library to `folder` in one step; one that is there stays if compiling fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".moec-library.", dir=folder.parent))
+    try:
+        made = compile_library(operations, architectures, draft / "library")
+        if made.library is None and (folder / LIBRARY).is_file():
+            expected = "a C++ compiler that compiles it"
+            refuse(folder, made.why, expected, "the library that is there stays", exit_code=3)
+        if folder.exists():
+            folder.rename(draft / "before")
+        (draft / "library").rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    command = made.command.replace(str((draft / "library").resolve()), str(folder.resolve()))
+    return Library(folder, made.library and folder / LIBRARY, made.why, command)
 
 
 def compile_library(

@@ -39,11 +39,12 @@ from triton import knobs
 from moec.kernels.ahead_of_time.compile import Compiled, TensorMap, compile_launch
 from moec.kernels.ahead_of_time.quantities import VARIABLES, Quantity, multiple
 from moec.kernels.ahead_of_time.variants import Given, Operation, Step, Variant
+from moec.kernels.launcher.build import MAGIC
 from moec.kernels.launches.launch import SHARED, Launch
 from moec.kernels.sizes import constants_text
 from moec.spec.errors import refuse
 
-MAGIC, VERSION = b"moecprog", 2
+VERSION = 2
 #: Triton's name of a type -> ONNX's number, which ONNX Runtime's C API has too
 TYPES = {"fp32": 1, "i32": 6, "i64": 7, "fp16": 10, "bf16": 16, "fp8e4nv": 17}
 NUMBERS = {"i1": 1, "i32": 4, "i64": 8}

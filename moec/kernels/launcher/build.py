@@ -18,6 +18,8 @@ from pathlib import Path
 from moec.spec.errors import refuse
 
 PROGRAMS, SCRIPT = "programs.bin", "build.sh"
+#: how the bytes of a program start
+MAGIC = b"moecprog"
 SOURCES = (
     "program.h",
     "program.cpp",
@@ -111,6 +113,15 @@ def write_library(
     script.chmod(0o755)
     library, why, command = _compile(face.library, headers, out, given or {})
     return Library(out, library, why, command)
+
+
+def is_program(file: Path) -> bool:
+    """Whether a file starts as programs do."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def sources_of(face: Face) -> dict[str, bytes]:

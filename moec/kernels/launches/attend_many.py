@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from moec.kernels.hopper import attend_many as attend_many_hopper
 from moec.kernels.launches.launch import Launch
-from moec.kernels.sizes import PLAIN, SMALLEST_HEAD, Heads, is_head
+from moec.kernels.sizes import LARGEST_HEAD, PLAIN, SMALLEST_HEAD, Heads, is_head
 from moec.kernels.triton.prefill import attend_many as attend_many_any
 from moec.spec.errors import refuse
 
-#: the largest head that the kernels take, and those that Hopper's takes
-LARGEST_HEAD, HOPPER_HEADS = 256, (64, 128)
+#: the heads that Hopper's kernel takes
+HOPPER_HEADS = (64, 128)
 #: the architecture that Hopper's kernel is for, and the base-2 logarithm of e
 HOPPER, LOG2_E = 90, 1.4426950408889634
 

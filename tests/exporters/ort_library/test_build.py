@@ -140,3 +140,58 @@ def test_what_has_no_library(
     found = CliRunner().invoke(app, ["library", str(art), *options])
     assert isinstance(found.exception, MoecError) and message in str(found.exception)
     assert not (tmp_path / "art-library").exists()
+
+
+def _others(folder: Path) -> None:
+    folder.mkdir()
+    (folder / SCRIPT).write_text("precious")
+
+
+def _pipe(folder: Path) -> None:
+    folder.mkdir()
+    os.mkfifo(folder / "driver.h")
+
+
+def _file(folder: Path) -> None:
+    folder.write_text("precious")
+
+
+@pytest.fixture(scope="module")
+def artefact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return moec.export(tiny, "ort-cuda", out=tmp_path_factory.mktemp("built") / "art").path
+
+
+@pytest.mark.parametrize("there", [_others, _pipe, _file])
+def test_what_is_not_ours_stays(
+    there: Callable[[Path], None], artefact: Path, tmp_path: Path
+) -> None:
+    there(tmp_path / "out")
+    with pytest.raises(MoecError, match="something else than a library"):
+        moec.build_library(artefact, tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    for each in (tmp_path / "out", tmp_path / "out" / SCRIPT):
+        assert not each.is_file() or each.read_text() == "precious"
+
+
+def test_a_library_is_written_anew_in_one_step(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = moec.build_library(artefact, tmp_path / "out")
+    assert found.library
+    content = found.library.read_bytes()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(MoecError, match="stays") as refused:
+        moec.build_library(artefact, tmp_path / "out")
+    assert refused.value.exit_code == 3 and found.library.read_bytes() == content
+    other = moec.build_library(artefact, tmp_path / "other")
+    assert other.library is None and str(tmp_path / "other" / SCRIPT) in other.command
+    monkeypatch.delenv("CXX")
+    assert moec.build_library(artefact, tmp_path / "out").library == found.library
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_the_folder_of_an_artefact_that_is_here(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(artefact)
+    assert moec.build_library(".").folder == artefact.with_name("art-library")

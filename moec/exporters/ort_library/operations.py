@@ -60,10 +60,11 @@ def operations_for(
     fused ops. One library has all forms, so that a proof runs the library of the sessions.
     """
     spec, compute = manifest.spec, manifest.compute
-    parted = [names.out(layer.index) for layer in spec.text.all_layers]
-    norms = [names.layer(each.index, "ffn.norm") for each in spec.text.all_layers]
-    every = ((), ()), (parted, ()), (parted, norms), (taps, given)
-    return list(operations_of(part_graph(spec, compute, "model", *each) for each in every))
+    parted = tuple(names.out(layer.index) for layer in spec.text.all_layers)
+    norms = tuple(names.layer(each.index, "ffn.norm") for each in spec.text.all_layers)
+    every = ((), ()), (parted, ()), (parted, norms), (tuple(taps), tuple(given))
+    graphs = (part_graph(spec, compute, "model", *each) for each in dict.fromkeys(every))
+    return list(operations_of(graphs))
 
 
 def operations_of(graphs: Iterable[fx.GraphModule]) -> Iterator[Operation]:

@@ -65,24 +65,7 @@ def ort_engine(
     for key, setting in chosen.items():
         setattr(options, key, setting)
     options.add_session_config_entry(_FOLDER, str(root))
-    # Log nothing: what it says of an error is in the exception, and it would write names from the
-    # graph to the terminal as they are.
-    options.log_severity_level = 4
-    file = artefact.graph(part)
-    try:
-        open_in(model, taps, given)
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, _PROVIDERS[device]
-        )
-    except Exception as error:  # onnxruntime raises a dozen unrelated types
-        refuse(
-            file,
-            next(iter(str(error).splitlines()), type(error).__name__),
-            "a model that ONNX Runtime loads",
-            f"moec inspect {artefact.path}",
-            exit_code=1,
-            cause=error,
-        )
+    session = session_of(artefact, part, model, options, _PROVIDERS[device], taps, given)
     if part != GENAI:
         _check_ports(artefact, part, session, {names.given(name) for name in given})
     inputs = {port.name for port in session.get_inputs()}
@@ -96,6 +79,39 @@ def ort_engine(
         return dict(zip(outputs, map(tensor_of, results), strict=True))
 
     return OrtBinding(session, device) if manifest.buffered else run
+
+
+def session_of(
+    artefact: Artefact,
+    part: str,
+    model: onnx.ModelProto,
+    options: Any,
+    providers: Sequence[Any],
+    taps: Sequence[str] = (),
+    given: Sequence[str] = (),
+) -> Any:
+    """An ONNX Runtime session that runs `model`, with inner values opened as in `open_in`.
+
+    Raises:
+        MoecError: ONNX Runtime refuses the model (exit code 1).
+    """
+    import onnxruntime
+
+    # Log nothing: what it says of an error is in the exception, and it would write names from the
+    # graph to the terminal as they are.
+    options.log_severity_level = 4
+    try:
+        open_in(model, taps, given)
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers)
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        refuse(
+            artefact.graph(part),
+            next(iter(str(error).splitlines()), type(error).__name__),
+            "a model that ONNX Runtime loads",
+            f"moec inspect {artefact.path}",
+            exit_code=1,
+            cause=error,
+        )
 
 
 def _check_ports(artefact: Artefact, part: str, session: Any, added: set[str]) -> None:

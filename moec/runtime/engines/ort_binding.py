@@ -48,7 +48,7 @@ class OrtBinding:
             if isinstance(dim, str) and name in self._inputs
         }
         self._kept = {n: names.past_of(n) for n in self._outputs if names.is_present(n)}
-        # What is bound, by its place: a tensor would keep the memory of caches that are gone.
+        # Places and not tensors: a tensor would keep the memory of a dropped cache.
         self._bound: dict[str, Place] = {}
         self._binding = self._new()
 
@@ -70,7 +70,8 @@ class OrtBinding:
             self._binding = binding = self._new()
             bound.clear()
         for name, place in places.items():
-            # The buffers are the same in each step. What is elsewhere is copied when it is bound.
+            # Buffers stay the same in each step. ONNX Runtime copies a tensor on another device
+            # when it is bound, so that such a tensor is bound in each call.
             if bound.get(name) != place or place[0] != self._device:
                 binding.bind_input(name, *place)
                 bound[name] = place

@@ -111,7 +111,7 @@ def put(folder: int, name: str, text: str) -> None:
     """Write a file of the folder of a descriptor in one step: readers see the old or the new one.
 
     A stranger's folder may have links of many names: the draft's name is drawn, and no link is
-    followed. Whoever could not read the old file cannot read the new one.
+    followed. A user who could not read the old file cannot read the new one.
 
     Raises:
         OSError: it cannot be written.

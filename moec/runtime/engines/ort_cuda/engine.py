@@ -20,7 +20,7 @@ from moec.kernels.sizes import MOST_BATCH, check_sizes
 from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
-from moec.runtime.engines.ort import open_in, ort_for
+from moec.runtime.engines.ort import ort_for, session_of
 from moec.runtime.engines.ort_binding import OrtBinding
 from moec.runtime.engines.ort_cuda.graphs import OrtGraphs, run_options
 from moec.runtime.engines.torch_program import shown
@@ -59,14 +59,12 @@ def ort_cuda_engine(
     from moec.kernels.torch.launch import architecture
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it says of an error is in the exception
     number = torch.cuda.current_device()
     if part == "model":
         here = architecture(torch.device(device, number))
         library = own_library(operations_for(artefact.manifest, taps, given), [here])
         _register(options, library)
     model = ir.to_proto(model_of(artefact, part, taps, given))
-    open_in(model, (), ())
     with memory_for(f"weights of {artefact.path}"):
         own = load(artefact, device, part) if weights is None else weights
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -79,17 +77,7 @@ def ort_cuda_engine(
         "arena_extend_strategy": "kSameAsRequested",
     }
     providers = [("CUDAExecutionProvider", chosen)]
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers)
-    except Exception as error:  # onnxruntime raises a dozen unrelated types
-        refuse(
-            artefact.graph(part),
-            next(iter(str(error).splitlines()), type(error).__name__),
-            "a model that ONNX Runtime loads",
-            f"moec inspect {artefact.path}",
-            exit_code=1,
-            cause=error,
-        )
+    session = session_of(artefact, part, model, options, providers)
     wanted = {port.name for port in session.get_inputs()}
     own = {name: each for name, each in own.items() if name in wanted}
 

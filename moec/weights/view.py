@@ -113,10 +113,11 @@ def refuse_short(entry: TensorEntry) -> NoReturn:
     )
 
 
-def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
+def read_into(entry: TensorEntry, first: int, out: torch.Tensor, ahead: int = AHEAD) -> None:
     """Read elements of the tensor at `entry`, from element `first` on, until `out` is full.
 
-    Of a tensor that adapters change, these must be whole rows.
+    Of a tensor that adapters change, these must be whole rows. The system is asked to read `ahead`
+    bytes more; a caller that reads large blocks and does no work between them asks for none.
 
     Reading is faster than mapping here, because page faults cost more than the copy.
 
@@ -133,7 +134,8 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
         # The system reads ahead while the caller works on these elements. It then drops them from
         # its page cache: allocating new pages would cost more than the disk does, and would evict
         # pages of other processes.
-        os.posix_fadvise(file.fileno(), start + len(data), AHEAD, os.POSIX_FADV_WILLNEED)
+        if ahead:
+            os.posix_fadvise(file.fileno(), start + len(data), ahead, os.POSIX_FADV_WILLNEED)
         while at < len(data) and (count := file.readinto(data[at:])):
             at += count
         os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)

@@ -106,14 +106,14 @@ def test_a_relative_cache_folder_is_ignored(given: str, monkeypatch: pytest.Monk
 
 
 def test_the_api_and_the_example_fit_onnx_runtimes_header() -> None:
-    include = os.environ.get("ONNXRUNTIME_INCLUDE")
-    if not include:
-        pytest.skip("needs ONNXRUNTIME_INCLUDE, the folder of onnxruntime_c_api.h")
+    root = os.environ.get("ONNXRUNTIME_ROOT")
+    if not root:
+        pytest.skip("needs ONNXRUNTIME_ROOT, the folder of ONNX Runtime's C++ package")
     check = str(files(FACE.package) / "check_api.cpp")
     example = Path(__file__).parents[3] / "examples/cpp/generate.cpp"
     for source in (check, example):
         command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-        subprocess.run([*command, f"-I{include}", source], check=True)
+        subprocess.run([*command, f"-I{root}/include", source], check=True)
 
 
 def test_a_folder_for_programs_without_moec(tiny: Path, tmp_path: Path) -> None:

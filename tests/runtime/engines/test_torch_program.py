@@ -15,13 +15,17 @@ from torch import Tensor
 
 import moec
 from moec.artefact.artefact import open_artefact
-from moec.runtime.engines.torch_program import torch_engine, torch_with
+from moec.exporters.torch.program import part_graph
+from moec.runtime.engines.synthetic import synthetic
+from moec.runtime.engines.torch_program import shown, torch_engine, torch_with
 from moec.runtime.engines.weights import load
 from moec.runtime.open import artefact_session
 from moec.runtime.proof.compare import FP8_NOISE
 from moec.runtime.session import Session
+from moec.spec import names
 from moec.spec.errors import MoecError
 from moec.spec.hf.forms import SINGLE
+from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 from moec.spec.reduced import reduced
 from moec.weights.joined import joined_tensors
@@ -138,13 +142,33 @@ def test_taps_are_of_the_graph_that_was_written(art: Path, golden: dict[str, Ten
     assert torch.equal(found["logits"], plain["logits"])
 
 
+def test_given_values_take_the_place_of_those_of_fused_ops(tmp_path: Path) -> None:
+    update = {"layers": 3, "vocab": 64, "attention": "LLG", "rope": "RRN", "ffn": "DM"}
+    small = reduced(PRESETS["tiny-scout"], 3).text.model_copy(update=update)
+    spec = ModelSpec(name="small", provenance="custom", dtype="bf16", text=small)
+    art, weights = moec.export(spec, "torch", out=tmp_path / "art"), synthetic(spec, 1, "cpu")
+    nodes = part_graph(art.manifest.spec, "bf16").graph.nodes
+    inner = {str(node.meta.get("name")) for node in nodes}
+    taps = [name for name in shown(art, "model", sorted(inner)) if names.layer_of(name) is not None]
+    session = artefact_session(art, taps=taps, engine=torch_with(weights))
+    ids, lengths = torch.arange(10, 16)[None], torch.tensor([6])
+    free = session.trace(ids, lengths, taps)
+    run = torch_with(weights).gives(art, "model", "cpu", "lean", taps, taps)  # type: ignore[misc]
+    for shift in (0, 1):
+        given = {names.given(name): free[name].roll(shift, 1) for name in taps}
+        seen = replace(session, run=lambda feeds, own=given: run({**feeds, **own}))
+        found = seen.trace(ids, lengths, taps)
+        same = {name for name in free if torch.equal(found[name], free[name])}
+        assert same == (set(free) if shift == 0 else {names.attention(0, "o")})
+
+
 def test_loaded_weights_are_the_stored_pieces(art: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artefact = open_artefact(art)
     whole = load(artefact)
     fused = joined_tensors(artefact.manifest.spec)
     kinds = {name: (each.shape, STORED[each.dtype]) for name, each in fused.items()}
     assert {name: (tuple(t.shape), t.dtype) for name, t in whole.items()} == kinds
-    monkeypatch.setattr("moec.runtime.engines.weights.BLOCK", 1000)
+    monkeypatch.setattr("moec.runtime.engines.reading.BLOCK", 1000)
     for name, tensor in load(artefact).items():
         assert torch.equal(tensor.view(torch.uint8), whole[name].view(torch.uint8)), name
     # Experts as the reference reads them: [expert, in, out], the shared one apart.
@@ -190,7 +214,7 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_on_cuda_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="kernels need triton")
-    write_random_checkpoint(reduced(PRESETS["tiny-scout"], 2), tmp_path / "narrow")
+    write_random_checkpoint(reduced(PRESETS["tiny-scout"], 3), tmp_path / "narrow")
     art = moec.export(tmp_path / "narrow", target="torch", out=tmp_path / "art").path
     assert moec.open_session(art).logits([[5, 6]]).shape == (1, 2, 256)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moec
 from moec.artefact.artefact import Artefact, open_artefact
-from moec.runtime.engines import weights
+from moec.runtime.engines import reading
 from moec.runtime.engines.weights import load, piece_of
 from moec.spec import names
 from moec.spec.files import load_scheme
@@ -82,8 +82,8 @@ def test_ranks_load_their_parts_to_the_bit(
         count = 3  # which can share it
     whole = load(artefact)
     assert whole.keys() == joined_tensors(spec).keys()
-    monkeypatch.setattr(weights, "SHORT", short)
-    monkeypatch.setattr(weights, "BLOCK", block)
+    monkeypatch.setattr(reading, "SHORT", short)
+    monkeypatch.setattr(reading, "BLOCK", block)
     for rank in (Rank(index, count) for index in range(count)):
         found = load(artefact, rank=rank)
         assert found.keys() == whole.keys()
@@ -122,14 +122,14 @@ def test_a_rank_reads_only_its_own_bytes_where_outputs_are_divided(
 ) -> None:
     artefact, rank = open_artefact(shared["tiny-scout"]), Rank(1, 2)
     spec, read = artefact.manifest.spec, Counter[tuple[Path, int]]()
-    single = weights.read_into
+    single = reading.read_into
 
-    def counted(entry: Any, first: int, out: Tensor) -> None:
+    def counted(entry: Any, first: int, out: Tensor, ahead: int) -> None:
         read[entry.file, entry.offset] += out.numel()
-        single(entry, first, out)
+        single(entry, first, out, ahead)
 
-    monkeypatch.setattr(weights, "read_into", counted)
-    monkeypatch.setattr(weights, "SHORT", 100)  # bytes; the model has short rows
+    monkeypatch.setattr(reading, "read_into", counted)
+    monkeypatch.setattr(reading, "SHORT", 100)  # bytes; the model has short rows
     load(artefact, rank=rank)
     stored, halves = artefact.stored(), 0
     for joined in joined_tensors(spec).values():

@@ -42,10 +42,10 @@ def join_neighbours(graph: fx.GraphModule) -> fx.GraphModule:
                 _join(graph.graph, node, ops.moe_all_reduce_norm_fp8, args, list(node.users))
         if node.target == ops.skip_norm_fp8.target:
             total, out, after, eps = node.args
-            moe: Any = out.args[0]
-            both = {each.target for each in (out, total)} == {getitem} and total.args[0] is moe
+            moe: Any = out.args[0] if out.target is getitem else None  # a given value has none
             if (
-                both
+                moe is not None
+                and (total.target, total.args[:1]) == (getitem, (moe,))
                 and moe.target == ops.norm_moe.target
                 and moe.args[3] == eps
                 and all(len(each.users) == 1 for each in (out, total))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moec.runtime.engines.weights import Reader
+from moec.runtime.engines.reading import Reader
 from moec.weights.shard import TensorEntry
 from moec.weights.view import STORED
 
@@ -22,13 +22,13 @@ def load_bindings(parts: Mapping[str, tuple[TensorEntry, ...]], device: str) -> 
     Raises:
         MoecError: a file was cut short.
     """
-    reader, found = Reader(device), dict[str, Tensor]()
-    for name, entries in parts.items():
-        dtype, size = STORED[entries[0].dtype], sum(each.nbytes for each in entries)
-        found[name] = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
-        place, at = found[name].view(torch.uint8), 0
-        for each in entries:
-            reader(each, place[at : at + each.nbytes])
-            at += each.nbytes
-    reader.finish()
+    found = dict[str, Tensor]()
+    with Reader(device) as read:
+        for name, entries in parts.items():
+            dtype, size = STORED[entries[0].dtype], sum(each.nbytes for each in entries)
+            found[name] = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+            place, at = found[name].view(torch.uint8), 0
+            for each in entries:
+                read(each, place[at : at + each.nbytes])
+                at += each.nbytes
     return found

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
-from moec.artefact.manifest import NAME
 from moec.artefact.opening.foreign import foreign_file, is_artefact
 from moec.spec.errors import refuse
 from moec.weights.packed.journal import unfinished
@@ -116,48 +115,6 @@ def _replacing(out: Path, check: Callable[[Path], None]) -> Iterator[Path]:
                 replaced.rename(out)
             for parent in made:
                 parent.rmdir()
-
-
-@contextmanager
-def held(path: Path) -> Iterator[int]:
-    """Hold the folder `path` open for a block, and yield its descriptor.
-
-    Raises:
-        MoecError: there is no such folder; or a build has put another in its place when the block
-            ends.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-        found = f"no {NAME}" if absent else error.strerror or error
-        refuse(path, found, "a folder that build wrote", "moec build --help")
-    try:
-        yield handle
-        refuse_replaced(path, handle)
-    finally:
-        os.close(handle)
-
-
-def refuse_replaced(path: Path, handle: int) -> None:
-    """Refuse to go on if `path` is not the folder of descriptor `handle` any more.
-
-    The descriptor keeps the number of the old folder from being used again.
-
-    Raises:
-        MoecError: another folder is there, or none.
-    """
-    try:
-        same = os.path.samestat(os.stat(path), os.fstat(handle))
-    except OSError:
-        same = False
-    if not same:
-        refuse(
-            path,
-            "another artefact, which a build has put there meanwhile",
-            "the same folder from start to end",
-            "run the command again",
-        )
 
 
 def _unused_name(out: Path) -> Path:

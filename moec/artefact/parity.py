@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moec.artefact.artefact import Artefact, check_digest, open_artefact, write_manifest
-from moec.artefact.folder import held, refuse_replaced
 from moec.artefact.manifest import NAME, digest_of
+from moec.artefact.opening.held import held, refuse_replaced
 from moec.spec.errors import MoecError, refuse
 from moec.weights.packed.hashed import file_sha256
 from moec.weights.shard import read_shard

@@ -16,8 +16,8 @@ from moec.artefact.artefact import (
     named_folder,
     open_artefact,
 )
-from moec.artefact.folder import held
 from moec.artefact.manifest import NAME
+from moec.artefact.opening.held import held
 from moec.artefact.parity import identity
 from moec.artefact.placement import INPUT_FILES
 from moec.artefact.session_options import EXACT, SETS

@@ -10,12 +10,14 @@ import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moec.artefact.artefact import Artefact, open_artefact
+from moec.artefact.opening.held import held
 from moec.artefact.parity import identity
 from moec.artefact.parity import record as record
 from moec.artefact.session_options import EXACT
@@ -111,8 +113,8 @@ def validate(
         gpus: how many GPUs share the model, as in `open_session`.
 
     Raises:
-        MoecError: `path` is not an artefact, its weights are missing or have changed, or a package
-            is missing (exit code 3).
+        MoecError: `path` is not an artefact, its weights are missing or have changed, another
+            command has replaced it meanwhile, or a package is missing (exit code 3).
     """
     if on_twin is not None:
         warnings.warn("on_twin is now reduced", DeprecationWarning, stacklevel=3)
@@ -143,8 +145,26 @@ def validate(
             weights_from=weights_from,
         )
     if against is not None:
-        return compare.against(path, against, tokens, seed, progress, python)
-    artefact = open_artefact(path, weights_from)
+        folder = checkpoint_folder(path)
+        with held(folder) if folder else nullcontext():
+            return compare.against(path, against, tokens, seed, progress, python)
+    with held(Path(path)):
+        artefact = open_artefact(path, weights_from)
+        return _validate(artefact, tokens, seed, reduced, progress, device, reference, rows, source)
+
+
+def _validate(
+    artefact: Artefact,
+    tokens: int | None,
+    seed: int | None,
+    reduced: bool,
+    progress: Progress,
+    device: str,
+    reference: str | None,
+    rows: Tensor | str | Path | None,
+    source: str | Path | None,
+) -> Report:
+    """What `validate` does with an artefact in this process."""
     seed = secrets.randbits(31) if seed is None else seed
     if find_engine(artefact).rank.count > 1:  # in a rank: all of them draw the same tokens
         join(device)

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from moec.runtime.session import Session
     from moec.spec.calibration import Calibration
     from moec.spec.errors import MoecError
-    from moec.spec.files import load_spec
     from moec.spec.model import ModelSpec
     from moec.spec.plan import Plan, plan
     from moec.spec.scheme import Scheme
+    from moec.weights.spec_of import load_spec
 
 __version__ = "0.1.0"
 
@@ -96,7 +96,7 @@ _HOMES = {
     "calibrate": "moec.runtime.calibrate",
     "encode": "moec.runtime.inputs.prompt",
     "export": "moec.exporters.export",
-    "load_spec": "moec.spec.files",
+    "load_spec": "moec.weights.spec_of",
     "open_session": "moec.runtime.open",
     "plan": "moec.spec.plan",
     "quantize": "moec.exporters.quantize",

@@ -49,9 +49,10 @@ def plan(
     """Print what a model costs before anyone builds it: memory, FLOPs, and time at best."""
     import moec
     from moec.cli.tables import plan_table
+    from moec.weights.spec_of import load_spec
 
     result = moec.plan(
-        model,
+        load_spec(model),
         precision,
         context=context,
         batch=batch,
@@ -140,8 +141,9 @@ def spec_show(
     ] = "yaml",
 ) -> None:
     """Print a model spec as YAML, as JSON or as a Hugging Face config.json."""
-    from moec.spec.files import dump_yaml, load_spec
+    from moec.spec.files import dump_yaml
     from moec.spec.hf.config import write_config
+    from moec.weights.spec_of import load_spec
 
     spec = load_spec(model)
     if form == "yaml":
@@ -165,7 +167,8 @@ def spec_diff(
 ) -> None:
     """Print the fields in which two model specs differ; exit code 1 if there are any."""
     from moec.cli.tables import diff_table
-    from moec.spec.files import diff, load_spec
+    from moec.spec.files import diff
+    from moec.weights.spec_of import load_spec
 
     rows = diff(load_spec(left), load_spec(right))
     if rows:

@@ -22,6 +22,8 @@ from moec.spec.scheme import NAMED, Scheme
 def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
     """Load a spec from a preset name, a spec file (.yaml, .yml, .json) or a checkpoint folder.
 
+    That of a folder is what its config.json says; `moec.weights.spec_of` reads the tensors too.
+
     Raises:
         MoecError: `source` is none of these, or its contents are not a valid spec.
     """

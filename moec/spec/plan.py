@@ -103,6 +103,9 @@ def plan(
 
     `tiles` adds the cost of that many image tiles in the vision tower.
 
+    A checkpoint folder counts by its config.json; for the types of its tensors, give
+    `moec.load_spec(folder)`, as the command does.
+
     The default precision is "fp8" for a model with FP8 weights, "int4" for one with 4-bit weights,
     else "bf16". In fp8 the scheme
     decides about weights and caches: the model's own scheme, or `scheme`, which is "dynamic" by

@@ -86,12 +86,23 @@ def as_read(
     Raises:
         MoecError: the weights are not those of `spec`.
     """
+    spec, checkpoint = of_tensors(spec, checkpoint)
+    checkpoint = in_bytes(spec, checkpoint)
+    return spec, checkpoint, match(spec, checkpoint)
+
+
+def of_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
+    """`spec` with what only the tensors say, and `checkpoint` with the keys that moec expects.
+
+    That is the types of weights and of scales, whether experts are apart, and what is left aside.
+
+    Raises:
+        MoecError: a tied model stores a head that is not its embedding.
+    """
     spec, checkpoint = spelled(spec, checkpoint)
     spec = _with_experts(spec, checkpoint)
     theirs = keys(spec)
-    spec = _with_scales(_with_dtypes(spec, checkpoint, theirs), checkpoint, theirs)
-    checkpoint = in_bytes(spec, checkpoint)
-    return spec, checkpoint, match(spec, checkpoint)
+    return _with_scales(_with_dtypes(spec, checkpoint, theirs), checkpoint, theirs), checkpoint
 
 
 def _with_experts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

@@ -121,7 +121,7 @@ def test_public_functions_can_be_sent_to_another_process() -> None:
 
 def test_the_api_clears_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     denied = _raiser(PermissionError(13, "denied", "spec.yaml"))
-    monkeypatch.setattr("moec.spec.files.load_spec", denied)
+    monkeypatch.setattr("moec.weights.spec_of.load_spec", denied)
     with pytest.raises(MoecError, match=r"spec\.yaml") as caught:
         moec.load_spec()  # type: ignore[call-arg]
     assert isinstance(caught.value.__cause__, PermissionError)

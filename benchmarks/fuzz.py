@@ -358,7 +358,7 @@ def parsers(folder: Path, processes: bool) -> list[Parser]:
             index_file.write_bytes(data[12 : 12 + index])
         with (checkpoint / "model.safetensors").open("wb") as file:
             file.write(data[4:12] + data[12 + index :])
-            file.truncate(12 + len(data) + len(body))  # zeros, which nobody reads
+            file.truncate(len(data) - 4 - index + len(body))  # zeros, which nobody reads
         return match(small, read_checkpoint(checkpoint))
 
     artefact = moec.export(small, out=folder / "artefact").path

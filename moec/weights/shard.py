@@ -119,7 +119,8 @@ def read_shard(path: Path, name: str = "") -> Shard:
     `name` is its name in the checkpoint's index, and the file's own name by default.
 
     Raises:
-        MoecError: the file is missing, is cut short, or has a header that contradicts itself.
+        MoecError: the file is missing, is cut short, has a header that contradicts itself, or has
+            bytes that are of no tensor.
     """
     with open_file(path, what="a readable shard", next_step=_DOWNLOAD) as file:
         try:
@@ -161,19 +162,35 @@ def read_shard(path: Path, name: str = "") -> Shard:
                 f"at least {entry.offset + entry.nbytes} bytes; the shard is cut short",
                 _DOWNLOAD,
             )
-    used = 0
-    for entry in sorted(tensors.values(), key=lambda each: (each.offset, each.nbytes)):
-        if entry.offset < used:
-            refuse(
-                f"{path}: {entry.name}",
-                "it shares bytes with another tensor",
-                "bytes of its own",
-                _DOWNLOAD,
-            )
-        used = entry.offset + entry.nbytes
+    _check_covered(path, tensors, 8 + length, size)
     return Shard(
         name or path.name, path, size, hashlib.sha256(prefix + header).hexdigest(), tensors
     )
+
+
+def _check_covered(path: Path, tensors: dict[str, TensorEntry], start: int, size: int) -> None:
+    """Refuse bytes from `start` to the file's end that are of no tensor, or of two.
+
+    safetensors itself refuses them: they could hold anything, and no hash of a tensor covers them.
+    """
+    used = start
+    for entry in sorted(tensors.values(), key=lambda each: (each.offset, each.nbytes)):
+        if entry.offset != used:
+            gap = f"{entry.offset - used} bytes before it are of no tensor"
+            refuse(
+                f"{path}: {entry.name}",
+                gap if entry.offset > used else "it shares bytes with another tensor",
+                "bytes of its own, right behind those of another tensor or the header",
+                _DOWNLOAD,
+            )
+        used = entry.offset + entry.nbytes
+    if used != size:
+        refuse(
+            path,
+            f"{size - used} bytes behind the last tensor",
+            f"{used} bytes, all of its header or of a tensor",
+            _DOWNLOAD,
+        )
 
 
 def _entry(path: Path, name: str, row: dict[str, Any], data: int) -> TensorEntry:

@@ -66,7 +66,7 @@ CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "header that is a list": (raw_header(b"[1, 2]"), FIRST),
     "header that is null": (raw_header(b"null"), FIRST),
     "header nested without end": (raw_header(NESTED.encode()), FIRST),
-    "header without tensors": (raw_header(b"{}"), INDEX),
+    "header without tensors": (raw_header(b"{}"), FIRST),
     "row that is a list": (header(lambda rows: rows.update({EMBED: [1, 2]})), FIRST),
     "row that is null": (header(lambda rows: rows.update({EMBED: None})), FIRST),
     "row without dtype": (header(lambda rows: rows[EMBED].pop("dtype")), FIRST),

@@ -185,6 +185,7 @@ def bench(
     It times the artefact's engine (ONNX Runtime with each set of options),
     the eager reference, and transformers, eager and compiled.
     Each runs in a process of its own, and they take turns.
+    The exit code is 1 if the artefact's own engine fails.
     """
     check_given(artefact, weights_from=weights_from)
     import moec
@@ -204,6 +205,8 @@ def bench(
         print_json([row.to_dict() for row in rows])
     else:
         bench_table(rows)
+    if all(row.error for row in rows if row.engine == rows[0].engine):
+        raise typer.Exit(1)
 
 
 def _numbers(ids: str) -> list[int]:

@@ -229,11 +229,11 @@ def bench_table(rows: "Iterable[Timing]") -> None:
     columns = ("engine", "open", "first token", "tokens/s", "bandwidth", "own memory", "peak")
     for column in columns:
         table.add_column(column, justify="left" if column == "engine" else "right")
-    failed = []
+    failed = list[str]()
     for row in rows:
         engine = " ".join(filter(None, (row.engine, row.preset, row.precision)))
         if row.error:
-            failed.append(f"{engine}: {row.error}")
+            failed += f"{engine}: {row.error}".split("\n")
             continue
         share = row.bandwidth_share
         table.add_row(

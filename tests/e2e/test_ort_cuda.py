@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typer.testing import CliRunner
 
 import moec
 from moec.artefact.artefact import open_artefact
+from moec.cli import app
 from moec.exporters.onnx.ort_cuda import FUSED_OPS, split, whole
 from moec.graph_builder import ops
 from moec.kernels.sizes import SMALLEST_HEAD, constants_text
@@ -82,6 +84,21 @@ def test_where_it_cannot_run(built: Path, device: str, message: str) -> None:
     with pytest.raises(MoecError, match=message) as refused:
         moec.open_session(built, device=device)
     assert refused.value.exit_code == 3
+
+
+def test_bench_on_a_device_that_it_does_not_run_on(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moec.runtime.bench.bench.PEERS", ())  # which take half a minute to compile
+    found = CliRunner().invoke(app, ["bench", str(built), "--rounds", "1"])
+    assert found.exit_code == 1
+    assert f"onnxruntime-cuda fp8: {built} on cpu\n  found:    " in found.output
+    assert "\n  next:     add --device cuda" in found.output
+
+
+def test_a_model_of_other_ops_is_sent_to_target_torch(tmp_path: Path) -> None:
+    with pytest.raises(MoecError, match=r"text\.qk_norm[\s\S]*use --target torch"):
+        moec.export("olmoe-1b-7b", "ort", "fp8", out=tmp_path / "art", device="cuda")
 
 
 def test_the_device_of_a_build(tiny: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moec.spec.scheme import Scheme
 from moec.spec.tensors import quantized
 from moec.weights.joined import fp8_parameters
 
-_OTHER_TARGET = "use --target onnx"
+_OTHER_TARGET = "use --target torch, which has a plain program for it, or --target onnx"
 
 
 class _Odd(NamedTuple):
@@ -91,7 +91,7 @@ def _odd_scheme(spec: ModelSpec, scheme: Scheme) -> Iterator[_Odd]:
     at = f"scheme {scheme.name}"
     if scheme.layout not in ("moec", "compressed-tensors"):
         found = f"{scheme.layout}, of a checkpoint that is FP8 already"
-        expected, fix = "wide weights, which become FP8", f"build from them, or {_OTHER_TARGET}"
+        expected, fix = "wide weights, which become FP8", "build from them, or use --target onnx"
         yield _Odd(f"{at}: layout", found, expected, fix)
         return
     if scheme.cache:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from moec.cli.output import error_line, show_error
+from moec.cli.output import error_line, logs_as_notes, show_error
 from moec.cli.stopping import EXIT_CODE, Stopped, stoppable
 from moec.cli.streams import Unwritable, check_stdout, is_quiet_rank, standard_streams
 from moec.spec.errors import MoecError, understood, visible
@@ -45,7 +45,7 @@ def run(command: Callable[[], int | None], arguments: Sequence[str], notes: Sequ
     where = " ".join(("moec", *arguments[:1]))
     with standard_streams(quiet=is_quiet_rank() and name in _SHARED):
         try:
-            with stoppable(patience, message):
+            with stoppable(patience, message), logs_as_notes():
                 check_stdout()
                 os.getcwd()  # torch's libraries abort where it was deleted
                 code = command() or 0

@@ -5,6 +5,7 @@ in them for markup or emoji, and characters that would steer the terminal are ma
 """
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,23 @@ def say(text: str, style: str | None = None) -> None:
 def error_line(text: str, style: str | None = None) -> None:
     """Print a line to stderr; only the terminal wraps it."""
     errors.print(text, style=style, soft_wrap=True)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        error_line(f"note: {record.getMessage()}")
+
+
+@contextmanager
+def logs_as_notes() -> Iterator[None]:
+    """Print what moec logs in a block as notes on stderr: why something takes long."""
+    log, notes = logging.getLogger("moec"), _Notes()
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
 
 
 def note_cpu(device: str, gpus: int | None) -> None:

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -136,6 +137,17 @@ def test_a_bug_says_that_it_is_one(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MOEC_DEBUG", "1")
     code, err = cli("plan", "scout")
     assert code == 1 and "Traceback" in err and "test_ending.py" in err and "\x1b" not in err
+
+
+def test_what_moec_logs_is_a_note(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(*_: object, **__: object) -> None:
+        logging.getLogger("moec.kernels").info("it takes a minute\x1b[31m")
+        raise MemoryError
+
+    monkeypatch.setattr("moec.spec.plan.plan", plan)
+    for _ in range(2):  # once for each command
+        _, err = cli("plan", "scout")
+        assert err.count("note: it takes a minute\\x1b[31m\n") == 1, err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ here from moec's sources when it is needed first, and none that an artefact brin
 """
 
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -35,6 +36,7 @@ from moec.weights.joined import ORT_CUDA
 if TYPE_CHECKING:
     from moec.kernels.ahead_of_time.variants import Operation
 
+_LOG = logging.getLogger(__name__)
 LIBRARY = "libmoec_ort.so"
 #: the file beside a cached library with the SHA-256 of it
 HASH = "sha256"
@@ -149,6 +151,7 @@ def own_library(operations: "Sequence[Operation]", architectures: Sequence[int])
     folder = cache_folder() / key_of(operations, architectures)
     if _is_whole(folder):
         return folder / LIBRARY
+    _LOG.info("compiling this model's kernels, once for this kind of GPU; it takes about a minute")
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:

@@ -37,13 +37,17 @@ def test_all_sources_are_in_the_folder(library: Library) -> None:
     }  # fmt: skip
 
 
-def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_is_compiled_once_and_that_is_said(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "moec")
     operations = [norm_fp8(64, 1e-5)]
     found = own_library(operations, (90,))
+    assert "about a minute" in caplog.text and not caplog.clear()
     assert found == cache / key_of(operations, (90,)) / LIBRARY and found.is_file()
     assert [each.name for each in cache.iterdir()] == [found.parent.name]  # no draft stays
     monkeypatch.setattr(build, "compile_library", None)
-    assert own_library(operations, (90,)) == found
+    assert own_library(operations, (90,)) == found and not caplog.text
 
 
 def test_the_key_is_of_all_that_goes_into_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,6 @@ TORCH_DTYPES = {name: _TORCH[name] for name in get_args(DType)}
 STORED = {**TORCH_DTYPES, "fp8": _TORCH["fp8"], "uint8": _TORCH["uint8"]}
 _NAMES = {theirs: name for name, theirs in _TORCH.items()}
 
-#: bytes that the operating system is asked to read ahead
-AHEAD = 1 << 26
-
 
 def name_of(dtype: torch.dtype) -> str:
     """Our name of a type of torch: the inverse of `STORED`."""
@@ -113,11 +110,10 @@ def refuse_short(entry: TensorEntry) -> NoReturn:
     )
 
 
-def read_into(entry: TensorEntry, first: int, out: torch.Tensor, ahead: int = AHEAD) -> None:
+def read_into(entry: TensorEntry, first: int, out: torch.Tensor) -> None:
     """Read elements of the tensor at `entry`, from element `first` on, until `out` is full.
 
-    Of a tensor that adapters change, these must be whole rows. The system is asked to read `ahead`
-    bytes more; a caller that reads large blocks and does no work between them asks for none.
+    Of a tensor that adapters change, these must be whole rows.
 
     Reading is faster than mapping here, because page faults cost more than the copy.
 
@@ -131,13 +127,10 @@ def read_into(entry: TensorEntry, first: int, out: torch.Tensor, ahead: int = AH
     start, at = entry.offset + first * out.element_size(), 0
     with entry.file.open("rb", buffering=0) as file:
         file.seek(start)
-        # The system reads ahead while the caller works on these elements. It then drops them from
-        # its page cache: allocating new pages would cost more than the disk does, and would evict
-        # pages of other processes.
-        if ahead:
-            os.posix_fadvise(file.fileno(), start + len(data), ahead, os.POSIX_FADV_WILLNEED)
         while at < len(data) and (count := file.readinto(data[at:])):
             at += count
+        # The system drops these pages from its cache: allocating new ones would cost more than the
+        # disk does, and would evict pages of other processes. It reads ahead by itself.
         os.posix_fadvise(file.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
     if at < len(data):
         refuse_short(entry)

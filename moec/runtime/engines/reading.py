@@ -90,11 +90,11 @@ class Reader:
         """
         for start, stop in _blocks(to.numel()):
             if not self._cuda:
-                read_into(entry, first + start, to[start:stop], ahead=0)
+                read_into(entry, first + start, to[start:stop])
                 continue
             buffer, copied = self._buffers[self._turn], self._copied[self._turn]
             copied.synchronize()  # the earlier copy from this buffer is done
-            read_into(entry, first + start, buffer[: stop - start], ahead=0)
+            read_into(entry, first + start, buffer[: stop - start])
             to[start:stop].copy_(buffer[: stop - start], non_blocking=True)
             copied.record()
             self._turn = 1 - self._turn

@@ -124,9 +124,9 @@ def test_a_rank_reads_only_its_own_bytes_where_outputs_are_divided(
     spec, read = artefact.manifest.spec, Counter[tuple[Path, int]]()
     single = reading.read_into
 
-    def counted(entry: Any, first: int, out: Tensor, ahead: int) -> None:
+    def counted(entry: Any, first: int, out: Tensor) -> None:
         read[entry.file, entry.offset] += out.numel()
-        single(entry, first, out, ahead)
+        single(entry, first, out)
 
     monkeypatch.setattr(reading, "read_into", counted)
     monkeypatch.setattr(reading, "SHORT", 100)  # bytes; the model has short rows

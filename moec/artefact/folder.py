@@ -71,7 +71,7 @@ def _replacing(out: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     partial, replaced = (out.parent / f".{out.name}.{kind}-{os.getpid()}" for kind in _KINDS)
     made: list[Path] = []
     kept: tuple[Path, ...] = ()
-    record: str | None = None
+    records: list[str] = []
     try:
         check(out)
         made = [parent for parent in out.parents if not parent.exists()]
@@ -79,7 +79,7 @@ def _replacing(out: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         if os.path.lexists(partial):  # this process left it in an earlier build
             _set_aside(partial, _unused_name(out))
         partial.mkdir()
-        record = leftovers.record(partial)
+        records.append(leftovers.record(partial))
         _remove_stale(out, partial)
         try:
             yield partial
@@ -90,6 +90,7 @@ def _replacing(out: Path, check: Callable[[Path], None]) -> Iterator[Path]:
             raise
         check(out)
         if out.exists():
+            records.append(leftovers.record(out, replaced))
             out.rename(replaced)
         partial.rename(out)
         made = []
@@ -107,12 +108,11 @@ def _replacing(out: Path, check: Callable[[Path], None]) -> Iterator[Path]:
                     _remove(path)
             if not kept:
                 shutil.rmtree(partial, ignore_errors=True)
-                if record is not None:
-                    leftovers.forget(record)
-            if out.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-            elif replaced.exists():
+            if replaced.exists() and not out.exists():
                 replaced.rename(out)
+            for record in () if kept else records:
+                leftovers.forget(record)
+            shutil.rmtree(replaced, ignore_errors=True)
             for parent in made:
                 parent.rmdir()
 
@@ -212,8 +212,10 @@ def _refuse_other(out: Path, expected: str, next_step: str) -> None:
 def _remove_stale(out: Path, partial: Path) -> None:
     """Remove the folders that dead processes left for `out`.
 
-    Half-written packed weights are moved into `partial` if this user's build has left them. Links
-    with such a name are left alone, since no build leaves one.
+    What this user's build has left is put to use: half-written packed weights are moved into
+    `partial`, and an artefact that was killed out of its place goes back there. If the place is
+    free and somebody else has left the artefact, it is left alone. So are links with such a name,
+    since no build leaves one.
     """
     for kind in _KINDS:
         prefix = f".{out.name}.{kind}-"
@@ -224,10 +226,11 @@ def _remove_stale(out: Path, partial: Path) -> None:
             if not _is_folder(path):
                 continue
             if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
+                own = leftovers.take_over(path)
                 if kind == "moec-replaced" and not out.exists() and is_artefact(path):
-                    path.rename(out)  # killed between two renames: put the old artefact back
+                    if own:
+                        path.rename(out)  # killed between two renames: put the old one back
                 else:
-                    own = leftovers.take_over(path)
                     for file in unfinished(path) if own else ():
                         file.rename(partial / file.name)
                     shutil.rmtree(path, ignore_errors=True)

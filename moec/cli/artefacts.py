@@ -203,7 +203,7 @@ def library(
 
     The artefact is one of target ort in fp8 for device cuda. Sessions of moec need no such folder.
     """
-    check_given(artefact, out=out)
+    check_given(artefact)
     import moec
 
     found = moec.build_library(artefact, out, architectures or ())

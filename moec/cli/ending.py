@@ -26,6 +26,7 @@ _WRITERS = {
     "quantize": _KEPT.format("checkpoint", "quantize"),
     "engine": "",
     "calibrate": "",
+    "library": "",
 }
 #: commands that ranks run together; only rank 0 prints
 _SHARED = ("generate", "validate")

@@ -10,6 +10,7 @@ import pytest
 
 import moec
 from moec.spec.errors import MoecError
+from moec.weights.trust import leftovers
 from tests.damage import NO_SPACE, raising
 from tests.trees import assert_whole, names, tree
 
@@ -39,13 +40,57 @@ def test_leftovers_of_dead_processes_are_removed(
 def test_an_artefact_that_a_killed_build_had_moved_away_comes_back(
     checkpoint: Path, work: Path, old: Path, dead: int
 ) -> None:
-    shutil.copytree(old, work / f".art.moec-replaced-{dead}")
+    leftovers.record(shutil.copytree(old, work / f".art.moec-replaced-{dead}"))
     with pytest.raises(MoecError):
         moec.export(
             checkpoint, out=work / "art", weights="copy", progress=raising(NO_SPACE, "copy")
         )
     assert names(work) == ["art"]
     assert tree(work / "art") == tree(old)
+
+
+def test_an_artefact_that_somebody_else_has_left_there_stays_where_it_is(
+    checkpoint: Path, work: Path, old: Path, dead: int
+) -> None:
+    planted = shutil.copytree(old, work / f".art.moec-replaced-{dead}")
+    (planted / "note.txt").write_text("a file of no artefact")
+    before = tree(planted)
+    with pytest.raises(MoecError):
+        moec.export(
+            checkpoint, out=work / "art", weights="copy", progress=raising(NO_SPACE, "copy")
+        )
+    assert names(work) == [planted.name]
+    moec.export(checkpoint, out=work / "art", weights="copy")
+    assert_whole(work / "art", checkpoint)
+    assert tree(planted) == before
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+import moec
+rename = Path.rename
+def renamed(path, name):
+    if ".moec-partial-" in path.name:
+        os.kill(os.getpid(), 9)
+    return rename(path, name)
+Path.rename = renamed
+moec.export(sys.argv[1], out=sys.argv[2], weights="copy")
+"""
+
+
+def test_an_artefact_comes_back_after_a_kill_between_two_renames(
+    checkpoint: Path, work: Path, old: Path
+) -> None:
+    shutil.copytree(old, work / "art")
+    command = [sys.executable, "-c", _KILLED, str(checkpoint), str(work / "art")]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert "art" not in names(work)
+    with pytest.raises(MoecError):
+        moec.export(
+            checkpoint, out=work / "art", weights="copy", progress=raising(NO_SPACE, "copy")
+        )
+    assert names(work) == ["art"] and tree(work / "art") == tree(old)
 
 
 def test_half_of_an_artefact_that_a_killed_build_was_removing_does_not_come_back(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moec.artefact.artefact import open_artefact
+from moec.artefact.folder import writing
 from moec.kernels.launcher.build import (
     PROGRAMS,
     SCRIPT,
@@ -92,6 +93,9 @@ def build_library(
     wanted = [int(each.removeprefix("SM")) for each in names]
     path = art.path.absolute().resolve()
     folder = Path(out).absolute() if out else path.with_name(f"{path.name}-library")
+    folder = folder.parent.resolve() / folder.name
+    if path in folder.parents:
+        refuse(f"--out {folder}", "a folder of the artefact", "another", "choose another --out")
     _refuse_others(folder)
     return _in_place(operations_for(art.manifest), wanted, folder)
 
@@ -105,24 +109,18 @@ def _refuse_others(folder: Path) -> None:
         regular = all(stat.S_ISREG(each.st_mode) for each in there.values())
         ours = not there or (regular and there.keys() <= known and is_program(folder / PROGRAMS))
     if not ours:
-        refuse(folder, "something else than a library", "a new folder", "choose another --out")
+        found = "something else than a library"
+        refuse(f"--out {folder}", found, "a new folder", "choose another --out")
 
 
 def _in_place(operations: "Iterable[Operation]", architectures: list[int], folder: Path) -> Library:
     """Write a library to `folder` in one step; one that is there stays if compiling fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".moec-library.", dir=folder.parent))
-    try:
-        made = compile_library(operations, architectures, draft / "library")
+    with writing(folder, _refuse_others) as draft:
+        made = compile_library(operations, architectures, draft)
         if made.library is None and (folder / LIBRARY).is_file():
             expected = "a C++ compiler that compiles it"
             refuse(folder, made.why, expected, "the library that is there stays", exit_code=3)
-        if folder.exists():
-            folder.rename(draft / "before")
-        (draft / "library").rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    command = made.command.replace(str((draft / "library").resolve()), str(folder.resolve()))
+    command = made.command.replace(str(draft.resolve()), str(folder.resolve()))
     return Library(folder, made.library and folder / LIBRARY, made.why, command)
 
 

@@ -190,8 +190,17 @@ def test_a_library_is_written_anew_in_one_step(
     other = moec.build_library(artefact, tmp_path / "other")
     assert other.library is None and str(tmp_path / "other" / SCRIPT) in other.command
     monkeypatch.delenv("CXX")
-    assert moec.build_library(artefact, tmp_path / "out").library == found.library
+    (tmp_path / ".out.moec-partial-0").mkdir()  # left by a kill
+    again = CliRunner().invoke(app, ["library", str(artefact), "--out", str(tmp_path / "out")])
+    assert again.exit_code == 0 and found.library.is_file()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_folder_in_the_artefact_is_refused(artefact: Path) -> None:
+    before = sorted(artefact.iterdir())
+    with pytest.raises(MoecError, match="a folder of the artefact"):
+        moec.build_library(artefact, artefact / "library")
+    assert sorted(artefact.iterdir()) == before
 
 
 def test_the_folder_of_an_artefact_that_is_here(

@@ -1,5 +1,6 @@
 """The ONNX Runtime engine: it runs an artefact's ONNX files on the CPU or on CUDA."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,9 @@ def ort_for(device: str) -> Any:
         MoecError: onnxruntime is not installed, or has no provider for `device` (exit code 3).
     """
     package, extra = ("onnxruntime-gpu", "cuda") if device == "cuda" else ("onnxruntime", "cpu")
+    # From 1.32 on it would write files below the home folder and ask its maker's server. It reads
+    # this when it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError:

@@ -24,6 +24,7 @@ from moec.artefact.manifest import (
 )
 from moec.artefact.stored import stored_kinds
 from moec.artefact.weight_hashes import hash_files
+from moec.spec.bounded.read import open_file
 from moec.spec.errors import refuse
 from moec.spec.hf.written import is_said
 from moec.weights.checkpoint import Checkpoint
@@ -212,12 +213,13 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy the files that lie beside the weights.
 
     Raises:
-        MoecError: one of them is a link that leads out of the checkpoint.
+        MoecError: one of them is a link that leads out of the checkpoint, or cannot be read.
     """
     for name in COMPANIONS:
         if source := checkpoint.companion(name):
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, folder / name)
+            with open_file(source) as file, (folder / name).open("wb") as copy:
+                shutil.copyfileobj(file, copy)
 
 
 def _link(source: Path, target: Path) -> None:

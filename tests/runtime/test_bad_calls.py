@@ -81,6 +81,7 @@ def test_lengths_that_do_not_fit_the_rows_are_refused(
         {"temperature": 1.0, "top_p": float("nan")},
         {"temperature": 1.0, "seed": 2**70},
         {"max_new_tokens": 2.5},
+        {"max_new_tokens": -3},
     ],
     ids=str,
 )

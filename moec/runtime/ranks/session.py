@@ -113,7 +113,7 @@ class SharedSession(Session):
 
     def generate(self, input_ids: Any, *given: Any, **named: Any) -> Any:
         """As `Session.generate`; all steps run in the ranks."""
-        stream = named.pop("stream", None)
+        stream = _called(named.pop("stream", None))
         return self._call("generate", input_ids, *given, part=stream, **_seeded(named))
 
     def conversation(
@@ -177,8 +177,15 @@ class SharedConversation:
 
     def say(self, *given: Any, **named: Any) -> Any:
         """As `Conversation.say`."""
-        stream = named.pop("stream", None)
+        stream = _called(named.pop("stream", None))
         return self._session._of(self._held, "say", *given, part=stream, **_seeded(named))
+
+
+def _called(stream: Any) -> Any:
+    """`stream`, if it can be called; an error in the middle of a call would end the ranks."""
+    if stream is not None and not callable(stream):
+        refuse("stream", repr(stream)[:200], "a function, or None", "correct the call")
+    return stream
 
 
 def _seeded(named: dict[str, Any]) -> dict[str, Any]:

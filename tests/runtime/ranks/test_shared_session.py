@@ -69,6 +69,12 @@ def assert_tied(one: Session, prompt: list[int], found: Any, expected: Any) -> N
         assert logits[expected[at]] - logits[found[at]] < 0.1 * abs(logits).max()
 
 
+def test_a_stream_that_is_no_function_leaves_the_session_as_it_was(session: Any) -> None:
+    refusal(lambda: session.generate([[5, 6]], max_new_tokens=2, stream=3), "stream")
+    refusal(lambda: session.conversation().say("a", max_new_tokens=2, stream=3), "stream")
+    assert len(session.generate([[5, 6]], max_new_tokens=2, stop=())[0]) == 4
+
+
 def test_it_shows_what_a_session_of_one_process_shows(session: Any, one: Session) -> None:
     for name in ("spec", "precision", "engine", "limits", "device"):
         assert getattr(session, name) == getattr(one, name)

@@ -122,23 +122,29 @@ def stacked(
     """`spec` and its tensors as if each layer's experts were in two tensors: for what packs them.
 
     Matrices of several types make a stack of float32. Experts that the checkpoint has quantised
-    stay as they are.
+    stay as they are. Without `entries` the types are those that `spec` names, so that the spec is
+    the same before the weights are there.
     """
     found = dict(entries)
     if not spec.separate_experts:
         return spec, found
-    rules = quantized(spec) if spec.scheme and spec.scheme.layout != "moec" else {}
+    own = spec.scheme is None or spec.scheme.layout == "moec"  # the checkpoint is wide
+    as_stored = spec.model_copy(update={"scheme": None}) if own else spec
+    rules, types = quantized(as_stored), {name: each.dtype for name, each in found.items()}
+    if not found:
+        types = {name: kind.dtype for name, kind in tensors(as_stored).items()}
     for name, (count, *_) in parameters(spec).items():
         if name in rules:
             continue
         each = [names.separate(name, expert) for expert in range(count)]
-        if names.is_routed(name) and all(part in found for parts in each for part in parts):
-            own = [[found.pop(part) for part in parts] for parts in each]
-            types = {part.dtype for parts in own for part in parts}
-            dtype = types.pop() if len(types) == 1 else "fp32"
-            found[name] = stack(name, [turned(name, dtype, parts) for parts in own])
+        if names.is_routed(name) and all(part in types for parts in each for part in parts):
+            several = {types.pop(part) for parts in each for part in parts}
+            types[name] = several.pop() if len(several) == 1 else "fp32"
+            if found:
+                matrices = [[found.pop(part) for part in parts] for parts in each]
+                found[name] = stack(name, [turned(name, types[name], parts) for parts in matrices])
     spec = spec.model_copy(update={"separate_experts": False})
-    return typed(spec, {name: each.dtype for name, each in found.items()}), found
+    return typed(spec, types), found
 
 
 def as_packed(

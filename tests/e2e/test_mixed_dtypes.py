@@ -13,6 +13,7 @@ from moec.spec import names
 from moec.weights.name_map import read_model
 from moec.weights.random import write_random_checkpoint
 from moec.weights.shard import read_shard
+from tests.families import CASES
 from tests.oracle import assert_rows_agree, transformers_logits
 from tests.proofs import assert_passed
 from tests.small import SMALL
@@ -118,3 +119,32 @@ def test_a_build_without_weights_takes_no_other_types(tmp_path: Path) -> None:
     spec, *_ = read_model(folder)
     art = moec.export(spec, "onnx", "fp32", tmp_path / "mixed-art")
     assert moec.bind(art.path, folder).manifest.weights.mode == "in-place"
+
+
+@pytest.mark.parametrize(
+    "target, precision",
+    [
+        ("torch", "bf16"),
+        ("onnx", "fp8"),
+        pytest.param("torch", "fp8", marks=pytest.mark.slow),
+    ],
+)
+def test_one_expert_may_have_another_type(target: str, precision: str, tmp_path: Path) -> None:
+    """A build without weights names the types of whole stacks, as one with weights does."""
+    folder = tmp_path / "mixed"
+    write_random_checkpoint(CASES["qwen3"], folder, seed=3)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.0.mlp.experts.0.down_proj.weight"
+    tensors[key] = tensors[key].float() * 1.001
+    save_file(tensors, file, metadata={"format": "pt"})
+    direct = moec.export(folder, target, precision, tmp_path / "direct")
+    later = moec.export(read_model(folder)[0], target, precision, tmp_path / "later")
+    assert later.manifest.spec.dtypes == direct.manifest.spec.dtypes
+    assert later.manifest.spec.dtypes["layers.0.moe.down"] == "fp32"
+    moec.bind(later.path, folder)
+    one, other = (
+        {file.name: file.read_bytes() for file in art.path.glob("*.safetensors")}
+        for art in (direct, later)
+    )
+    assert one and one == other

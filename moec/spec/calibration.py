@@ -13,7 +13,7 @@ from moec.spec.errors import MoecError, refuse
 from moec.spec.fields import read_json
 from moec.spec.model import ModelSpec
 from moec.spec.scheme import LARGEST, STATIC
-from moec.spec.tensors import quantized
+from moec.spec.tensors import quantized, scaled_caches
 
 _NEXT = "moec calibrate CHECKPOINT --tokens FILE --out scales.json"
 
@@ -91,11 +91,9 @@ def static_scales(
                 tuple(map(_scale, sizes)) if per_expert else _scale(max(sizes))
             )
     if scheme.cache:
-        for layer in spec.text.all_layers:
-            for part in "kv":
-                name = names.attention(layer.index, part)
-                (size,) = _magnitudes(calibration.caches.get(name), name, calibration)
-                found[names.scale_of(name)] = _scale(size)
+        for name in scaled_caches(spec):
+            (size,) = _magnitudes(calibration.caches.get(name), name, calibration)
+            found[names.scale_of(name)] = _scale(size)
     return found
 
 

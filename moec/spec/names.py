@@ -95,6 +95,15 @@ def is_router(parameter: str) -> bool:
     return parameter.endswith(".moe.router.weight")
 
 
+def is_of_heads(parameter: str) -> bool:
+    """Whether a parameter is the weight of the heads in latent attention.
+
+    It has no product of its own: a head uses a part of it on queries, and another on what it mixes.
+    So nothing is its input, and nothing can have a scale for that.
+    """
+    return parameter.endswith(".attn.kv_up.weight")
+
+
 def is_norm(parameter: str) -> bool:
     """Whether a parameter is the gain of a norm."""
     return parameter.endswith(("norm.weight", "vision.pre.weight", "vision.post.weight"))

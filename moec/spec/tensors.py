@@ -86,13 +86,27 @@ def groups(spec: ModelSpec) -> Iterator[Group]:
         else:
             yield Group(dict(_stored(name, shape, rule, spec)))
     if spec.scheme and spec.scheme.cache:
-        for layer in spec.text.all_layers:
-            scales = (names.scale_of(names.attention(layer.index, part)) for part in "kv")
-            yield Group(dict.fromkeys(scales, Kind((), spec.scheme.scales)))
+        for cache in scaled_caches(spec):
+            yield Group({names.scale_of(cache): Kind((), spec.scheme.scales)})
+
+
+def scaled_caches(spec: ModelSpec) -> Iterator[str]:
+    """What FP8 caches have scales for, such as "layers.{i}.attn.k" and "layers.{i}.attn.v".
+
+    A layer of latent attention has one cache, and moec stores one scale for it, that of "k".
+    Checkpoints that are quantised already have both.
+    """
+    own = spec.scheme is not None and spec.scheme.layout == "moec"
+    for layer in spec.text.all_layers:
+        for part in "kv"[: len(layer.caches) if own else None]:
+            yield names.attention(layer.index, part)
 
 
 def quantized(spec: ModelSpec) -> dict[str, Rule]:
     """The parameters that the scheme of `spec` quantises, with the scheme rule of each.
+
+    Where a scheme of moec's own has static input scales, the weight of the heads in latent
+    attention has none: see `names.is_of_heads`. A quantised checkpoint has what its scheme says.
 
     Raises:
         MoecError: a scheme rule matches no weight of the model; a rule has static input scales in
@@ -112,6 +126,10 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
                 "correct the scheme",
             )
     found = {name: each for name in known if (each := scheme.rule(name))}
+    if scheme.layout == "moec":
+        for name in filter(names.is_of_heads, known):
+            if name in found and found[name].inputs in STATIC:
+                found[name] = found[name].model_copy(update={"inputs": "none"})
     static = [n for n, each in found.items() if each.inputs in STATIC and names.of_vision(n)]
     if static and scheme.layout == "moec":
         refuse(
@@ -141,7 +159,7 @@ def _check_widths(spec: ModelSpec, rules: dict[str, Rule]) -> None:
     """
     shapes = parameters(spec)
     for name, rule in rules.items():
-        if names.family(name) == names.attention("*", "kv_up", "weight"):
+        if names.is_of_heads(name):
             refuse(
                 name,
                 "4-bit integers for the heads of latent attention (kv_b_proj)",

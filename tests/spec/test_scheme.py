@@ -165,6 +165,22 @@ def test_fp8_caches_have_two_scales_a_layer() -> None:
     assert found - tensors(small(scheme(*DENSE))).keys() == caches
 
 
+@pytest.mark.parametrize("name", ["modelopt", "static", "mixed"])
+def test_the_heads_of_latent_attention_have_no_static_scale(name: str) -> None:
+    """Nothing is the input of kv_b_proj, and a layer has one cache: calibration finds no other."""
+    spec = PRESETS["deepseek-v3"]
+    own = spec.model_copy(update={"scheme": SCHEMES[name]})
+    found = {key.removeprefix("layers.0.attn.") for key in tensors(own) if ".0.attn." in key}
+    assert {"kv_up.weight", "kv_up.weight_scale", "kv_down.input_scale"} <= found
+    assert "kv_up.input_scale" not in found and "v_scale" not in found
+    assert ("k_scale" in found) == SCHEMES[name].cache
+
+    published = SCHEMES[name].model_copy(update={"layout": "modelopt"})
+    stored = tensors(own.model_copy(update={"scheme": published})).keys()
+    assert "layers.0.attn.kv_up.input_scale" in stored
+    assert ("layers.0.attn.v_scale" in stored) == SCHEMES[name].cache
+
+
 def test_the_first_rule_that_matches_holds() -> None:
     rules = [
         {"of": ["layers.0.attn.q.weight"], "weight": "tensor"},

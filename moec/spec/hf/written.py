@@ -27,8 +27,6 @@ SAID = (
     ("group", "none"),
 )
 
-#: the weight of heads in latent attention: no product of its own, whose input a scale could be for
-_OF_HEADS = names.attention("*", "kv_up", "weight")
 #: what vLLM reorders, and the values, which it joins with them in one product of one scheme
 _REORDERED = {names.attention("*", part, "weight") for part in "qkv"}
 
@@ -105,7 +103,7 @@ def told(spec: ModelSpec, scheme: Scheme) -> tuple[ModelSpec, dict[str, Any]]:
         name
         for name in wanted
         if not (in_order and is_reordered(spec, name))
-        and not (names.family(name) == _OF_HEADS and (scheme.int4 or inputs in STATIC))
+        and not (names.is_of_heads(name) and (scheme.int4 or inputs in STATIC))
     ]
     if not chosen:
         quantized(spec.model_copy(update={"scheme": scheme}))  # says which rule matches nothing

@@ -23,12 +23,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from fresh_process import call
 from moe_kernels import need_gpu
+from ort_library import scout
+from resident_pages import drop_pages
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +42,6 @@ from moec.exporters.ort_library.build import own_library
 from moec.exporters.ort_library.operations import operations_for
 from moec.spec.hf.written import told
 from moec.spec.model import ModelSpec
-from moec.spec.presets import PRESETS
 from moec.spec.scheme import SCHEMES
 
 BLOCK = 64 << 20
@@ -51,17 +51,8 @@ PLAIN = "read and copy"
 
 def spec_of(gigabytes: float, wide: bool) -> ModelSpec:
     """As many layers of Scout as take so much in FP8, with a small vocabulary."""
-    text = PRESETS["scout"].text
-    layers = max(4, int(gigabytes / 2.26) // 4 * 4)
-    small = text.model_copy(update={"layers": layers, "vocab": 32768} | patterns(layers))
-    spec = ModelSpec(name="scout", provenance="custom", dtype="bf16", text=small)
+    spec = scout(max(4, int(gigabytes / 2.26) // 4 * 4), vocab=32768)
     return spec if wide else told(spec, SCHEMES["dynamic"])[0]
-
-
-def patterns(layers: int) -> dict[str, str]:
-    text = PRESETS["scout"].text
-    names = ("attention", "rope", "qk_norm", "temperature", "ffn")
-    return {name: getattr(text, name)[:layers] for name in names}
 
 
 def fill(folder: Path) -> None:
@@ -80,14 +71,6 @@ def fill(folder: Path) -> None:
 
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
-
-
-def forget(folder: Path) -> None:
-    """Drop the files' pages from the system's cache."""
-    for path in shards(folder):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def plain(folder: str) -> tuple[float, object]:
@@ -125,7 +108,7 @@ def by_itself(path: str) -> tuple[float, object]:
     """Open model.onnx by its path, as a program without moec does; the seconds, and the session."""
     import onnxruntime
 
-    library = own_library(operations_for(open_artefact(path).manifest, (), ()), [90])
+    library = own_library(operations_for(open_artefact(path).manifest), [90])
     start = time.perf_counter()
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library))
@@ -171,9 +154,9 @@ def table_of(folder: Path, spec: ModelSpec) -> list[str]:
     with stage("built"):
         moec.export(checkpoint, "ort-cuda", "fp8", art)
     with stage("compiled the library"):
-        own_library(operations_for(open_artefact(art).manifest, (), ()), [90])
+        own_library(operations_for(open_artefact(art).manifest), [90])
     files = checkpoint if spec.scheme else art
-    rows: list[tuple[str, Callable[[str], Any], Path]] = [
+    rows: list[tuple[str, Callable[[str], tuple[float, object]], Path]] = [
         (PLAIN, plain, files),
         ("session", by_session, art),
         (f"{PLAIN}, again", plain, files),
@@ -185,7 +168,8 @@ def table_of(folder: Path, spec: ModelSpec) -> list[str]:
     for column in ("", "seconds", "GB/s", "of read and copy", "host, GB", "GPU, of the files"):
         table.add_column(column, justify="right" if column else "left")
     for name, function, path in rows:
-        forget(files)
+        for shard in shards(files):
+            drop_pages(shard)
         outcome = call(measured, function, str(path))
         if outcome.error:
             print(f"{name}: {outcome.error}")

@@ -38,9 +38,9 @@ NOISE = 6e-2
 ENGINES = {"ort": ("ort-cuda", ort_cuda_with), "torch": ("torch", torch_with)}
 
 
-def scout(layers: int, **patterns: str) -> ModelSpec:
-    """Scout's decoder with so many layers, and other `patterns` of them."""
-    text = PRESETS["scout"].text.model_copy(update={"layers": layers, **patterns})
+def scout(layers: int, **other: str | int) -> ModelSpec:
+    """Scout's decoder with so many layers, and `other` fields, such as patterns of its layers."""
+    text = PRESETS["scout"].text.model_copy(update={"layers": layers, **other})
     return ModelSpec(name="scout", provenance="custom", dtype="bf16", text=text)
 
 

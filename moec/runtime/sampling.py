@@ -155,10 +155,6 @@ def asked(
     return sampling.temperature, top_k, top_p, None
 
 
-def _is_count(given: Any) -> bool:
-    return isinstance(given, int) and given >= 0
-
-
 def check_sampling(
     max_new_tokens: int,
     temperature: float,
@@ -173,7 +169,12 @@ def check_sampling(
         MoecError: names the first.
     """
     for name, given, good, expected in (
-        ("max_new_tokens", max_new_tokens, _is_count(max_new_tokens), "an integer, 0 or more"),
+        (
+            "max_new_tokens",
+            max_new_tokens,
+            isinstance(max_new_tokens, int) and max_new_tokens >= 0,
+            "an integer, 0 or more",
+        ),
         ("seed", seed, seed is None or _is(Integral, seed, 0, 2**63 - 1), "0 to 2^63 - 1"),
         ("temperature", temperature, _is(Real, temperature, 0, _HOTTEST), "0 or more, and finite"),
         ("top_k", top_k, top_k is None or _is(Integral, top_k, 1, 2**63), "1 to 2^63"),

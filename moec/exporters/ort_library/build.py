@@ -96,7 +96,6 @@ def build_library(
     folder = folder.parent.resolve() / folder.name
     if path in folder.parents:
         refuse(f"--out {folder}", "a folder of the artefact", "another", "choose another --out")
-    _refuse_others(folder)
     return _in_place(operations_for(art.manifest), wanted, folder)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 #: "folder": the real path of a folder with weights; "adapter": that of an adapter that was merged;
-#: "native": the SHA-256 of an engine or a plugin; "partial": a folder that a build is writing
-#: (`moec.weights.trust.leftovers`)
+#: "native": the SHA-256 of an engine or a plugin; "partial": a folder that a build is writing,
+#: or has moved away (`moec.weights.trust.leftovers`)
 Kind = Literal["folder", "adapter", "native", "partial"]
 #: the most records of a kind; beyond it folders that are gone are dropped first, then the oldest
 MOST = 4096

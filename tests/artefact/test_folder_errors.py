@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import moec
+from moec.artefact.placement import copy_companions
 from moec.spec.errors import MoecError
+from moec.weights.checkpoint import read_checkpoint
 from tests.damage import NO_SPACE, raising
 from tests.trees import HELD, assert_whole, names, place, tree
 
@@ -51,6 +53,12 @@ def test_a_full_disk_is_said_to_be_full(checkpoint: Path, work: Path) -> None:
     assert caught.value.exit_code == 2
     assert str(work / "art") in caught.value.where
     assert "No space left" in caught.value.found
+
+
+def test_a_companion_that_cannot_be_read_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "processor_config.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(MoecError, match=r"processor_config\.json\n  found:    a Git LFS pointer"):
+        copy_companions(read_checkpoint(checkpoint), tmp_path)
 
 
 def test_folders_made_on_the_way_to_out_go_with_a_failed_build(

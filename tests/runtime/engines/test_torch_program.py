@@ -214,7 +214,7 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_on_cuda_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="kernels need triton")
-    write_random_checkpoint(reduced(PRESETS["tiny-scout"], 3), tmp_path / "narrow")
+    write_random_checkpoint(reduced(PRESETS["tiny-scout"], 2), tmp_path / "narrow")
     art = moec.export(tmp_path / "narrow", target="torch", out=tmp_path / "art").path
     assert moec.open_session(art).logits([[5, 6]]).shape == (1, 2, 256)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -27,6 +27,10 @@ from tests.talks import check_five_turns, with_template
 
 #: relative error of logits that rounding to FP8 in other places may make
 NOISE = 6e-2
+#: relative error of a value that the engine computes from its own values. Attention holds two
+#: roundings to FP8 and a softmax. A dense layer's hidden value is rounded to bf16 and then to FP8;
+#: rounding it to bf16 at another place moves the layer's output by 1.8e-2.
+ALLOWED = {"attn.o": 6e-2, "ffn.down": 3e-2}
 #: target -> its engine with other weights
 ENGINES = {"torch": torch_with, "ort-cuda": ort_cuda_with}
 
@@ -165,8 +169,8 @@ def test_two_layers_of_full_width_are_plain_torchs(
     assert error.median(0).values.max() < NOISE  # of each row
     each = _each_value(arts[target], arts["torch"], weights, on_host, ids)
     print({name: f"{value:.1e}" for name, value in each.items()})
-    # Two roundings to FP8 and a softmax lie within attention, which make a rounding larger.
-    far = {name: e for name, e in each.items() if e > (NOISE if name.endswith("attn.o") else 1e-2)}
+    limits = {name: ALLOWED.get(".".join(name.split(".")[-2:]), 1e-2) for name in each}
+    far = {name: error for name, error in each.items() if error > limits[name]}
     assert len(each) > 4 and not far, far
 
 

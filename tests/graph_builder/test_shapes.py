@@ -19,6 +19,7 @@ from moec.graph_builder.parts import build_parts
 from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.fused.fuse import fuse
 from moec.graph_builder.passes.fused.quantisation import join_encodes
+from moec.graph_builder.passes.plain.in_place import write_in_place
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.static import make_static
 from moec.graph_builder.plain import build_plain
@@ -168,6 +169,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             build_decoder(reduced(PRESETS["deepseek-v3"], 4)),
             build_decoder(CLIPPED),
             build_plain(CLIPPED),
+            write_in_place(build_plain(CLIPPED)),
             *([*_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
         )
         for node in graph.graph.nodes

@@ -8,7 +8,15 @@ from moec.graph_builder.ops.attention import (
     scale_queries,
     temperature,
 )
-from moec.graph_builder.ops.cache import cache_append, cache_index, cache_write, key_positions
+from moec.graph_builder.ops.cache import (
+    cache_append,
+    cache_index,
+    cache_put,
+    cache_slot,
+    cache_write,
+    key_positions,
+    slot_positions,
+)
 from moec.graph_builder.ops.fp8 import FP8, dequantize, fp8_moe, quantize, token_scale
 from moec.graph_builder.ops.fused.attention import attend, attend_fp8, attention_fp8, rope_append
 from moec.graph_builder.ops.fused.buffers import (
@@ -81,6 +89,8 @@ __all__ = [
     "buffered_attention",
     "cache_append",
     "cache_index",
+    "cache_put",
+    "cache_slot",
     "cache_write",
     "clip",
     "columns",
@@ -128,6 +138,7 @@ __all__ = [
     "skip_norm",
     "skip_norm_fp8",
     "slot_mask",
+    "slot_positions",
     "spans_of_mask",
     "swiglu",
     "swiglu_fp8",

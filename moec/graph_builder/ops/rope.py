@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ def inverse_frequencies(dim: int, theta: float, scaling: str, numbers: list[floa
     """
     base: Tensor = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     return SCALINGS[scaling](base, theta, *numbers)
+
+
+@cache
+def rates_on(
+    device: torch.device, dim: int, theta: float, scaling: str, numbers: tuple[float, ...]
+) -> Tensor:
+    """`inverse_frequencies`, copied to a device once: a CUDA graph cannot copy from the host."""
+    return inverse_frequencies(dim, theta, scaling, list(numbers)).to(device)
 
 
 def _plain(base: Tensor, theta: float) -> Tensor:
@@ -103,7 +112,7 @@ def rope_table(
 
     Computed for the positions at hand: a table for Scout's 10,485,760 positions would be 5 GB.
     """
-    rates = inverse_frequencies(dim, theta, scaling, numbers).to(positions.device)
+    rates = rates_on(positions.device, dim, theta, scaling, tuple(numbers))
     angles = positions.float()[..., None] * rates
     return angles.cos() * magnitude, angles.sin() * magnitude
 

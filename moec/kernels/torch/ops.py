@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from moec.graph_builder import ops
 from moec.graph_builder.ops.operands import FusedAttention, MoeLayer, RoutedLayer
 from moec.graph_builder.ops.registry import implement
-from moec.graph_builder.ops.rope import inverse_frequencies
+from moec.graph_builder.ops.rope import rates_on
 from moec.kernels.launches import step
 from moec.kernels.launches.few_tokens import few_linear
 from moec.kernels.launches.launch import Launch
@@ -271,7 +271,7 @@ def rope_table(
         return ops.rope_table.eager(positions, *how)  # type: ignore[no-any-return]
     shape, device = (*positions.shape, dim // 2), positions.device
     cos, sin = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    rates = _rates(dim, theta, scaling, tuple(numbers), device)
+    rates = rates_on(device, dim, theta, scaling, tuple(numbers))
     values = {"positions": positions.contiguous(), "rates": rates, "cos": cos, "sin": sin}
     run(step.rope_table(dim, positions.numel()), values)
     return cos, sin
@@ -300,11 +300,3 @@ def select(x: Tensor, index: Tensor) -> Tensor:
     if x.shape[1] == index.shape[1] == 1:
         return x[:, 0].clone()
     return ops.select.eager(x, index)  # type: ignore[no-any-return]
-
-
-@cache
-def _rates(
-    dim: int, theta: float, scaling: str, numbers: tuple[float, ...], device: torch.device
-) -> Tensor:
-    """RoPE's frequencies, copied once per device: graph capture cannot copy from the host."""
-    return inverse_frequencies(dim, theta, scaling, list(numbers)).to(device)

@@ -4,14 +4,18 @@ A CUDA graph contains addresses, not tensors. Each cache therefore has its own g
 size, and a few graphs are kept. A later generation often gets a cache at the same address, and then
 uses the same graph.
 
+No graph can hold a call that waits for the GPU, as one does whose experts torch runs one by one in
+FP8. Such calls run without graphs.
+
 Capturing a graph costs as much as several steps. The last prefill chunk of a prompt may be a single
 token and look like a decode step. The first call with an address therefore runs without a graph,
 and the second one is captured.
 """
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -31,6 +35,33 @@ MOVING = (
     names.last(names.RING),
     names.last(names.GLOBAL),
 )
+#: the same for plain programs
+PLAIN_MOVING = (names.INPUT_IDS, names.PAST_LENGTHS, names.LOGIT_INDEX)
+
+
+class WaitsError(Exception):
+    """A call waited for the GPU."""
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Run a block on the GPU.
+
+    Raises:
+        WaitsError: something in the block waits for the GPU.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise WaitsError from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Replays:
@@ -40,7 +71,8 @@ class Replays:
     for each sequence. All other feeds on CUDA must keep their addresses. All other feeds on the
     host keep the values that they had when the graph was captured.
 
-    Before a capture, `call` runs once in the block `rehearsal`, which may change what it does.
+    Before a capture, `call` runs once in the block `rehearsal`, which may change what it does. If
+    that raises `WaitsError`, no call is captured.
     """
 
     def __init__(
@@ -56,6 +88,7 @@ class Replays:
         ] = OrderedDict()
         self.seen: OrderedDict[object, None] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
+        self.waits = False
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return what `call` returns; the feeds in `moving` are [batch] or [batch, 1].
@@ -68,6 +101,8 @@ class Replays:
             for n, x in feeds.items()
             if x.is_cuda and n not in self.moving
         )
+        if self.waits:
+            return self.call(feeds)
         if key not in self.graphs and key not in self.seen:
             self.seen[key] = None
             if len(self.seen) > SEEN:
@@ -80,7 +115,11 @@ class Replays:
             )
         )
         if key not in self.graphs:
-            self.graphs[key] = self._captured(feeds, rows)
+            try:
+                self.graphs[key] = self._captured(feeds, rows)
+            except WaitsError:
+                self.waits = True
+                return self.call(feeds)
             del self.seen[key]  # after it was evicted, a graph needs two calls again
             if len(self.graphs) > MOST:
                 self.graphs.popitem(last=False)

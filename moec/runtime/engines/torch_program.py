@@ -5,7 +5,8 @@ It builds each program from the artefact's spec, and never loads the file of a p
 On CUDA the fused FP8 ops run moec's kernels. On the CPU they run their eager code in plain torch,
 which gives the right numbers and is slow. Triton is imported only when a session on CUDA opens.
 Plain programs run torch's own operators on both devices, and moec's kernels for FP8 products on
-CUDA. Their calls return new caches, so that decode steps are no CUDA graphs.
+CUDA. Their calls return new caches. Decode steps have a program of their own, which writes into the
+caches that it is given: such steps can be CUDA graphs.
 
 A fused decoder has two programs: one gives logits, and one the likeliest tokens.
 """
@@ -23,12 +24,13 @@ from moec.artefact.manifest import NAME, Port, Ports
 from moec.exporters.builder import builder_for
 from moec.exporters.torch.program import part_graph, ports_of
 from moec.graph_builder.passes.fused.shard import is_partial
+from moec.graph_builder.passes.plain.in_place import has_wide_caches, write_in_place
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.roles import WHOLE
 from moec.graph_builder.types import TensorType
 from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.bound import Bound
-from moec.runtime.engines.cuda_graphs import MOVING, Replays
+from moec.runtime.engines.cuda_graphs import MOVING, PLAIN_MOVING, Replays, without_waiting
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
@@ -49,7 +51,7 @@ def torch_engine(
 ) -> Run:
     """Open a part of `artefact`, "model" or "vision", on `device`.
 
-    A call writes into the caches that it is given.
+    A call may write into the caches that it is given.
 
     Args:
         taps: inner values that a call returns besides the outputs.
@@ -100,12 +102,41 @@ def torch_engine(
         return run
 
     logits, best = program(False), once(lambda: program(True))
+    shows = part != "model" or taps or set_values
+    if not fused and not shows and has_wide_caches(artefact.manifest.spec):
+        logits = _or_step(logits, artefact, given, device)
 
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         first = next(iter(feeds))
         with memory_for(f"a call with {first} {list(feeds[first].shape)}"):
             return best()(feeds) if names.GREEDY in feeds else logits(feeds)
+
+    return run
+
+
+def _or_step(
+    other: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    artefact: Artefact,
+    weights: Mapping[str, Tensor],
+    device: str,
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """`other`, but for decode steps of a plain decoder, which write into the caches in place."""
+
+    @once
+    def step() -> Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]:
+        graph = write_in_place(_graph(artefact, "model"))
+        known = {port.name for port in ports_of(graph).inputs}
+        bound = Bound(lift_weights(graph), weights, known, {}, device)
+        return Replays(bound, PLAIN_MOVING, without_waiting) if device == "cuda" else bound
+
+    def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        caches = {name: cache for name, cache in feeds.items() if names.is_past(name)}
+        kept = all(cache.shape[1] for cache in caches.values())
+        if feeds[names.INPUT_IDS].shape[1] != 1 or names.IMAGE_FEATURES in feeds or not kept:
+            return other(feeds)
+        (logits,) = step()(feeds)
+        return {names.LOGITS: logits} | {names.present_of(n): each for n, each in caches.items()}
 
     return run
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.engines import cuda_graphs
-from moec.runtime.engines.cuda_graphs import MOST, Replays
+from moec.runtime.engines.cuda_graphs import MOST, Replays, without_waiting
 
 
 class OnGpu(Tensor):
@@ -96,6 +96,31 @@ def test_a_graph_is_captured_at_the_second_call_and_replayed_from_then_on(gpu: t
         assert int(found) == token + 3 and len(gpu.captured) == captured
     one.fill_(2)  # a graph reads what is there now
     assert int(steps(feeds(9, one))[0]) == 15 and len(gpu.captured) == 1
+
+
+def test_a_call_that_waits_for_the_gpu_is_never_captured(
+    gpu: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits(given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return call(given)
+
+    steps, one = Replays(waits, ("input_ids",), without_waiting), cache()
+    for token in (5, 6, 7):
+        assert int(steps(feeds(token, one))[0]) == token + 3
+    assert not gpu.captured and modes == ["default", "error", "default"]  # asked once
+
+
+def test_another_error_of_a_rehearsal_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    with pytest.raises(RuntimeError, match="memory"), without_waiting():
+        raise RuntimeError("out of memory")
 
 
 def test_the_last_tokens_of_a_ragged_prompt_capture_nothing(gpu: type[Graph]) -> None:

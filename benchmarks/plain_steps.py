@@ -1,21 +1,14 @@
 """Time a model that runs as a plain program of target torch on one GPU.
 
     python benchmarks/plain_steps.py [--preset qwen3-30b-a3b] [--precision fp8] [--layers N]
-                                     [--vllm-python PYTHON]
 
 The decoder has the sizes of a preset, or so many of its layers, and random weights that are drawn
 on the GPU. Decode steps of 1, 8 and 64 sequences come after 1,024 tokens. "op by op" runs the same
 program without CUDA graphs. "limit" is the time to read what a step needs, which is the distinct
 experts that its tokens choose, at the rate of a copy in the same run.
-
-With `--vllm-python`, a Python that has vLLM then runs the same sizes on random weights. It is for
-models whose FP8 vLLM reads as `vllm_peer.py` writes it: a scale for each output of a weight.
 """
 
 import argparse
-import gc
-import json
-import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +20,6 @@ from moe_kernels import copy_rate, need_gpu
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from vllm_peer import HERE, QUANTIZATION, measured, need_vllm
 
 import moec
 from moec.artefact.artefact import Artefact, open_artefact
@@ -36,13 +28,9 @@ from moec.runtime.engines.synthetic import synthetic
 from moec.runtime.engines.torch_program import torch_with
 from moec.runtime.open import artefact_session
 from moec.runtime.session import Session
-from moec.spec.hf.config import write_config
-from moec.spec.model import ModelSpec
 from moec.spec.presets import PRESETS
 
 BATCHES, CONTEXT, PREFILL = (1, 8, 64), 1024, 8192
-#: names of layers that stay wide, in vLLM's files
-WIDE = ["lm_head", "re:.*gate$", "re:.*embed_tokens"]
 
 
 def sessions(artefact: Artefact) -> Iterator[Session]:
@@ -62,29 +50,13 @@ def sessions(artefact: Artefact) -> Iterator[Session]:
         yield session
 
 
-def of_vllm(spec: ModelSpec, python: list[str]) -> dict[str, float]:
-    """What vLLM takes, in milliseconds, by the name of a row."""
-    with tempfile.TemporaryDirectory() as folder:
-        at = Path(folder)
-        config = write_config(spec) | {"quantization_config": QUANTIZATION | {"ignore": WIDE}}
-        (at / "config.json").write_text(json.dumps(config))
-        file = at / "vllm.json"
-        found = measured([*python, str(HERE / "vllm_decoder.py"), folder, str(file)], file)
-    print(f"vLLM {found['vllm']} on torch {found['torch']}")
-    return {row["name"]: row["us"] / 1e3 for row in found["rows"]}
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments.add_argument("--preset", default="qwen3-30b-a3b", choices=list(PRESETS))
     arguments.add_argument("--precision", default="fp8", choices=["fp8", "bf16"])
     arguments.add_argument("--layers", type=int)
-    arguments.add_argument("--vllm-python", help="a command that runs a Python with vLLM")
     given = arguments.parse_args()
     need_gpu("benchmarks/plain_steps.py")
-    python = shlex.split(given.vllm_python or "")
-    if python:
-        need_vllm(python)
     spec = PRESETS[given.preset].model_copy(update={"vision": None})
     if given.layers:
         text = spec.text.model_copy(update={"layers": given.layers})
@@ -102,20 +74,15 @@ def main() -> None:
             rows.setdefault(f"prefill, {PREFILL} tokens", []).append(took)
             memory = torch.cuda.max_memory_allocated()
             del session
-    gc.collect()
-    torch.cuda.empty_cache()
-    theirs = of_vllm(spec, python) if python else {}
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("ms", "limit", "moec", "op by op", "op by op / moec", "vLLM", "vLLM / moec"):
+    for column in ("ms", "limit", "moec", "op by op", "op by op / moec"):
         table.add_column(column, justify="left" if column == "ms" else "right")
     for (name, (ours, by_op)), batch in zip(rows.items(), (*BATCHES, None), strict=True):
-        limit, vllm = "", theirs.get(name)
+        limit = ""
         if batch:
             plan = moec.plan(spec, given.precision, context=CONTEXT, batch=batch)
             limit = f"{1e3 * plan.decode_read_bytes / rate:.2f}"
-        cells = [limit, f"{ours:.2f}", f"{by_op:.2f}", f"{by_op / ours:.2f}"]
-        cells += [f"{vllm:.2f}", f"{vllm / ours:.2f}"] if vllm else ["", ""]
-        table.add_row(name, *cells)
+        table.add_row(name, limit, f"{ours:.2f}", f"{by_op:.2f}", f"{by_op / ours:.2f}")
     Console(width=100).print(table)
     print(
         f"{given.preset}, {spec.text.layers} layers, {given.precision}; "

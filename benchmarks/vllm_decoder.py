@@ -3,9 +3,9 @@
     python benchmarks/vllm_decoder.py MODEL_FOLDER FILE [--gpus 1]
 
 MODEL_FOLDER holds a config.json; the weights are random. The script writes the times to FILE as
-JSON, under the row names of `h200.py` without "Scout: ". vLLM runs with its usual settings:
-compiled, with CUDA graphs for these batches, and with its engine in its own process. Prefix caching
-is off, because every prompt is to be computed.
+JSON, under the row names of `h200.py`. vLLM runs with its usual settings: compiled, with CUDA
+graphs for these batches, and with its engine in its own process. Prefix caching is off, because
+every prompt is to be computed.
 """
 
 import argparse
@@ -84,8 +84,8 @@ def main() -> None:
     arguments.add_argument("--gpus", type=int, default=1)
     given = arguments.parse_args()
     model = Model(given.folder, given.gpus)
-    times = {f"decode, batch {batch}, 1k": model.step_us(batch) for batch in BATCHES}
-    times[f"prefill, {PREFILL} tokens"] = model.prefill_us()
+    times = {f"Scout: decode, batch {batch}, 1k": model.step_us(batch) for batch in BATCHES}
+    times[f"Scout: prefill, {PREFILL} tokens"] = model.prefill_us()
     run = {"vllm": vllm.__version__, "torch": torch.__version__}
     rows = [{"name": name, "us": took} for name, took in times.items()]
     given.file.write_text(json.dumps({**run, "rows": rows}, indent=1))

@@ -101,7 +101,7 @@ def print_table(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "ms" else "right")
     mine = {row["name"]: row for row in ours["rows"]}
     for peer in theirs["rows"]:
-        own = mine[f"Scout: {peer['name']}"]
+        own = mine[peer["name"]]
         times = (own["limit_us"], own["us"], peer["us"])
         ratio = f"{peer['us'] / own['us']:.2f}"
         table.add_row(peer["name"], *(f"{each / 1e3:.2f}" for each in times), ratio)

@@ -2,7 +2,8 @@
 
 They are for models and precisions that the fused ops of `moec.graph_builder.fused` do not express.
 Inputs and outputs of the decoder are those of `moec.graph_builder.decoder`: each call gets caches
-and returns new ones. The weights are those of `moec.weights.joined.plain_tensors`.
+and returns new ones. Decode steps have a graph of their own, which writes into the caches. The
+weights are those of `moec.weights.joined.plain_tensors`.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,13 @@ from collections.abc import Sequence
 from torch import fx
 
 from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.passes.fused.quantisation import join_encodes
 from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.plain.experts import join_experts
+from moec.graph_builder.passes.plain.in_place import write_in_place
 from moec.graph_builder.passes.plain.products import fuse_products
 from moec.graph_builder.passes.quantize import quantize
+from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.tap import tap
 from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
@@ -43,3 +47,12 @@ def build_plain(
         join_experts(graph, stored)
     fuse_products(quantize(graph, stored))
     return tap(graph, [name for name in taps if name not in known])
+
+
+def build_step(spec: ModelSpec, precision: str = "bf16") -> fx.GraphModule:
+    """Build the decoder of `build_plain` for decode steps, which write into the caches in place.
+
+    A call has one token of each sequence. Its norms are joined with the sums before them, and with
+    the rounding to FP8 after them.
+    """
+    return join_encodes(join_skip_norms(write_in_place(build_plain(spec, precision))))

@@ -11,17 +11,22 @@ from torch import Tensor
 PREFILL_CHUNK = 1024
 #: tokens of a prefill chunk on a GPU, whose kernels make no masks, and which a call should fill
 GPU_PREFILL_CHUNK = 8192
+#: the same for programs whose attention has masks
+GPU_PLAIN_CHUNK = 4096
+#: tokens of all sequences that a call has at most, if a prefill chunk has to be shorter for it
+MOST_AT_ONCE = 64 * PREFILL_CHUNK
 
 Call = tuple[slice, slice]
 
 
-def padded_calls(width: int, prefill_chunk: int = PREFILL_CHUNK) -> Iterator[Call]:
-    """Calls for all sequences together, `prefill_chunk` of `width` tokens at a time.
+def padded_calls(width: int, prefill_chunk: int = PREFILL_CHUNK, rows: int = 1) -> Iterator[Call]:
+    """Calls for all `rows` together, `prefill_chunk` of `width` tokens at a time.
 
-    Shorter sequences are padded.
+    Shorter sequences are padded. Chunks longer than `PREFILL_CHUNK` are cut for many rows.
     """
-    for start in range(0, width, prefill_chunk):
-        yield slice(None), slice(start, min(start + prefill_chunk, width))
+    most = max(min(PREFILL_CHUNK, prefill_chunk), min(prefill_chunk, MOST_AT_ONCE // rows))
+    for start in range(0, width, most):
+        yield slice(None), slice(start, min(start + most, width))
 
 
 def buffered_calls(

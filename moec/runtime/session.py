@@ -42,8 +42,8 @@ class Session:
     tokens in the ids. Each tile has a fixed number of them, whose embeddings its image features
     replace. `moec.encode` makes both. Without images an image token is a token like any other.
 
-    Only one thread at a time may use a session. If the engine's caches are buffers (targets ort and
-    torch), a call writes into the cache that it is given.
+    Only one thread at a time may use a session. Targets ort and torch may write into the cache that
+    a call gets.
 
     Attributes:
         spec: the model.
@@ -256,7 +256,9 @@ class Session:
         calls = (
             buffered_calls(cache.lengths, lengths, width, chunk, self.limits.prefill_chunk)
             if self.limits.layout == "buffers"
-            else padded_calls(width, self.limits.prefill_chunk if cache.capacity else width)
+            else padded_calls(width, self.limits.prefill_chunk, len(ids))
+            if cache.capacity
+            else padded_calls(width, width)
         )
         for rows, columns in calls:
             tokens = ids[rows, columns]

@@ -31,6 +31,14 @@ def test_attention(heads: tuple[int, int, int], batch: int, slots: int, count: i
     check(step_cases.attention("cuda", batch, *heads, slots, count))
 
 
+@pytest.mark.parametrize(
+    "heads", [(32, 4, 128), (16, 16, 128), (40, 8, 128), (4, 2, 32), (6, 3, 16)]
+)
+@pytest.mark.parametrize(("batch", "slots"), [(1, 1), (1, 5000), (3, 701), (64, 1120)])
+def test_attention_of_plain_programs(heads: tuple[int, int, int], batch: int, slots: int) -> None:
+    check(step_cases.plain("cuda", batch, *heads, slots))
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 5, 16, 17, 40, 64, 200])
 @pytest.mark.parametrize(
     "sizes",

@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.parts import build_graph
-from moec.graph_builder.passes.plain.in_place import has_wide_caches, write_in_place
-from moec.graph_builder.plain import build_plain
+from moec.graph_builder.passes.plain.in_place import has_wide_caches
+from moec.graph_builder.plain import build_plain, build_step
 from moec.runtime.cache import new_cache
 from moec.spec import names
 from moec.spec.model import ModelSpec
@@ -119,8 +119,9 @@ def check_steps(spec: ModelSpec, seed: int, steps: int = 12) -> None:
     errors = []
     for draw in range(seed, seed + 3):
         values = _values(plain_spec(spec, "fp32"), torch.Generator().manual_seed(draw))
-        plain, step = (_fill(build_plain(spec, "fp32"), _program(spec, values)) for _ in "ab")
-        errors.append(_error_of_steps(plain, write_in_place(step), spec, draw, steps))
+        graphs = build_plain(spec, "fp32"), build_step(spec, "fp32")
+        plain, step = (_fill(each, _program(spec, values)) for each in graphs)
+        errors.append(_error_of_steps(plain, step, spec, draw, steps))
         if errors[-1] < 2e-5:
             return
     raise AssertionError(errors)
@@ -215,7 +216,7 @@ def test_steps_in_place(case: str, scheme: str | None) -> None:
 
 
 def test_steps_in_place_copy_no_cache() -> None:
-    graph = write_in_place(build_plain(CASES["mixtral window, tied"], "fp32"))
+    graph = build_step(CASES["mixtral window, tied"], "fp32")
     copies = (ops.cache_append, ops.cache_write, ops.cache_index, ops.key_positions)
     assert not any(_count(graph, op) for op in copies)
     assert list(graph.graph.nodes)[-1].meta["outputs"] == (names.LOGITS,)
@@ -224,7 +225,7 @@ def test_steps_in_place_copy_no_cache() -> None:
 def test_steps_in_place_are_of_text_alone() -> None:
     """A model that sees images: a step has none."""
     spec = reduced(PRESETS["scout"], 4)
-    graph = write_in_place(build_plain(spec, "bf16"))
+    graph = build_step(spec, "bf16")
     inputs = {node.meta["name"] for node in graph.graph.nodes if node.op == "placeholder"}
     assert not inputs & {names.IMAGE_FEATURES, names.LENGTHS}
     assert not _count(graph, ops.fuse)

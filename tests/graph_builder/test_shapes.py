@@ -19,10 +19,9 @@ from moec.graph_builder.parts import build_parts
 from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.fused.fuse import fuse
 from moec.graph_builder.passes.fused.quantisation import join_encodes
-from moec.graph_builder.passes.plain.in_place import write_in_place
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.static import make_static
-from moec.graph_builder.plain import build_plain
+from moec.graph_builder.plain import build_plain, build_step
 from moec.graph_builder.types import TensorType
 from moec.runtime.cache import new_cache
 from moec.spec.errors import MoecError
@@ -169,7 +168,7 @@ def test_the_vocabulary_is_what_graphs_use() -> None:
             build_decoder(reduced(PRESETS["deepseek-v3"], 4)),
             build_decoder(CLIPPED),
             build_plain(CLIPPED),
-            write_in_place(build_plain(CLIPPED)),
+            build_step(CLIPPED),
             *([*_fused(spec, precision), *_before_joining(spec)] if scheme else ()),
         )
         for node in graph.graph.nodes

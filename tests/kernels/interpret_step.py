@@ -19,6 +19,10 @@ def main() -> None:
                 (1, (4, 2, 32), 200, 1), (2, (6, 3, 16), 70, 1), (2, (2, 2, 16), 40, 5),
             )
         ),
+        *(
+            step_cases.plain("cpu", *each)
+            for each in ((1, 4, 2, 32, 300), (3, 6, 3, 16, 70), (2, 2, 2, 16, 5))
+        ),
     )  # fmt: skip
     for name, error in cases:
         print(name, error, step_cases.limit(name), sep="\t")

@@ -138,3 +138,37 @@ def attention(
         yield f"{name}: attention", error(meaning(*found), meaning(*ops.encode.eager(expected)))
         again = torch_ops.attention_fp8(*given)
         yield f"{name}, again", float((meaning(*again) != meaning(*found)).sum())
+
+
+def plain(
+    device: str, batch: int, heads: int, kv_heads: int, size: int, slots: int
+) -> Iterator[tuple[str, float]]:
+    """(what, relative error) of the parts of attention in plain programs."""
+    x = torch.randn(batch, 3, heads * size, device=device).bfloat16()
+    for gain in (None, (1 + torch.randn(size, device=device) / 10).bfloat16()):
+        given = x, gain, heads, 1e-6
+        yield "head_norm", error(torch_ops.head_norm(*given), ops.head_norm.eager(*given))
+    at = torch.randint(0, 5000, (batch, 3), device=device)
+    tables = ops.rope_table.eager(at, size, 5e5, "none", [], 1.0)
+    for pairs in ("adjacent", "halves"):
+        given = x, *tables, heads, pairs
+        yield f"rope, {pairs}", error(torch_ops.rope(*given), ops.rope.eager(*given))
+    q = x[:, :1]
+    key, value = (
+        torch.randn(batch, slots, kv_heads * size, device=device).bfloat16() for _ in range(2)
+    )
+    mask = torch.rand(batch, 1, 1, slots, device=device) < 0.5
+    mask[..., slots // 2 :] &= torch.arange(batch, device=device)[:, None, None, None] % 2 > 0
+    mask[..., slots // 3] = True  # every token sees a slot
+    key.masked_fill_(~mask[:, 0, 0, :, None], torch.nan)  # no other slot is read
+    for scale in (None, 0.2):
+        given = q, key, value, mask, heads, kv_heads, scale
+        found = torch_ops.attention(*given)
+        seen = key.nan_to_num(0.0)
+        expected = ops.attention.eager(q.float(), seen.float(), value.float(), mask, *given[4:])
+        yield "plain step", error(found, expected)
+        yield "plain step, again", float((torch_ops.attention(*given) != found).sum())
+    many = torch.rand(batch, 1, 3, slots, device=device) < 0.5
+    many[..., 0] = True
+    given = x, seen, value, many, heads, kv_heads, None
+    yield "plain prefill", error(torch_ops.attention(*given), ops.attention.eager(*given))

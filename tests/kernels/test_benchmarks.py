@@ -23,7 +23,13 @@ ROOT = Path(__file__).parents[2]
         "vllm_peer",
         *(
             pytest.param(each, marks=pytest.mark.slow)
-            for each in ("layer_timeline", "many_tokens", "moe_kernels", "prefill_kernels")
+            for each in (
+                "layer_timeline",
+                "many_tokens",
+                "moe_kernels",
+                "plain_steps",
+                "prefill_kernels",
+            )
         ),
     ],
 )

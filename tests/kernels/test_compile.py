@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="kernels need triton")
 
 import moec.kernels
 from moec.kernels.ahead_of_time.compile import Compiled, build, compile_launch
-from moec.kernels.launches import collectives
+from moec.kernels.launches import collectives, heads
 from moec.kernels.launches.attend_many import attend_many
 from moec.kernels.launches.decode import Tiles, decode_moe
 from moec.kernels.launches.descriptors import block_shapes
@@ -51,7 +51,9 @@ ROUTED = (
 #: a parameter's type -> how PTX declares it
 DECLARED = {
     "i1": ".u8", "i32": ".u32", "i64": ".u64", "map": ".align 64 .b8",
-    **dict.fromkeys(("*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"), ".u64 .ptr .global .align 1"),
+    **dict.fromkeys(
+        ("*bf16", "*fp32", "*fp8e4nv", "*i1", "*i32", "*i64"), ".u64 .ptr .global .align 1"
+    ),
 }  # fmt: skip
 
 
@@ -79,9 +81,13 @@ def launches(architecture: int, tokens: int) -> Iterator[Launch]:
             yield from routed_moe(layer, tokens, overlap)[0]
         yield from attend(HEADS, tokens, SLOTS, True, 1e-5, False, overlap)[0]
         yield from attend(HEADS, tokens, SLOTS, False, None, True, overlap)[0]
+        yield from heads.attend_slots(HEADS, tokens, SLOTS, 0.1)[0]
     for add, narrow in ((False, True), (True, True), (True, False)):
         yield skip_norm(dim, tokens, 1e-5, add, narrow, overlap)
     yield rope_table(HEADS.size, tokens)
+    for either in (True, False):
+        yield heads.rope(HEADS.size, HEADS.heads, tokens, either)
+        yield heads.head_norm(HEADS.size, tokens * HEADS.heads, 1e-6, either)
     yield temperature(8192, 0.1, tokens)
     yield encode(dim, tokens, overlap)
     yield swiglu(2 * SCOUT.hidden, tokens, overlap)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.runtime.batching import buffered_calls, padded_calls
+from moec.runtime.batching import GPU_PLAIN_CHUNK, PREFILL_CHUNK, buffered_calls, padded_calls
 
 
 @given(
@@ -30,6 +30,15 @@ def test_every_token_is_called_once_and_no_call_crosses_a_border(
 def test_a_single_column_is_one_call_for_all_rows() -> None:
     calls = list(buffered_calls(torch.tensor([7, 0]), torch.tensor([1, 0]), 1, 8))
     assert calls == [(slice(None), slice(0, 1))]
+
+
+def test_padded_calls_of_many_rows_are_short_where_chunks_are_long() -> None:
+    def widths(rows: int, chunk: int) -> list[int]:
+        return [each.stop - each.start for _, each in padded_calls(9000, chunk, rows)]
+
+    assert widths(1, GPU_PLAIN_CHUNK) == [4096, 4096, 808]
+    assert widths(32, GPU_PLAIN_CHUNK) == [2048] * 4 + [808]
+    assert widths(1000, GPU_PLAIN_CHUNK) == widths(1000, PREFILL_CHUNK) == [1024] * 8 + [808]
 
 
 def test_padded_calls_take_all_rows() -> None:

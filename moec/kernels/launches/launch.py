@@ -21,6 +21,7 @@ TYPES = {
     "rows": "*fp8e4nv",
     "products": "*bf16",
     "positions": "*i64",
+    "mask": "*i1",
     **dict.fromkeys(("earlier", "totals"), "*i32"),
     **dict.fromkeys(("tokens", "steps", "slots", "blocks"), "i32"),
 }

@@ -23,6 +23,7 @@ from moec.kernels.launches.prefill import fits
 from moec.kernels.launches.routed import most_tokens, unfit
 from moec.kernels.launches.routed_prefill import fits as fits_routed
 from moec.kernels.sizes import MOST_TOKENS, Heads, RoutedSizes, Sizes, is_head
+from moec.kernels.torch.heads import attention, head_norm, rope
 from moec.kernels.torch.launch import architecture, buffers, overlaps, run
 from moec.kernels.torch.moe import DecodeMoe
 from moec.kernels.torch.prefill import PrefillMoe
@@ -52,11 +53,16 @@ def register() -> None:
         rms_norm,
         positions,
         select,
+        head_norm,
+        rope,
+        attention,
     ):
         implement(function.__name__, function, "CUDA")
 
 
 def skip_norm(x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.dtype != torch.bfloat16:
+        return ops.skip_norm.eager(x, skip, weight, eps)  # type: ignore[no-any-return]
     values = _norm(x, skip, weight, eps, narrow=False)
     return values["normed"], values["total"]
 

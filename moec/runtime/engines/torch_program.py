@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache as once
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, fx
@@ -24,11 +25,12 @@ from moec.artefact.manifest import NAME, Port, Ports
 from moec.exporters.builder import builder_for
 from moec.exporters.torch.program import part_graph, ports_of
 from moec.graph_builder.passes.fused.shard import is_partial
-from moec.graph_builder.passes.plain.in_place import has_wide_caches, write_in_place
+from moec.graph_builder.passes.plain.in_place import has_wide_caches
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
+from moec.graph_builder.plain import build_step
 from moec.graph_builder.roles import WHOLE
 from moec.graph_builder.types import TensorType
-from moec.runtime.batching import GPU_PREFILL_CHUNK, PREFILL_CHUNK
+from moec.runtime.batching import GPU_PLAIN_CHUNK, GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.bound import Bound
 from moec.runtime.engines.cuda_graphs import MOVING, PLAIN_MOVING, Replays, without_waiting
 from moec.runtime.engines.engine import Engine, Limits, Run
@@ -69,7 +71,7 @@ def torch_engine(
     check_shared(artefact, rank)
     fused, narrow = _is_fused(artefact), artefact.manifest.spec.fp8 is not None
     rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext
-    if device == "cuda" and narrow:
+    if device == "cuda" and (narrow or find_spec("triton")):
         from moec.kernels.sizes import check_sizes
         from moec.kernels.torch.ops import register
 
@@ -125,7 +127,7 @@ def _or_step(
 
     @once
     def step() -> Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]:
-        graph = write_in_place(_graph(artefact, "model"))
+        graph = build_step(artefact.manifest.spec, artefact.manifest.compute)
         known = {port.name for port in ports_of(graph).inputs}
         bound = Bound(lift_weights(graph), weights, known, {}, device)
         return Replays(bound, PLAIN_MOVING, without_waiting) if device == "cuda" else bound
@@ -298,10 +300,12 @@ def _check(artefact: Artefact, device: str) -> None:
 
 
 def _limits(artefact: Artefact, device: str) -> Limits:
-    if not _is_fused(artefact):
-        return Limits()
-    chunk = GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK
-    return Limits("buffers", chunk, greedy=True)
+    if _is_fused(artefact):
+        chunk = GPU_PREFILL_CHUNK if device == "cuda" else PREFILL_CHUNK
+        return Limits("buffers", chunk, greedy=True)
+    # Beside a mask, torch writes down all scores of heads that share a latent vector.
+    long = device == "cuda" and artefact.manifest.spec.text.latent is None
+    return Limits(prefill_chunk=GPU_PLAIN_CHUNK if long else PREFILL_CHUNK)
 
 
 ENGINE = torch_with(None)

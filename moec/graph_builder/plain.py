@@ -49,10 +49,12 @@ def build_plain(
     return tap(graph, [name for name in taps if name not in known])
 
 
-def build_step(spec: ModelSpec, precision: str = "bf16") -> fx.GraphModule:
-    """Build the decoder of `build_plain` for decode steps, which write into the caches in place.
+def build_step(
+    spec: ModelSpec, precision: str = "bf16", taps: Sequence[str] = ()
+) -> fx.GraphModule:
+    """Build the decoder of `build_plain` for decode steps, which write into the caches.
 
     A call has one token of each sequence. Its norms are joined with the sums before them, and with
     the rounding to FP8 after them.
     """
-    return join_encodes(join_skip_norms(write_in_place(build_plain(spec, precision))))
+    return join_encodes(join_skip_norms(write_in_place(build_plain(spec, precision, taps))))

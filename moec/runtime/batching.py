@@ -13,18 +13,21 @@ PREFILL_CHUNK = 1024
 GPU_PREFILL_CHUNK = 8192
 #: the same for programs whose attention has masks
 GPU_PLAIN_CHUNK = 4096
-#: tokens of all sequences that a call has at most, if a prefill chunk has to be shorter for it
+#: prefill chunks longer than `PREFILL_CHUNK` are cut until a call has no more tokens than this
 MOST_AT_ONCE = 64 * PREFILL_CHUNK
 
 Call = tuple[slice, slice]
 
 
-def padded_calls(width: int, prefill_chunk: int = PREFILL_CHUNK, rows: int = 1) -> Iterator[Call]:
-    """Calls for all `rows` together, `prefill_chunk` of `width` tokens at a time.
+def padded_calls(width: int, prefill_chunk: int | None, rows: int) -> Iterator[Call]:
+    """Calls for all `rows` together, `prefill_chunk` of `width` tokens at a time, or all at once.
 
     Shorter sequences are padded. Chunks longer than `PREFILL_CHUNK` are cut for many rows.
     """
-    most = max(min(PREFILL_CHUNK, prefill_chunk), min(prefill_chunk, MOST_AT_ONCE // rows))
+    if prefill_chunk is None:
+        most = width
+    else:
+        most = min(prefill_chunk, max(PREFILL_CHUNK, MOST_AT_ONCE // rows))
     for start in range(0, width, most):
         yield slice(None), slice(start, min(start + most, width))
 

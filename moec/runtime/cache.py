@@ -11,7 +11,7 @@ from moec.runtime.engines.gpu import memory_for
 from moec.runtime.memory import available, cache_bytes, most_tokens, slots
 from moec.spec import names
 from moec.spec.errors import clear_errors, refuse
-from moec.spec.model import ModelSpec
+from moec.spec.model import ModelSpec, TextSpec
 from moec.spec.parts.attention import CacheSpec
 from moec.weights.view import STORED, TORCH_DTYPES
 
@@ -28,12 +28,14 @@ class Cache:
         tensors: the graph's inputs `past.*`, by name.
         capacity: the number of tokens of a sequence for which there is room.
         most: the number of tokens for which room was asked.
+        reached: of one sequence, the most tokens that it had when some were taken back.
     """
 
     lengths: Tensor
     tensors: dict[str, Tensor]
     capacity: int
     most: int = 0
+    reached: int = 0
 
     def of(self, rows: slice) -> dict[str, Tensor]:
         """The tensors of some sequences, without a copy."""
@@ -128,6 +130,15 @@ def _check_room(
     )
 
 
+def room_for(cache: Cache, lengths: Tensor, width: int, layout: Layout) -> int:
+    """The tokens for which a cache must have room, to append `lengths` [B] of ids [B, width].
+
+    In a layout of slots, calls may write for a sequence that gets no token, into a slot to spare.
+    """
+    new = (lengths + 1).clamp(max=width) if layout == "slots" else lengths.clamp(min=1)
+    return int((cache.lengths + new).max())
+
+
 @clear_errors
 def grow(spec: ModelSpec, cache: Cache, needed: int, layout: Layout = "slots") -> None:
     """Make room for `needed` tokens of each sequence, and for more that may follow.
@@ -175,16 +186,22 @@ def reserve(spec: ModelSpec, cache: Cache, capacity: int, prompt: int, layout: L
         grow(spec, cache, needed, layout)
 
 
-def take_back(cache: Cache, count: int, chunk: int | None) -> int:
+def take_back(cache: Cache, count: int, text: TextSpec) -> int:
     """Let a cache of one sequence forget what comes after its first `count` tokens.
 
     Returns how many tokens it keeps. The rings of chunked layers keep no position of an attention
     chunk once the next chunk reuses its slot. The cache then keeps the tokens before that chunk:
-    no later token sees the chunk in rings, and global layers keep all positions.
+    no later token sees the chunk in rings, and global layers keep all positions. The rings of
+    sliding windows keep no position that has left the window: the cache then keeps nothing.
     """
-    border = count if chunk is None else count - count % chunk
-    if chunk is not None and int(cache.lengths) > border + chunk:
-        count = border
+    chunk, window = text.chunk, text.window
+    cache.reached = max(cache.reached, int(cache.lengths))
+    if chunk is not None and cache.reached > count - count % chunk + chunk:
+        count -= count % chunk
+    if window is not None and cache.reached > max(window, count + 1):
+        count = 0  # the next token sees a position that a later one has replaced
+    if count == 0:
+        cache.reached = 0
     cache.lengths = cache.lengths.new_tensor([count])
     return count
 

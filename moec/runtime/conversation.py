@@ -191,7 +191,7 @@ class Conversation:
             if stream:
                 stream(pieces[-1])
         # A GPU may have run the last token; the template may write another end of the turn.
-        count = take_back(cache, len(row) + len(tokens) - 1, spec.text.chunk)
+        count = take_back(cache, len(row) + len(tokens) - 1, spec.text)
         reply = {"role": MODEL, "content": "".join(pieces)}
         self._state = _State(
             (*messages, reply),
@@ -232,7 +232,7 @@ class Conversation:
             return 0, _CUT_SHORT if state.replies else None
         held = state.held.tokens
         common = sum(takewhile(bool, map(eq, held, row[:-1])))  # one must run, for its logits
-        start = take_back(cache, common, self._session.spec.text.chunk)
+        start = take_back(cache, common, self._session.spec.text)
         if start == len(held):
             return start, None
         return start, _REWRITTEN if common < state.held.prompt else _RESPELLED

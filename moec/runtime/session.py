@@ -13,7 +13,7 @@ from torch import Tensor
 from moec.artefact.artefact import Artefact
 from moec.runtime import checked_calls
 from moec.runtime.batching import buffered_calls, padded_calls
-from moec.runtime.cache import Cache, grow, new_cache
+from moec.runtime.cache import Cache, grow, new_cache, room_for
 from moec.runtime.conversation import Conversation
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.feeds import feeds
@@ -42,8 +42,8 @@ class Session:
     tokens in the ids. Each tile has a fixed number of them, whose embeddings its image features
     replace. `moec.encode` makes both. Without images an image token is a token like any other.
 
-    Only one thread at a time may use a session. Targets ort and torch may write into the cache that
-    a call gets.
+    Only one thread at a time may use a session. A cache belongs to one continuation, because a call
+    may write into it; for another continuation, clone its tensors.
 
     Attributes:
         spec: the model.
@@ -246,20 +246,18 @@ class Session:
         `greedy` there are the likeliest tokens instead.
         """
         width, chunk = ids.shape[1], self.spec.text.chunk
-        needed = int((cache.lengths + lengths.clamp(min=1)).max())
+        needed = room_for(cache, lengths, width, self.limits.layout)
         checked_calls.check_context(self.limits.context, needed)
         if cache.capacity and needed > cache.capacity:
             grow(self.own, cache, needed, self.limits.layout)
         if features is not None:
             images = images_for(self.spec, ids, lengths, features)
             features = features.to(TORCH_DTYPES[self.precision])
-        calls = (
-            buffered_calls(cache.lengths, lengths, width, chunk, self.limits.prefill_chunk)
-            if self.limits.layout == "buffers"
-            else padded_calls(width, self.limits.prefill_chunk, len(ids))
-            if cache.capacity
-            else padded_calls(width, width)
-        )
+        if self.limits.layout == "buffers":
+            calls = buffered_calls(cache.lengths, lengths, width, chunk, self.limits.prefill_chunk)
+        else:
+            most = self.limits.prefill_chunk if cache.capacity else None
+            calls = padded_calls(width, most, len(ids))
         for rows, columns in calls:
             tokens = ids[rows, columns]
             own = (lengths[rows] - columns.start).clamp(0, tokens.shape[1])

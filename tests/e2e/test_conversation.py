@@ -56,7 +56,7 @@ def test_a_cache_that_was_taken_back_goes_on(
 ) -> None:
     ids, other = golden["eval_ids"][:2, :held].split(1)
     _, cache = session.prefill(ids, capacity=held)
-    assert take_back(cache, count, CHUNK) == kept == int(cache.lengths)
+    assert take_back(cache, count, session.spec.text) == kept == int(cache.lengths)
     row = torch.cat([ids[:, :count], other[:, :40]], 1)
     found = session.extend(row[:, kept:], torch.tensor([row.shape[1] - kept]), cache)
     expected, _ = session.prefill(row)

@@ -117,7 +117,7 @@ def test_declared_shapes_are_what_onnxruntime_produces(
 def test_every_op_of_the_vocabulary_has_a_rule() -> None:
     fused = {ops.buffered_attention, ops.columns, ops.skip_norm, ops.spans_of_mask}
     of_engines = {ops.slot_mask}
-    fused_by = ("layers", "attention", "routed", "collectives")
+    fused_by = ("layers", "attention", "routed", "slots", "collectives")
     modules = [f"moec.graph_builder.ops.fused.{each}" for each in fused_by]
     of_torch = {each for each in ops.OPS.values() if each.eager.__module__ in modules}
     plain = set(ops.OPS.values()) - fused - of_engines - of_torch

@@ -70,6 +70,17 @@ def test_the_proof_passes(case: str, precision: str, tmp_path: Path) -> None:
     assert_passed(moec.validate(out, device="cuda"))
 
 
+@pytest.mark.parametrize("case", ["qwen3", "mixtral window, tied", "deepseek-v3"])
+def test_steps_are_cuda_graphs(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, _ = _sessions(case, "bf16", tmp_path)
+    replayed, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))
+    )
+    gpu.generate(torch.arange(3, 20)[None], max_new_tokens=8, stop=())
+    assert len(replayed) > 4
+
+
 def test_generation_that_runs_ahead_is_one_that_waits(tmp_path: Path) -> None:
     gpu, _ = _sessions("qwen3", "bf16", tmp_path)
     rows = [torch.randint(0, 256, (n,)).tolist() for n in (20, 7, 33)]

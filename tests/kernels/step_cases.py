@@ -160,15 +160,16 @@ def plain(
     mask = torch.rand(batch, 1, 1, slots, device=device) < 0.5
     mask[..., slots // 2 :] &= torch.arange(batch, device=device)[:, None, None, None] % 2 > 0
     mask[..., slots // 3] = True  # every token sees a slot
-    key.masked_fill_(~mask[:, 0, 0, :, None], torch.nan)  # no other slot is read
+    for each in (key, value):
+        each.masked_fill_(~mask[:, 0, 0, :, None], torch.nan)  # no other slot is read
     for scale in (None, 0.2):
         given = q, key, value, mask, heads, kv_heads, scale
         found = torch_ops.attention(*given)
-        seen = key.nan_to_num(0.0)
-        expected = ops.attention.eager(q.float(), seen.float(), value.float(), mask, *given[4:])
+        seen = [each.nan_to_num(0.0) for each in (key, value)]
+        expected = ops.attention.eager(q.float(), *(x.float() for x in seen), mask, *given[4:])
         yield "plain step", error(found, expected)
         yield "plain step, again", float((torch_ops.attention(*given) != found).sum())
     many = torch.rand(batch, 1, 3, slots, device=device) < 0.5
     many[..., 0] = True
-    given = x, seen, value, many, heads, kv_heads, None
+    given = x, *seen, many, heads, kv_heads, None
     yield "plain prefill", error(torch_ops.attention(*given), ops.attention.eager(*given))

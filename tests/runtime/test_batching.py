@@ -42,4 +42,8 @@ def test_padded_calls_of_many_rows_are_short_where_chunks_are_long() -> None:
 
 
 def test_padded_calls_take_all_rows() -> None:
-    assert [columns for _, columns in padded_calls(5, 2)] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [columns for _, columns in padded_calls(5, 2, 1)] == [
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 5),
+    ]

@@ -11,11 +11,8 @@ from moec.graph_builder.ops.attention import (
 from moec.graph_builder.ops.cache import (
     cache_append,
     cache_index,
-    cache_put,
-    cache_slot,
     cache_write,
     key_positions,
-    slot_positions,
 )
 from moec.graph_builder.ops.fp8 import FP8, dequantize, fp8_moe, quantize, token_scale
 from moec.graph_builder.ops.fused.attention import attend, attend_fp8, attention_fp8, rope_append
@@ -47,6 +44,7 @@ from moec.graph_builder.ops.fused.layers import (
     swiglu_fp8,
 )
 from moec.graph_builder.ops.fused.routed import routed_layer
+from moec.graph_builder.ops.fused.slots import cache_put, cache_slot, slot_positions
 from moec.graph_builder.ops.heads import head_linear, join_parts, take_part
 from moec.graph_builder.ops.int4 import int4_linear, int4_moe
 from moec.graph_builder.ops.linear import (

@@ -75,9 +75,8 @@ def attention(
     `scale`, or by d^-0.5.
     """
     q, k, v = (_split(x, n).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    if (
-        q.shape[2] == 1
-    ):  # the heads of a group are queries of one head: torch copies no key for each
+    if q.shape[2] == 1:
+        # The heads of a group are queries of one head, so that torch copies no keys for them.
         rows = q.unflatten(1, (kv_heads, -1)).squeeze(3)
         at = None if mask is None else mask.expand(-1, -1, rows.shape[2], -1)
         out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=at, scale=scale)

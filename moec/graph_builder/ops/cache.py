@@ -7,11 +7,6 @@ position and for sequences of different lengths. N may be 0; then nothing is kep
 `past` [B] is the number of tokens that are in the cache. `new` [B] says how many of this call's S
 tokens belong to each sequence. The rest is padding on the right: causal masks hide it, and
 `cache_index` does not write it.
-
-A call of one token for each sequence can write into the cache itself before it attends:
-`cache_put` and `slot_positions`. The slot that it takes over held a position that no token sees any
-more: one of the chunk before, or one that has left the window. What it writes for a sequence that
-gets no token is not seen either: the next token overwrites it.
 """
 
 import torch
@@ -31,7 +26,7 @@ def _key_positions_rule(cache: TensorType, past: TensorType, positions: TensorTy
     return TensorType((cache.shape[0], plus(cache.shape[1], positions.shape[1])), torch.int64)
 
 
-def _held(last: Tensor, slots: int) -> Tensor:
+def held(last: Tensor, slots: int) -> Tensor:
     """The position in each slot once a row's newest is `last` [B, 1]: [B, slots], < 0 if none."""
     slot = torch.arange(slots, device=last.device)[None]
     return last - (last - slot) % max(slots, 1)
@@ -40,7 +35,7 @@ def _held(last: Tensor, slots: int) -> Tensor:
 @op("key_positions(Tensor cache, Tensor past, Tensor positions) -> Tensor", _key_positions_rule)
 def key_positions(cache: Tensor, past: Tensor, positions: Tensor) -> Tensor:
     """Positions of all keys, [B, N + S]: first the slots (-1 where empty), then the new tokens."""
-    return torch.cat([_held(past[:, None] - 1, cache.shape[1]).clamp(min=-1), positions], 1)
+    return torch.cat([held(past[:, None] - 1, cache.shape[1]).clamp(min=-1), positions], 1)
 
 
 def _index_rule(cache: TensorType, past: TensorType, new: TensorType) -> TensorType:
@@ -54,7 +49,7 @@ def _index_rule(cache: TensorType, past: TensorType, new: TensorType) -> TensorT
 def cache_index(cache: Tensor, past: Tensor, new: Tensor) -> Tensor:
     """What each slot holds after this call, as an index [B, N] into (old slots, new tokens)."""
     slots = cache.shape[1]
-    token = _held((past + new)[:, None] - 1, slots) - past[:, None]  # < 0: written before this call
+    token = held((past + new)[:, None] - 1, slots) - past[:, None]  # < 0: written before this call
     return torch.where(token >= 0, slots + token, torch.arange(slots, device=past.device)[None])
 
 
@@ -81,37 +76,3 @@ def cache_write(seen: Tensor, index: Tensor) -> Tensor:
     """seen [B, N + S, W], index [B, N] -> the cache after this call, [B, N, W]."""
     rows = torch.arange(len(seen), device=seen.device)[:, None]
     return seen[rows, index]
-
-
-def _slot_rule(cache: TensorType, past: TensorType) -> TensorType:
-    _cache_is_3d("cache_slot", cache)
-    need(past.shape == cache.shape[:1], "cache_slot", "past", past.shape, cache.shape[:1])
-    return TensorType(past.shape, torch.int64)
-
-
-@op("cache_slot(Tensor cache, Tensor past) -> Tensor", _slot_rule)
-def cache_slot(cache: Tensor, past: Tensor) -> Tensor:
-    """The slot of each sequence's next token, [B]."""
-    return past % cache.shape[1]
-
-
-def _slots_rule(cache: TensorType, past: TensorType) -> TensorType:
-    return TensorType((*_slot_rule(cache, past).shape, cache.shape[1]), torch.int64)
-
-
-@op("slot_positions(Tensor cache, Tensor past) -> Tensor", _slots_rule)
-def slot_positions(cache: Tensor, past: Tensor) -> Tensor:
-    """The position in each slot once the next token has its own, [B, N]; -1 where empty."""
-    return _held(past[:, None], cache.shape[1]).clamp(min=-1)
-
-
-def _put_rule(cache: TensorType, x: TensorType, slot: TensorType) -> TensorType:
-    _append_rule(cache, x)
-    need(slot.shape == cache.shape[:1], "cache_put", "slot", slot.shape, cache.shape[:1])
-    return cache
-
-
-@op("cache_put(Tensor(a!) cache, Tensor x, Tensor slot) -> Tensor(a!)", _put_rule)
-def cache_put(cache: Tensor, x: Tensor, slot: Tensor) -> Tensor:
-    """Write x [B, 1, W] into the slot [B] of each sequence in cache [B, N, W]; return the cache."""
-    return cache.scatter_(1, slot[:, None, None].expand(-1, 1, x.shape[2]), x)

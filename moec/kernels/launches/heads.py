@@ -5,6 +5,9 @@ from moec.kernels.launches.step import KEYS, PROGRAMS
 from moec.kernels.sizes import Heads
 from moec.kernels.triton import heads as kernels
 
+#: the largest head of `attend_slots`, whose tiles fit the shared memory of every architecture
+LARGEST = 128
+
 
 def head_norm(size: int, count: int, eps: float, gain: bool) -> Launch:
     """The RMS norm of `count` heads."""

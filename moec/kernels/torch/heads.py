@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moec.graph_builder import ops
 from moec.kernels.launches import heads as launches
-from moec.kernels.sizes import LARGEST_HEAD, Heads, is_head
+from moec.kernels.sizes import Heads, is_head
 from moec.kernels.torch.launch import buffers, run
 
 
@@ -45,7 +45,7 @@ def attention(
     size, group = width // heads, heads // kv_heads
     if mask is None or k.shape != v.shape:
         return ops.attention.eager(q, k, v, mask, heads, kv_heads, scale)  # type: ignore[no-any-return]
-    if steps == 1 and q.dtype == torch.bfloat16 and is_head(size) and size <= LARGEST_HEAD:
+    if steps == 1 and q.dtype == torch.bfloat16 and is_head(size) and size <= launches.LARGEST:
         of = Heads(heads, kv_heads, size)
         many, wanted = launches.attend_slots(of, batch, k.shape[1], scale or size**-0.5)
         values = buffers(wanted, q.device)
@@ -55,7 +55,7 @@ def attention(
             run(launch, {**values, "slots": k.shape[1]})
         return values["out"][:, None]
     if steps > 1 and group > 1:
-        # For grouped heads beside a mask torch has no kernel that never writes down the scores.
+        # With a mask and grouped heads, torch's only kernel writes all scores to memory.
         k, v = (
             x.view(*x.shape[:2], kv_heads, 1, size).expand(-1, -1, -1, group, -1).flatten(2)
             for x in (k, v)

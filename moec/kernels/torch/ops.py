@@ -1,4 +1,4 @@
-"""The fused ops on CUDA: moec's kernels, and torch's own where those are as fast.
+"""Ops of target torch's programs on CUDA: moec's kernels, and torch's own where as fast.
 
 The eager meaning, shapes and rules of each op are in `moec.graph_builder.ops`.
 """

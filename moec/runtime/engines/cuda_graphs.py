@@ -45,7 +45,7 @@ class WaitsError(Exception):
 
 @contextmanager
 def without_waiting() -> Iterator[None]:
-    """Run a block on the GPU.
+    """Run a block on the GPU. Meanwhile no other thread of the process may wait for the GPU.
 
     Raises:
         WaitsError: something in the block waits for the GPU.
@@ -72,7 +72,8 @@ class Replays:
     host keep the values that they had when the graph was captured.
 
     Before a capture, `call` runs once in the block `rehearsal`, which may change what it does. If
-    that raises `WaitsError`, no call is captured.
+    that raises `WaitsError`, no call is captured. If `first_only`, later captures have a rehearsal
+    without the block.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Replays:
         call: Call,
         moving: tuple[str, ...],
         rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext,
+        first_only: bool = False,
     ) -> None:
-        self.call, self.moving, self.rehearsal = call, moving, rehearsal
+        self.call, self.moving = call, moving
+        self.rehearsal, self.first_only = rehearsal, first_only
         self.graphs: OrderedDict[
             object,
             tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor], tuple[Tensor, ...]],
@@ -149,6 +152,8 @@ class Replays:
             self.rehearsal(),
         ):  # lets libraries set up what they need for a stream
             step()
+        if self.first_only:
+            self.rehearsal = nullcontext
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph, pool=self.pool):
             results = step()

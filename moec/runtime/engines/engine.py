@@ -19,7 +19,8 @@ from moec.spec.sharding import ALONE, Rank
 #: Runs one call of a graph: inputs by name -> outputs by name.
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 #: The layout of caches in memory.
-#: "slots": [batch, slots, kv_heads * head_dim]; each call returns new caches.
+#: "slots": [batch, slots, kv_heads * head_dim]; a call returns the caches, which are new ones or,
+#: after a decode step of target torch, the given ones with a token more.
 #: "buffers": [batch, kv_heads, slots, head_dim]; each call writes into the given caches.
 Layout = Literal["slots", "buffers"]
 

@@ -14,7 +14,7 @@ def check_device(device: str, what: str, fp8: bool = True, otherwise: str = "") 
     """Refuse a device that does not exist here, or for which a package is missing.
 
     `what` names what needs the device, for the message, and `otherwise` what to do without it.
-    Without `fp8` no kernel of moec runs.
+    Without `fp8` no kernel of moec has to run.
 
     Raises:
         MoecError: `device` is neither "cpu" nor "cuda"; or it is "cuda" and there is no GPU, or for

@@ -4,9 +4,9 @@ It builds each program from the artefact's spec, and never loads the file of a p
 
 On CUDA the fused FP8 ops run moec's kernels. On the CPU they run their eager code in plain torch,
 which gives the right numbers and is slow. Triton is imported only when a session on CUDA opens.
-Plain programs run torch's own operators on both devices, and moec's kernels for FP8 products on
-CUDA. Their calls return new caches. Decode steps have a program of their own, which writes into the
-caches that it is given: such steps can be CUDA graphs.
+Plain programs run torch's own operators, and on CUDA moec's kernels for FP8 products and for norms,
+RoPE and attention in bf16. Their calls return new caches. Decode steps have a program of their own,
+which writes into the caches that it is given: such steps can be CUDA graphs.
 
 A fused decoder has two programs: one gives logits, and one the likeliest tokens.
 """
@@ -25,14 +25,14 @@ from moec.artefact.manifest import NAME, Port, Ports
 from moec.exporters.builder import builder_for
 from moec.exporters.torch.program import part_graph, ports_of
 from moec.graph_builder.passes.fused.shard import is_partial
-from moec.graph_builder.passes.plain.in_place import has_wide_caches
+from moec.graph_builder.passes.plain.in_place import has_wide_caches, is_shown
 from moec.graph_builder.passes.weights_as_inputs import lift_weights
 from moec.graph_builder.plain import build_step
 from moec.graph_builder.roles import WHOLE
 from moec.graph_builder.types import TensorType
 from moec.runtime.batching import GPU_PLAIN_CHUNK, GPU_PREFILL_CHUNK, PREFILL_CHUNK
 from moec.runtime.engines.bound import Bound
-from moec.runtime.engines.cuda_graphs import MOVING, PLAIN_MOVING, Replays, without_waiting
+from moec.runtime.engines.cuda_graphs import MOVING, PLAIN_MOVING, Call, Replays, without_waiting
 from moec.runtime.engines.engine import Engine, Limits, Run
 from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
@@ -71,7 +71,7 @@ def torch_engine(
     check_shared(artefact, rank)
     fused, narrow = _is_fused(artefact), artefact.manifest.spec.fp8 is not None
     rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext
-    if device == "cuda" and (narrow or find_spec("triton")):
+    if device == "cuda" and (narrow or _may_use_kernels()):
         from moec.kernels.sizes import check_sizes
         from moec.kernels.torch.ops import register
 
@@ -104,9 +104,10 @@ def torch_engine(
         return run
 
     logits, best = program(False), once(lambda: program(True))
-    shows = part != "model" or taps or set_values
-    if not fused and not shows and has_wide_caches(artefact.manifest.spec):
-        logits = _or_step(logits, artefact, given, device)
+    apart = not fused and part == "model" and not set_values
+    apart = apart and not (taps and is_shown(_graph(artefact, part), taps))
+    if apart and has_wide_caches(artefact.manifest.spec):
+        logits = _or_step(logits, artefact, taps, given, device)
 
     @torch.inference_mode()
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,27 +121,37 @@ def torch_engine(
 def _or_step(
     other: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
     artefact: Artefact,
+    taps: Sequence[str],
     weights: Mapping[str, Tensor],
     device: str,
 ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     """`other`, but for decode steps of a plain decoder, which write into the caches in place."""
 
     @once
-    def step() -> Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]:
-        graph = build_step(artefact.manifest.spec, artefact.manifest.compute)
-        known = {port.name for port in ports_of(graph).inputs}
-        bound = Bound(lift_weights(graph), weights, known, {}, device)
-        return Replays(bound, PLAIN_MOVING, without_waiting) if device == "cuda" else bound
+    def step() -> tuple[list[str], Call]:
+        graph = build_step(artefact.manifest.spec, artefact.manifest.compute, taps)
+        ports = ports_of(graph)
+        known = {port.name for port in ports.inputs}
+        call: Call = Bound(lift_weights(graph), weights, known, {}, device)
+        if device == "cuda":
+            call = Replays(call, PLAIN_MOVING, without_waiting, True)
+        return [port.name for port in ports.outputs], call
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         caches = {name: cache for name, cache in feeds.items() if names.is_past(name)}
         kept = all(cache.shape[1] for cache in caches.values())
         if feeds[names.INPUT_IDS].shape[1] != 1 or names.IMAGE_FEATURES in feeds or not kept:
             return other(feeds)
-        (logits,) = step()(feeds)
-        return {names.LOGITS: logits} | {names.present_of(n): each for n, each in caches.items()}
+        outputs, call = step()
+        found = dict(zip(outputs, call(feeds), strict=True))
+        return found | {names.present_of(name): each for name, each in caches.items()}
 
     return run
+
+
+def _may_use_kernels() -> bool:
+    """Whether moec's kernels run here for programs that could do without them."""
+    return bool(find_spec("triton")) and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _nothing(port: Port, device: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Write each new token into the caches, for calls of one token of each sequence."""
 
+from collections.abc import Container
 from operator import getitem
 from typing import Any
 
@@ -21,20 +22,28 @@ def has_wide_caches(spec: ModelSpec) -> bool:
     return spec.scheme is None or not spec.scheme.cache
 
 
+def is_shown(graph: fx.GraphModule, taps: Container[str]) -> bool:
+    """Whether `taps` has values of a decoder that `write_in_place` makes other values of."""
+    changed = (ops.key_positions, ops.attention_mask, ops.cache_index, ops.cache_append)
+    targets = {op.target for op in changed}
+    return any(node.target in targets and node.meta["name"] in taps for node in graph.graph.nodes)
+
+
 def write_in_place(graph: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite a decoder in place: its calls have one token of each sequence, and change its caches.
+    """Rewrite `graph`, a decoder: its calls have one token of each sequence, and change its caches.
 
     Inputs and caches stay as they are, but for inputs that such calls do not need: `lengths` and
-    image features. The one output is `logits`. Attention reads the caches themselves, where a
-    decoder for any number of tokens first copies them.
+    image features. Outputs stay too, but for the caches. Attention reads the caches themselves,
+    where a decoder for any number of tokens first copies them.
 
     Raises:
         MoecError: the graph has no input `past_lengths`.
     """
     past = find_input(graph.graph, names.PAST_LENGTHS, "write_in_place")
     (result,) = (node for node in graph.graph.nodes if node.op == "output")
-    logits = result.meta["outputs"].index(names.LOGITS)
-    result.args, result.meta["outputs"] = ((_args(result)[0][logits],),), (names.LOGITS,)
+    pairs = zip(result.meta["outputs"], _args(result)[0], strict=True)
+    kept = {name: node for name, node in pairs if not names.is_present(name)}
+    result.args, result.meta["outputs"] = (tuple(kept.values()),), tuple(kept)
     for node in list(graph.graph.nodes):
         args = _args(node)
         if node.target == ops.fuse.target:

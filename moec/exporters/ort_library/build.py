@@ -132,9 +132,9 @@ def compile_library(
         MoecError: there are no kernels for these sizes or architectures.
         OSError: the files cannot be written.
     """
-    from moec.kernels.ahead_of_time.program import build_program  # imports Triton
+    from moec.kernels.ahead_of_time.program import build_programs  # imports Triton
 
-    programs = b"".join(build_program(each, architectures) for each in operations)
+    programs = b"".join(build_programs(operations, architectures))
     return write_library(FACE, programs, out)
 
 

@@ -29,8 +29,11 @@ is ONNX's number for it. Variables and quantities depend on the sizes of a call:
 null pointers.
 """
 
+import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import sha256
 from itertools import chain
 
@@ -50,8 +53,21 @@ TYPES = {"fp32": 1, "i32": 6, "i64": 7, "fp16": 10, "bf16": 16, "fp8e4nv": 17}
 NUMBERS = {"i1": 1, "i32": 4, "i64": 8}
 
 
+#: the kernels of launches, by all that a kernel depends on
+Kernels = Mapping[str, Compiled]
+
+
 def build_program(operation: Operation, architectures: Sequence[int]) -> bytes:
     """The program of `operation` for compute capabilities `architectures`, such as 90.
+
+    Raises:
+        MoecError: no architecture, or one without kernels.
+    """
+    return build_programs((operation,), architectures)[0]
+
+
+def build_programs(operations: Iterable[Operation], architectures: Sequence[int]) -> list[bytes]:
+    """The programs of `operations`, whose kernels are compiled on all of the machine's cores.
 
     Raises:
         MoecError: no architecture, or one without kernels.
@@ -64,10 +80,42 @@ def build_program(operation: Operation, architectures: Sequence[int]) -> bytes:
             " or ".join(map(str, SHARED)),
             "choose among those",
         )
+    targets = [
+        (each, {target: list(each.variants(target)) for target in sorted(set(architectures))})
+        for each in operations
+    ]
+    kernels = _compiled(
+        (step.launch, target)
+        for _, found in targets
+        for target, variants in found.items()
+        for variant in variants
+        for step in variant.steps
+    )
+    return [_program(operation, found, kernels) for operation, found in targets]
+
+
+def _compiled(launches: Iterable[tuple[Launch, int]]) -> Kernels:
+    """The kernels of launches for compute capabilities."""
+    wanted = {_key(*each): each for each in launches}
+    # Line information would hold this machine's paths. Triton's compiler leaves Python's lock.
+    with knobs.compilation.scope(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        knobs.compilation.disable_line_info = True
+        found = pool.map(lambda each: compile_launch(*each), wanted.values())
+        return dict(zip(wanted, found, strict=True))
+
+
+def _key(launch: Launch, architecture: int) -> str:
+    return f"{architecture} {replace(launch, grid=(0, 0, 0))}"
+
+
+def _program(
+    operation: Operation, variants: Mapping[int, Sequence[Variant]], kernels: Kernels
+) -> bytes:
     data = _Data()
     given = tuple(each or Given("", "fp32", ()) for each in operation.inputs) + operation.outputs
     targets = [
-        _target(architecture, operation, given, data) for architecture in sorted(set(architectures))
+        [target, *_many([_variant(each, target, given, data, kernels) for each in found])]
+        for target, found in variants.items()
     ]
     listed = [_given(each, i, operation, given, data) for i, each in enumerate(given)]
     head = [
@@ -138,14 +186,9 @@ def _given(
     return [data.name(each.name), role, source, TYPES[each.dtype], *_many(sizes)]
 
 
-def _target(
-    architecture: int, operation: Operation, given: Sequence[Given], data: _Data
+def _variant(
+    variant: Variant, architecture: int, given: Sequence[Given], data: _Data, kernels: Kernels
 ) -> list[int]:
-    found = operation.variants(architecture)
-    return [architecture, *_many([_variant(each, architecture, given, data) for each in found])]
-
-
-def _variant(variant: Variant, architecture: int, given: Sequence[Given], data: _Data) -> list[int]:
     slots = {each.name: i for i, each in enumerate(given) if each.name}
     slots |= {each.continues: slots[each.name] for each in given if each.continues}
     slots |= {name: i for i, name in enumerate(variant.bytes, len(given))}
@@ -153,18 +196,11 @@ def _variant(variant: Variant, architecture: int, given: Sequence[Given], data: 
     buffers = [[data.name(name), *each.integers()] for name, each in variant.bytes.items()]
     launches = []
     for step, grid in zip(variant.steps, variant.grids, strict=True):
-        made = compiled(step.launch, architecture)
+        made = kernels[_key(step.launch, architecture)]
         parameters = _parameters(made, step, variant, slots)
         axes = chain(*(axis.integers() for axis in grid))
         launches.append([data.kernel(made), int(made.overlap), *axes, *_many(parameters)])
     return [*_many(ranges), *_many(buffers), *_many(launches)]
-
-
-def compiled(each: Launch, architecture: int) -> Compiled:
-    """Compile without line information, which would hold this machine's paths."""
-    with knobs.compilation.scope():
-        knobs.compilation.disable_line_info = True
-        return compile_launch(each, architecture)
 
 
 def _parameters(

@@ -26,11 +26,14 @@ SPECS = {
 }
 
 
-@pytest.fixture(params=SPECS)
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Session, Session]:
+@pytest.fixture(scope="module", params=SPECS)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Session, Session]:
     """A session on the program, and one on the eager reference."""
-    write_random_checkpoint(SPECS[request.param], tmp_path / "weights", seed=3)
-    art = moec.export(tmp_path / "weights", "torch", "fp32", tmp_path / "art").path
+    folder = tmp_path_factory.mktemp("plain")
+    write_random_checkpoint(SPECS[request.param], folder / "weights", seed=3)
+    art = moec.export(folder / "weights", "torch", "fp32", folder / "art").path
     return moec.open_session(art), moec.open_session(art, engine="eager")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moec.kernels.ahead_of_time.operations import moe_layer
-from moec.kernels.ahead_of_time.program import build_program, identity
+from moec.kernels.ahead_of_time.program import build_programs, identity
 from moec.kernels.launcher.build import Face, write_library
 from moec.kernels.sizes import Sizes
 
@@ -56,7 +56,7 @@ def compile_plugin(
         OSError: the files cannot be written.
     """
     operations = {each: moe_layer(each, max_tokens) for each in dict.fromkeys(sizes)}
-    made = {each: build_program(of, architectures) for each, of in operations.items()}
+    made = dict(zip(operations, build_programs(operations.values(), architectures), strict=True))
     headers = {"TENSORRT_INCLUDE": include} if include else {}
     found = write_library(FACE, b"".join(made.values()), out, headers)
     programs = {each: identity(made[each]) for each in made}

@@ -139,8 +139,9 @@ def _or_step(
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         caches = {name: cache for name, cache in feeds.items() if names.is_past(name)}
-        kept = all(cache.shape[1] for cache in caches.values())
-        if feeds[names.INPUT_IDS].shape[1] != 1 or names.IMAGE_FEATURES in feeds or not kept:
+        one = feeds[names.INPUT_IDS].shape[1] == 1 and names.IMAGE_FEATURES not in feeds
+        # What is written must be what is returned: no copies on another device.
+        if not one or any(c.shape[1] == 0 or c.device.type != device for c in caches.values()):
             return other(feeds)
         outputs, call = step()
         found = dict(zip(outputs, call(feeds), strict=True))

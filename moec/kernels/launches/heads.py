@@ -1,7 +1,7 @@
 """The launches of attention's parts in plain programs, as data; no tensor, no torch."""
 
 from moec.kernels.launches.launch import Buffers, Launch, power_of_2
-from moec.kernels.launches.step import KEYS, PROGRAMS
+from moec.kernels.launches.step import KEYS, PROGRAMS, of_splits
 from moec.kernels.sizes import Heads
 from moec.kernels.triton import heads as kernels
 
@@ -63,11 +63,4 @@ def attend_slots(
             1,
         ),
     )
-    each = (splits, batch, heads.heads)
-    buffers: Buffers = {
-        "parts": ((*each, heads.size), "fp32"),
-        "most": (each, "fp32"),
-        "sums": (each, "fp32"),
-        "out": ((batch, heads.heads * heads.size), "bf16"),
-    }
-    return launches, buffers
+    return launches, of_splits(heads, batch, splits)

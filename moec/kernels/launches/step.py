@@ -218,14 +218,18 @@ def attend(
             options=early(overlap),
         ),
     )
+    return launches, of_splits(heads, batch, splits)
+
+
+def of_splits(heads: Heads, batch: int, splits: int) -> Buffers:
+    """What attention writes whose keys are cut into `splits`: each split's results, and the sum."""
     each = (splits, batch, heads.heads)
-    buffers: Buffers = {
+    return {
         "parts": ((*each, heads.size), "fp32"),
         "most": (each, "fp32"),
         "sums": (each, "fp32"),
         "out": ((batch, heads.heads * heads.size), "bf16"),
     }
-    return launches, buffers
 
 
 def _group(heads: Heads) -> int:

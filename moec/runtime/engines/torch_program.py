@@ -140,7 +140,7 @@ def _or_step(
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         caches = {name: cache for name, cache in feeds.items() if names.is_past(name)}
         one = feeds[names.INPUT_IDS].shape[1] == 1 and names.IMAGE_FEATURES not in feeds
-        # What is written must be what is returned: no copies on another device.
+        # The program would copy caches of another device, and write into the copies alone.
         if not one or any(c.shape[1] == 0 or c.device.type != device for c in caches.values()):
             return other(feeds)
         outputs, call = step()

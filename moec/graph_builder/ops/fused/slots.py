@@ -2,8 +2,8 @@
 
 The caches are those of `moec.graph_builder.ops.cache`. The slot that a token takes over held a
 position that no token sees any more: one of the chunk before, or one that has left the window. A
-call writes for a sequence that gets no token too. Nobody sees that, and the next token overwrites
-it, if the caller leaves such a sequence a slot to spare.
+call also writes into the slot of a sequence that gets no token. The caller leaves such a sequence a
+slot to spare. No token sees what is written there, and the sequence's next token overwrites it.
 """
 
 import torch

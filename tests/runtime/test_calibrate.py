@@ -53,10 +53,11 @@ def test_magnitudes_are_those_of_the_values(
     session = eager_session(spec, entries, "fp32", taps=list(taps.values()))
     whole = session.trace(rows, torch.full((5,), 21), list(taps.values()))
     for site, value in taps.items():
+        largest = float(whole[value].abs().max())
         if site == "head.weight":  # calibration asks for logits of last tokens alone
-            assert found.inputs[site] <= whole[value].abs().max()
+            assert found.inputs[site] <= largest * (1 + 1e-5)  # other batches round otherwise
         else:
-            assert found.inputs[site] == pytest.approx(float(whole[value].abs().max()), rel=1e-5)
+            assert found.inputs[site] == pytest.approx(largest, rel=1e-5)
 
 
 def test_experts_have_one_each_and_those_nobody_chose_the_largest_of_their_layer(

@@ -22,8 +22,18 @@ from tests.kernels.launcher.reader import programs, read
 pytestmark = pytest.mark.full
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiler that does not optimise: these tests load no library."""
+    compiler = tmp_path_factory.mktemp("compiler") / "quick"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, quick: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CXX", str(quick))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/moec/libraries"
 
@@ -40,6 +50,7 @@ def test_all_sources_are_in_the_folder(library: Library) -> None:
 def test_a_library_is_compiled_once_and_that_is_said(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.delenv("CXX")  # as users have it
     caplog.set_level("INFO", "moec")
     operations = [norm_fp8(64, 1e-5)]
     found = own_library(operations, (90,))
@@ -178,7 +189,7 @@ def test_what_is_not_ours_stays(
 
 
 def test_a_library_is_written_anew_in_one_step(
-    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artefact: Path, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = moec.build_library(artefact, tmp_path / "out")
     assert found.library
@@ -189,7 +200,7 @@ def test_a_library_is_written_anew_in_one_step(
     assert refused.value.exit_code == 3 and found.library.read_bytes() == content
     other = moec.build_library(artefact, tmp_path / "other")
     assert other.library is None and str(tmp_path / "other" / SCRIPT) in other.command
-    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("CXX", str(quick))
     (tmp_path / ".out.moec-partial-0").mkdir()  # left by a kill
     again = CliRunner().invoke(app, ["library", str(artefact), "--out", str(tmp_path / "out")])
     assert again.exit_code == 0 and found.library.is_file()

@@ -15,12 +15,13 @@ from torch import Tensor, fx
 
 from moec.graph_builder import ops
 from moec.graph_builder.ops import FP8
-from moec.graph_builder.ops.operands import Route
+from moec.graph_builder.ops.operands import Ranks, Route
 from moec.graph_builder.ops.registry import OPS
 from moec.graph_builder.roles import Role
 from moec.graph_builder.types import TensorType
 from moec.graph_builder.weights import value_of
 from moec.runtime.proof.each_op.distance import (
+    MULTIPLE,
     Distance,
     Function,
     distance,
@@ -138,6 +139,8 @@ def _compared(
     if mask is not None and mask.dim() == 2 and value.dim() == 4:  # [B, 1, S, K]
         mask = mask[:, None].expand(value.shape[:3])
     function = _function_of(node, exact)
+    if node.target == ops.ranks.target:
+        right, near = _in_its_groups(node, value, exact, right, near)
     if mask is not None and mask.shape == value.shape[: mask.dim()]:
         value, right, near = value[mask], right[mask], near[mask]
         if isinstance(function.size, Tensor):
@@ -155,6 +158,32 @@ def _compared(
         return same_values(name, value, right)
     coarsest = _coarsest(node, near.dtype)
     return distance(name, value, right, near, function, flips, coarsest)
+
+
+def _in_its_groups(
+    node: fx.Node,
+    value: Tensor,
+    exact: Mapping[fx.Node, Any],
+    right: Tensor,
+    near: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The ranks `right` and `near` [T, E] with the groups of experts that the engine kept.
+
+    That is for tokens whose groups are so near a tie that rounding decides. The others keep theirs.
+    """
+    given: Any = fx.map_arg(node.args, lambda arg: _double(exact[arg]))
+    how: Ranks[Tensor] = Ranks(*given)
+    every = ops.ranks.eager(how.logits, how.bias, how.score, 1, 1)
+    grouped = (len(every), how.groups, -1)
+    values = every.reshape(grouped).topk(min(2, every.shape[1] // how.groups), -1).values.sum(-1)
+    open_ = value.isfinite()
+    mine = open_.reshape(grouped).all(-1)
+    whole = (mine == open_.reshape(grouped).any(-1)).all(1) & (mine.sum(1) == how.kept_groups)
+    behind = values.where(~mine, -torch.inf).amax(1) - values.where(mine, torch.inf).amin(1)
+    width = MULTIPLE * torch.finfo(_coarsest(node, near.dtype)).eps * every.abs().max()
+    tie = (whole & (behind <= width))[:, None]
+    theirs = every.masked_fill(~open_, -torch.inf)
+    return torch.where(tie, theirs, right), torch.where(tie, theirs.to(near.dtype), near)
 
 
 def _function_of(node: fx.Node, exact: Mapping[fx.Node, Any]) -> Function:

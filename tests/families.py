@@ -21,7 +21,8 @@ def small(preset: str, routing: dict[str, Any] | None = None, **text: Any) -> Mo
         how |= {"groups": 4, "kept_groups": 2}
     fewer = experts.model_dump() | {"count": 8, "top_k": top, "routing": how | (routing or {})}
     values = spec.model_dump()
-    values["text"] |= {"experts": fewer, "ffn": "DMM" if "D" in spec.text.ffn else "M", **text}
+    values["text"] |= {"experts": fewer, "ffn": "DMM" if "D" in spec.text.ffn else "M"}
+    values["text"] |= {"mtp": "none", **text}  # checkpoints of random weights have no such layer
     return ModelSpec.model_validate(values)
 
 

@@ -56,7 +56,7 @@ class Artefact:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts whose graphs are files in the folder: "model", "vision", "genai/model"."""
+        """The parts whose graphs are files: "model", "vision", "mtp", "genai/model"."""
         return tuple(name.removesuffix(self._suffix) for name in self.graphs)
 
     @property
@@ -65,7 +65,7 @@ class Artefact:
         return tuple(name for name in self.manifest.files if name.endswith(self._suffix))
 
     def graph(self, part: str) -> Path:
-        """The file of a part: "model" or "vision"."""
+        """The file of a part: "model", "vision" or "mtp"."""
         return self.path / f"{part}{self._suffix}"
 
     @property

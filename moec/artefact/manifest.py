@@ -201,6 +201,7 @@ class Manifest(Frozen):
         adapters: the folders of the LoRA adapters that are merged into the weights, in order.
         inputs, outputs: those of the decoder.
         vision: those of the vision tower, if the model has one.
+        mtp: those of the layer of multi-token prediction, if it is built.
         packings: how moec packs each weight. The key is the name of the first tensor that this
             makes. Empty if all weights are the checkpoint's own bytes.
         presets: sets of session options for ONNX Runtime, by name.
@@ -223,6 +224,7 @@ class Manifest(Frozen):
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     vision: Ports | None = None
+    mtp: Ports | None = None
     packings: dict[str, Packing] = Field(default_factory=dict)
     presets: dict[str, SessionOptions] = Field(default_factory=dict)
     options: EngineOptions | None = None
@@ -283,10 +285,15 @@ class Manifest(Frozen):
         return find_target(self.target).compute(self.precision)
 
     def ports(self, part: str = "model") -> Ports:
-        """The inputs and outputs of a part: "model" or "vision"."""
-        if part == "vision" and self.vision:
-            return self.vision
-        return Ports(inputs=self.inputs, outputs=self.outputs)
+        """The inputs and outputs of a part: "model", "vision" or "mtp"."""
+        own = Ports(inputs=self.inputs, outputs=self.outputs)
+        return {"vision": self.vision, "mtp": self.mtp}.get(part) or own
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that a session opens: "model", "vision", "mtp"."""
+        further = {"vision": self.vision, "mtp": self.mtp}
+        return ("model", *(part for part, ports in further.items() if ports))
 
     @property
     def buffered(self) -> bool:

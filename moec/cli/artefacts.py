@@ -12,6 +12,7 @@ from moec.cli.options import (
     Build,
     Hashed,
     LinksTo,
+    Mtp,
     Placement,
     Scales,
     WeightsFrom,
@@ -96,6 +97,7 @@ def build(
             "differ; the default is for a cpu."
         ),
     ] = None,
+    mtp: Mtp = False,
     check: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Check the numbers after the build.")
     ] = True,
@@ -143,6 +145,7 @@ def build(
             hash_weights=hashed,
             adapters=adapter or (),
             device=device,
+            mtp=mtp,
         )
     artefact_tables(art)
     _note_unrecorded(art)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moec.cli.given import check_given, check_to_write
-from moec.cli.options import Adapters, LinksTo, Scales
+from moec.cli.options import Adapters, LinksTo, Mtp, Scales
 from moec.cli.output import bar, say
 from moec.spec.bounded.own import put_at
 from moec.spec.errors import refuse
@@ -62,6 +62,7 @@ def quantize(
     scales: Scales = None,
     weights_from: LinksTo = None,
     adapter: Adapters = None,
+    mtp: Mtp = False,
 ) -> None:
     """Write a checkpoint anew, quantised, as vLLM, transformers and moec read it.
 
@@ -80,5 +81,6 @@ def quantize(
             weights_from=weights_from,
             adapters=adapter or (),
             scales=scales,
+            mtp=mtp,
         )
     checkpoint_table(done)

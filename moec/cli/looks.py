@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moec.cli.options import Json, WeightsFrom
+from moec.cli.options import Json, Mtp, WeightsFrom
 from moec.cli.output import print_json, say, write
 from moec.spec.errors import refuse
 
@@ -44,6 +44,7 @@ def plan(
             help="fp8 only: how many GPUs share the model. Costs are those of one of them."
         ),
     ] = 1,
+    mtp: Mtp = False,
     as_json: Json = False,
 ) -> None:
     """Print what a model costs before anyone builds it: memory, FLOPs, and time at best."""
@@ -52,7 +53,7 @@ def plan(
     from moec.weights.spec_of import load_spec
 
     result = moec.plan(
-        load_spec(model),
+        load_spec(model, mtp=mtp),
         precision,
         context=context,
         batch=batch,

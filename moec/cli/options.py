@@ -44,6 +44,14 @@ Adapters = Annotated[
         help="A folder with a LoRA adapter, which is merged into the weights. May be repeated.",
     ),
 ]
+Mtp = Annotated[
+    bool,
+    typer.Option(
+        "--mtp",
+        help="Include the layer of multi-token prediction, which drafts tokens. DeepSeek-V3 has "
+        "one; it is left out by default.",
+    ),
+]
 TrustEngines = Annotated[
     bool,
     typer.Option(

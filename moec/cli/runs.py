@@ -63,6 +63,14 @@ def generate(
             "1 changes nothing. Default: as the checkpoint's generation_config.json says."
         ),
     ] = None,
+    mtp: Annotated[
+        bool,
+        typer.Option(
+            "--mtp",
+            help="Let the layer of multi-token prediction draft tokens; the artefact must have "
+            "been built with --mtp. The tokens are the same but for rounding.",
+        ),
+    ] = False,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -103,6 +111,8 @@ def generate(
         refuse("generate", "--image with --ids", "images with a text", "use --prompt TEXT")
     if system is not None and prompt is None and not talks:
         refuse("generate", "--system without --prompt", "both", "add --prompt TEXT")
+    if talks and mtp:
+        refuse("generate", "--mtp in a conversation", "a single answer", "leave --mtp out")
     check_given(artefact, weights_from=weights_from)
     import moec
     from moec.artefact.artefact import open_artefact
@@ -159,7 +169,7 @@ def generate(
         return
     if prompt and not chat and system is None:
         write(prompt)
-    session.generate([row], pixels, stream=show, **settings)
+    session.generate([row], pixels, stream=show, mtp=mtp, **settings)
     write("\n")
 
 

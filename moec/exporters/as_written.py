@@ -92,7 +92,7 @@ def _write(artefact: Artefact, folder: Path, found: dict[str, str | None]) -> di
         if bound:
             builder.save_bound(model, file, bound.seen_from(part), options)
         files[file.relative_to(folder).as_posix()] = file
-        if part in ("model", "vision"):
+        if part in manifest.parts:
             found[NAME] = found.get(NAME) or _other_ports(
                 manifest.ports(part), builder.ports(model)
             )

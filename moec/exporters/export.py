@@ -57,6 +57,7 @@ def export(
     hash_weights: bool = False,
     adapters: Sequence[str | Path] = (),
     device: str | None = None,
+    mtp: bool = False,
 ) -> Artefact:
     """Build an artefact of a model.
 
@@ -97,6 +98,8 @@ def export(
         device: what ONNX Runtime will run on, "cpu" or "cuda"; only for target "ort". FP8, the
             default for "cuda", is target "ort-cuda" there, whose ops a library of moec's kernels
             runs. Without `device` FP8 is for a CPU.
+        mtp: whether to build the layer of multi-token prediction too, if the model has one. It
+            drafts tokens for `Session.generate`.
 
     The folders that hold the checkpoint are recorded in the user's state folder, so that this user
     may open artefacts whose weights lie there.
@@ -110,12 +113,13 @@ def export(
         chosen = find_target(target)
         checkpoint, entries = None, dict[str, TensorEntry]()
         if not isinstance(source, ModelSpec) and checkpoint_folder(source):
-            spec, checkpoint, entries = read_model(source, named_folder(weights_from), adapters)
+            named = named_folder(weights_from)
+            spec, checkpoint, entries = read_model(source, named, adapters, mtp)
         else:
             if adapters:
                 name = source.name if isinstance(source, ModelSpec) else source
                 refuse("adapters", f"no weights in {name}", "a checkpoint", "give its folder")
-            spec = load_spec(source)
+            spec = load_spec(source, mtp)
         chosen, precision = for_device(chosen, precision, device, spec.scheme)
         target = chosen.name
         spec = in_precision(spec, precision, scheme, cache, chosen.scheme)
@@ -247,9 +251,9 @@ def bind(
         check_placement(mode, packs)
         path = Path(out or artefact)
         refuse_foreign(path)
-        spec, read, entries = read_model(checkpoint, named, adapters)
-        _check_places(path, read)
         wanted = built.manifest.spec
+        spec, read, entries = read_model(checkpoint, named, adapters, wanted.text.mtp == "built")
+        _check_places(path, read)
         if packs:
             spec, entries = as_packed(spec, entries)
         if packs and not spec.scheme:  # this artefact quantises wide weights

@@ -47,7 +47,7 @@ def describe(
     if (values := generation_of(generation, as_told)) is not None:
         write_json(generation, values)
     (folder / CARD).write_text(model_card(as_told, scheme, source), encoding="utf-8")
-    found, _, _ = read_model(folder)
+    found, _, _ = read_model(folder, mtp=as_told.text.mtp == "built")
     assert not (odd := other_model(found, as_told)), odd
     card = read_card(folder)
     assert card is not None
@@ -92,7 +92,8 @@ def config_of(source: Path, as_told: ModelSpec, config: dict[str, Any]) -> dict[
     """The config.json of a checkpoint with the spec `as_told`, from that in the folder `source`."""
     raw = read_own_json(source / "config.json")
     dtype = as_told.stored(names.EMBED_WEIGHT)  # most tensors may be norms of another type
-    return _typed(raw, _TORCH[dtype]) | {"quantization_config": config}
+    less = ARCHITECTURES[as_told.architecture].left_out if as_told.text.mtp == "aside" else {}
+    return _typed(raw, _TORCH[dtype]) | {**less, "quantization_config": config}
 
 
 def generation_of(path: Path, as_told: ModelSpec) -> dict[str, Any] | None:

@@ -61,6 +61,7 @@ def quantize(
     weights_from: str | Path | None = None,
     adapters: Sequence[str | Path] = (),
     scales: str | Path | Calibration | None = None,
+    mtp: bool = False,
 ) -> Quantised:
     """Quantise a checkpoint of wide weights, as a checkpoint that other engines read too.
 
@@ -76,6 +77,8 @@ def quantize(
         adapters: folders of LoRA adapters, merged into the weights in this order.
         scales: the result of `calibrate`, or a file of it, for static scales; default the
             checkpoint's own file scales.json.
+        mtp: whether to write the layer of multi-token prediction too, if the model has one, for
+            engines that draft tokens with it.
 
     A call that is cut off leaves a hidden folder beside `out`; the next one goes on with it.
 
@@ -83,7 +86,7 @@ def quantize(
         MoecError: the checkpoint is broken or quantised already, the format cannot say what the
             scheme says, or `out` holds something or is not UTF-8; then nothing is written.
     """
-    spec, read, entries = read_model(checkpoint, named_folder(weights_from), adapters)
+    spec, read, entries = read_model(checkpoint, named_folder(weights_from), adapters, mtp)
     if spec.scheme:
         refuse(
             checkpoint,

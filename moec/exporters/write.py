@@ -123,4 +123,5 @@ def _ports(by_part: dict[str, Ports]) -> dict[str, Any]:
         "inputs": decoder.inputs,
         "outputs": decoder.outputs,
         "vision": by_part.get("vision"),
+        "mtp": by_part.get("mtp"),
     }

@@ -10,9 +10,13 @@ Inputs
     image_features [image_tokens, dim]       output of the vision tower, one row for each image
                                              token of this call, sequence by sequence; optional;
                                              only models with a vision tower have this input
+    hidden         [batch, sequence, dim]    only the layer of multi-token prediction has it: the
+                                             decoder's values of the tokens before `input_ids`
 Outputs
     logits         float32 [batch, logits, vocab]
     present.{i}.key, ...                     the caches after this call
+    hidden         [batch, sequence, dim]    what the head takes, of all tokens; only models whose
+                                             layer of multi-token prediction is built
 """
 
 from dataclasses import dataclass
@@ -26,6 +30,7 @@ from moec.graph_builder.latent import latent_attention
 from moec.graph_builder.roles import Place, Role
 from moec.spec import names
 from moec.spec.model import LayerSpec, ModelSpec, QkNorm, TextSpec
+from moec.spec.mtp.layer import MtpText
 from moec.spec.parameters import text_parameters
 from moec.spec.parts.routing import Experts
 from moec.spec.tensors import quantized, tensors
@@ -58,7 +63,7 @@ class _Shared:
 
 
 def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
-    """Build the decoder of `spec`, which computes in `precision`.
+    """Build the decoder of `spec`, or its layer of multi-token prediction, to run in `precision`.
 
     Weights are on the meta device, in the dtype in which they are stored.
     """
@@ -95,20 +100,43 @@ def build_decoder(spec: ModelSpec, precision: str = "fp32") -> fx.GraphModule:
             names.IMAGE_FEATURES, ("image_tokens", text.dim), none.dtype, default=none
         )
         x = b.emit(ops.fuse, x, ids, features, spec.tokens.image, name=names.WITH_IMAGES)
+    if isinstance(text, MtpText):
+        x = _with_hidden(b, text, x, TORCH_DTYPES[precision])
     outputs: dict[str, fx.Node] = {}
     for layer, cache in zip(text.all_layers, caches, strict=True):
         x, kept = _layer(b, text, layer, shared, x, cache)
         outputs |= {names.present(layer.index, kind): node for kind, node in kept.items()}
 
     x = b.emit(ops.unpack, x, ids, name="rows")
-    x = b.emit(ops.select, x, logit_index, name="selected")
-    x = b.emit(ops.rms_norm, x, b.parameter(names.NORM_WEIGHT), text.norm_eps, name="norm")
+    norm = names.NORM_WEIGHT
+    if isinstance(text, MtpText):
+        norm = names.mtp(text.after, "norm", "weight")
+    how = (b.parameter(norm), text.norm_eps)
+    if text.mtp == "built":
+        x = outputs[names.HIDDEN] = b.emit(ops.rms_norm, x, *how, name=names.HIDDEN)
+        x = b.emit(ops.select, x, logit_index, name="norm")
+    else:
+        x = b.emit(ops.select, x, logit_index, name="selected")
+        x = b.emit(ops.rms_norm, x, *how, name="norm")
     head = b.parameter(names.EMBED_WEIGHT if text.tie_embeddings else names.HEAD_WEIGHT)
     x = b.emit(ops.linear, x, head, None, name="head", place=Place(Role.HEAD))
     if precision != "fp32":
         x = b.emit(ops.to_float32, x, name="head.float32")
     x = b.emit(ops.unpack, x, logit_index, name=names.LOGITS)
     return b.output({names.LOGITS: x, **outputs})
+
+
+def _with_hidden(b: Builder, text: MtpText, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """What the layer of multi-token prediction takes: embeddings x joined with hidden values."""
+    hidden = b.input(names.HIDDEN, ("batch", "sequence", text.dim), dtype)
+    both = {"embed": x, "hidden": b.emit(ops.pack, hidden, name=f"{names.HIDDEN}.packed")}
+    normed = [
+        _norm(b, text, names.mtp(text.after, part, "norm"), each) for part, each in both.items()
+    ]
+    at = names.mtp(text.after, "join")
+    x = b.emit(ops.join_parts, *normed, 1, name=f"{at}.both")
+    weight, place = b.parameter(f"{at}.weight"), Place(Role.JOIN)
+    return b.emit(ops.linear, x, weight, None, name=at, place=place)
 
 
 def _weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from moec.graph_builder.decoder import build_decoder
+from moec.graph_builder.parts import BUILDERS
 from moec.graph_builder.passes.fused.quantisation import join_encodes
 from moec.graph_builder.passes.inject import inject
 from moec.graph_builder.passes.plain.experts import join_experts
@@ -19,11 +19,9 @@ from moec.graph_builder.passes.plain.products import fuse_products
 from moec.graph_builder.passes.quantize import quantize
 from moec.graph_builder.passes.skip_norm import join_skip_norms
 from moec.graph_builder.passes.tap import tap
-from moec.graph_builder.vision import build_vision
 from moec.spec.model import ModelSpec
+from moec.spec.mtp.model import mtp_of
 from moec.weights.joined import plain_spec
-
-_BUILDERS = {"model": build_decoder, "vision": build_vision}
 
 
 def build_plain(
@@ -33,18 +31,18 @@ def build_plain(
     given: Sequence[str] = (),
     part: str = "model",
 ) -> fx.GraphModule:
-    """Build a part of `spec`, "model" or "vision", which computes in `precision`.
+    """Build a part of `spec`, "model", "vision" or "mtp", which computes in `precision`.
 
     `taps` names inner values that become outputs. `routed_layer` hides its router's logits and
     choice; if they are tapped, the graph computes them again beside the op, with the same ops.
     Inputs "NAME.given" replace the values `given`.
     """
     stored = plain_spec(spec, precision)
-    graph = inject(_BUILDERS[part](stored, precision), given)
+    graph = inject(BUILDERS[part](stored, precision), given)
     known = {node.meta.get("name") for node in graph.graph.nodes}
     tap(graph, [name for name in taps if name in known])
-    if part == "model":
-        join_experts(graph, stored)
+    if part != "vision":
+        join_experts(graph, mtp_of(stored) if part == "mtp" else stored)
     fuse_products(quantize(graph, stored))
     return tap(graph, [name for name in taps if name not in known])
 

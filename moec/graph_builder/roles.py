@@ -25,6 +25,7 @@ class Role(StrEnum):
     ROPE_SIN = "rope sin"
     TEMPERATURE = "temperature"  # factors of the queries, by position
     HEAD = "head"  # product with the head's weight
+    JOIN = "join"  # of embedding and hidden value, before the layer of multi-token prediction
     # once in a layer
     QUERY = "query"  # products of the layer's input
     QUERY_DOWN = "query down"  # the latent vector that queries come from

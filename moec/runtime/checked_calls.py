@@ -100,7 +100,8 @@ def check_call(
     if not good or bool((lengths < 0).any() | (lengths > ids.shape[1]).any()):
         found = str(lengths.tolist())[:200] if good else _kind(lengths)
         _refuse("lengths", found, f"integers [{rows}] from 0 to {ids.shape[1]}")
-    first, count = spec.text.layer(0), spec.text.layers * len(spec.text.layer(0).caches)
+    first = spec.text.all_layers[0]
+    count = spec.text.layers * len(first.caches)
     shape = layer_shape(first.caches[0], rows, cache.capacity, layout)
     mine = cache.tensors.get(names.past(first.index, first.caches[0].kind))
     kind = cache_dtype(spec, precision)

@@ -1,7 +1,7 @@
 """Open a session: on an engine of an artefact's target, or on the eager reference."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache as once
 from functools import partial
@@ -29,6 +29,7 @@ from moec.runtime.session import Session
 from moec.spec.errors import clear_errors, refuse
 from moec.spec.hf.forms import checkpoint_folder
 from moec.spec.model import ModelSpec
+from moec.spec.mtp.model import mtp_of
 from moec.spec.sharding import ALONE, Rank
 from moec.weights.name_map import read_model
 
@@ -228,18 +229,31 @@ def artefact_session(
             return run
         return counted(from_first(run) if part == "vision" else run)
 
-    return Session(
+    session = Session(
         artefact.manifest.spec,
         chosen.computes(artefact),
         chosen.name,
         opened("model", taps),
         artefact,
         once(partial(opened, "vision")),
-        limits,
-        device,
-        chosen.queues and device != "cpu",
+        limits=limits,
+        device=device,
+        queues=chosen.queues and device != "cpu",
         rank=chosen.rank,
     )
+    return with_layer(session, partial(opened, "mtp"))
+
+
+def with_layer(session: Session, opened: Callable[[], Run]) -> Session:
+    """`session` with one of its layer of multi-token prediction, which `opened` opens, if built."""
+    if session.spec.text.mtp != "built":
+        return session
+
+    @once
+    def layer() -> Session:
+        return replace(session, spec=mtp_of(session.spec), run=opened(), vision=None)
+
+    return replace(session, mtp=layer)
 
 
 def eager_session(
@@ -257,4 +271,5 @@ def eager_session(
     """
     run = eager_engine(spec, entries, precision, taps, near=near)
     vision = once(partial(eager_engine, spec, entries, precision, part="vision"))
-    return Session(spec, precision, EAGER, run, artefact, vision)
+    session = Session(spec, precision, EAGER, run, artefact, vision)
+    return with_layer(session, partial(eager_engine, spec, entries, precision, part="mtp"))

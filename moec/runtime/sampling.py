@@ -5,11 +5,12 @@ from contextlib import suppress
 from functools import partial
 from numbers import Integral, Real
 from operator import index
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from moec.runtime.inputs.arrays import Ids
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec, Sampling
 
@@ -20,6 +21,20 @@ Choose = Callable[[Tensor], Tensor]
 _COLDEST = 1e-200
 #: the largest temperature that float64 holds
 _HOTTEST = 1.7e308
+
+
+class Settings(TypedDict, total=False):
+    """The keyword arguments of `Session.generate`."""
+
+    lengths: Ids | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    stop: Sequence[int] | None
+    stream: Callable[[list[int | None]], None] | None
+    mtp: bool
 
 
 def sample(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 import torch
@@ -15,13 +15,14 @@ from moec.runtime import checked_calls
 from moec.runtime.batching import buffered_calls, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache, room_for
 from moec.runtime.conversation import Conversation
+from moec.runtime.drafts import drafted_steps
 from moec.runtime.engines.engine import Limits, Run
 from moec.runtime.feeds import feeds
 from moec.runtime.inputs.arrays import Arrays, Ids, Pixels, check_ids, like, read_ids, read_tiles
 from moec.runtime.inputs.image_tokens import check_tiles, features_within, images_for
 from moec.runtime.ranks.group import same_seed
-from moec.runtime.sampling import chooser, ends
-from moec.runtime.steps import steps
+from moec.runtime.sampling import Settings, chooser, ends
+from moec.runtime.steps import undrafted_steps
 from moec.runtime.tower import TILES, features_of
 from moec.spec import names
 from moec.spec.errors import clear_errors
@@ -52,6 +53,7 @@ class Session:
         run: runs one call of the decoder.
         artefact: the artefact that was opened; None for a checkpoint.
         vision: opens the vision tower; it is called when the first image comes.
+        mtp: opens the layer of multi-token prediction, if the artefact has it, as a session.
         limits: the layout of the caches, and the largest calls that the engine takes.
         device: "cpu" or "cuda".
         queues: whether a decode step on tokens on the GPU returns before the GPU has finished.
@@ -66,6 +68,7 @@ class Session:
     run: Run
     artefact: Artefact | None = None
     vision: Callable[[], Run] | None = None
+    mtp: "Callable[[], Session] | None" = None
     limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     queues: bool = False
@@ -238,12 +241,14 @@ class Session:
         features: Tensor | None = None,
         every: bool = True,
         greedy: bool = False,
+        hidden: Tensor | None = None,
     ) -> Iterator[tuple[slice, slice, dict[str, Tensor]]]:
         """Run ids [B, S] in calls of at most a prefill chunk; yield each call's results.
 
         Yields the rows and the columns of the call, and the outputs of the graph by name. Logits
         are those of every token if `every`, else those of each row's last token in the call; with
-        `greedy` there are the likeliest tokens instead.
+        `greedy` there are the likeliest tokens instead. `hidden` [B, S, dim] is for the layer of
+        multi-token prediction alone.
         """
         width, chunk = ids.shape[1], self.spec.text.chunk
         needed = room_for(cache, lengths, width, self.limits.layout)
@@ -270,6 +275,8 @@ class Session:
             given = feeds(self.spec, self.limits.layout, tokens, own, index, cache, rows, here)
             if greedy:
                 given[names.GREEDY] = torch.empty(0)
+            if hidden is not None:
+                given[names.HIDDEN] = hidden[rows, columns]
             out = self.run(given)
             if self.limits.layout == "slots" and cache.capacity:
                 for name in cache.tensors:
@@ -284,15 +291,7 @@ class Session:
         input_ids: Tensor,
         pixel_values: Pixels | None = None,
         max_new_tokens: int = 64,
-        *,
-        lengths: Ids | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[int] | None = None,
-        stream: Callable[[list[int | None]], None] | None = None,
+        **settings: Unpack[Settings],
     ) -> Tensor: ...
 
     @overload
@@ -301,15 +300,7 @@ class Session:
         input_ids: Arrays,
         pixel_values: Pixels | None = None,
         max_new_tokens: int = 64,
-        *,
-        lengths: Ids | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[int] | None = None,
-        stream: Callable[[list[int | None]], None] | None = None,
+        **settings: Unpack[Settings],
     ) -> NDArray[np.int64]: ...
 
     def generate(
@@ -326,6 +317,7 @@ class Session:
         repetition_penalty: float | None = None,
         stop: Sequence[int] | None = None,
         stream: Callable[[list[int | None]], None] | None = None,
+        mtp: bool = False,
     ) -> Tensor | NDArray[np.int64]:
         """Continue each sequence: int64 [B, S] -> int64 [B, S + new tokens], prompt included.
 
@@ -344,7 +336,9 @@ class Session:
             repetition_penalty: tokens that a sequence has already become less likely by this
                 factor; 1 changes nothing. Default: what generation_config.json asks for.
             stop: tokens that end a sequence; default the model's own.
-            stream: called after each step with its tokens, None for sequences that have ended.
+            stream: called after each step with its tokens, None for sequences that get none.
+            mtp: whether the layer of multi-token prediction drafts tokens. They are the same but
+                for rounding: the decoder runs two in a call.
 
         Raises:
             MoecError: an argument does not fit the model, or the engine was built for fewer tokens.
@@ -357,10 +351,8 @@ class Session:
             return like(input_ids, ids)
         ending = ends(stop, self.spec.tokens.eos)
         rows = [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
-        capacity = int(counts.max()) + max_new_tokens - 1  # the last new token is not run
-        cache = self.new_cache(len(ids), capacity, int(counts.max()))
-        logits = self.extend(ids, counts, cache, features)
-        for new in steps(self, logits, cache, max_new_tokens, choose_after(rows), ending):
+        made = drafted_steps if mtp else undrafted_steps
+        for new in made(self, ids, counts, features, max_new_tokens, choose_after(rows), ending):
             for row, token in zip(rows, new, strict=True):
                 row += [] if token is None else [token]
             if stream:

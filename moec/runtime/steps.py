@@ -1,4 +1,4 @@
-"""The loop that generates tokens on a cache that holds the prompts."""
+"""The loop that generates tokens, one in a step, on a cache that holds the prompts."""
 
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
@@ -55,3 +55,23 @@ def steps(
             break
         if not ahead:
             logits = session.extend(tokens[:, None], alive.long(), cache)
+
+
+def undrafted_steps(
+    session: "Session",
+    ids: Tensor,
+    lengths: Tensor,
+    features: Tensor | None,
+    most: int,
+    choose: Callable[[Tensor], Tensor],
+    ends: Collection[int],
+) -> Iterator[list[int | None]]:
+    """Do the same for prompts [B, S] of `lengths` [B], with a cache of their own.
+
+    `features` are those of their image tokens.
+    """
+    longest = int(lengths.max())
+    capacity = longest + most - 1  # the last new token is not run
+    cache = session.new_cache(len(ids), capacity, longest)
+    logits = session.extend(ids, lengths, cache, features)
+    yield from steps(session, logits, cache, most, choose, ends)

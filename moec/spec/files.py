@@ -15,27 +15,31 @@ from moec.spec.fields import shown
 from moec.spec.hf.config import read_config
 from moec.spec.hf.forms import checkpoint_folder, refuse_other_form
 from moec.spec.model import ModelSpec
+from moec.spec.mtp.layer import with_mtp
 from moec.spec.presets import PRESETS
 from moec.spec.scheme import NAMED, Scheme
 
 
-def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
+def load_spec(source: str | Path | ModelSpec, mtp: bool = False) -> ModelSpec:
     """Load a spec from a preset name, a spec file (.yaml, .yml, .json) or a checkpoint folder.
 
     That of a folder is what its config.json says; `moec.weights.spec_of` reads the tensors too.
+    `mtp` is as in `moec.export`.
 
     Raises:
         MoecError: `source` is none of these, or its contents are not a valid spec.
     """
     if isinstance(source, ModelSpec):
-        return source
+        return with_mtp(source, mtp) if mtp else source
     if str(source) in PRESETS:
-        return PRESETS[str(source)]
-    return read_spec(source)
+        return with_mtp(PRESETS[str(source)], mtp)
+    return read_spec(source, mtp)
 
 
-def read_spec(source: str | Path) -> ModelSpec:
+def read_spec(source: str | Path, mtp: bool = False) -> ModelSpec:
     """Load a spec from a spec file or a checkpoint folder, which may have the name of a preset.
+
+    `mtp` is as in `moec.export`.
 
     Raises:
         MoecError: as `load_spec`.
@@ -44,9 +48,10 @@ def read_spec(source: str | Path) -> ModelSpec:
     if folder := checkpoint_folder(source):
         if not os.path.lexists(folder / "config.json"):
             refuse_other_form(folder)
-        return read_config(folder / "config.json")
+        return read_config(folder / "config.json", mtp)
     if path.name != "config.json" and _is_data_file(path):
-        return _read_file(path, ModelSpec, "a spec that follows the schema")
+        found = _read_file(path, ModelSpec, "a spec that follows the schema")
+        return with_mtp(found, mtp or found.text.mtp == "built")
     refuse_other_form(source)
     refuse(
         source,
@@ -136,7 +141,13 @@ def other_model(found: ModelSpec, wanted: ModelSpec, *apart: str) -> list[tuple[
 
     Name, origin, end tokens and sampling may differ, and fields that start with one of `apart`.
     """
-    return [row for row in diff(found, wanted) if not row[0].startswith((*_APART, *apart))]
+    rows = [row for row in diff(found, wanted) if not row[0].startswith((*_APART, *apart))]
+    return [row for row in rows if not is_left_out(*row)]
+
+
+def is_left_out(path: str, found: Any, wanted: Any) -> bool:
+    """Whether a row of `diff` is about a layer of multi-token prediction that nobody builds."""
+    return path == "text.mtp" and {found, wanted} == {"none", "aside"}
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:

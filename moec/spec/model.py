@@ -157,6 +157,10 @@ class TextSpec(Frozen):
     experts: Experts | None = Field(
         default=None, description="the experts of each MoE layer; null where all layers are dense"
     )
+    mtp: Literal["none", "aside", "built"] = Field(
+        default="none",
+        description="whether a layer of multi-token prediction follows, and a build has it",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -212,6 +216,8 @@ class TextSpec(Frozen):
             raise ValueError("dense layers need dense_hidden")
         if "M" in self.ffn and self.experts is None:
             raise ValueError("MoE layers need experts")
+        if self.mtp != "none" and (self.experts is None or self.latent is None or self.kept):
+            raise ValueError("multi-token prediction needs experts and latent attention to all")
         experts = self.expert_count * sum(layer.moe for layer in self.all_layers)
         if experts > limits.ALL_EXPERTS:
             raise ValueError(

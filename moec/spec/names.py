@@ -49,6 +49,11 @@ def shared(index: Index, *parts: Index) -> str:
     return moe(index, "shared", *parts)
 
 
+def mtp(index: Index, *parts: Index) -> str:
+    """What is in front of and behind a layer of multi-token prediction, with its number."""
+    return layer(index, "mtp", *parts)
+
+
 def routed(index: Index) -> tuple[str, str]:
     """The two parameters that hold all routed experts of a layer."""
     return moe(index, "gate_up"), moe(index, "down")
@@ -88,6 +93,11 @@ def of_moe(name: str) -> bool:
 def is_routed(parameter: str) -> bool:
     """Whether a parameter holds the routed experts of a layer."""
     return parameter.endswith((".moe.gate_up", ".moe.down"))
+
+
+def is_mtp_join(parameter: str) -> bool:
+    """Whether a parameter joins hidden value and embedding for multi-token prediction."""
+    return parameter.endswith(".mtp.join.weight")
 
 
 def is_router(parameter: str) -> bool:
@@ -230,6 +240,8 @@ def family(name: str) -> str:
 
 INPUT_IDS, PAST_LENGTHS, LENGTHS = "input_ids", "past_lengths", "lengths"
 LOGIT_INDEX, LOGITS = "logit_index", "logits"
+#: the decoder's values that its head takes, of all tokens, for multi-token prediction
+HIDDEN = "hidden"
 #: the likeliest tokens, which a graph can give in place of logits, and the input that asks for them
 BEST, GREEDY = "best", "greedy"
 IMAGE_FEATURES, PIXEL_VALUES = "image_features", "pixel_values"
@@ -301,7 +313,7 @@ def is_total(name: str) -> bool:
 
 def is_input(name: str) -> bool:
     """Whether an input of a graph is something that a caller gives, and no weight."""
-    given = (INPUT_IDS, PAST_LENGTHS, LENGTHS, LOGIT_INDEX, IMAGE_FEATURES, PIXEL_VALUES)
+    given = (INPUT_IDS, PAST_LENGTHS, LENGTHS, LOGIT_INDEX, HIDDEN, IMAGE_FEATURES, PIXEL_VALUES)
     return name in given or name.startswith(("past.", f"{RING}.", f"{GLOBAL}."))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from moec.spec import names
 from moec.spec.model import LayerSpec, ModelSpec, TextSpec
+from moec.spec.mtp.layer import MtpText, mtp_text
 from moec.spec.parts.attention import Latent
 from moec.spec.parts.vision import VisionSpec
 
@@ -43,7 +44,14 @@ def _text(text: TextSpec) -> Iterator[tuple[str, Shape]]:
     yield names.EMBED_WEIGHT, (text.vocab, text.dim)
     for layer in text.all_layers:
         yield from _layer(text, layer)
-    yield names.NORM_WEIGHT, (text.dim,)
+    if isinstance(text, MtpText):
+        yield from _mtp(text)
+    else:
+        yield names.NORM_WEIGHT, (text.dim,)
+    if text.mtp == "built":
+        alone = mtp_text(text)
+        yield from _layer(alone, alone.layer(alone.after))
+        yield from _mtp(alone)
     if not text.tie_embeddings:
         yield names.HEAD_WEIGHT, (text.vocab, text.dim)
 
@@ -69,6 +77,13 @@ def _layer(text: TextSpec, layer: LayerSpec) -> Iterator[tuple[str, Shape]]:
             yield from _swiglu(names.shared(i), text.dim, layer.experts.shared_hidden)
     elif text.dense_hidden:
         yield from _swiglu(names.dense(i), text.dim, text.dense_hidden)
+
+
+def _mtp(text: MtpText) -> Iterator[tuple[str, Shape]]:
+    """What is in front of the layer of multi-token prediction, and the norm behind it."""
+    for part in ("embed.norm", "hidden.norm", "norm"):
+        yield names.mtp(text.after, part, "weight"), (text.dim,)
+    yield names.mtp(text.after, "join", "weight"), (text.dim, 2 * text.dim)
 
 
 def _heads(text: TextSpec, i: int) -> Iterator[tuple[str, Shape]]:
@@ -137,16 +152,20 @@ def counts(spec: ModelSpec) -> dict[str, int]:
     """Exact parameter counts.
 
     `active_text` counts the decoder's parameters that one token uses: all but the routed experts
-    that the router did not choose. It includes the embedding and the head. `active` adds the vision
-    tower and the projector.
+    that the router did not choose. It includes the embedding and the head, and not the layer of
+    multi-token prediction. `active` adds the vision tower and the projector.
     """
     sizes = {name: math.prod(shape) for name, shape in parameters(spec).items()}
     vision = sum(size for name, size in sizes.items() if names.of_vision(name))
     projector = sizes.get(names.PROJECTOR_WEIGHT, 0)
     routed = sum(size for name, size in sizes.items() if names.is_routed(name))
     text = sum(sizes.values()) - vision - projector
-    experts = spec.text.experts
-    idle = routed // experts.count * (experts.count - experts.top_k) if experts else 0
+    decoder = dict(_text(spec.text.model_copy(update={"mtp": "none"})))
+    experts, further = spec.text.experts, sizes.keys() - decoder.keys()
+    drafts = sum(sizes[name] for name in further if names.layer_of(name) is not None)
+    chosen = sum(size for name, size in sizes.items() if names.is_routed(name) and name in decoder)
+    idle = chosen // experts.count * (experts.count - experts.top_k) if experts else 0
+    idle += drafts
     return {
         "total": text + vision + projector,
         "text": text,

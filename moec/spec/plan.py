@@ -14,6 +14,8 @@ from moec.spec.data import BYTES
 from moec.spec.errors import MoecError
 from moec.spec.files import load_scheme, load_spec
 from moec.spec.model import LayerSpec, ModelSpec, TextSpec
+from moec.spec.mtp.layer import stored_layers
+from moec.spec.mtp.model import without_mtp
 from moec.spec.parameters import text_parameters, vision_parameters
 from moec.spec.plan_ranks import (
     check_shared,
@@ -114,6 +116,9 @@ def plan(
     and caches are fp32. In int4, attention and head are int8. A model that is int4 already keeps
     its own types of weights.
 
+    A spec with `text.mtp` "built" has the weights and the cache of its layer of multi-token
+    prediction too (`moec.load_spec(..., mtp=True)`). Steps and prefill are those without drafts.
+
     In the result, `decode_*` is one step of the whole batch, and `prefill_*` is one prompt of
     `context` tokens. `full_cache_bytes` is the size that the cache would have if chunked layers
     kept all tokens. `vision_*` is the tower with its projector, which fp8 leaves in bf16. `fits`
@@ -171,12 +176,18 @@ def plan(
     read = count * (1 - (1 - k / count) ** batch)
     cache = _caches(spec, precision, context) * batch
 
-    stepped = [name for name in sizes if text.tie_embeddings or name != names.EMBED_WEIGHT]
+    decoder = without_mtp(spec)
+    stepped = [
+        name
+        for name in text_parameters(decoder)
+        if text.tie_embeddings or name != names.EMBED_WEIGHT
+    ]
     share = {name: 1.0 if not names.is_routed(name) else read / count for name in stepped}
-    decode_read = sum(weights[n] * share[n] for n in stepped) + cache
+    decode_read = sum(weights[n] * share[n] for n in stepped)
+    decode_read += _caches(decoder, precision, context) * batch
     active = sum(sizes[n] * (k / count if names.is_routed(n) else 1) for n in stepped)
     head = text.vocab * text.dim
-    decode_attention = text.pair_flops * sum(_kept(text, context))
+    decode_attention = text.pair_flops * sum(_kept(decoder.text, context))
     decode_flops = batch * (2 * active + decode_attention)
 
     linear = 2 * (active - head) * context
@@ -207,7 +218,7 @@ def plan(
         device=device,
         weights_bytes=_total(weights),
         cache_bytes=cache,
-        full_cache_bytes=_per_key(spec, precision) * batch * context * text.layers,
+        full_cache_bytes=_per_key(spec, precision) * batch * context * len(_kept(text, 1)),
         fits=None if on is None else _total(weights) + cache <= room,
         experts_read=read,
         decode_read_bytes=round(decode_read),
@@ -266,7 +277,7 @@ def _per_key(spec: ModelSpec, precision: str) -> int:
 
 def _kept(text: TextSpec, context: int) -> list[int]:
     """How many of `context` tokens each layer's cache keeps."""
-    return [min(each.kept or context, context) for each in text.all_layers]
+    return [min(each.kept or context, context) for each in stored_layers(text)]
 
 
 def _tile_flops(spec: ModelSpec) -> int:
@@ -292,7 +303,8 @@ def _width(name: str, precision: str) -> float:
         return _WIDE[precision]
     if name == names.HEAD_WEIGHT:
         return _BYTES["int8"]
-    return _BYTES["int8" if precision == "int4" and names.of_attention(name) else precision]
+    sensitive = names.of_attention(name) or names.is_mtp_join(name)
+    return _BYTES["int8" if precision == "int4" and sensitive else precision]
 
 
 def _own_widths(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, float]:

@@ -137,9 +137,9 @@ def _scheme(scheme: Scheme, spec: ModelSpec) -> Scheme:
     Blocks become 16 at most. Patterns that match no layer of `spec` are dropped. If no scheme rule
     is left, the patterns of single layers are widened to all layers.
     """
-    rules = _matching(scheme.rules, spec)
+    rules = matching(scheme.rules, spec)
     if not rules:
-        rules = _matching([_for_all_layers(rule) for rule in scheme.rules], spec)
+        rules = matching([_for_all_layers(rule) for rule in scheme.rules], spec)
     return scheme.model_copy(update={"rules": tuple(rules), "block": min(scheme.block, 16)})
 
 
@@ -148,7 +148,7 @@ def _for_all_layers(rule: Rule) -> Rule:
     return rule.model_copy(update={"of": of})
 
 
-def _matching(rules: Iterable[Rule], spec: ModelSpec) -> list[Rule]:
+def matching(rules: Iterable[Rule], spec: ModelSpec) -> list[Rule]:
     """The scheme rules with only those patterns that match a weight of `spec`."""
     names, found = eligible(spec), []
     for rule in rules:

@@ -23,6 +23,7 @@ from moec.spec import names
 from moec.spec.data import DType
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
+from moec.spec.mtp.layer import stored_layers
 from moec.spec.parameters import Shape, parameters
 from moec.spec.scheme import STATIC, Rule
 
@@ -97,7 +98,7 @@ def scaled_caches(spec: ModelSpec) -> Iterator[str]:
     Checkpoints that are quantised already have both.
     """
     own = spec.scheme is not None and spec.scheme.layout == "moec"
-    for layer in spec.text.all_layers:
+    for layer in stored_layers(spec.text):
         for part in "kv"[: len(layer.caches) if own else None]:
             yield names.attention(layer.index, part)
 
@@ -110,8 +111,9 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
 
     Raises:
         MoecError: a scheme rule matches no weight of the model; a rule has static input scales in
-            the vision tower; groups of 4-bit integers do not divide a weight; or the rules treat
-            the inputs of gate_up and down differently.
+            the vision tower, or any static scales with multi-token prediction; groups of 4-bit
+            integers do not divide a weight; or the rules treat the inputs of gate_up and down
+            differently.
     """
     scheme = spec.scheme
     if scheme is None:
@@ -138,9 +140,16 @@ def quantized(spec: ModelSpec) -> dict[str, Rule]:
             "dynamic input scales, because calibration runs on text only",
             "write `inputs: token` in the scheme rule for the vision tower",
         )
+    if scheme.static and scheme.layout == "moec" and spec.text.mtp == "built":
+        refuse(
+            f"--mtp with scheme {scheme.name}",
+            "static scales in the layer of multi-token prediction",
+            "dynamic scales of inputs and wide caches, because calibration runs the decoder alone",
+            "choose another --scheme or --cache, or leave --mtp out",
+        )
     if scheme.int4:
         _check_widths(spec, found)
-    for layer in spec.text.all_layers:
+    for layer in stored_layers(spec.text):
         both = [found.get(name) for name in names.routed(layer.index)]
         if len({each and each.inputs for each in both}) > 1 and not scheme.int4:
             refuse(

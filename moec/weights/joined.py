@@ -20,6 +20,8 @@ from itertools import pairwise
 
 from moec.spec import names
 from moec.spec.model import ModelSpec, TextSpec
+from moec.spec.mtp.layer import stored_layers
+from moec.spec.mtp.model import mtp_of, without_mtp
 from moec.spec.parameters import Shape, parameters, text_parameters, vision_parameters
 from moec.spec.parts.routing import Experts
 from moec.spec.scheme import Scheme
@@ -130,7 +132,7 @@ def plain_spec(spec: ModelSpec, dtype: str) -> ModelSpec:
     """
     if spec.scheme and spec.scheme.layout != "moec":
         return spec
-    biases = (names.moe(layer.index, "router", "bias") for layer in spec.text.all_layers)
+    biases = (names.moe(layer.index, "router", "bias") for layer in stored_layers(spec.text))
     kept = {name: spec.stored(name) for name in biases if name in text_parameters(spec)}
     return spec.model_copy(update={"dtype": dtype, "dtypes": kept, "separate_experts": False})
 
@@ -138,6 +140,10 @@ def plain_spec(spec: ModelSpec, dtype: str) -> ModelSpec:
 def plain_tensors(spec: ModelSpec, dtype: str = "bf16", part: str = "model") -> dict[str, Joined]:
     """What `joined_tensors` gives, for a plain program."""
     spec, of_vision = plain_spec(spec, dtype), vision_parameters(spec).keys()
+    if part == "mtp":
+        spec = mtp_of(spec)
+    elif spec.text.mtp == "built":
+        spec = without_mtp(spec)
     found = {
         name: Joined(kind.shape, kind.dtype, (name,))
         for name, kind in tensors(spec).items()
@@ -240,7 +246,7 @@ def _plainly_joined(spec: ModelSpec) -> Iterator[tuple[str, Shape, tuple[str, ..
         found = (rules.get(name) for name in parameters)
         return {(rule.weight, rule.inputs) if rule else None for rule in found}
 
-    for layer in spec.text.all_layers:
+    for layer in stored_layers(spec.text):
         routed, shared = names.routed(layer.index), names.shared
         own = kinds(*routed)
         router = names.moe(layer.index, "router", "weight")

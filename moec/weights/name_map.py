@@ -53,17 +53,20 @@ def checkpoint_tensors(spec: ModelSpec) -> list[CheckpointTensor]:
 
 
 def read_model(
-    folder: str | Path, named: Path | None = None, adapters: Sequence[str | Path] = ()
+    folder: str | Path,
+    named: Path | None = None,
+    adapters: Sequence[str | Path] = (),
+    mtp: bool = False,
 ) -> tuple[ModelSpec, Checkpoint, dict[str, TensorEntry]]:
     """Read a checkpoint folder: its spec, its shards, and the place of every tensor by our name.
 
     `named` is as in `read_checkpoint`. `adapters` are folders of LoRA adapters, whose changes the
-    tensors then have.
+    tensors then have. `mtp` is as in `moec.export`.
 
     Raises:
         MoecError: something is wrong with config.json, the index, a shard, a tensor or an adapter.
     """
-    spec, checkpoint, entries = as_read(read_spec(folder), read_checkpoint(folder, named))
+    spec, checkpoint, entries = as_read(read_spec(folder, mtp), read_checkpoint(folder, named))
     adapters = [adapters] if isinstance(adapters, str) else adapters
     merged = tuple(Path(each).resolve() for each in adapters)
     if os.path.lexists(checkpoint.folder / ADAPTER) and checkpoint.folder.resolve() not in merged:

@@ -16,17 +16,17 @@ from moec.weights.checkpoint import read_checkpoint
 from moec.weights.name_map import of_tensors
 
 
-def load_spec(source: str | Path | ModelSpec) -> ModelSpec:
+def load_spec(source: str | Path | ModelSpec, *, mtp: bool = False) -> ModelSpec:
     """Load a spec from a preset name, a spec file (.yaml, .yml, .json) or a checkpoint folder.
 
     The headers of a checkpoint's weights give their types, as for a build. A folder without weights
     has those that its config.json says. If there are weights and they cannot be read, a note in the
-    spec says so.
+    spec says so. `mtp` is as in `moec.export`.
 
     Raises:
         MoecError: `source` is none of these, or its contents are not a valid spec.
     """
-    spec = files.load_spec(source)
+    spec = files.load_spec(source, mtp)
     if isinstance(source, ModelSpec) or str(source) in PRESETS:
         return spec
     folder = checkpoint_folder(source)

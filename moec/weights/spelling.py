@@ -12,6 +12,7 @@ from moec.spec.errors import refuse
 from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.hf.names import DECODER, TOWER, key_of
 from moec.spec.model import ModelSpec
+from moec.spec.mtp.layer import lacking
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.shard import TensorEntry
 
@@ -25,11 +26,17 @@ def spelled(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpo
     """The spec and the checkpoint with the keys that moec expects; notes say what was left aside.
 
     Raises:
-        MoecError: a tied model stores a head that is not its embedding.
+        MoecError: a tied model stores a head that is not its embedding, or the layer of
+            multi-token prediction that is to be built is not there.
     """
     found, notes = dict(checkpoint.tensors), list(spec.notes)
-    aside = ARCHITECTURES[spec.architecture].aside.format(layers=spec.text.layers)
-    unused = [key for key in found if aside and re.match(aside, key)]
+    aside = ARCHITECTURES[spec.architecture].aside
+    layer = spec.text.model_copy(update={"mtp": "aside"})
+    if spec.text.mtp != "none" and not any(re.match(aside(layer), key) for key in found):
+        spec = lacking(spec, str(checkpoint.folder))
+        notes = list(spec.notes)
+    pattern = aside(spec.text)
+    unused = [key for key in found if pattern and re.match(pattern, key)]
     for key in unused:
         del found[key]
     if unused:

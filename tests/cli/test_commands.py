@@ -16,19 +16,19 @@ from moec.cli import COMMANDS, SPEC_COMMANDS, app
 OPTIONS = {
     "build": "--variant --spec --checkpoint --target --precision --out --weights --scheme --scales "
     "--cache --context --batch --prefill-chunk --sm --bindings --engine --no-engine "
-    "--weights-from --hash --adapter --device --validate --no-validate",
+    "--weights-from --hash --adapter --device --mtp --validate --no-validate",
     "engine": "artefact --sm --trtexec --weights-from",
     "library": "artefact --out --sm",
     "bind": "artefact --checkpoint --out --weights --scales --engine --no-engine "
     "--weights-from --hash --adapter",
     "calibrate": "checkpoint --tokens --out --percentile",
-    "quantize": "checkpoint --scheme --out --scales --weights-from --adapter",
+    "quantize": "checkpoint --scheme --out --scales --weights-from --adapter --mtp",
     "validate": "artefact --tokens --seed --reduced --html --device --reference --eval "
     "--source --against --python --gpus --weights-from --json",
     "generate": "artefact --prompt --ids --image --chat --system --messages --max-new-tokens "
-    "--temperature --top-k --top-p --seed --repetition-penalty --engine --session-options "
+    "--temperature --top-k --top-p --seed --repetition-penalty --mtp --engine --session-options "
     "--device --gpus --weights-from --trust-engines",
-    "plan": "model --precision --context --batch --device --tiles --scheme --gpus --json",
+    "plan": "model --precision --context --batch --device --tiles --scheme --gpus --mtp --json",
     "inspect": "artefact --verify --weights-from --json",
     "bench": "artefact --batch --prompt-tokens --new-tokens --rounds --device "
     "--weights-from --trust-engines --json",

@@ -142,7 +142,7 @@ def test_layers_that_predict_more_tokens_are_left_aside(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     artefact = moec.export(tmp_path, out=tmp_path / "artefact")
     notes = " ".join(artefact.manifest.spec.notes)
-    assert "1 layers that predict further tokens" in notes
+    assert "layer 3, which predicts further tokens" in notes
     assert f"{len(more)} tensors were left aside" in notes
 
 

@@ -65,9 +65,16 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
             f"one of {', '.join(ARCHITECTURES)}",
             _BUILD_AGAIN,
         )
+    if (manifest.spec.text.mtp == "built") != bool(manifest.mtp):
+        refuse(
+            f"{path / NAME}: mtp",
+            "null" if manifest.mtp is None else "inputs and outputs",
+            f"what goes with spec.text.mtp {manifest.spec.text.mtp!r}",
+            _BUILD_AGAIN,
+        )
     _check_options(path, manifest)
     suffix = find_target(manifest.target).suffix
-    for part in ("model", *(["vision"] if manifest.vision else [])):
+    for part in manifest.parts:
         if f"{part}{suffix}" not in manifest.files:
             refuse(
                 f"{path / NAME}: files",

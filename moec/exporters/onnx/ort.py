@@ -125,12 +125,12 @@ def _is_not_quantised(node: fx.Node) -> bool:
 
 
 def _is_sensitive(node: fx.Node) -> bool:
-    """Whether a linear layer keeps eight bits: those of attention and the head do.
+    """Whether a linear layer keeps eight bits: those of attention do, the head, and a join.
 
     A token reads an eighth of its weights there, but most of the error of four bits comes from
     them.
     """
-    return _role(node) in (*ATTENTION_PRODUCTS, Role.HEAD)
+    return _role(node) in (*ATTENTION_PRODUCTS, Role.HEAD, Role.JOIN)
 
 
 def _role(node: fx.Node) -> Role:

@@ -25,6 +25,7 @@ from moec.graph_builder import ops
 from moec.spec.bounded.own import check_utf8
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
+from moec.spec.mtp.layer import stored_layers
 from moec.weights.joined import ORT_CUDA
 from moec.weights.shard import TensorEntry
 
@@ -132,7 +133,7 @@ def most_nodes(spec: ModelSpec) -> int:
     file of 200 kB could ask for millions.
     """
     experts = spec.text.experts
-    layers = sum(layer.moe for layer in spec.text.all_layers)
+    layers = sum(layer.moe for layer in stored_layers(spec.text))
     return layers * EACH_EXPERT * (experts.count + 2) if experts else 0
 
 

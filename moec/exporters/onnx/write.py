@@ -52,6 +52,7 @@ class Dialect:
 _ORT_PASSES: dict[str, Sequence[Pass]] = {
     "model": (keep_buffers, join_skip_norms),
     GENAI: (keep_buffers, join_skip_norms, genai_inputs),
+    "mtp": (join_skip_norms,),
 }
 DIALECTS = {
     "standard": Dialect(STANDARD, {}),

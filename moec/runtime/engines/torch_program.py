@@ -38,6 +38,7 @@ from moec.runtime.engines.gpu import check_device, memory_for
 from moec.runtime.engines.weights import load
 from moec.spec import names
 from moec.spec.errors import refuse
+from moec.spec.mtp.model import mtp_of
 from moec.spec.sharding import ALONE, Rank, check_ranks, local
 from moec.weights.joined import FUSED, PLAIN
 
@@ -281,7 +282,8 @@ def shown(artefact: Artefact, part: str, wanted: Sequence[str], rank: Rank = ALO
         if node.op == "call_function" and (not fused or _is_the_decoders(node))
         if rank.count == 1 or _is_whole(node)
     }
-    layers = artefact.manifest.spec.text.all_layers
+    spec = artefact.manifest.spec
+    layers = (mtp_of(spec) if part == "mtp" else spec).text.all_layers
     known.add(names.out(layers[-1].index))  # a rank's graph has it where it is tapped
     for layer in layers:
         if layer.moe:  # see `build_fused` and `build_plain`

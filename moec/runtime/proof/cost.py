@@ -83,7 +83,7 @@ def cost(
         MoecError: the reference is missing, has FP8 weights, or is another model.
     """
     folder = _folder(artefact, reference)
-    spec, _, entries = read_model(folder)
+    spec, _, entries = read_model(folder, mtp=artefact.manifest.spec.text.mtp == "built")
     if spec.scheme:
         refuse(
             f"--reference {reference}: {folder}",

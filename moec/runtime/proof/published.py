@@ -26,7 +26,7 @@ from moec.runtime.proof.report import Check
 from moec.spec.bounded.own import find_own
 from moec.spec.errors import MoecError
 from moec.spec.fields import read_own_json, shown
-from moec.spec.files import diff
+from moec.spec.files import diff, is_left_out
 from moec.spec.hf.architectures import ARCHITECTURES
 from moec.spec.hf.config import read_config
 from moec.spec.hf.forms import INDEX
@@ -111,7 +111,9 @@ def _of_a_copy(artefact: Artefact, home: Path, source: Path | None) -> Iterator[
     expected, names = artefact.manifest.spec, artefact.manifest.weights.shards
     shards = tuple(read_shard(artefact.shard(name), name) for name in names)
     tensors = {key: entry for shard in shards for key, entry in shard.tensors.items()}
-    found, _, _ = as_read(read_config(home / _CONFIG), Checkpoint(home, shards, tensors))
+    found, _, _ = as_read(
+        read_config(home / _CONFIG, expected.text.mtp == "built"), Checkpoint(home, shards, tensors)
+    )
     if found.fp8 and expected.scheme and not expected.scheme.cache:  # the build's own choice
         found = in_precision(found, "fp8", None, "wide")
     yield from _other_fields(found, expected)
@@ -137,7 +139,7 @@ def _other_weights(artefact: Artefact) -> Iterator[str]:
 
 def _other_fields(found: ModelSpec, expected: ModelSpec) -> Iterator[str]:
     for path, mine, right in diff(found, expected):
-        if not path.startswith(_APART):
+        if not path.startswith(_APART) and not is_left_out(path, mine, right):
             yield f"{path}: {shown(mine)}, expected {shown(right)}"
 
 
@@ -157,7 +159,7 @@ def _differences(artefact: Artefact, source: Path | None) -> Iterator[str]:
     if more[_MOST:]:
         yield f"{more[_MOST]}: {len(more) - _MOST} more such files"
     expected, config = told_of(manifest)
-    found, _, entries = read_model(folder)
+    found, _, entries = read_model(folder, mtp=expected.text.mtp == "built")
     shards = {(folder / name).resolve() for name in manifest.weights.shards}
     for name, entry in entries.items():
         if not {each.resolve() for each in entry.files} <= shards:

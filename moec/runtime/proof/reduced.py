@@ -68,4 +68,5 @@ def build_reduced(artefact: Artefact, small: ModelSpec, folder: Path, seed: int)
         scales=scales,
         cache=None if small.fp8 is None or ours else "fp8" if small.fp8.cache else "wide",
         options=manifest.options and manifest.options.model_copy(update=REDUCED_OPTIONS),
+        mtp=small.text.mtp == "built",
     )

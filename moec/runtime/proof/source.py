@@ -61,7 +61,8 @@ def read_source(artefact: Artefact, folder: Path) -> tuple[ModelSpec, dict[str, 
                 f"if you trust it: moec bind {artefact.path} --checkpoint {folder} --adapter "
                 f"{adapter}",
             )
-    spec, _, entries = read_model(folder, adapters=adapters)
+    wanted = manifest.spec.text.mtp == "built"
+    spec, _, entries = read_model(folder, adapters=adapters, mtp=wanted)
     return spec, entries
 
 

@@ -79,7 +79,7 @@ class ArtefactUnderTest:
         return session
 
     def open(self, part: str, taps: Sequence[str]) -> Run:
-        """Open one part alone, such as "vision"."""
+        """Open one part alone, "vision" or "mtp"."""
         return self.engine.open(self.artefact, part, self.device, self.options, taps)
 
     def shown(self, part: str, wanted: Sequence[str]) -> list[str]:

@@ -31,8 +31,9 @@ from moec.runtime.proof.each_op.genai import genai
 from moec.runtime.proof.each_op.stage import every_op
 from moec.runtime.proof.each_op.static_scales import static_bytes, static_scales
 from moec.runtime.proof.graph_files import graph_files
-from moec.runtime.proof.image_checks import draw_images, fusion, tower
 from moec.runtime.proof.other_options import other_options
+from moec.runtime.proof.parts.images import draw_images, fusion, tower
+from moec.runtime.proof.parts.mtp import mtp_layer
 from moec.runtime.proof.published import published_folder
 from moec.runtime.proof.reduced import (
     MOST_TOKENS,
@@ -329,6 +330,8 @@ def _prove(
             report.notes.append(
                 f"No image was placed in the text: {longest} tokens are too few; use --tokens."
             )
+    if manifest.mtp and longest > 3:
+        stages.append(("mtp", lambda: mtp_layer(tested, ids, lengths, tolerance)))
     if known:
         built_from = known[0]
         stored = as_stored(artefact, built_from, dict(original))[1]

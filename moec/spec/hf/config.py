@@ -13,13 +13,16 @@ from moec.spec.hf.architectures.common import bookkeeping
 from moec.spec.hf.generation import with_generation
 from moec.spec.hf.quantization import read_scheme, write_scheme
 from moec.spec.model import ModelSpec
+from moec.spec.mtp.layer import with_mtp
 
 #: the row of each value of `model_type`
 _ROWS = {kind: name for name, row in ARCHITECTURES.items() for kind in row.types}
 
 
-def read_config(path: Path) -> ModelSpec:
+def read_config(path: Path, mtp: bool = False) -> ModelSpec:
     """Read the spec from a checkpoint's `config.json`. The folder's name becomes the spec's name.
+
+    `mtp` is as in `moec.export`.
 
     Raises:
         MoecError: the file cannot be read, is a link that leads out of its folder, or has a field
@@ -55,7 +58,7 @@ def read_config(path: Path) -> ModelSpec:
             "a consistent config",
             "correct config.json",
         )
-    spec = with_generation(spec, path.with_name("generation_config.json"), raw)
+    spec = with_generation(with_mtp(spec, mtp), path.with_name("generation_config.json"), raw)
     return spec.model_copy(update={"scheme": read_scheme(quantization, path, spec)})
 
 

@@ -6,7 +6,7 @@ from moec.spec.fields import Fields, shown
 from moec.spec.hf.listed import Kind, listed
 from moec.spec.hf.names import key_of, prefixed
 from moec.spec.model import ModelSpec
-from moec.spec.names import EACH, family, is_router, of_each, separate
+from moec.spec.names import EACH, family, is_mtp_join, is_router, of_each, separate
 from moec.spec.scheme import INT4, Layout, Scheme
 from moec.spec.tensors import eligible
 
@@ -59,10 +59,12 @@ def scheme_of(
     """A scheme with one scheme rule, for the weights whose modules are all quantised.
 
     `field` of `at` lists the modules `left_out`, as `kind` says. `targets` are the modules that a
-    format lists as quantised, and where; by default all are. Without `routers` these are none of
-    the modules that the format quantises, listed or not.
+    format lists as quantised, and where; by default all are. Without `routers` the format
+    quantises neither these nor what joins inputs for multi-token prediction, listed or not.
     """
-    names = [name for name in eligible(spec) if routers or not is_router(name)]
+    names = [
+        name for name in eligible(spec) if routers or not (is_router(name) or is_mtp_join(name))
+    ]
     separate_experts = layout in ("compressed-tensors", "fp8", INT4)
     own = {name: modules(name, spec, separate_experts) for name in names}
     every = [module for each in own.values() for module in each]

@@ -159,6 +159,7 @@ ROWS = (
             ),
             latent=Latent(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128),
             ffn="DDD" + "M" * 58,
+            mtp="aside",
             dense_hidden=18432,
             experts=Experts(
                 count=256,
@@ -178,7 +179,7 @@ ROWS = (
         ),
         bos=0,
         eos=1,
-        notes=("Without the layer that predicts a further token, 11.6 B parameters more.",),
+        notes=("A build without the layer of multi-token prediction has 11.6 B parameters less.",),
     ),
     _row(
         "aria",

@@ -16,6 +16,7 @@ from moec.graph_builder.ops.operands import Int4Moe
 from moec.graph_builder.types import TensorType
 from moec.spec.errors import refuse
 from moec.spec.model import ModelSpec
+from moec.spec.mtp.layer import stored_layers
 from moec.spec.names import routed
 from moec.spec.parameters import parameters
 from moec.spec.tensors import quantized
@@ -51,7 +52,7 @@ def check_int4(spec: ModelSpec) -> None:
                 f"a multiple of {BLOCKS[-1]}, which MatMulNBits and QMoE need",
                 "use --target onnx",
             )
-    for layer in spec.text.all_layers:
+    for layer in stored_layers(spec.text):
         if layer.moe and len(rules.keys() & set(routed(layer.index))) == 1:
             refuse(
                 f"--target ort: {' and '.join(routed(layer.index))}",

@@ -1,6 +1,7 @@
 """What the readers of all architectures share: fields without effect, RoPE, types, tokens."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 from moec.spec.data import DType, dtypes
@@ -53,8 +54,8 @@ class Architecture(NamedTuple):
         write: the `config.json` of a spec; `read` reads an equal spec back.
         keys: our names of tensors, and the keys of a checkpoint. `{i}` stands for the index of a
             layer and `{e}` for that of an expert.
-        aside: a pattern of keys that a checkpoint may have beside these, which no graph uses; in
-            it `{layers}` stands for the number of layers.
+        aside: a pattern of keys that a checkpoint may have beside these, which no graph uses.
+        left_out: fields of `config.json` of a checkpoint that lacks what lies aside.
         separate_experts: whether each routed expert has tensors of its own in a checkpoint.
         reads_apart: whether other engines read its experts one by one.
         generation: what generation_config.json must say of a spec, for engines that look there.
@@ -64,7 +65,8 @@ class Architecture(NamedTuple):
     read: Callable[[Fields, str], Read]
     write: Callable[[ModelSpec], dict[str, Any]]
     keys: Mapping[str, str]
-    aside: str = ""
+    aside: Callable[[TextSpec], str] = lambda _: ""
+    left_out: Mapping[str, Any] = MappingProxyType({})
     separate_experts: bool = True
     reads_apart: bool = True
     generation: Callable[[ModelSpec], dict[str, Any]] = lambda _: {}

@@ -9,7 +9,7 @@ from moec.spec.fields import Fields
 from moec.spec.hf.architectures.common import Architecture, Read
 from moec.spec.hf.architectures.decoder import LAYER, keys, read_decoder, write_decoder
 from moec.spec.hf.architectures.deepseek_moe import experts_of, ffn_of, written
-from moec.spec.model import ModelSpec
+from moec.spec.model import ModelSpec, TextSpec
 from moec.spec.parts.attention import Latent
 from moec.spec.parts.routing import Routing
 
@@ -22,6 +22,14 @@ _ATTENTION = {
 #: of the norms of latent vectors: no field of a config says it, `rms_norm_eps` is for the others
 _LATENT_EPS = 1e-6
 _NORMS = {"q_down": "q_a_layernorm", "kv_down": "kv_a_layernorm"}
+#: the most layers of multi-token prediction that are left aside
+_MOST_MTP = 8
+_MTP = {
+    "embed.norm": "enorm",
+    "hidden.norm": "hnorm",
+    "join": "eh_proj",
+    "norm": "shared_head.norm",
+}
 _KEYS = (
     keys(shared="shared_experts")
     | {names.moe("{i}", "router", "bias"): f"{LAYER}.mlp.gate.e_score_correction_bias"}
@@ -33,6 +41,10 @@ _KEYS = (
     | {
         names.attention("{i}", ours, "norm", "weight"): f"{LAYER}.self_attn.{theirs}.weight"
         for ours, theirs in _NORMS.items()
+    }
+    | {
+        names.mtp("{i}", ours, "weight"): f"{LAYER}.{theirs}.weight"
+        for ours, theirs in _MTP.items()
     }
 )
 
@@ -62,7 +74,10 @@ def _read(top: Fields, kind: str) -> Read:
     if top.left.get("rope_interleave", True) is None:  # transformers takes null for false
         raise top.error("rope_interleave", "null", "true or false")
     pairs = "adjacent" if top.take("rope_interleave", bool, default=True) else "halves"
-    more = top.take("num_nextn_predict_layers", int, default=0)
+    more = top.take("num_nextn_predict_layers", int, default=1)  # as in transformers
+    if more < 0:
+        raise top.error("num_nextn_predict_layers", str(more), "0 or more")
+    ffn = ffn_of(top)
     layers = top.left.get("num_hidden_layers")
     notes = (f"Left aside: {more} layers that predict further tokens, from {layers}.",)
     aside = {"aux_loss_alpha", "seq_aux", "ep_size", "head_dim", "qk_head_dim"}
@@ -72,12 +87,13 @@ def _read(top: Fields, kind: str) -> Read:
         top,
         aside,
         ("default", "yarn"),
-        notes if more else (),
+        notes if more > 1 else (),
         scores_scaled=True,
+        mtp="aside" if more == 1 and "M" in ffn else "none",
         latent=latent,
         rope_pairs=pairs,
         experts=experts_of(top, routing),
-        ffn=ffn_of(top),
+        ffn=ffn,
         dense_hidden=top.size("intermediate_size", limits.WIDTH),
     )
 
@@ -97,6 +113,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "head_dim": latent.rope,
         "kv_lora_rank": latent.kv_rank,
         "n_group": routing.groups,
+        "num_nextn_predict_layers": int(text.mtp != "none"),
         "q_lora_rank": latent.q_rank,
         "qk_nope_head_dim": latent.nope,
         "qk_rope_head_dim": latent.rope,
@@ -110,10 +127,19 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return write_decoder(spec, "deepseek_v3", "DeepseekV3ForCausalLM", **written(spec), **more)
 
 
+def _aside(text: TextSpec) -> str:
+    """The layers of multi-token prediction; if it is built, the copies of embedding and head."""
+    if text.mtp == "built":
+        return rf"model\.layers\.{text.layers}\.(embed_tokens|shared_head\.head)\.weight$"
+    after = "|".join(str(text.layers + each) for each in range(_MOST_MTP))
+    return rf"model\.layers\.({after})\."
+
+
 DEEPSEEK_V3 = Architecture(
     ("deepseek_v3",),
     _read,
     _write,
     _KEYS,
-    aside=r"model\.layers\.{layers}\.",
+    aside=_aside,
+    left_out={"num_nextn_predict_layers": 0},
 )

@@ -349,6 +349,11 @@ def given(name: str) -> str:
     return f"{name}.given"
 
 
+def computed(name: str) -> str:
+    """The inner value `name`, or the one that the input `name` replaces: the inverse of `given`."""
+    return name.removesuffix(".given")
+
+
 def taken(name: str) -> str:
     """What a graph uses in place of the value `name`, if it was given another."""
     return f"{name}.taken"

@@ -68,6 +68,15 @@ def test_fp8_that_moec_makes(tmp_path: Path) -> None:
     assert errors.median() < FP8_NOISE.error
 
 
+def test_a_proof_knows_values_behind_those_that_it_gives(tmp_path: Path) -> None:
+    """It gives each expert its inputs. Blocks of 128 are too wide here, so that none are joined."""
+    write_random_checkpoint(CASES["deepseek-v3"], tmp_path / "w", seed=3)
+    art = moec.export(tmp_path / "w", "torch", "fp8", tmp_path / "art", scheme="deepseek")
+    report = moec.validate(art.path)
+    assert report.passed, report.first_divergence
+    assert any("each expert" in note for note in report.notes)
+
+
 def test_block_fp8_stays_in_place(tmp_path: Path) -> None:
     """DeepSeek-V3's own bytes and scales; no byte is written anew."""
     plain = CASES["deepseek-v3"]

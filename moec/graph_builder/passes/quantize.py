@@ -126,7 +126,8 @@ class _Fp8(_Rewrite):
         static = rule.inputs in STATIC
         key = (x, weight if static else rule.inputs)
         if key not in self.inputs:
-            name = weight.removesuffix(".weight") if static else f"{x.meta['name']}.{rule.inputs}"
+            own = names.computed(x.meta["name"])  # proofs know its rounding by this name
+            name = weight.removesuffix(".weight") if static else f"{own}.{rule.inputs}"
             if static:
                 scale = self.parameter(names.input_scale_of(weight))
             else:

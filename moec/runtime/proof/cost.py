@@ -12,6 +12,7 @@ from torch.nn import functional
 from moec.artefact.artefact import Artefact
 from moec.runtime.inputs.token_file import read_rows
 from moec.runtime.open import eager_session
+from moec.runtime.proof.source import as_stored
 from moec.runtime.proof.under_test import ArtefactUnderTest
 from moec.runtime.session import Session
 from moec.spec import names
@@ -92,7 +93,7 @@ def cost(
             "--reference DIR",
         )
     wanted = artefact.manifest.spec.model_copy(update={"scheme": None})
-    odd = other_model(spec, wanted, "dtype")
+    odd = other_model(as_stored(artefact, spec, entries)[0], wanted, "dtype")
     if odd:
         refuse(
             f"--reference {folder}: {odd[0][0]}",

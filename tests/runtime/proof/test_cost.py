@@ -13,6 +13,7 @@ from moec.runtime.proof.cost import cost
 from moec.spec.errors import MoecError
 from moec.weights.random import write_random_checkpoint
 from tests.damage import INDEX, ONLY
+from tests.families import CASES
 
 pytestmark = pytest.mark.full
 
@@ -53,6 +54,19 @@ def test_a_reference_named_by_the_file_that_lists_its_weights(
     assert found[0].perplexity == found[2].perplexity
     with pytest.raises(MoecError, match=f"name that file, such as {two}"):
         cost(art, str(two), rows)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3"])
+@pytest.mark.parametrize(("target", "precision"), [
+    ("onnx", "fp8"), ("torch", "fp8"), ("ort", "fp32"), ("torch", "bf16"),
+])  # fmt: skip
+def test_models_whose_experts_are_stored_one_by_one(
+    name: str, target: str, precision: str, tmp_path: Path
+) -> None:
+    write_random_checkpoint(CASES[name], tmp_path / "w", seed=1)
+    art = moec.export(tmp_path / "w", target, precision, tmp_path / "art")
+    found = cost(art, str(tmp_path / "w"), torch.randint(0, 256, (2, 12)))
+    assert found.tokens == 24 and 0 <= found.kl < 0.2
 
 
 @pytest.mark.slow

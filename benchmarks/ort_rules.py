@@ -1,10 +1,11 @@
 """Measure the lowering rules of the `ort` dialects: one model, lowered in all ways considered.
 
-    python benchmarks/ort_rules.py [--rounds 4] [--json FILE]
+    python benchmarks/ort_rules.py [--model scout|olmoe] [--rounds 4] [--json FILE]
 
-The model is random and seeded, with 0.43 B parameters (4 layers of width 1024, 16 experts of width
-2048) in float32. Each way of lowering gives its own artefact, which is proven before it is timed.
-The artefacts take turns.
+The model is random and seeded, in float32: one like Scout with 0.43 B parameters (4 layers of width
+1024, 16 experts of width 2048), or one like OLMoE with 0.44 B (4 layers of width 1024, 64 experts
+of width 512, 8 a token), for which only the ways of many experts take part. Each way of lowering
+gives its own artefact, which is proven before it is timed. The artefacts take turns.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from rich.table import Table
 import moec
 from moec.cli.tables import size
 from moec.exporters.onnx import write
-from moec.exporters.onnx.experts.branches import guarded, lower_branches, tree
+from moec.exporters.onnx.experts.branches import guarded, lower_branches, lower_separate, tree
 from moec.exporters.onnx.experts.loop import lower_moe
 from moec.exporters.onnx.lowering import Rule
 from moec.exporters.onnx.ort import ORT
@@ -32,6 +33,8 @@ from moec.graph_builder import ops
 from moec.graph_builder.passes.buffers import keep_buffers
 from moec.graph_builder.passes.genai import genai_inputs
 from moec.runtime.bench.bench import Lane, race
+from moec.spec.model import ModelSpec
+from moec.spec.presets import PRESETS
 from moec.weights.random import write_random_checkpoint
 
 #: for each way: target, precision, placement, a replacement for the `ort` dialect, session options
@@ -64,10 +67,36 @@ WAYS: dict[str, tuple[str, str, str | None, Dialect | None, tuple[str, ...]]] = 
     "int4: QMoE, MatMulNBits": ("ort", "int4", None, None, ("lean", "exact")),
 }  # fmt: skip
 
+#: the same for many experts that have tensors of their own
+MANY_WAYS: dict[str, tuple[str, str, str | None, Dialect | None, tuple[str, ...]]] = {
+    name: (
+        "ort", "fp32", None,
+        Dialect(
+            (Rule(ops.separate_moe, partial(lower_separate, write=write_)), *ORT),
+            DIALECTS["ort"].passes,
+        ),
+        ("lean", "fast"),
+    )
+    for name, write_ in (("experts: an If each", guarded), ("experts: loop, tree of Ifs", tree))
+} | {"packed: MoE": WAYS["packed: MoE"]}  # fmt: skip
 
-def build(weights: Path, out: Path, way: str) -> str:
+
+def many() -> ModelSpec:
+    """A model like OLMoE, with 4 layers of width 1024 and 64 experts of width 512."""
+    olmoe = PRESETS["olmoe-1b-7b"]
+    assert olmoe.text.experts is not None
+    experts = olmoe.text.experts.model_copy(update={"hidden": 512})
+    sizes = {"layers": 4, "dim": 1024, "heads": 16, "kv_heads": 16, "head_dim": 64, "vocab": 8192}
+    text = olmoe.text.model_copy(update={**sizes, "experts": experts})
+    return olmoe.model_copy(update={"name": "random-0.5b", "provenance": "custom", "text": text})
+
+
+MODELS = {"scout": (model, WAYS), "olmoe": (many, MANY_WAYS)}
+
+
+def build(weights: Path, out: Path, name: str, way: str) -> str:
     """Build an artefact in one way; return whether its proof passed."""
-    target, precision, placement, dialect, _ = WAYS[way]
+    target, precision, placement, dialect, _ = MODELS[name][1][way]
     if dialect:
         write.DIALECTS["ort"] = dialect
     moec.export(weights, target=target, precision=precision, weights=placement, out=out)
@@ -77,16 +106,18 @@ def build(weights: Path, out: Path, way: str) -> str:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--model", choices=MODELS, default="scout")
     arguments.add_argument("--rounds", type=int, default=4)
     arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spec = model().model_copy(update={"dtype": "fp32"})
+        make, choices = MODELS[options.model]
+        spec = make().model_copy(update={"dtype": "fp32"})
         call(write_random_checkpoint, spec, folder / "weights")
         lanes, ways, proofs = [], [], {}
-        for i, (way, (*_, presets)) in enumerate(WAYS.items()):
-            outcome = call(build, folder / "weights", folder / str(i), way)
+        for i, (way, (*_, presets)) in enumerate(choices.items()):
+            outcome = call(build, folder / "weights", folder / str(i), options.model, way)
             proofs[way] = outcome.value or outcome.error
             lanes += [Lane(str(folder / str(i)), "onnxruntime", preset) for preset in presets]
             ways += [way] * len(presets)

@@ -49,3 +49,8 @@ CASES = {
     ),
     "aria": small("aria"),
 }
+
+
+def with_layer(spec: ModelSpec) -> ModelSpec:
+    """`spec` with a layer of multi-token prediction."""
+    return spec.model_copy(update={"text": spec.text.model_copy(update={"mtp": "built"})})

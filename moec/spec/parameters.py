@@ -160,18 +160,16 @@ def counts(spec: ModelSpec) -> dict[str, int]:
     projector = sizes.get(names.PROJECTOR_WEIGHT, 0)
     routed = sum(size for name, size in sizes.items() if names.is_routed(name))
     text = sum(sizes.values()) - vision - projector
-    decoder = dict(_text(spec.text.model_copy(update={"mtp": "none"})))
-    experts, further = spec.text.experts, sizes.keys() - decoder.keys()
-    drafts = sum(sizes[name] for name in further if names.layer_of(name) is not None)
-    chosen = sum(size for name, size in sizes.items() if names.is_routed(name) and name in decoder)
+    experts, decoder = spec.text.experts, dict(_text(spec.text.model_copy(update={"mtp": "none"})))
+    chosen = sum(sizes[name] for name in decoder if names.is_routed(name))
     idle = chosen // experts.count * (experts.count - experts.top_k) if experts else 0
-    idle += drafts
+    active = sum(sizes[name] for name in decoder) - idle
     return {
         "total": text + vision + projector,
         "text": text,
         "vision": vision,
         "projector": projector,
         "routed_experts": routed,
-        "active_text": text - idle,
-        "active": text - idle + vision + projector,
+        "active_text": active,
+        "active": active + vision + projector,
     }

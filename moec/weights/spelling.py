@@ -29,13 +29,11 @@ def spelled(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpo
         MoecError: a tied model stores a head that is not its embedding, or the layer of
             multi-token prediction that is to be built is not there.
     """
-    found, notes = dict(checkpoint.tensors), list(spec.notes)
-    aside = ARCHITECTURES[spec.architecture].aside
-    layer = spec.text.model_copy(update={"mtp": "aside"})
-    if spec.text.mtp != "none" and not any(re.match(aside(layer), key) for key in found):
+    found, aside = dict(checkpoint.tensors), ARCHITECTURES[spec.architecture].aside
+    layer = aside(spec.text.model_copy(update={"mtp": "aside"}))
+    if spec.text.mtp != "none" and not any(re.match(layer, key) for key in found):
         spec = lacking(spec, str(checkpoint.folder))
-        notes = list(spec.notes)
-    pattern = aside(spec.text)
+    pattern, notes = aside(spec.text), list(spec.notes)
     unused = [key for key in found if pattern and re.match(pattern, key)]
     for key in unused:
         del found[key]

@@ -63,7 +63,7 @@ def main() -> None:
     layer.eval()
     with torch.inference_mode():
         found = logits_of(model, layer, held).argmax(-1)
-        chosen = model(input_ids=held[:, 1:-1]).logits.argmax(-1)
+        chosen = model(input_ids=held[:, :-1]).logits[:, 1:].argmax(-1)
     right = (found == chosen).float().mean().item()
     _write(folder, layer.layers[0].state_dict(), config)
     print(f"{step} steps; {100 * right:.1f} % of drafts are the model's own choice, held out")

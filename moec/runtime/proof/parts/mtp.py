@@ -64,7 +64,7 @@ def _last(
     last = torch.zeros(len(ids), layer.spec.text.vocab)
     for start, stop in cuts:
         own, width = (count - start).clamp(0, stop - start), slice(start, stop)
-        if stop == start or not own.any():
+        if not own.any():
             continue
         following, before = ids[:, 1:][:, width], hidden[:, width]
         for _, columns, out in layer.walk(following, own, cache, every=False, hidden=before):

@@ -39,24 +39,38 @@ from moec.spec.model import ModelSpec
 CONTEXT, STEPS = 1024, 16
 
 
-def first_launches(events: list[Any]) -> list[tuple[str, float]]:
-    """Name and microseconds of each launch, from the router of a layer to that of the next."""
+def ends(events: list[Any], before: int) -> list[tuple[str, float]]:
+    """Name and microseconds of each launch, from the end of the one before; `before` is its end."""
+    found = []
+    for event in events:
+        found.append((event.name.split("(")[0], event.time_range.end - before))
+        before = max(before, event.time_range.end)
+    return found
+
+
+def launches_of(events: list[Any]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """The launches of a layer, as means over layers; and those from one step to the next.
+
+    Both go from one router to the next: from a step's last to the next step's first are a layer's
+    launches too.
+    """
     starts = [i for i, event in enumerate(events) if event.name.startswith("route")]
-    layers = [events[i:j] for i, j in pairwise(starts)]
-    usual = statistics.mode(len(layer) for layer in layers)  # other lengths include a step's end
-    found: list[list[float]] = [[] for _ in range(usual)]
-    for start, layer in zip(starts, layers, strict=False):
-        if start and len(layer) == usual:
-            end = events[start - 1].time_range.end
-            for i, event in enumerate(layer):
-                found[i].append(event.time_range.end - end)
-                end = max(end, event.time_range.end)
-            names = [event.name.split("(")[0] for event in layer]
-    return list(zip(names, map(statistics.mean, found), strict=True))
+    known = [(events[i - 1].time_range.end, events[i:j]) for i, j in pairwise(starts) if i]
+    usual = statistics.mode(len(layer) for _, layer in known)
+    layers = [ends(layer, before) for before, layer in known if len(layer) == usual]
+    steps = [ends(layer, before) for before, layer in known if len(layer) > usual]
+    return _means(layers), _means([each for each in steps if len(each) == len(steps[-1])])
 
 
-def measure(session: Session, batch: int) -> tuple[float, list[tuple[str, float]]]:
-    """The milliseconds of a step with the choice of its token, and the launches of a layer."""
+def _means(rows: list[list[tuple[str, float]]]) -> list[tuple[str, float]]:
+    means = [statistics.mean(took for _, took in each) for each in zip(*rows, strict=True)]
+    return [(name, mean) for (name, _), mean in zip(rows[-1], means, strict=True)]
+
+
+def measure(
+    session: Session, batch: int
+) -> tuple[float, tuple[list[tuple[str, float]], list[tuple[str, float]]]]:
+    """The milliseconds of a step with the choice of its token, and its launches."""
     ids = torch.randint(0, TEXT.vocab, (batch, CONTEXT), generator=torch.Generator().manual_seed(1))
     logits, cache = session.prefill(ids, capacity=CONTEXT + 8 * STEPS)
     tokens, times = logits.argmax(-1).cuda(), []
@@ -64,16 +78,16 @@ def measure(session: Session, batch: int) -> tuple[float, list[tuple[str, float]
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(STEPS):
-            tokens = session.decode(tokens, cache).argmax(-1)
+            tokens = session.likeliest(tokens, cache)
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start) / STEPS)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(3):
-            tokens = session.decode(tokens, cache).argmax(-1)
+            tokens = session.likeliest(tokens, cache)
         torch.cuda.synchronize()
     events = [each for each in found.events() if each.device_type == DeviceType.CUDA]
     events.sort(key=lambda each: each.time_range.start)
-    return statistics.median(times[1:]), first_launches(events)
+    return statistics.median(times[1:]), launches_of(events)
 
 
 def main() -> None:
@@ -102,8 +116,9 @@ def main() -> None:
         read = moec.plan(spec, "fp8", context=CONTEXT, batch=batch).decode_read_bytes / rank.count
         say(f"batch {batch}: {took:.3f} ms, {100 * read / took * 1e3 / rate:.1f} % of the copy")
         for index, mine in enumerate(every):
-            layer = ", ".join(f"{name} {each:.1f}" for name, each in mine)
-            say(f"    GPU {index}: a layer {sum(each for _, each in mine):.1f} us: {layer}")
+            for title, part in zip(("a layer", "from step to step"), mine, strict=True):
+                listed = ", ".join(f"{name} {each:.1f}" for name, each in part)
+                say(f"    GPU {index}: {title} {sum(each for _, each in part):.1f} us: {listed}")
     if rank.count > 1:
         del session
         gc.collect()  # NCCL waits for CUDA graphs that use it

@@ -78,7 +78,7 @@ def launches(architecture: int, tokens: int) -> Iterator[Launch]:
             yield linear(width, inputs, tokens, overlap, SHARED[architecture])
             yield few_linear(width, inputs, tokens, architecture)
         for layer in ROUTED:
-            yield from routed_moe(layer, tokens, overlap)[0]
+            yield from routed_moe(layer, tokens, architecture)[0]
         yield from attend(HEADS, tokens, SLOTS, True, 1e-5, False, overlap)[0]
         yield from attend(HEADS, tokens, SLOTS, False, None, True, overlap)[0]
         yield from heads.attend_slots(HEADS, tokens, SLOTS, 0.1)[0]

@@ -13,6 +13,7 @@ from moec.kernels.hopper import linear as linear_hopper
 from moec.kernels.hopper import many_linear as many_linear_hopper
 from moec.kernels.hopper import moe_decode as moe_decode_hopper
 from moec.kernels.hopper import moe_prefill as moe_prefill_hopper
+from moec.kernels.hopper import routed_one as routed_one_hopper
 from moec.kernels.launches.launch import TYPES, Launch
 from moec.kernels.triton import blocks_prefill, moe_prefill
 from moec.kernels.triton.prefill import many_linear
@@ -67,6 +68,8 @@ DESCRIPTORS: dict[Any, dict[str, tuple[Any, ...]]] = {
     linear_hopper.linear: {"codes": ("COLUMNS", "DEPTH"), "weight": ("ROWS", "DEPTH")},
     moe_decode_hopper.gate_up: {"codes": ("COLUMNS", "DEPTH"), "gate_up": ("ROWS", "DEPTH")},
     moe_decode_hopper.down: {"act_codes": ("COLUMNS", "DEPTH"), "down": ("ROWS", "DEPTH")},
+    routed_one_hopper.gate_up: {"codes": ("COLUMNS", "DEPTH"), "gate_up": ("ROWS", "DEPTH")},
+    routed_one_hopper.down: {"down": ("ROWS", "DEPTH")},
 }
 
 

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+from moec.kernels.launches import routed_one
+from moec.kernels.launches.few_tokens import HOPPER
 from moec.kernels.launches.launch import Buffers, Launch, early, fit, power_of_2
+from moec.kernels.launches.routing import ONE_BY_ONE, choices, maxima_of, places_of, score, split_of
 from moec.kernels.sizes import MOST_TOKENS, PLAIN, SMALLEST, RoutedSizes
-from moec.kernels.triton import choice, routed_decode, routed_one
+from moec.kernels.triton import routed_decode
 from moec.spec.errors import refuse
-from moec.spec.parts.routing import Routing
 
 #: the most experts among which a program chooses
 MOST_EXPERTS = 256
@@ -15,8 +17,6 @@ MOST_EXPERTS = 256
 BLOCK = 128
 #: more tokens than `MOST_TOKENS` are few if experts serve at most so many each, up to a limit
 EACH, MOST_FEW = 8, 256
-#: the most tokens whose logits are computed one by one, without a tensor core
-ONE_BY_ONE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,32 +35,13 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
-class One:
-    """How the products for one token are tiled: outputs of a program, inputs of a step, warps.
-
-    `early` experts' weights of `down` are asked for before `gate_up` has ended.
-    """
-
-    gate_up_rows: int
-    gate_up_warps: int
-    depth: int
-    down_rows: int
-    down_warps: int
-    early: int
-
-
-#: most outputs of an expert's first product -> the tiles for one token that were fastest on an H200
-ONE = {1024: One(2, 1, 2048, 2, 1, 8), 2**31: One(2, 2, 1024, 4, 4, 1)}
-
-
-@dataclass(frozen=True, slots=True)
 class Tiles:
     """The tiles of each product, and the most assignments of an expert at a time."""
 
     gate_up: Product = Product()
-    down: Product = Product(rows=128, exact=None)
+    down: Product = Product(exact=None)
     columns: int = 16
-    one: One | None = None
+    one: routed_one.One | None = None
 
 
 #: the tiles that were fastest on an H200
@@ -68,30 +49,31 @@ TILES = Tiles()
 
 
 def routed_moe(
-    sizes: RoutedSizes, tokens: int, overlap: bool = False, tiles: Tiles = TILES
+    sizes: RoutedSizes, tokens: int, architecture: int = 0, tiles: Tiles = TILES
 ) -> tuple[tuple[Launch, ...], Buffers]:
     """The launches of one layer for `tokens` rows, one after the other, and what they write.
 
-    With `overlap` each launch starts while the previous one ends (programmatic dependent launch,
-    sm_90 and later).
+    From sm_90 on each launch starts while the previous one ends (programmatic dependent launch).
 
     Raises:
         MoecError: sizes that the tiles do not divide, too many tokens or experts, or scores that
             weigh the experts' inputs.
     """
+    overlap = architecture >= HOPPER
     check_layer("routed_moe", sizes)
     if not 1 <= tokens <= most_tokens(sizes):
         refuse("routed_moe: tokens", tokens, f"1 to {most_tokens(sizes)}", PLAIN)
     products = (
-        _one(sizes, tiles.one or _tiles(sizes), overlap)
+        routed_one.products(sizes, architecture, tiles.one)
         if tokens == 1
         else _few(sizes, tokens, tiles, overlap)
     )
-    split = _split(sizes, tokens)
-    alone = tokens == 1 and not _is_chosen_apart(sizes)
-    choices = () if alone else (choose(sizes, tokens, split, overlap),)
-    rows = 1 if tokens <= ONE_BY_ONE else 16
-    found = (score(sizes, tokens, rows, split, overlap), *choices, *products)
+    split, rows = split_of(sizes, tokens), 1 if tokens <= ONE_BY_ONE else 16
+    found = (
+        score(sizes, tokens, rows, split, overlap),
+        *choices(sizes, tokens, split, overlap),
+        *products,
+    )
     used = {name for each in found for name in each.arguments}
     return found, {name: each for name, each in _scratch(sizes, tokens).items() if name in used}
 
@@ -132,15 +114,15 @@ def _scratch(sizes: RoutedSizes, tokens: int) -> Buffers:
         return (rows, width // block) if block else (rows,)
 
     return {
-        "logits": ((_split(sizes, tokens), tokens, sizes.experts), "fp32"),
+        "logits": ((split_of(sizes, tokens), tokens, sizes.experts), "fp32"),
         "codes": ((tokens, sizes.dim), "fp8e4nv"),
         "scale": (scales(tokens, sizes.dim), "fp32"),
         "chosen": ((tokens, sizes.slots), "i32"),
         "score": ((tokens, sizes.slots), "fp32"),
         "present": ((sizes.experts,), "i32"),
         "plan": ((_slots(sizes, tokens), 2), "i32"),
-        "place": ((_slots(sizes, tokens), _places(tokens)), "i32"),
-        "largest": ((_maxima(sizes, tokens),), "i32"),
+        "place": ((_slots(sizes, tokens), places_of(tokens)), "i32"),
+        "largest": ((maxima_of(sizes, tokens),), "i32"),
         "act": ((rows, sizes.hidden), "bf16"),
         "act_codes": ((rows, sizes.hidden), "fp8e4nv"),
         "act_scale": (scales(rows, sizes.hidden), "fp32"),
@@ -149,173 +131,15 @@ def _scratch(sizes: RoutedSizes, tokens: int) -> Buffers:
     }
 
 
-def _choice(sizes: RoutedSizes) -> dict[str, Any]:
-    """Constants of a program that chooses."""
-    routing = sizes.routing
-    return {
-        "EXPERTS": sizes.experts,
-        "GROUPS": routing.groups,
-        "GROUPS_2": power_of_2(routing.groups),
-        "EACH_2": power_of_2(sizes.experts // routing.groups),
-        "TOP_K": sizes.top_k,
-        "SCORE": routing.score,
-        "CHOICE": _choice_by(routing),
-        "BIAS": routing.bias,
-        "KEPT": routing.kept_groups,
-        "NORMALISE": routing.normalise,
-        "FACTOR": routing.factor,
-    }
-
-
-def _choice_by(routing: Routing) -> str:
-    """What a program chooses by: a softmax without a bias is in the order of its logits."""
-    same = routing.score == "softmax" and not routing.bias and routing.groups == 1
-    return "logits" if same else routing.choice
-
-
-def _is_chosen_apart(sizes: RoutedSizes) -> bool:
-    """Whether choosing is so much work that programs for one token do not do it themselves."""
-    return _choice_by(sizes.routing) != "logits"
-
-
-def choose(sizes: RoutedSizes, tokens: int, split: int, overlap: bool) -> Launch:
-    """Choose from logits that are the sum of `split` parts."""
-    return Launch(
-        choice.choose,
-        (tokens, 1, 1),
-        ("logits", "bias", "chosen", "score", "present", "tokens"),
-        {
-            **_choice(sizes),
-            "SPLIT": split,
-            "SHARED": sizes.shared,
-            "OVERLAP": overlap,
-        },
-        warps=1,  # which reduces without a barrier
-        options=early(overlap),
-    )
-
-
-def _arrange(sizes: RoutedSizes, tokens: int, overlap: bool) -> Launch:
-    return Launch(
-        choice.arrange,
-        (-(-sizes.experts // 16), 1, 1),
-        ("chosen", "present", "plan", "place", "tokens"),
-        {
-            "TOKENS_2": power_of_2(tokens),
-            "EXPERTS": sizes.experts,
-            "EXPERTS_2": max(16, power_of_2(sizes.experts)),
-            "TOP_K": sizes.top_k,
-            "SHARED": sizes.shared,
-            "PLACES": _places(tokens),
-            "OVERLAP": overlap,
-        },
-        warps=4,
-        options=early(overlap),
-    )
-
-
-def _split(sizes: RoutedSizes, tokens: int) -> int:
-    """The parts into which the router's inputs are split."""
-    return 1 if tokens <= ONE_BY_ONE else max(1, sizes.dim // fit(sizes.dim, 512) // 2)
-
-
 def _slots(sizes: RoutedSizes, tokens: int) -> int:
     """The most experts that tokens can go through, the shared ones included."""
     return sizes.shared + min(sizes.experts, tokens * sizes.top_k)
-
-
-def _places(tokens: int) -> int:
-    """The places for the assignments of an expert; one token needs none."""
-    return max(16, power_of_2(tokens)) if tokens > 1 else 0
-
-
-def _maxima(sizes: RoutedSizes, tokens: int) -> int:
-    """The largest magnitudes that the products for one token keep."""
-    each = sizes.hidden // sizes.block if sizes.block else 1
-    return sizes.slots * each if tokens == 1 else 0
-
-
-def score(sizes: RoutedSizes, tokens: int, rows: int, split: int, overlap: bool) -> Launch:
-    """The router's logits in `split` parts, for `rows` tokens a program; the quantised input."""
-    columns = fit(sizes.experts, 4) if rows == 1 else min(64, max(16, rows))
-    many = -(-sizes.experts // columns)
-    return Launch(
-        routed_decode.score,
-        (-(-tokens // rows), many + rows, split),
-        ("x", "router", "logits", "codes", "scale", "present", "largest", "tokens"),
-        {
-            "DIM": sizes.dim,
-            "DIM_2": power_of_2(sizes.dim),
-            "EXPERTS": sizes.experts,
-            "EXPERTS_2": max(16, power_of_2(sizes.experts)),
-            "MAXIMA": _maxima(sizes, tokens),
-            "BLOCK": sizes.block,
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "DEPTH": fit(sizes.dim // split, 512 if rows <= 16 else 128),
-            "SPLIT": split,
-            "OVERLAP": overlap,
-        },
-        warps=8 if rows == 1 else 4,
-        options=early(overlap),
-    )
-
-
-def _tiles(sizes: RoutedSizes) -> One:
-    return next(tiles for most, tiles in ONE.items() if sizes.hidden <= most)
-
-
-def _one(sizes: RoutedSizes, tiles: One, overlap: bool) -> tuple[Launch, ...]:
-    layer = {
-        "CHOSEN": _is_chosen_apart(sizes),
-        "DIM": sizes.dim,
-        "HIDDEN": sizes.hidden,
-        "BLOCK": sizes.block,
-        "OVERLAP": overlap,
-    }
-    rows, down_rows = fit(sizes.hidden, tiles.gate_up_rows), fit(sizes.dim, tiles.down_rows)
-    return (
-        Launch(
-            routed_one.gate_up,
-            (sizes.hidden // rows, sizes.slots, 1),
-            (
-                "chosen",
-                "logits",
-                "bias",
-                "codes",
-                "scale",
-                "gate_up",
-                "gate_up_scale",
-                "act",
-                "largest",
-            ),
-            {**layer, **_choice(sizes), "ROWS": rows, "DEPTH": fit(sizes.dim, tiles.depth)},
-            tiles.gate_up_warps,
-            options=early(overlap),
-        ),
-        Launch(
-            routed_one.down,
-            (sizes.dim // down_rows, 1, 1),
-            ("chosen", "score", "logits", "bias", "act", "largest", "down", "down_scale", "out"),
-            {
-                **layer,
-                **_choice(sizes),
-                "SHARED": sizes.shared,
-                "HIDDEN_2": power_of_2(sizes.hidden),
-                "ROWS": down_rows,
-                "EARLY": min(tiles.early, sizes.slots),
-            },
-            tiles.down_warps,
-            options=early(overlap),
-        ),
-    )
 
 
 def _few(sizes: RoutedSizes, tokens: int, tiles: Tiles, overlap: bool) -> tuple[Launch, ...]:
     width = fit(sizes.dim, 512)
     hidden_2 = power_of_2(sizes.hidden)
     return (
-        _arrange(sizes, tokens, overlap),
         _product(
             routed_decode.gate_up,
             ("codes", "scale", "gate_up", "gate_up_scale", "act"),
@@ -381,7 +205,7 @@ def _product(
             "DIM": sizes.dim,
             "HIDDEN": sizes.hidden,
             "SLOTS": sizes.slots,
-            "PLACES": _places(tokens),
+            "PLACES": places_of(tokens),
             "COLUMNS": columns,
             "ROWS": rows,
             "DEPTH": depth,

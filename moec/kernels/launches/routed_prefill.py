@@ -4,7 +4,8 @@ from typing import Any
 
 from moec.kernels.launches.launch import TYPES, Buffers, Launch, power_of_2
 from moec.kernels.launches.prefill import PORTABLE, Product, Tiles, product
-from moec.kernels.launches.routed import check_layer, choose, score
+from moec.kernels.launches.routed import check_layer
+from moec.kernels.launches.routing import choose, score
 from moec.kernels.sizes import PLAIN, RoutedSizes
 from moec.kernels.triton import blocks_prefill, routed_prefill
 from moec.spec.errors import refuse

@@ -12,7 +12,7 @@ from moec.kernels.launches.launch import Buffers, Launch
 from moec.kernels.launches.routed import TILES, Tiles, most_tokens, routed_moe
 from moec.kernels.launches.routed_prefill import BLOCK, routed_prefill_moe
 from moec.kernels.sizes import RoutedSizes
-from moec.kernels.torch.launch import buffers, overlaps, run
+from moec.kernels.torch.launch import architecture, buffers, run
 from moec.kernels.torch.prefill import tiles_of
 
 
@@ -56,7 +56,7 @@ class RoutedMoe:
     def _launched(self, tokens: int) -> tuple[tuple[Launch, ...], Buffers]:
         if tokens > most_tokens(self.sizes):
             return _many(self.sizes, tokens, self.many)
-        return _few(self.sizes, tokens, overlaps(self.device), self.tiles)
+        return _few(self.sizes, tokens, architecture(self.device), self.tiles)
 
     def run(self, values: dict[str, Any]) -> dict[str, Any]:
         """Run all launches on `values`, and return them; then "out" is bf16 [tokens, D]."""

@@ -108,7 +108,7 @@ def places(
 
 
 @triton.jit
-def choose_one(
+def choose_rows(
     logits,
     bias,
     token,
@@ -126,22 +126,22 @@ def choose_one(
     FACTOR: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """The place, the number and the weight of the experts of one token, each [1, lanes].
+    """The place and the weight of the experts of `token` [rows], [rows, lanes], and their numbers.
 
     logits, float32 [SPLIT, tokens, experts], are partial sums. Their sum is rounded to bf16, as a
-    linear layer would.
+    linear layer would. The numbers are [lanes].
     """
     expert, known = experts_of(EXPERTS, GROUPS, GROUPS_2, EACH_2)
-    row = tl.where(known, 0.0, float("-inf"))
+    row = tl.where(known, 0.0, float("-inf"))[None, :]
     for part in tl.static_range(SPLIT):
-        at = logits + (part * tokens + token) * EXPERTS + expert
+        at = logits + (part * tokens + token[:, None]) * EXPERTS + expert[None, :]
         # not from L1, which may hold older values
-        row += tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
-    more = row
+        row += tl.load(at, mask=known[None, :], other=0.0, cache_modifier=".cg")
+    more = expert.to(tl.float32)
     if BIAS:
         more = tl.load(bias + expert, mask=known, other=0.0).to(tl.float32)
     place, weight = places(
-        row.to(tl.bfloat16).to(tl.float32)[None, :],
+        row.to(tl.bfloat16).to(tl.float32),
         more,
         known,
         TOP_K,
@@ -154,7 +154,7 @@ def choose_one(
         NORMALISE,
         FACTOR,
     )
-    return place, expert[None, :], weight
+    return place, expert, weight
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -188,10 +188,10 @@ def choose(
     token, part = tl.program_id(0), tl.arange(0, 16)
     next_may_start(OVERLAP)
     wait(OVERLAP)
-    place, expert, found = choose_one(
+    place, expert, found = choose_rows(
         logits,
         bias,
-        token,
+        token + tl.arange(0, 1),
         tokens,
         EXPERTS,
         GROUPS,
@@ -207,9 +207,9 @@ def choose(
         SPLIT,
     )
     start, taken = token * (TOP_K + SHARED), place < TOP_K
-    tl.store(chosen + start + place, expert, mask=taken)
+    tl.store(chosen + start + place, expert[None, :], mask=taken)
     tl.store(weight + start + place, found, mask=taken)
-    tl.store(present + expert, 1 + 0 * expert, mask=taken)
+    tl.store(present + expert[None, :], 1, mask=taken)
     if SHARED > 0:
         at, mine = start + TOP_K + part, part < SHARED
         tl.store(chosen + at, EXPERTS + part, mask=mine)
@@ -265,3 +265,80 @@ def arrange(
         left = rest < tl.minimum(EXPERTS, tokens * TOP_K)
         tl.store(plan + 2 * (SHARED + rest), 0 * every, mask=left)
         tl.store(plan + 2 * (SHARED + rest) + 1, 0 * every, mask=left)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def choose_and_arrange(
+    logits,
+    bias,
+    chosen,
+    weight,
+    plan,
+    place,
+    tokens,
+    TOKENS_2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_2: tl.constexpr,
+    EACH_2: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCORE: tl.constexpr,
+    CHOICE: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEPT: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHARED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """What `choose` and `arrange` do, in one program for all tokens.
+
+    Grid (1). It writes chosen and weight as `choose` does, plan and place as `arrange` does.
+    """
+    SLOTS: tl.constexpr = TOP_K + SHARED
+    token = tl.arange(0, TOKENS_2)
+    inside = token < tokens
+    next_may_start(OVERLAP)
+    wait(OVERLAP)
+    number, expert, found = choose_rows(
+        logits,
+        bias,
+        tl.minimum(token, tokens - 1),
+        tokens,
+        EXPERTS,
+        GROUPS,
+        GROUPS_2,
+        EACH_2,
+        TOP_K,
+        SCORE,
+        CHOICE,
+        BIAS,
+        KEPT,
+        NORMALISE,
+        FACTOR,
+        SPLIT,
+    )
+    taken = (number < TOP_K) & inside[:, None]
+    own = (token * SLOTS)[:, None] + number
+    tl.store(chosen + own, expert[None, :], mask=taken)
+    tl.store(weight + own, found, mask=taken)
+    mine = taken.to(tl.int32)
+    count = tl.sum(mine, 0)
+    runs = (count > 0).to(tl.int32)
+    slot = SHARED + tl.cumsum(runs, 0) - 1  # lanes are in the order of experts
+    tl.store(place + slot[None, :] * PLACES + tl.cumsum(mine, 0) - 1, own, mask=taken)
+    tl.store(plan + 2 * slot, expert, mask=count > 0)
+    tl.store(plan + 2 * slot + 1, count, mask=count > 0)
+    for part in tl.static_range(SHARED):
+        at = token * SLOTS + TOP_K + part
+        tl.store(chosen + at, EXPERTS + part, mask=inside)
+        tl.store(weight + at, 1.0, mask=inside)
+        tl.store(place + part * PLACES + token, at, mask=inside)
+        tl.store(plan + 2 * part, EXPERTS + part)
+        tl.store(plan + 2 * part + 1, tokens)
+    rest = tl.sum(runs, 0) + tl.arange(0, GROUPS_2 * EACH_2)
+    left = rest < tl.minimum(EXPERTS, tokens * TOP_K)
+    tl.store(plan + 2 * (SHARED + rest), 0, mask=left)
+    tl.store(plan + 2 * (SHARED + rest) + 1, 0, mask=left)

@@ -11,7 +11,7 @@ itself: that takes longer than a launch where choosing is much work.
 import triton
 import triton.language as tl
 
-from moec.kernels.triton.choice import choose_one
+from moec.kernels.triton.choice import choose_rows
 from moec.kernels.triton.overlap import next_may_start, wait
 
 
@@ -64,10 +64,10 @@ def gate_up(
     else:
         expert = EXPERTS + slot - TOP_K
         if slot < TOP_K:
-            place, number, _ = choose_one(
+            place, number, _ = choose_rows(
                 logits,
                 bias,
-                0,
+                tl.arange(0, 1),
                 1,
                 EXPERTS,
                 GROUPS,
@@ -82,7 +82,7 @@ def gate_up(
                 FACTOR,
                 1,
             )
-            expert = tl.sum(tl.where(place == slot, number, 0))
+            expert = tl.sum(tl.where(place == slot, number[None, :], 0))
     out, depth = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)
     base = weight + expert.to(tl.int64) * (2 * HIDDEN * DIM)
     gate_at = base + out[:, None] * DIM + depth[None, :]
@@ -159,10 +159,10 @@ def down(
     rows, inside = tl.program_id(0) * ROWS + tl.arange(0, ROWS), at < HIDDEN
     next_may_start(OVERLAP)
     if not CHOSEN:
-        place, number, weights = choose_one(
+        place, number, weights = choose_rows(
             logits,
             bias,
-            0,
+            tl.arange(0, 1),
             1,
             EXPERTS,
             GROUPS,
@@ -182,10 +182,10 @@ def down(
         if CHOSEN:
             expert = tl.load(chosen + slot, cache_modifier=".cg")  # not an older value from L1
         elif slot < TOP_K:
-            expert = tl.sum(tl.where(place == slot, number, 0))
+            expert = tl.sum(tl.where(place == slot, number[None, :], 0))
         else:
             expert = EXPERTS + slot - TOP_K
-        ready = ready + (_tile(weight, expert, rows, at, inside, DIM, HIDDEN),)  # noqa: RUF005
+        ready = ready + (_tile(weight, expert, rows, at, inside, DIM, HIDDEN),)
     wait(OVERLAP)
     total = tl.zeros((ROWS,), tl.float32)
     for slot in tl.static_range(TOP_K + SHARED):
@@ -193,7 +193,7 @@ def down(
             expert = tl.load(chosen + slot, cache_modifier=".cg")
             gain = tl.load(given + slot, cache_modifier=".cg")
         elif slot < TOP_K:
-            expert = tl.sum(tl.where(place == slot, number, 0))
+            expert = tl.sum(tl.where(place == slot, number[None, :], 0))
             gain = tl.sum(tl.where(place == slot, weights, 0.0))
         else:
             expert = EXPERTS + slot - TOP_K

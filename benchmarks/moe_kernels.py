@@ -4,7 +4,8 @@
 
 A layer has the sizes of a preset, such as scout, qwen3-30b-a3b or deepseek-v3, and random weights;
 deepseek-v3 has a scale for each block of 128 x 128 weights, as its published weights do. Times are
-medians of CUDA graph replays over eight layers and inputs in turn, or as many as fit the GPU.
+medians of CUDA graph replays over eight layers and inputs in turn, or as many as fit the GPU; of a
+routed layer for few tokens, eight such turns in a graph, whose start takes as long as a launch.
 "rate" counts the bytes that the layer needs: those of the distinct chosen experts and of the shared
 ones. "share" compares it with the bandwidth of a large copy in the same run. "TFLOP/s" counts the
 products that the tokens need. "torch" is the same layer by torch's grouped product,
@@ -34,6 +35,8 @@ from moec.spec.presets import PRESETS
 SCOUT = Sizes(dim=5120, hidden=8192, experts=16)
 #: layers in turn, so that no weights stay in the GPU's cache
 LAYERS = 8
+#: turns of a graph for so many tokens
+TURNS, FEW = 8, 64
 #: the preset whose published weights are in blocks, and their side
 BLOCKS = {"deepseek-v3": 128}
 
@@ -249,14 +252,15 @@ def rows_of_routed(sizes: RoutedSizes, counts: list[int], rate: float) -> list[l
             for each, x in zip(weights, xs, strict=True)
         ]
         distinct = sum(len(each.unique()) + sizes.shared for each in chosen) / many
-        pairs = list(zip(layers, xs, strict=True))
+        turns = TURNS if tokens <= FEW else 1
+        pairs = list(zip(layers, xs, strict=True)) * turns
         took = microseconds(lambda pair: pair[0](pair[1]), pairs)
-        scratch = [(layer, layer.run(layer.values(x))) for layer, x in pairs]
+        scratch = [(layer, layer.run(layer.values(x))) for layer, x in pairs[:many]] * turns
         parts = [
             microseconds(lambda pair, each=each: run(each, pair[1]), scratch)
             for each in layers[0].launches(tokens)
         ]
-        theirs = [(grouped(sizes, each), x) for each, x in zip(weights, xs, strict=True)]
+        theirs = [(grouped(sizes, each), x) for each, x in zip(weights, xs, strict=True)] * turns
         torchs = microseconds(lambda pair: pair[0](pair[1]), theirs)
         work, theirs_took = 2 * tokens * sizes.slots * expert, f"{torchs:.1f} us"
         needed = expert * distinct

@@ -13,6 +13,11 @@ from moec.spec.parts.routing import Routing
 ROUTED = {
     "all": RoutedSizes(512, 384, 48, 8, 0, Routing(score="softmax", weighed="output")),
     "chosen": RoutedSizes(512, 256, 8, 2, 2, Routing(score="softmax_of_chosen", weighed="output")),
+    "biased": RoutedSizes(
+        512, 256, 64, 6, 2,
+        Routing(score="sigmoid", choice="scores", bias=True, normalise=True, factor=2.5,
+                weighed="output"),
+    ),
     "groups": RoutedSizes(
         768, 256, 256, 8, 1,
         Routing(choice="scores", bias=True, groups=8, kept_groups=4, normalise=True, factor=2.5,

@@ -11,7 +11,7 @@ from moec.kernels.triton import routed_one
 
 #: on Hopper: outputs of a program of `gate_up` and its steps under way; outputs of one of `down`,
 #: and the most inputs of which shared memory holds all
-GATE_UP_ROWS, GATE_UP_STAGES, DOWN_ROWS, MOST_INPUTS = 32, 6, 8, 1536
+GATE_UP_ROWS, GATE_UP_STAGES, DOWN_ROWS, MOST_INPUTS = 32, 12, 8, 1536
 #: what one kernel or the other takes of these
 _ARGUMENTS = {
     "gate_up": "chosen logits bias codes scale gate_up gate_up_scale act largest",

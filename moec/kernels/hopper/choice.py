@@ -13,7 +13,7 @@ SMALLEST_SUM = gl.constexpr(1e-20)
 
 @gluon.jit
 def best(logits, EXPERTS: gl.constexpr, EXPERTS_2: gl.constexpr, TOP_K: gl.constexpr, LAID):
-    """The TOP_K best experts and their logits, as tuples; all logits, rounded to bf16; the largest.
+    """The TOP_K best experts and their logits, as tuples; and all logits, rounded to bf16.
 
     They are compared as integers in the same order, as in `moec.kernels.triton.choice`.
     """
@@ -63,27 +63,35 @@ def weights_of(found, row, SCORE: gl.constexpr, NORMALISE: gl.constexpr, FACTOR:
 
 
 @gluon.jit
-def experts_of(
+def slots_of(
     chosen,
+    given,
     logits,
     EXPERTS: gl.constexpr,
     EXPERTS_2: gl.constexpr,
     TOP_K: gl.constexpr,
     SHARED: gl.constexpr,
+    SCORE: gl.constexpr,
+    NORMALISE: gl.constexpr,
+    FACTOR: gl.constexpr,
     CHOSEN: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    """The experts of the slots; for the copying warp."""
+    """The experts of all slots, the shared ones last, and their weights, as tuples."""
     experts = ()
+    weights = ()
     if CHOSEN:
-        for slot in gl.static_range(TOP_K):
-            # not an older value from L1
+        for slot in gl.static_range(TOP_K):  # not older values from L1
             experts = experts + (gl.load(chosen + slot, cache_modifier=".cg"),)
+            weights = weights + (gl.load(given + slot, cache_modifier=".cg"),)
     else:
-        LAID: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        experts, _, _ = best(logits, EXPERTS, EXPERTS_2, TOP_K, LAID)
+        LAID: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        experts, found, row = best(logits, EXPERTS, EXPERTS_2, TOP_K, LAID)
+        weights = weights_of(found, row, SCORE, NORMALISE, FACTOR)
     for i in gl.static_range(SHARED):
         experts = experts + (EXPERTS + i,)
-    return experts
+        weights = weights + (1.0,)
+    return experts, weights
 
 
 @gluon.jit

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moec.kernels.hopper.arithmetic import sigmoid
-from moec.kernels.hopper.choice import best, expert_of, experts_of, weights_of
+from moec.kernels.hopper.choice import expert_of, slots_of
 from moec.kernels.hopper.pipeline import Pipeline, allocate, copy_next, halved_product, product
 
 #: experts that a program takes at once: the rows of a tile of the tensor core, by ROWS
@@ -158,6 +158,7 @@ def gate_up(
 @gluon.jit
 def _copy_down(
     chosen,
+    given,
     logits,
     weight,
     tiles,
@@ -167,6 +168,9 @@ def _copy_down(
     EXPERTS_2: gl.constexpr,
     TOP_K: gl.constexpr,
     SHARED: gl.constexpr,
+    SCORE: gl.constexpr,
+    NORMALISE: gl.constexpr,
+    FACTOR: gl.constexpr,
     CHOSEN: gl.constexpr,
 ):
     """The copying warp of `down`: the program's outputs of every slot's expert."""
@@ -174,7 +178,20 @@ def _copy_down(
     ROWS: gl.constexpr = tiles.shape[1]
     DEPTH: gl.constexpr = tiles.shape[2]
     # choices are there: `gate_up` waited for them before it let this launch start
-    experts = experts_of(chosen, logits, EXPERTS, EXPERTS_2, TOP_K, SHARED, CHOSEN)
+    experts, _ = slots_of(
+        chosen,
+        given,
+        logits,
+        EXPERTS,
+        EXPERTS_2,
+        TOP_K,
+        SHARED,
+        SCORE,
+        NORMALISE,
+        FACTOR,
+        CHOSEN,
+        1,
+    )
     first = gl.program_id(0) * ROWS
     for step in range(STEPS):
         ready = pipe.full.index(step)
@@ -189,7 +206,7 @@ def _copy_down(
 
 @gluon.jit
 def _spread(values, slot):
-    """Of a tuple of numbers, one for each slot, that of each element of `slot`; else 0."""
+    """For each element of `slot`, its number in a tuple of one for each slot; else the first."""
     found = values[0] + gl.zeros_like(slot).to(values[0].dtype)
     for i in gl.static_range(1, len(values)):
         found = gl.where(slot == i, values[i], found)
@@ -249,18 +266,20 @@ def _multiply_down(
     MANY: gl.constexpr = TOP_K + SHARED
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 32])
     OUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    experts = ()
-    weights = ()
-    if CHOSEN:
-        for i in gl.static_range(TOP_K):
-            experts = experts + (gl.load(chosen + i, cache_modifier=".cg"),)
-            weights = weights + (gl.load(given + i, cache_modifier=".cg"),)
-    else:
-        experts, found, row = best(logits, EXPERTS, EXPERTS_2, TOP_K, OUT)
-        weights = weights_of(found, row, SCORE, NORMALISE, FACTOR)
-    for i in gl.static_range(SHARED):
-        experts = experts + (EXPERTS + i,)
-        weights = weights + (1.0,)
+    experts, weights = slots_of(
+        chosen,
+        given,
+        logits,
+        EXPERTS,
+        EXPERTS_2,
+        TOP_K,
+        SHARED,
+        SCORE,
+        NORMALISE,
+        FACTOR,
+        CHOSEN,
+        4,
+    )
     place = gl.arange(0, SLOTS * ROWS, gl.SliceLayout(1, SUMS))
     slot, column = place // ROWS, gl.arange(0, SLOTS, gl.SliceLayout(0, SUMS))
     live = slot < MANY
@@ -344,6 +363,7 @@ def down(
                 _copy_down,
                 (
                     chosen,
+                    given,
                     logits,
                     weight,
                     tiles,
@@ -353,6 +373,9 @@ def down(
                     EXPERTS_2,
                     TOP_K,
                     SHARED,
+                    SCORE,
+                    NORMALISE,
+                    FACTOR,
                     CHOSEN,
                 ),
             ),

@@ -78,7 +78,10 @@ MANY_WAYS: dict[str, tuple[str, str, str | None, Dialect | None, tuple[str, ...]
         ("lean", "fast"),
     )
     for name, write_ in (("experts: an If each", guarded), ("experts: loop, tree of Ifs", tree))
-} | {"packed: MoE": WAYS["packed: MoE"]}  # fmt: skip
+} | {
+    "experts: rows sorted, no branches": ("ort", "fp32", None, None, ("lean", "fast")),
+    "packed: MoE": WAYS["packed: MoE"],
+}  # fmt: skip
 
 
 def many() -> ModelSpec:

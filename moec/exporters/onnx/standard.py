@@ -26,6 +26,7 @@ from moec.exporters.onnx.experts.branches import lower_separate
 from moec.exporters.onnx.experts.function import in_function
 from moec.exporters.onnx.experts.loop import lower_moe
 from moec.exporters.onnx.experts.routing import lower_ranks, lower_route
+from moec.exporters.onnx.experts.sorted import are_many_of_one_type, lower_sorted
 from moec.exporters.onnx.fp8 import (
     lower_dequantize,
     lower_fp8_moe,
@@ -255,6 +256,7 @@ STANDARD = (
     Rule(ops.ranks, lower_ranks),
     Rule(ops.route, lower_route),
     Rule(ops.moe, lower_moe),
+    Rule(ops.separate_moe, in_function(lower_sorted), are_many_of_one_type),
     Rule(ops.separate_moe, in_function(lower_separate)),
     Rule(ops.token_scale, lower_token_scale),
     Rule(ops.quantize, lower_quantize),

@@ -1,6 +1,7 @@
 """Compare target ort on a CPU with transformers and llama.cpp: speed, memory and time to open.
 
-    python benchmarks/ort_cpu.py [--model scout|olmoe] [--layers N] [--rounds 5] [--json FILE]
+    python benchmarks/ort_cpu.py [--model scout|olmoe] [--precisions fp32,int8,int4] [--layers N]
+        [--rounds 5] [--json FILE]
 
 The script writes a seeded random model in float32 to a temporary folder: one like Scout of 0.94 B
 parameters (8 layers of width 1024, 16 experts of width 2048; 3.8 GB), or one like OLMoE of 1.01 B
@@ -198,6 +199,7 @@ def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--model", choices=MODELS, default="scout")
+    arguments.add_argument("--precisions", default=",".join(PEERS), help="with fp32 among them")
     arguments.add_argument("--layers", type=int, help="fewer layers, for a quick try")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--json", type=Path)
@@ -208,7 +210,8 @@ def main() -> None:
         folder = Path(name)
         _in_process(write_random_checkpoint, model.spec(options.layers), folder / "weights")
         lanes = []
-        for precision, kind in PEERS.items():
+        for precision in options.precisions.split(","):
+            kind = PEERS[precision]
             out = folder / precision
             print(f"{precision}: {_in_process(build, folder / 'weights', out)}", flush=True)
             presets = ("lean", "fast") if precision == "fp32" else ("lean",)
@@ -257,7 +260,7 @@ def _show(rows: list[Timing], model: Model) -> None:
             goal,
         )
         for precision, peer, goal in model.decode
-        if peer in rate  # llama.cpp may not be installed
+        if {peer, f"onnxruntime lean {precision}"} <= set(rate)  # there may be no llama.cpp
     ]
     if model.prefill:
         first = by_name[_OURS].first_token_s

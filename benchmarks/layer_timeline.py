@@ -58,8 +58,9 @@ def launches_of(events: list[Any]) -> tuple[list[tuple[str, float]], list[tuple[
     known = [(events[i - 1].time_range.end, events[i:j]) for i, j in pairwise(starts) if i]
     usual = statistics.mode(len(layer) for _, layer in known)
     layers = [ends(layer, before) for before, layer in known if len(layer) == usual]
-    steps = [ends(layer, before) for before, layer in known if len(layer) > usual]
-    return _means(layers), _means([each for each in steps if len(each) == len(steps[-1])])
+    most = max(len(layer) for _, layer in known)  # from step to step there are the most launches
+    steps = [ends(layer, before) for before, layer in known if len(layer) == most]
+    return _means(layers), _means(steps)
 
 
 def _means(rows: list[list[tuple[str, float]]]) -> list[tuple[str, float]]:

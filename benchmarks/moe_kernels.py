@@ -4,8 +4,8 @@
 
 A layer has the sizes of a preset, such as scout, qwen3-30b-a3b or deepseek-v3, and random weights;
 deepseek-v3 has a scale for each block of 128 x 128 weights, as its published weights do. Times are
-medians of CUDA graph replays over eight layers and inputs in turn, or as many as fit the GPU; of a
-routed layer for few tokens, eight such turns in a graph, whose start takes as long as a launch.
+medians of CUDA graph replays over eight layers and inputs in turn, or as many as fit the GPU. The
+graph of a routed layer for few tokens has eight such turns, because its start costs several us.
 "rate" counts the bytes that the layer needs: those of the distinct chosen experts and of the shared
 ones. "share" compares it with the bandwidth of a large copy in the same run. "TFLOP/s" counts the
 products that the tokens need. "torch" is the same layer by torch's grouped product,

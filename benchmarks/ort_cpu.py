@@ -204,13 +204,16 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
+    precisions = options.precisions.split(",")
+    if not {"fp32"} <= set(precisions) <= set(PEERS):
+        arguments.error(f"--precisions: some of {', '.join(PEERS)}, with fp32 among them")
     model = MODELS[options.model]
     llama = find_spec("llama_cpp") and find_spec("gguf")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _in_process(write_random_checkpoint, model.spec(options.layers), folder / "weights")
         lanes = []
-        for precision in options.precisions.split(","):
+        for precision in precisions:
             kind = PEERS[precision]
             out = folder / precision
             print(f"{precision}: {_in_process(build, folder / 'weights', out)}", flush=True)

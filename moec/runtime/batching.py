@@ -5,6 +5,7 @@ A call is a pair of slices over the token ids [B, S]: which sequences, and which
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 #: tokens of a prefill chunk; the limit bounds the memory of masks and logits
@@ -17,6 +18,8 @@ GPU_PLAIN_CHUNK = 4096
 MOST_AT_ONCE = 64 * PREFILL_CHUNK
 
 Call = tuple[slice, slice]
+#: the sequences that end in a call, by number, and the logits of their last tokens
+Ends = tuple[Tensor, Tensor]
 
 
 def padded_calls(width: int, prefill_chunk: int | None, rows: int) -> Iterator[Call]:
@@ -53,3 +56,27 @@ def buffered_calls(
             end = start + min(prefill_chunk, own - start, room)
             yield slice(row, row + 1), slice(start, end)
             start = end
+
+
+def ends_of(call: Call, lengths: Tensor, logits: Tensor, found: list[Ends]) -> Tensor:
+    """Which sequences of a call end in it, bool; their logits are added to `found`, on the host.
+
+    `lengths` [B] are those of all sequences, `logits` [rows, 1, vocab] those of the call. Nothing
+    waits for a call in which no sequence ends.
+    """
+    rows, columns = call
+    ends: Tensor = (lengths[rows] > columns.start) & (lengths[rows] <= columns.stop)
+    if ends.any():
+        last = logits[:, 0] if ends.all() else logits[ends.to(logits.device), 0]
+        found.append((torch.arange(len(lengths))[rows][ends], last.to("cpu", copy=True)))
+    return ends
+
+
+def logits_of(found: list[Ends], batch: int, vocab: int) -> Tensor:
+    """The logits of each sequence's last token, float32 [batch, vocab]; zeros of those without."""
+    if len(found) == 1 and len(found[0][0]) == batch:
+        return found[0][1]  # a large tensor on the host is slow to make
+    whole = torch.zeros(batch, vocab)
+    for rows, logits in found:
+        whole[rows] = logits
+    return whole

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moec.runtime.batching import Ends, ends_of, logits_of
 from moec.runtime.cache import Cache
 from moec.runtime.sampling import likeliest
 from moec.spec import names
@@ -93,13 +94,12 @@ def _prefill(
 
     The layer gets all tokens but each sequence's first, which has no token before it.
     """
-    logits = torch.zeros(len(ids), session.spec.text.vocab)
+    found: list[Ends] = []
     hidden: Tensor | None = None
     following = functional.pad(ids[:, 1:], (0, 1))
     for rows, columns, out in session.walk(ids, lengths, cache, features, every=False):
         width, here = columns.stop - columns.start, out[names.HIDDEN]
-        ends = (lengths[rows] > columns.start) & (lengths[rows] <= columns.stop)
-        logits[rows][ends] = out[names.LOGITS].cpu()[ends, 0]
+        ends = ends_of((rows, columns), lengths, out[names.LOGITS], found)
         if hidden is None:
             hidden = here.new_zeros(len(ids), here.shape[-1])
         hidden[rows][ends] = here[ends, lengths[rows][ends] - 1 - columns.start]
@@ -108,7 +108,7 @@ def _prefill(
             for _ in layer.walk(following[rows, columns], count, own, every=False, hidden=here):
                 pass
     assert hidden is not None
-    return logits, hidden
+    return logits_of(found, len(ids), session.spec.text.vocab), hidden
 
 
 def _layer_of(session: "Session") -> "Session":

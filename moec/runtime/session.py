@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moec.artefact.artefact import Artefact
 from moec.runtime import checked_calls
-from moec.runtime.batching import buffered_calls, padded_calls
+from moec.runtime.batching import Ends, buffered_calls, ends_of, logits_of, padded_calls
 from moec.runtime.cache import Cache, grow, new_cache, room_for
 from moec.runtime.conversation import Conversation
 from moec.runtime.drafts import drafted_steps
@@ -227,17 +227,10 @@ class Session:
         if ids.shape[1] == 1 and bool(lengths.all()):  # a decode step copies nothing
             ((_, _, out),) = self.walk(ids, lengths, cache, features, every=False)
             return out["logits"][:, 0]
-        found: list[tuple[slice, Tensor, Tensor]] = []
+        found: list[Ends] = []
         for rows, columns, out in self.walk(ids, lengths, cache, features, every=False):
-            ends = (lengths[rows] > columns.start) & (lengths[rows] <= columns.stop)
-            if ends.any():  # a call in which no sequence ends is not waited for
-                found.append((rows, ends, out["logits"][:, 0].cpu()))
-        if len(found) == 1 and len(found[0][2]) == len(ids) == int(found[0][1].sum()):
-            return found[0][2]  # large host tensors are slow to make
-        last = torch.zeros(len(ids), self.spec.text.vocab)
-        for rows, ends, logits in found:
-            last[rows][ends] = logits[ends]
-        return last
+            ends_of((rows, columns), lengths, out["logits"], found)
+        return logits_of(found, len(ids), self.spec.text.vocab)
 
     def walk(
         self,

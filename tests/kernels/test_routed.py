@@ -44,7 +44,9 @@ def test_layers_of_any_routing_that_the_kernels_do_not_take_are_refused(
     ("changed", "architecture", "takes"),
     [({}, 90, True), ({"hidden": 1536}, 90, True), ({}, 89, False), ({}, 120, False),
      ({"block": 128}, 90, False), ({"hidden": 1664}, 90, False), ({"hidden": 192}, 90, False),
-     ({"dim": 320}, 90, False), ({"shared": 1}, 90, False)],
+     ({"dim": 320}, 90, False), ({"shared": 1}, 90, False),
+     ({"routing": Routing(score="softmax", choice="logits", groups=8, kept_groups=4,
+                          weighed="output")}, 90, False)],
 )  # fmt: skip
 def test_tensor_cores_take_one_token_of_layers_that_fit(
     changed: dict[str, Any], architecture: int, takes: bool

@@ -4,7 +4,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.runtime.batching import GPU_PLAIN_CHUNK, PREFILL_CHUNK, buffered_calls, padded_calls
+from moec.runtime.batching import (
+    GPU_PLAIN_CHUNK,
+    PREFILL_CHUNK,
+    Ends,
+    buffered_calls,
+    ends_of,
+    logits_of,
+    padded_calls,
+)
 
 
 @given(
@@ -47,3 +55,29 @@ def test_padded_calls_take_all_rows() -> None:
         slice(2, 4),
         slice(4, 5),
     ]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4).map(torch.tensor),
+    piece=st.integers(1, 10),
+    apart=st.booleans(),
+)
+def test_the_last_logits_are_those_of_each_sequences_last_token(
+    lengths: torch.Tensor, piece: int, apart: bool
+) -> None:
+    batch, width = len(lengths), max(2, int(lengths.max()))
+    calls = (
+        buffered_calls(torch.zeros(batch), lengths, width, None, piece)
+        if apart
+        else padded_calls(width, piece, batch)
+    )
+    found: list[Ends] = []
+    for rows, columns in calls:
+        last = (lengths[rows].clamp(columns.start, columns.stop) - 1).float()
+        own = torch.arange(batch)[rows].float()
+        ends = ends_of((rows, columns), lengths, torch.stack([own, last], -1)[:, None], found)
+        inside = (columns.start < lengths[rows]) & (lengths[rows] <= columns.stop)
+        assert torch.equal(ends, inside)
+    expected = torch.stack([torch.arange(batch), lengths - 1], -1).float()
+    expected[lengths == 0] = 0.0
+    assert torch.equal(logits_of(found, batch, 2), expected)

@@ -156,3 +156,12 @@ def test_bf16_graphs_are_built_but_not_executable_on_the_cpu(tiny: Path, tmp_pat
             attempt(artefact.path)
         assert caught.value.exit_code == 3
     assert moec.open_session(artefact.path, engine="eager").logits([[1, 2]]).shape == (1, 2, 4096)
+
+
+def test_a_prefills_logits_belong_to_the_caller(session: Session) -> None:
+    for rows in ([[5, 6, 7]], [[5, 6, 7], [5, 6]]):
+        logits, cache = session.prefill(rows)
+        same = logits.clone()
+        logits[:, 0] = float("-inf")  # as one does who bans a token
+        session.decode(logits.argmax(-1), cache)
+        assert torch.equal(logits[:, 1:], same[:, 1:])

@@ -1,7 +1,7 @@
 """How a router chooses the experts of one token, in Gluon: by the order of its logits.
 
-The names of constants are those of `moec.spec.parts.routing.Routing`. With CHOSEN the launch
-`choose` has chosen; that is so for all choices that are not in the order of the logits.
+The names of constants are those of `moec.spec.parts.routing.Routing`. The launch `choose` makes all
+other choices, CHOSEN says. These functions know no groups of experts.
 """
 
 from triton.experimental import gluon
@@ -56,8 +56,9 @@ def weights_of(found, row, SCORE: gl.constexpr, NORMALISE: gl.constexpr, FACTOR:
         score = scores[i]
         if SCORE == "softmax_of_chosen":
             score = score / total
-        elif NORMALISE:
-            score = score / (total + SMALLEST_SUM)
+        if NORMALISE:
+            whole = 1.0 if SCORE == "softmax_of_chosen" else total
+            score = score / (whole + SMALLEST_SUM)
         weights = weights + ((score * FACTOR).to(gl.bfloat16).to(gl.float32),)
     return weights
 

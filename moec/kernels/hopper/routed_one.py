@@ -7,7 +7,7 @@ does it. Weights are its wide operand; the narrow one has eight columns, the lea
               the token, the others are empty
     down      a program has ROWS outputs of all experts at once: its tile of weights is ROWS outputs
               of each of eight slots, one below the other, and the columns are the slots' quantised
-              inputs. Of the 8 x 8 products of slots those on the diagonal count
+              inputs. It multiplies each slot with all columns, and uses those of its own
 
 Shared memory holds all weights of a program of `down`, which asks for them while `gate_up` runs.
 """

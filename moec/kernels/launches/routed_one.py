@@ -85,7 +85,8 @@ def products(
 def _fits_the_tensor_core(sizes: RoutedSizes) -> bool:
     """Whether a tile takes all of a token's experts at once, and shared memory all their inputs."""
     whole = sizes.hidden % DEPTH == sizes.dim % DEPTH == 0 and sizes.hidden <= MOST_INPUTS
-    return whole and sizes.block == 0 and sizes.slots <= hopper.SLOTS.value
+    chooses = is_chosen_apart(sizes) or sizes.routing.groups == 1  # the kernels know no groups
+    return whole and chooses and sizes.block == 0 and sizes.slots <= hopper.SLOTS.value
 
 
 def _on_tensor_cores(sizes: RoutedSizes) -> tuple[Launch, Launch]:

@@ -137,7 +137,7 @@ def choose_rows(
         at = logits + (part * tokens + token[:, None]) * EXPERTS + expert[None, :]
         # not from L1, which may hold older values
         row += tl.load(at, mask=known[None, :], other=0.0, cache_modifier=".cg")
-    more = expert.to(tl.float32)
+    more = expert.to(tl.float32)  # of no use without BIAS, but `places` takes it
     if BIAS:
         more = tl.load(bias + expert, mask=known, other=0.0).to(tl.float32)
     place, weight = places(

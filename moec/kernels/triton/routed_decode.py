@@ -1,10 +1,11 @@
 """The FP8 MoE layer of any routing for few tokens, 2 to 64: the Triton kernels.
 
-A layer is seven launches, one after the other:
+A layer is seven launches, one after the other, or six for up to 16 tokens:
 
     score     router logits; quantises the input
     choose    the experts of each token and their weights (in `choice`)
-    arrange   which experts run, and for which assignments (in `choice`)
+    arrange   which experts run, and for which assignments (in `choice`); for up to 16 tokens
+              `choose_and_arrange` does both
     gate_up   gate and up of the chosen and the shared experts, SwiGLU
     encode    quantises what SwiGLU gave
     down      the down product

@@ -41,8 +41,8 @@ def lower_sorted(e: Emitter, node: fx.Node, moe: SeparateMoe[ir.Value]) -> ir.Va
         size = e.op("Size", [chosen], TensorType((), _INT64), "size")
         some = e.op("Greater", [size, e.constant(0)], TensorType((), _BOOL), "some")
 
-        def write(e: Emitter, label: str) -> ir.Value:
-            return _products(e, moe, scaled, chosen, label)
+        def write(inner: Emitter, name: str) -> ir.Value:
+            return _products(inner, moe, scaled, chosen, name)
 
         return _below(e, DEPTH, some, scaled, label, write)
 
@@ -50,14 +50,14 @@ def lower_sorted(e: Emitter, node: fx.Node, moe: SeparateMoe[ir.Value]) -> ir.Va
 
 
 def _below(
-    e: Emitter, depth: int, some: ir.Value, none: ir.Value, label: str, write: Write
+    e: Emitter, depth: int, some: ir.Value, empty: ir.Value, label: str, write: Write
 ) -> ir.Value:
-    """What `write` makes, below `depth` Ifs: if there are no rows, it is `none`."""
+    """What `write` makes, below `depth` Ifs: without rows, it is `empty`."""
     if not depth:
         return write(e, label)
-    kind, run, skip = type_of(none), e.body("some"), e.body("none")
-    found = _below(run, depth - 1, some, none, "rows", write)
-    same = skip.op("Identity", [none], kind, "rows")
+    kind, run, skip = type_of(empty), e.body("some"), e.body("none")
+    found = _below(run, depth - 1, some, empty, "rows", write)
+    same = skip.op("Identity", [empty], kind, "rows")
     return e.op(
         "If", [some], kind, label, then_branch=run.graph([found]), else_branch=skip.graph([same])
     )

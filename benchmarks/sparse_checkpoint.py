@@ -1,14 +1,16 @@
 """Write a checkpoint of full size that takes no room on the disk: real headers and sparse shards.
 
-`export` reads headers only, so that for it this is a checkpoint of 217 or 803 GB. All weights are
-zero, and so are scales.
+`export` reads headers and FP8 scales only. So for it this is a checkpoint of 217 or 803 GB. All
+weights are zero, and so are scales, except those of FP8 in blocks: a build refuses zeros there.
 """
 
 import json
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moec.spec.hf.config import write_config
 from moec.spec.model import ModelSpec
@@ -18,6 +20,8 @@ from moec.weights.name_map import CheckpointTensor, checkpoint_tensors
 from moec.weights.shard import DTYPES
 
 _PROBE = 1 << 26  # bytes
+#: how the keys of float32 scales of blocks end, and a scale
+BLOCK_SCALE, _ONE = ".weight_scale_inv", struct.pack("<f", 1.0)
 #: names and bytes of an element in safetensors, by our names of types
 TYPES = {ours: (theirs, size) for theirs, (ours, size) in DTYPES.items()}
 
@@ -78,7 +82,7 @@ def _shards(table: Iterator[CheckpointTensor], limit: int) -> Iterator[list[Chec
 
 
 def _write_shard(path: Path, shard: list[CheckpointTensor]) -> int:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row in shard:
         dtype, itemsize = TYPES[row.dtype]
@@ -89,6 +93,11 @@ def _write_shard(path: Path, shard: list[CheckpointTensor]) -> int:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+        for row in shard:
+            if row.key.endswith(BLOCK_SCALE):
+                begin, stop = header[row.key]["data_offsets"]
+                file.seek(8 + len(text) + begin)
+                file.write(_ONE * ((stop - begin) // len(_ONE)))
     return end
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moec
+from benchmarks.sparse_checkpoint import write_sparse_checkpoint
 from moec.runtime.open import eager_session
 from moec.spec.hf.quantization import read_scheme
 from moec.spec.model import ModelSpec
@@ -92,3 +93,13 @@ def test_other_forms_are_refused(change: dict[str, object], names: str, tmp_path
 
 def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
     refusal(lambda: read_scheme(CONFIG, tmp_path / "config.json", PRESETS["scout"]), "one tensor")
+
+
+def test_a_sparse_checkpoint_builds(tmp_path: Path) -> None:
+    """Sparse files are zeros, but no scale may be zero."""
+    scheme = read_scheme(CONFIG, tmp_path / "config.json", _spec())
+    write_sparse_checkpoint(
+        _spec().model_copy(update={"scheme": scheme}), tmp_path / "sparse", 10**6
+    )
+    art = moec.export(tmp_path / "sparse", "onnx", out=tmp_path / "art")
+    assert art.manifest.weights.mode == "in-place"

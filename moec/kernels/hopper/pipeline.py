@@ -37,6 +37,18 @@ class Pipeline(NamedTuple):
 
 
 @gluon.jit
+def barriers(STAGES: gl.constexpr):
+    """The barriers of STAGES slots: that a slot is full, and that it is empty."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
 def allocate(
     x,
     weight,
@@ -50,12 +62,7 @@ def allocate(
     gl.static_assert(STAGES >= 4, "`product` holds four slots at once")
     x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, COLUMNS, DEPTH], x.layout)
     w_tiles = gl.allocate_shared_memory(weight.dtype, [EACH * STAGES, ROWS, DEPTH], weight.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
-    fence_async_shared()
+    full, empty = barriers(STAGES)
     return Pipeline(x_tiles, w_tiles, full, empty)
 
 

@@ -19,7 +19,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moec.kernels.hopper.arithmetic import sigmoid
 from moec.kernels.hopper.choice import expert_of, slots_of
-from moec.kernels.hopper.pipeline import Pipeline, allocate, copy_next, halved_product, product
+from moec.kernels.hopper.pipeline import (
+    Pipeline,
+    allocate,
+    barriers,
+    copy_next,
+    halved_product,
+    product,
+)
 
 #: experts that a program takes at once: the rows of a tile of the tensor core, by ROWS
 SLOTS = gl.constexpr(8)
@@ -327,12 +334,7 @@ def down(
     tiles = gl.allocate_shared_memory(weight.dtype, [SLOTS * STEPS, ROWS, DEPTH], weight.layout)
     whole = tiles._reinterpret(weight.dtype, [STEPS, SLOTS * ROWS, DEPTH], weight.layout)
     x_tiles = gl.allocate_shared_memory(weight.dtype, [STEPS, SLOTS, DEPTH], weight.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STEPS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STEPS, 1], mbarrier.MBarrierLayout())
-    for step in gl.static_range(STEPS):
-        mbarrier.init(full.index(step), count=1)
-        mbarrier.init(empty.index(step), count=1)
-    fence_async_shared()
+    full, empty = barriers(STEPS)
     pipe = Pipeline(x_tiles, whole, full, empty)
     gl.warp_specialize(
         [
